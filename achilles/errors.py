@@ -1,0 +1,114 @@
+"""Every exception that achilles raises for a reason of its own.
+
+Each class is also the built-in exception that a caller would catch, so that
+``except TimeoutError`` or ``except ConnectionError`` work without importing
+anything from here. What the caller's own function raises is not in this tree:
+it comes back as itself.
+
+::
+
+    AchillesError
+     +-- ConfigurationError   ValueError           a setting is missing, malformed or unsafe
+     +-- AuthenticationError  PermissionError      the server refused the username or the secret
+     +-- ServerUnreachable    ConnectionError      no connection, or it was lost for too long
+     +-- ClusterKilled        ConnectionError      somebody ran kill_cluster
+     +-- ProtocolError        ConnectionError      a peer said what it may not say
+     +-- AddressError         OSError              the server cannot listen at this address
+     +-- VersionError         RuntimeError         Python versions, or a dependency that is too old
+     +-- NoNodesError         TimeoutError         no node joined within wait_for_nodes
+     +-- DumpError            TypeError            a function or an argument cannot become bytes
+     +-- LetterTooLarge       ValueError           ... or becomes more bytes than may travel
+     +-- TaskError            RuntimeError         one argument has no result, through no exception of its own
+          +-- WorkerLost                           its worker, or ten nodes in a row, died under it
+          +-- TaskTimeout     TimeoutError         it ran longer than `timeout`
+          +-- LetterAltered                        its bytes were altered on the way, three times in a row
+          +-- RemoteError                          its exception could not be rebuilt here; this is the text
+
+Knows nothing else of achilles and imports nothing. Any thread may raise any of them.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AchillesError", "AddressError", "AuthenticationError", "ClusterKilled", "ConfigurationError",
+    "DumpError", "LetterAltered", "LetterTooLarge", "NoNodesError", "ProtocolError", "RemoteError",
+    "ServerUnreachable", "TaskError", "TaskTimeout", "VersionError", "WorkerLost",
+]
+
+
+class AchillesError(Exception):
+    """The root of the tree: whatever achilles itself has to complain of."""
+
+
+class ConfigurationError(AchillesError, ValueError):
+    """A setting is missing, malformed or unsafe; the message names it and every way to give it."""
+
+
+class AuthenticationError(AchillesError, PermissionError):
+    """The server refused the username, the secret or the role. It does not say which."""
+
+
+class ServerUnreachable(AchillesError, ConnectionError):
+    """No connection to the server could be made, or a lost one not be restored in time."""
+
+
+class ClusterKilled(AchillesError, ConnectionError):
+    """The cluster was ended by ``kill_cluster`` while a call was running."""
+
+
+class ProtocolError(AchillesError, ConnectionError):
+    """A peer broke the rules of PROTOCOL.md; the connection is closed."""
+
+
+class AddressError(AchillesError, OSError):
+    """The server cannot listen at the address it was given."""
+
+
+class VersionError(AchillesError, RuntimeError):
+    """The Python versions of caller and nodes differ, or a dependency is too old."""
+
+
+class NoNodesError(AchillesError, TimeoutError):
+    """No node joined the cluster within ``wait_for_nodes`` seconds."""
+
+
+class DumpError(AchillesError, TypeError):
+    """A function or an argument cannot be turned into bytes; ``__cause__`` is the dumper's own error."""
+
+
+class LetterTooLarge(AchillesError, ValueError):
+    """A function or one argument has more bytes than may travel in one piece."""
+
+
+class TaskError(AchillesError, RuntimeError):
+    """One argument has no result, although its function raised nothing that could be shown.
+
+    :ivar index: the argument's place in ``args``, from 0; None until it is known.
+    :ivar node: the id of the node where it happened; None where there was none.
+    """
+
+    index: int | None = None
+    node: int | None = None
+
+
+class WorkerLost(TaskError):
+    """The worker died under this argument three times, or ten nodes went down with it.
+
+    :ivar pid: the process id of the last such worker, on its node; None for lost nodes.
+    :ivar exitcode: how it ended, as in ``Process.exitcode``: the status, or minus the signal's number.
+    """
+
+    pid: int | None = None
+    exitcode: int | None = None
+
+
+class TaskTimeout(TaskError, TimeoutError):
+    """The call of the function with this argument took longer than ``timeout`` seconds."""
+
+
+class LetterAltered(TaskError):
+    """The bytes of an argument or of its result did not match their digest, three times in a row."""
+
+
+class RemoteError(TaskError):
+    """An exception that could not be rebuilt in the caller: its type, its text and its traceback."""

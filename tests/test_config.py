@@ -1,0 +1,519 @@
+"""config.py: where the four settings come from, what is refused, and the file that keeps them."""
+
+from __future__ import annotations
+
+import copy
+import getpass
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import dill
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from achilles import config
+from achilles.config import ConfigurationError, Secret
+
+LONG = "a secret of many characters"
+FULL = {"host": "10.0.0.1", "port": 1234, "username": "ann", "secret_key": LONG}
+posix_only = pytest.mark.skipif(os.name != "posix", reason="file modes and shells are POSIX's")
+
+
+@pytest.fixture(autouse=True)
+def nothing_configured(monkeypatch, tmp_path):
+    """No environment, no terminal, and a package directory of the test's own."""
+    for name in [name for name in os.environ if name.startswith("ACHILLES_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "package" / "config.py"))
+    (tmp_path / "package").mkdir()
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    return str(tmp_path / "package" / ".env")
+
+
+@pytest.fixture
+def other_file(tmp_path):
+    return str(tmp_path / "other.env")
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A person at a terminal: put what they type into the list that this returns."""
+    answers = []
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def type_next(prompt=""):
+        if not answers:
+            raise EOFError
+        return answers.pop(0)
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", type_next)
+    monkeypatch.setattr(getpass, "getpass", type_next)
+    return answers
+
+
+def write(path, text, mode=0o600):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    os.chmod(path, mode)
+    return path
+
+
+# The secret
+
+
+@pytest.mark.parametrize("show", [repr, str, "{}".format, "{!r:>40}".format, "%s".__mod__, "{:>9}".format])
+def test_a_secret_is_never_shown(show):
+    assert show(Secret(LONG)).strip() == "***"
+    assert LONG not in repr(config.resolve(**FULL))
+
+
+def test_a_secret_is_compared_by_its_text():
+    assert Secret("a") == Secret("a") == Secret(Secret("a")) and hash(Secret("a")) == hash(Secret("a"))
+    assert Secret("a") != Secret("b") and Secret("a") != "a"
+    assert Secret("a").reveal() == "a"
+
+
+@pytest.mark.parametrize("dump", [pickle.dumps, dill.dumps, copy.copy, copy.deepcopy])
+def test_a_secret_cannot_be_pickled_or_copied(dump):
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        dump(Secret(LONG))
+
+
+@pytest.mark.parametrize("value", [b"bytes of some length", 12345, None])
+def test_a_secret_is_text(value):
+    with pytest.raises(ConfigurationError, match="must be text"):
+        Secret(value)
+
+
+# Which place wins
+
+
+def test_each_setting_is_looked_up_by_itself(monkeypatch, own_file):
+    write(own_file, f"HOST=file\nPORT=1\nUSERNAME=file\nSECRET_KEY='{LONG}'\n")
+    monkeypatch.setenv("ACHILLES_PORT", "2")
+    monkeypatch.setenv("ACHILLES_HOST", "environment")
+    settings = config.resolve(host="argument")
+    assert settings == config.Settings("argument", 2, "file", Secret(LONG), own_file)
+
+
+@pytest.mark.parametrize("name", config.NAMES)
+def test_argument_then_environment_then_file(monkeypatch, own_file, name):
+    values = {n: {"PORT": {"file": "1", "environ": "2", "argument": 3}}.get(n, dict.fromkeys(
+        ("file", "environ", "argument"))) for n in config.NAMES}
+    for n in config.NAMES:
+        for place in ("file", "environ", "argument"):
+            values[n][place] = values[n][place] or f"{place}-of-enough-characters"
+    write(own_file, "".join(f"{n}={values[n]['file']}\n" for n in config.NAMES))
+
+    def found(**arguments):
+        settings = config.resolve(**arguments)
+        return settings.secret.reveal() if name == "SECRET_KEY" else getattr(settings, name.lower())
+
+    assert str(found()) == values[name]["file"]
+    monkeypatch.setenv(f"ACHILLES_{name}", values[name]["environ"])
+    assert str(found()) == values[name]["environ"]
+    assert found(**{name.lower(): values[name]["argument"]}) == values[name]["argument"]
+
+
+def test_the_file_is_the_argument_then_the_environments_then_our_own(monkeypatch, tmp_path, own_file):
+    config.write_config(**FULL)
+    named = config.write_config(**{**FULL, "username": "named"}, env_file=tmp_path / "named.env")
+    given_file = config.write_config(**{**FULL, "username": "given"}, env_file=tmp_path / "given.env")
+    assert config.resolve().username == "ann" and config.resolve().env_file == own_file
+    monkeypatch.setenv("ACHILLES_ENV_FILE", named)
+    assert config.resolve().username == "named" and config.resolve().env_file == named
+    assert config.resolve(env_file=given_file).username == "given"
+
+
+def test_the_port_is_9999_where_nobody_says():
+    assert config.resolve("h", None, "u", LONG).port == config.DEFAULT_PORT == 9999
+
+
+def test_the_file_is_not_opened_when_nothing_is_missing(own_file):
+    write(own_file, "HOST='unreadable", mode=0o644)
+    assert config.resolve(**FULL, role="server").env_file is None
+
+
+def test_env_file_is_set_only_where_the_secret_came_from_it(monkeypatch, own_file):
+    config.write_config(**FULL)
+    monkeypatch.setenv("ACHILLES_SECRET_KEY", LONG)
+    assert config.resolve().env_file is None
+
+
+def test_an_empty_value_is_not_passed_over(monkeypatch, own_file):
+    config.write_config(**FULL)
+    monkeypatch.setenv("ACHILLES_SECRET_KEY", "")
+    with pytest.raises(ConfigurationError, match="ACHILLES_SECRET_KEY is empty"):
+        config.resolve()
+
+
+def test_nothing_is_read_from_the_environment_at_import(tmp_path):
+    code = ("import os; seen = []; real = os.environ.__class__.__getitem__\n"
+            "import getpass, ipaddress, secrets, shlex, tempfile, dataclasses, typing, achilles.errors\n"
+            "os.environ.__class__.__getitem__ = lambda s, k: seen.append(k) or real(s, k)\n"
+            "import achilles.config; print([k for k in seen if 'ACHILLES' in k])")
+    env = {**os.environ, "ACHILLES_HOST": "x", "ACHILLES_PORT": "not a port"}
+    folder = os.path.dirname(os.path.dirname(sys.modules["achilles"].__path__[0] + "/"))
+    out = subprocess.run([sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+# What is missing
+
+
+@pytest.mark.parametrize("role", ["controller", "node", "server"])
+def test_the_error_names_what_is_missing_and_every_way_to_give_it(role, own_file):
+    with pytest.raises(ConfigurationError) as error:
+        config.resolve(host="h", role=role)
+    text = str(error.value)
+    for way in ("no username, secret_key for this", "username=..., secret_key=...", "ACHILLES_USERNAME",
+                "ACHILLES_SECRET_KEY", own_file, "does not exist", "ACHILLES_ENV_FILE", "--env-file",
+                "a terminal", "python -m achilles.server --write-config"):
+        assert way in text
+    assert "ACHILLES_HOST" not in text and "PORT" not in text
+    assert ("authenticate too" in text) is (role == "node")
+    assert isinstance(error.value, ValueError)
+
+
+def test_remedies_print_the_packages_own_name(monkeypatch):
+    monkeypatch.setattr(config, "__package__", "host_a._vendor.ach")
+    with pytest.raises(ConfigurationError, match=r"python -m host_a\._vendor\.ach\.server"):
+        config.resolve()
+    assert "python -m host_a._vendor.ach.node" in config.next_step("/x")
+
+
+@pytest.mark.parametrize("stdin", [None, io.StringIO("h\n1\nu\n")])
+def test_nobody_is_asked_without_a_terminal(monkeypatch, stdin):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(ConfigurationError, match="no host, username, secret_key"):
+        config.resolve()
+
+
+def test_nobody_is_asked_when_that_is_not_wanted(terminal):
+    terminal += ["h", "1", "u", LONG]
+    with pytest.raises(ConfigurationError, match="no host, username, secret_key"):
+        config.resolve(ask=False)
+    assert len(terminal) == 4
+
+
+# Each check
+
+
+@pytest.mark.parametrize("value", ["9999", True, 1.0, -1, 65536, "x"])
+def test_an_argument_port_is_an_int_in_range(value):
+    with pytest.raises(ValueError, match=r"^port must be an int in 0\.\.65535"):
+        config.resolve("h", value, "u", LONG)
+
+
+@pytest.mark.parametrize("value", ["", "-1", "65536", "9999x", " 9999", "٣", "1e3", "9" * 5000])
+def test_a_port_as_text_says_where_it_came_from(monkeypatch, other_file, value):
+    monkeypatch.setenv("ACHILLES_PORT", value)
+    with pytest.raises(ConfigurationError, match="^ACHILLES_PORT must be an int"):
+        config.resolve("h", None, "u", LONG)
+    monkeypatch.delenv("ACHILLES_PORT")
+    write(other_file, f"PORT='{value}'\n")
+    with pytest.raises(ConfigurationError, match="^PORT in .*other.env must be an int"):
+        config.resolve("h", None, "u", LONG, env_file=other_file)
+
+
+@pytest.mark.parametrize("value", [0, 9999, 65535])
+def test_good_ports(value):
+    assert config.check_port(value) == config.check_port(str(value), text=True) == value
+
+
+@pytest.mark.parametrize("value", ["u", "u" * 32, "é" * 16, "name with space"])
+def test_good_usernames(value):
+    assert config.check_username(value) == value
+
+
+@pytest.mark.parametrize("value", ["", "u" * 33, "é" * 17, "nul\0", "\udc80", 7, b"u"])
+def test_bad_usernames_are_refused_not_cut(value):
+    with pytest.raises(ConfigurationError, match="^username must be 1 to 32 bytes"):
+        config.check_username(value)
+
+
+@pytest.mark.parametrize("value", ["", "a b", "a\nb", "\udc80", 7])
+def test_bad_hosts(value):
+    with pytest.raises(ConfigurationError, match="^host must be"):
+        config.check_host(value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost", "LOCALHOST"])
+def test_a_short_secret_will_do_on_loopback(host):
+    assert config.check_secret("bar", host) == Secret("bar")
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "0.0.0.0", "::", "128.0.0.1", "localhost.example", "127.1"])
+def test_a_short_secret_is_refused_elsewhere(host):
+    with pytest.raises(ConfigurationError, match="shorter than 16 characters.*token_urlsafe") as error:
+        config.check_secret("x" * 15, host)
+    assert "x" * 15 not in str(error.value)
+    assert config.check_secret("x" * 16, host).reveal() == "x" * 16
+
+
+@pytest.mark.parametrize("value", ["", "nul\0", "\udc80"])
+def test_an_empty_or_broken_secret_is_refused_even_on_loopback(value):
+    with pytest.raises(ConfigurationError, match="empty, or has.*token_urlsafe"):
+        config.check_secret(value, "127.0.0.1")
+
+
+def test_a_made_secret_is_long_enough_and_new_each_time():
+    assert len(config.make_secret()) == 43 and config.make_secret() != config.make_secret()
+
+
+# The file
+
+
+@pytest.mark.parametrize("text, value", [
+    ("HOST=a", "a"), ("HOST='a'", "a"), ('HOST="a"', "a"), ("export HOST=a", "a"), (" HOST = a ", "a"),
+    ("HOST=a # note", "a"), ("HOST=a#b", "a#b"), ("HOST='a # b' # note", "a # b"), ("HOST=", ""),
+    ("HOST= # note", ""), ("HOST=''", ""), (r'HOST="a\"b\\c\$d"', 'a"b\\c$d'), (r"HOST='a\b'", r"a\b"),
+    ("HOST=a\\b", "a\\b"), ("HOST=O'Brien", "O'Brien"), ("HOST=é", "é"), ("\ufeffHOST=a", "a"),
+    ("HOST=a\r\nPORT=1", "a"), ("HOST=b\nHOST=a", "a"), ("HOST=a=b", "a=b"), ("HOST='a\u2028b'", "a\u2028b"),
+])
+def test_lines_that_are_understood(other_file, text, value):
+    assert config.read_file(write(other_file, text))["HOST"] == value
+
+
+@pytest.mark.parametrize("line", ["SECRET_KEY='abc", 'SECRET_KEY="abc', "SECRET_KEY='a'bc", "SECRET_KEY=#abc",
+                                  "SECRET_KEY= 'abc"])
+def test_a_line_that_is_not_understood_is_named_but_not_shown(other_file, line):
+    with pytest.raises(ConfigurationError, match="line 2: the value of SECRET_KEY") as error:
+        config.read_file(write(other_file, f"HOST=a\n{line}\n"))
+    assert "abc" not in str(error.value)
+
+
+def test_comments_and_the_lines_of_others_are_passed_over(other_file):
+    text = ("# HOST=no\n\nDATABASE_URL='x\nMY_HOST=no\nACHILLES_HOST=no\nhost=no\n"
+            "USERNAME=u\nPREVIOUS_SECRET_KEY=p\n")
+    assert config.read_file(write(other_file, text)) == {"USERNAME": "u", "PREVIOUS_SECRET_KEY": "p"}
+
+
+@posix_only
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660, 0o602])
+def test_a_file_that_is_open_to_others_is_refused(other_file, mode):
+    write(other_file, "HOST=a\n", mode)
+    with pytest.raises(ConfigurationError, match=f"chmod 600 {other_file}"):
+        config.read_file(other_file)
+
+
+def test_modes_mean_nothing_where_there_is_no_posix(monkeypatch, other_file):
+    write(other_file, "HOST=a\n", 0o644)
+    monkeypatch.setattr(config.os, "name", "nt")
+    assert config.read_file(other_file) == {"HOST": "a"}
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        config.read_file(tmp_path)
+
+
+# Writing it
+
+
+@given(username=st.text(min_size=1, max_size=8), secret=st.text(min_size=1))
+def test_what_is_written_is_read_back(tmp_path_factory, username, secret):
+    path = str(tmp_path_factory.mktemp("env") / "file")
+    try:
+        config.write_config("127.0.0.1", 1, username, secret, env_file=path)
+    except ConfigurationError:
+        assert set(username + secret) & set("\r\n\0")
+    else:
+        assert config.read_file(path) == {"HOST": "127.0.0.1", "PORT": "1", "USERNAME": username,
+                                          "SECRET_KEY": secret}
+
+
+@posix_only
+@pytest.mark.parametrize("secret", ["it's #1 \"$HOME\" `id` \\ !", "plain $HOME `id` \\n \" # !", "'" * 3])
+def test_a_shell_reads_the_file_the_same_way(other_file, secret):
+    config.write_config("127.0.0.1", 1, "u", secret, env_file=other_file)
+    script = '. "$0"; printf %s "$SECRET_KEY"'
+    assert subprocess.run(["sh", "-c", script, other_file], capture_output=True, text=True).stdout == secret
+
+
+@posix_only
+def test_a_written_file_is_its_owners_alone_from_the_first_byte(monkeypatch, other_file):
+    write(other_file, "HOST=old\n", 0o666)
+    moves = []
+    replace = os.replace
+
+    def move(fresh, path):
+        moves.append((os.stat(fresh).st_mode & 0o777, os.path.dirname(fresh) == os.path.dirname(path)))
+        replace(fresh, path)
+
+    monkeypatch.setattr(os, "replace", move)
+    mask = os.umask(0)
+    try:
+        assert config.write_config(**FULL, env_file=other_file) == other_file
+    finally:
+        os.umask(mask)
+    assert moves == [(0o600, True)] and os.stat(other_file).st_mode & 0o777 == 0o600
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_path, other_file):
+    config.write_config(**FULL, env_file=other_file)
+    before = os.listdir(tmp_path)
+    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(ConfigurationError, match="other.env cannot be written .No space.*ACHILLES_ENV_FILE"):
+        config.write_config("127.0.0.1", env_file=other_file)
+    assert config.read_file(other_file)["HOST"] == "10.0.0.1" and os.listdir(tmp_path) == before
+
+
+def test_a_folder_that_does_not_exist(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        config.write_config(**FULL, env_file=tmp_path / "none" / ".env")
+
+
+@pytest.mark.parametrize("name, value", [("username", "a\nb"), ("secret_key", LONG + "\r"), ("port", "1"),
+                                         ("host", ""), ("secret_key", "short"), ("username", "")])
+def test_nothing_unfit_is_written(other_file, name, value):
+    with pytest.raises(ConfigurationError):
+        config.write_config(**{**FULL, name: value}, env_file=other_file)
+    assert not os.path.exists(other_file)
+
+
+def test_a_file_written_without_values_is_complete():
+    config.write_config()
+    settings = config.resolve()
+    assert (settings.host, settings.port) == ("127.0.0.1", 9999)
+    assert settings.username and len(settings.secret.reveal()) >= 32
+
+
+def test_write_overwrites_settings_and_keeps_the_lines_of_others(other_file):
+    write(other_file, "# mine\nDATABASE=x\nexport HOST=old\nPREVIOUS_SECRET_KEY=old\n")
+    config.write_config(**FULL, env_file=other_file)
+    with open(other_file) as file:
+        assert file.read() == (f"# mine\nDATABASE=x\nHOST='10.0.0.1'\nPORT='1234'\nUSERNAME='ann'\n"
+                               f"SECRET_KEY='{LONG}'\n")
+
+
+def test_update_keeps_what_the_file_holds(other_file):
+    write(other_file, f"HOST=old\nUSERNAME=ann\nSECRET_KEY='{LONG}'\nPREVIOUS_SECRET_KEY='{LONG[::-1]}'\n")
+    config.update_config("10.0.0.2", 7, env_file=other_file)
+    assert config.read_file(other_file) == {"HOST": "10.0.0.2", "PORT": "7", "USERNAME": "ann",
+                                            "SECRET_KEY": LONG, "PREVIOUS_SECRET_KEY": LONG[::-1]}
+
+
+def test_update_needs_no_file(own_file):
+    assert config.update_config("10.0.0.2", 7) == own_file
+    assert config.read_file(own_file) == {"HOST": "10.0.0.2", "PORT": "7"}
+
+
+def test_update_does_not_move_a_short_secret_off_loopback(other_file):
+    config.write_config("127.0.0.1", 1, "foo", "bar", env_file=other_file)
+    with pytest.raises(ConfigurationError, match="shorter than 16"):
+        config.update_config("10.0.0.2", env_file=other_file)
+    assert config.read_file(other_file)["HOST"] == "127.0.0.1"
+
+
+# The previous secret
+
+
+def test_a_server_alone_has_the_files_previous_secret(other_file):
+    write(other_file, f"HOST=h\nUSERNAME=u\nSECRET_KEY='{LONG}'\nPREVIOUS_SECRET_KEY='{LONG[::-1]}'\n")
+    assert config.resolve(env_file=other_file, role="server").previous == Secret(LONG[::-1])
+    assert config.resolve(env_file=other_file, role="node").previous is None
+    assert config.resolve(env_file=other_file, secret_key=LONG, role="server").previous is None
+
+
+def test_the_files_previous_secret_does_not_stand_beside_another_secret(monkeypatch, other_file):
+    write(other_file, f"HOST=h\nUSERNAME=u\nSECRET_KEY='{LONG}'\nPREVIOUS_SECRET_KEY='{LONG[::-1]}'\n")
+    monkeypatch.setenv("ACHILLES_SECRET_KEY", "of another cluster altogether")
+    assert config.resolve(env_file=other_file, role="server").previous is None
+    monkeypatch.setenv("ACHILLES_PREVIOUS_SECRET_KEY", "of another cluster, before")
+    assert config.resolve(env_file=other_file, role="server").previous == Secret("of another cluster, before")
+
+
+@pytest.mark.parametrize("value, previous", [("", None), ("'short'", ConfigurationError)])
+def test_a_previous_secret_is_as_good_as_a_secret_or_none(other_file, value, previous):
+    write(other_file, f"HOST=h\nUSERNAME=u\nSECRET_KEY='{LONG}'\nPREVIOUS_SECRET_KEY={value}\n")
+    if previous is None:
+        assert config.resolve(env_file=other_file, role="server").previous is None
+    else:
+        with pytest.raises(previous, match="PREVIOUS_SECRET_KEY in .* is shorter"):
+            config.resolve(env_file=other_file, role="server")
+
+
+def test_both_secrets_leave_the_environment(monkeypatch):
+    for name in ("SECRET_KEY", "PREVIOUS_SECRET_KEY", "HOST"):
+        monkeypatch.setenv(f"ACHILLES_{name}", LONG)
+    config.remove_from_environment()
+    config.remove_from_environment()
+    assert [name for name in os.environ if name.startswith("ACHILLES_")] == ["ACHILLES_HOST"]
+
+
+# The dialogue
+
+
+def test_a_server_is_asked_for_all_four_with_defaults(terminal, own_file, capsys):
+    terminal += ["", "", "ann", ""]
+    settings = config.resolve(role="server")
+    assert (settings.host, settings.port, settings.username) == ("127.0.0.1", 9999, "ann")
+    assert len(settings.secret.reveal()) == 43 and settings.env_file == own_file and not terminal
+    assert config.read_file(own_file)["SECRET_KEY"] == settings.secret.reveal()
+    out, err = capsys.readouterr()
+    assert out == "" and settings.secret.reveal() not in err
+    for text in ("host [127.0.0.1]: ", "port [9999]: ", "username: ", f"Saved in {own_file}", "scp -p",
+                 "python -m achilles.node --env-file FILE"):
+        assert text in err
+
+
+def test_a_node_is_asked_for_what_is_missing_and_cannot_make_a_secret(terminal, other_file, capsys):
+    terminal += ["ann", "", LONG]
+    settings = config.resolve("10.0.0.1", 7, env_file=other_file, role="node")
+    assert settings == config.Settings("10.0.0.1", 7, "ann", Secret(LONG), other_file) and not terminal
+    assert config.resolve(env_file=other_file) == settings
+    assert "empty" in capsys.readouterr().err
+
+
+def test_an_answer_that_will_not_do_is_asked_for_again(terminal, other_file, capsys):
+    terminal += ["a host", " 10.0.0.1 ", "many", "80", "", "u" * 33, "ann", "short", LONG]
+    path = config.ask_config(env_file=other_file)
+    assert path == other_file and not terminal
+    assert config.read_file(path) == {"HOST": "10.0.0.1", "PORT": "80", "USERNAME": "ann", "SECRET_KEY": LONG}
+    err = capsys.readouterr().err
+    assert err.count("port [9999]: ") == 2 and "shorter than 16" in err and "short:" not in err
+
+
+def test_the_secret_is_asked_for_without_echo(monkeypatch, terminal, other_file):
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: LONG)
+    config.ask_config("127.0.0.1", 1, "ann", env_file=other_file)
+    assert config.read_file(other_file)["SECRET_KEY"] == LONG
+
+
+def test_input_that_ends_saves_nothing(terminal, other_file):
+    terminal += ["127.0.0.1"]
+    with pytest.raises(ConfigurationError, match="input ended"):
+        config.resolve(env_file=other_file)
+    assert not os.path.exists(other_file)
+
+
+def test_the_dialogue_keeps_what_the_file_holds(terminal, other_file):
+    write(other_file, f"HOST=10.0.0.1\nPORT=7\nSECRET_KEY='{LONG}'\nOTHER=1\n")
+    terminal += ["ann"]
+    assert config.resolve(env_file=other_file).secret == Secret(LONG)
+    with open(other_file) as file:
+        assert file.readline() == "OTHER=1\n"
+    assert config.read_file(other_file)["PORT"] == "7" and not terminal
+
+
+def test_a_secret_file_has_the_secret_in_its_first_line(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text("correct horse battery\nanything else\n")
+    path.chmod(0o600)
+    assert config.read_secret_file(path).reveal() == "correct horse battery"
+    path.chmod(0o644)
+    with pytest.raises(ConfigurationError, match="chmod 600"):
+        config.read_secret_file(path)
