@@ -1,0 +1,177 @@
+"""The result buffer of one job, and the window that bounds what is outside of it.
+
+Knows slices by number, units, and places in `args`; what an answer is it does not
+know, nor any socket, pickle or clock but the caller's deadlines.
+
+::
+
+    feeder ──Window.enter──▶  out: sent, running, or waiting here  ──take──▶ taken
+                 ▲ blocks                                             │
+                 └────────────────────── Window.leave ◀───────────────┘
+
+A *unit* is what is delivered at once: a packet in the three original calls, a
+slice elsewhere. It is announced (`add`), answered slice by slice (`put`, the
+reader thread), and taken whole (`take`, the caller's thread): in the order of
+`args` or as units become complete. Each class has one condition of its own,
+which guards everything in it; no method calls out while holding it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+__all__ = ["WINDOW_BYTES", "ResultBuffer", "Unit", "Window"]
+
+WINDOW_BYTES = 256 << 20  # of arguments that are out: what a caller may hold twice, as objects and as bytes
+
+
+class Unit:
+    """Consecutive slices that are delivered together.
+
+    `start` is the place of its first argument in `args` (of the list itself, where
+    args are lists), `span` how many places it fills, `answers` what came: slice -> answer.
+    """
+
+    __slots__ = ("answers", "slices", "span", "start")
+
+    def __init__(self, start: int, span: int, slices: range) -> None:
+        self.start = start
+        self.span = span
+        self.slices = slices
+        self.answers: dict[int, Any] = {}
+
+
+class ResultBuffer:
+    """Units of one job between their announcement and their taking."""
+
+    def __init__(self, ordered: bool) -> None:
+        self._ordered = ordered
+        self._changed = threading.Condition(threading.Lock())
+        self._open: dict[int, Unit] = {}  # slice -> its unit, while that is not complete
+        self._complete: dict[int, Unit] = {}  # start -> unit, complete and not taken
+        self._taken = 0  # places that were taken; in order, the next one
+        self._end: int | None = None  # places there are in all, once known
+        self._last_error: BaseException | None = None  # raised behind the last unit
+        self._error: BaseException | None = None  # raised at once
+
+    def add(self, unit: Unit) -> None:
+        """Announce a unit. One without slices is complete at once."""
+        with self._changed:
+            if unit.slices:
+                self._open.update(dict.fromkeys(unit.slices, unit))
+            else:
+                self._complete[unit.start] = unit
+                self._changed.notify_all()
+
+    def put(self, slice_: int, answer: Any) -> None:
+        """The answer of a slice. A second one of the same slice is ignored."""
+        with self._changed:
+            unit = self._open.get(slice_)
+            if unit is None or slice_ in unit.answers:
+                return
+            unit.answers[slice_] = answer
+            if len(unit.answers) == len(unit.slices):
+                for number in unit.slices:
+                    del self._open[number]
+                self._complete[unit.start] = unit
+                if not self._ordered or unit.start == self._taken:
+                    self._changed.notify_all()
+
+    def put_back(self, unit: Unit, slice_: int) -> None:
+        """A taken unit is not complete after all: the answer of this slice was no good."""
+        with self._changed:
+            del unit.answers[slice_]
+            self._open.update(dict.fromkeys(unit.slices, unit))
+            self._taken -= unit.span
+
+    def finish(self, end: int, error: BaseException | None = None) -> None:
+        """There are `end` places in all; behind the last of them `error` is raised, if there is one."""
+        with self._changed:
+            self._end, self._last_error = end, error
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Raise `error` in whoever takes, now and from now on. The first error stays."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def take(self, timeout: float | None = None) -> Unit | None:
+        """The next unit, or None behind the last; blocks up to `timeout` seconds, then TimeoutError.
+
+        Raises the error of `fail` at once, that of `finish` in its place.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                unit = self._next()
+                if unit is not None or self._taken == self._end:
+                    break
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError
+                self._changed.wait(left)
+            if unit is None and self._last_error is not None:
+                raise self._last_error
+            return unit
+
+    def _next(self) -> Unit | None:
+        if not self._complete:
+            return None
+        start = self._taken if self._ordered else next(iter(self._complete))
+        unit = self._complete.pop(start, None)
+        if unit is not None:
+            self._taken += unit.span
+        return unit
+
+
+class Window:
+    """How much of a job may be out, counted in slices (or arguments) and in bytes. The only flow control."""
+
+    def __init__(self, limit: float) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._limit = limit
+        self._out = 0
+        self._bytes = 0
+        self.closed = False  # read without the lock, too
+
+    def enter(self, weight: int, size: int, timeout: float = 0.0) -> bool:
+        """Take `weight` and `size` bytes of room if they are there, or if nothing else is out.
+
+        Where they are not, block until something changes, `timeout` seconds at most, and
+        look once more. False if there was no room, or if the window is `closed`.
+        """
+        with self._changed:
+            if not self._fits(weight, size) and timeout and not self.closed:
+                self._changed.wait(timeout)
+            if self.closed or not self._fits(weight, size):
+                return False
+            self._out += weight
+            self._bytes += size
+            return True
+
+    def _fits(self, weight: int, size: int) -> bool:
+        return not self._out or (self._out + weight <= self._limit and self._bytes + size <= WINDOW_BYTES)
+
+    def leave(self, weight: int, size: int) -> None:
+        """What was out has been taken."""
+        with self._changed:
+            self._out -= weight
+            self._bytes -= size
+            self._changed.notify_all()
+
+    def resize(self, limit: float) -> None:
+        """A new limit, infinity to lift the window."""
+        with self._changed:
+            self._limit = limit
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing will enter any more; whoever waits returns."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()

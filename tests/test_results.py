@@ -1,0 +1,137 @@
+"""The result buffer and the window, without a cluster."""
+
+import threading
+
+import pytest
+
+from achilles.results import WINDOW_BYTES, ResultBuffer, Unit, Window
+
+
+def buffer(ordered, *sizes):
+    """A buffer with units of so many slices of one argument each."""
+    buf, start = ResultBuffer(ordered), 0
+    for size in sizes:
+        buf.add(Unit(start, size, range(start, start + size)))
+        start += size
+    buf.finish(start)
+    return buf
+
+
+def taken(buf):
+    out = []
+    while (unit := buf.take(0)) is not None:
+        out.append((unit.start, [unit.answers[n] for n in unit.slices]))
+    return out
+
+
+def test_ordered_waits_for_the_next_one():
+    buf = buffer(True, 2, 1)
+    buf.put(2, "c")
+    with pytest.raises(TimeoutError):
+        buf.take(0)
+    buf.put(1, "b")
+    buf.put(0, "a")
+    assert taken(buf) == [(0, ["a", "b"]), (2, ["c"])]
+
+
+def test_unordered_gives_what_is_complete():
+    buf = buffer(False, 2, 1)
+    buf.put(2, "c")
+    assert buf.take(0).start == 2
+    buf.put(0, "a")
+    with pytest.raises(TimeoutError):
+        buf.take(0)
+    buf.put(1, "b")
+    assert taken(buf) == [(0, ["a", "b"])]
+
+
+def test_a_second_answer_is_ignored():
+    buf = buffer(True, 2)
+    buf.put(0, "first")
+    buf.put(0, "second")
+    buf.put(1, "b")
+    buf.put(1, "late")
+    assert taken(buf) == [(0, ["first", "b"])]
+
+
+def test_an_answer_that_was_no_good_is_waited_for_again():
+    buf = buffer(True, 1, 1)
+    buf.put(0, "bad")
+    buf.put(1, "b")
+    unit = buf.take(0)
+    buf.put_back(unit, 0)
+    with pytest.raises(TimeoutError):
+        buf.take(0)
+    buf.put(0, "good")
+    assert taken(buf) == [(0, ["good"]), (1, ["b"])]
+
+
+def test_a_unit_without_slices_keeps_its_place():
+    buf = ResultBuffer(True)
+    buf.add(Unit(0, 1, range(0, 1)))
+    buf.add(Unit(1, 1, range(0)))
+    buf.finish(2)
+    with pytest.raises(TimeoutError):
+        buf.take(0)
+    buf.put(0, "a")
+    assert taken(buf) == [(0, ["a"]), (1, [])]
+
+
+def test_nothing_at_all_ends_at_once():
+    assert taken(buffer(True)) == []
+
+
+def test_the_iterables_own_error_comes_in_its_place():
+    buf = ResultBuffer(True)
+    buf.add(Unit(0, 1, range(1)))
+    buf.finish(1, KeyError("mine"))
+    buf.put(0, "a")
+    assert buf.take(0).answers == {0: "a"}
+    with pytest.raises(KeyError):
+        buf.take(0)
+
+
+def test_a_failure_comes_at_once_and_the_first_stays():
+    buf = buffer(True, 1)
+    buf.put(0, "a")
+    buf.fail(ConnectionError("first"))
+    buf.fail(KeyError("second"))
+    with pytest.raises(ConnectionError):
+        buf.take(0)
+
+
+def test_take_is_woken():
+    buf = buffer(True, 1)
+    threading.Timer(0.02, buf.put, (0, "a")).start()
+    assert buf.take(30).answers == {0: "a"}
+
+
+def test_the_window_counts_weight_and_bytes():
+    window = Window(2)
+    assert window.enter(1, 0) and window.enter(1, 0) and not window.enter(1, 0)
+    window.leave(1, 0)
+    assert window.enter(1, WINDOW_BYTES)
+    window.leave(1, 0)
+    assert not window.enter(1, 1)
+
+
+def test_one_may_always_go_when_nothing_is_out():
+    window = Window(2)
+    assert window.enter(5, 2 * WINDOW_BYTES)
+    assert not window.enter(1, 0)
+
+
+def test_a_lifted_window_has_no_end():
+    window = Window(1)
+    assert window.enter(1, 0) and not window.enter(1, 0)
+    window.resize(float("inf"))
+    assert all(window.enter(1, 0) for _ in range(1000))
+
+
+def test_whoever_waits_is_woken_by_leave_and_by_close():
+    window = Window(1)
+    window.enter(1, 0)
+    threading.Timer(0.02, window.leave, (1, 0)).start()
+    assert window.enter(1, 0, 30)
+    threading.Timer(0.02, window.close).start()
+    assert not window.enter(1, 0, 30) and window.closed
