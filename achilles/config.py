@@ -47,7 +47,7 @@ from .errors import ConfigurationError
 
 __all__ = [
     "DEFAULT_HOST", "DEFAULT_PORT", "DEFAULT_USERNAME", "EnvFile", "Role", "Secret", "SecretKey", "Settings",
-    "ask_config", "check_host", "check_port", "check_secret", "check_username", "env_path", "is_loopback",
+    "ask_config", "check_host", "check_port", "check_secret", "check_username", "env_path", "gen_config", "is_loopback",
     "make_secret", "next_step", "read_file", "read_secret_file", "remove_from_environment", "resolve", "update_config",
     "write_config",
 ]
@@ -309,6 +309,22 @@ def ask_config(
         secret_key = _ask(prompt, lambda text: check_secret(text, address), made, hidden=True)
     path = update_config(address, port, username, secret_key, env_file=env_file)
     sys.stderr.write(f"Saved in {path}\n{next_step(path) if role == 'server' else ''}")
+    return path
+
+
+def gen_config(
+    host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None
+) -> str:
+    """Write a configuration over the one in the file; without arguments, ask for it. Returns the file's path.
+
+    The original's genConfig: what is missing of the four is asked for on a terminal.
+
+    :raises ConfigurationError: as :func:`write_config`; or something is missing and nobody can be asked.
+    """
+    if None in (host, port, username, secret_key):
+        return ask_config(host, port, username, secret_key)
+    path = write_config(host, port, username, secret_key)
+    sys.stderr.write(f"Saved in {path}\n")
     return path
 
 

@@ -1,0 +1,65 @@
+"""Distributed computing for people who know ``multiprocessing.Pool``.
+
+A server, nodes that lend it their cores, and a controller in the caller: `map`, `imap` and
+`imap_unordered` over all of them. README.md begins at the beginning; to read the code, begin with
+PROTOCOL.md, then errors, wire, auth, config, payload, scheduler, results, channel, worker, workers,
+node, exchange, server, job, controller, local, calls. A module imports only from those before it.
+
+Nothing happens at import: the public names are loaded when they are first used, so that
+`python -m achilles.node` imports one copy of everything, and none of what it does not need.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .calls import cluster_status, imap, imap_unordered, kill_cluster, map
+    from .config import write_config
+    from .errors import (
+        AchillesError,
+        AddressError,
+        AuthenticationError,
+        ClusterKilled,
+        ConfigurationError,
+        DumpError,
+        LetterAltered,
+        LetterTooLarge,
+        NoNodesError,
+        ProtocolError,
+        RemoteError,
+        ServerUnreachable,
+        TaskError,
+        TaskTimeout,
+        VersionError,
+        WorkerLost,
+    )
+    from .local import LocalCluster
+    from .node import run_node
+    from .server import run_server
+
+__version__ = "1.0.0"
+__all__ = [
+    "AchillesError", "AddressError", "AuthenticationError", "ClusterKilled", "ConfigurationError", "DumpError",
+    "LetterAltered", "LetterTooLarge", "LocalCluster", "NoNodesError", "ProtocolError", "RemoteError",
+    "ServerUnreachable", "TaskError", "TaskTimeout", "VersionError", "WorkerLost", "__version__", "cluster_status",
+    "imap", "imap_unordered", "kill_cluster", "map", "run_node", "run_server", "write_config",
+]
+
+_MODULES = {
+    "cluster_status": "calls", "imap": "calls", "imap_unordered": "calls", "kill_cluster": "calls", "map": "calls",
+    "LocalCluster": "local", "run_node": "node", "run_server": "server", "write_config": "config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_MODULES.get(name, 'errors')}", __name__)
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

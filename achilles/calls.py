@@ -1,0 +1,318 @@
+"""The original interface: map, imap and imap_unordered, each with a connection of its own.
+
+::
+
+    map             -> [[…], […]]                                     when all is done
+    imap            -> {'ARGS_COUNTER': 0, 'RESULT': […]}, {…}, …     in order, each as soon as it is next
+    imap_unordered  -> the same                                       as they arrive
+
+A RESULT has the results of one packet: `cpu_count * chunksize` arguments of the node that it was first
+given to, or one list, where `args` has lists. The options after `secret_key` are keyword-only; `map`'s
+docstring is the table of them for all three.
+
+Threads: results are loaded, and `callback_error` runs, in the thread that takes; the arguments are
+iterated in the job's feeder. Any number of calls may run at once, in any threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from . import config, payload
+from .config import SecretKey, Settings
+from .controller import RECONNECT_SECONDS, Controller
+from .errors import NoNodesError
+from .job import Function, Job, Taken
+
+__all__ = ["Packets", "cluster_status", "imap", "imap_unordered", "kill_cluster", "map"]
+
+NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start one
+LOOK_SECONDS = 1.0  # how often a waiting call looks whether there are nodes; also how Ctrl-C gets through on Windows
+LOCAL = "local"  # as a host: a LocalCluster of this process
+
+Args = Iterable[Any] | Callable[[], Iterable[Any]]
+Packet = dict[str, Any]
+
+
+class Packets(Iterator[Packet]):
+    """What imap and imap_unordered return: an iterator that cancels its job when it is closed or dropped."""
+
+    def __init__(
+        self, controller: Controller, job: Job, callback_error: Callable[[Any], Any] | None,
+        wait_for_nodes: float | None,
+    ) -> None:
+        self._controller = controller
+        self._job = job
+        self._callback_error = callback_error
+        self._wait_for_nodes = wait_for_nodes
+        self._lonely_since: float | None = None  # monotonic; no node since then
+        self._told = False  # ... and the caller knows
+        self._closed = False
+
+    def __iter__(self) -> Packets:
+        return self
+
+    def __next__(self) -> Packet:
+        if self._closed:
+            raise StopIteration
+        try:
+            taken = self._take()
+            if taken is not None:
+                start, values, errors = taken
+                for place in sorted(errors):
+                    values[place] = self._handle(errors[place])
+                return {"ARGS_COUNTER": start, "RESULT": values}
+        except BaseException:
+            self.close()
+            raise
+        self._end(cancel=False)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel what is left of the job and close the connection. Idempotent."""
+        self._end(cancel=True)
+
+    def __enter__(self) -> Packets:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the interpreter's end half of it may be gone
+            self.close()
+
+    def _end(self, cancel: bool) -> None:
+        if not self._closed:
+            self._closed = True
+            self._controller.end(self._job, cancel=cancel)
+            self._controller.close()
+
+    def _handle(self, error: BaseException) -> Any:
+        if self._callback_error is None:
+            raise error
+        return self._callback_error(error)
+
+    def _take(self) -> Taken | None:
+        while True:
+            try:
+                return self._job.take(self._seconds_to_look())
+            except TimeoutError as e:
+                if type(e) is not TimeoutError:  # an error of a task, not the end of our patience
+                    raise
+            self._look_for_nodes()
+
+    def _seconds_to_look(self) -> float:
+        return LOOK_SECONDS if self._wait_for_nodes is None else min(LOOK_SECONDS, self._wait_for_nodes / 4)
+
+    def _look_for_nodes(self) -> None:
+        """No result came for a while: is there any node?"""
+        if self._controller.workers()[0] or not self._controller.connected:
+            self._lonely_since = None
+            return
+        now = time.monotonic()
+        self._lonely_since = self._lonely_since or now
+        waited = now - self._lonely_since
+        settings = self._controller.settings
+        where = f"{settings.host}:{settings.port}"
+        if self._wait_for_nodes is not None and waited >= self._wait_for_nodes:
+            raise NoNodesError(f"no node joined the server at {where} within {self._wait_for_nodes:g} s. {_start_one()}")
+        if waited >= NOTICE_SECONDS and not self._told:
+            self._told = True
+            _tell(f"The server at {where} has no nodes; the job waits for one. {_start_one()}")
+
+
+def map(
+    func: Callable[[Any], Any], args: Args, callback: Callable[[Any], Any] | None = None, chunksize: int = 1,
+    host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
+    callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
+    wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
+) -> list[list[Any]]:
+    """Call `func` with each argument, on all nodes; return the results as an ordered list of lists.
+
+    :param func: called with one argument, in a worker. Lambdas, closures and functions of `__main__` will do.
+    :param args: a list, a list of lists, a generator function, or any iterable. Where the first argument is a
+        list, all must be lists: then `func` is called with their elements, and each list is one packet.
+    :param callback: applied to each result, in the worker, right after `func`.
+    :param chunksize: arguments that travel together, at least 1; unused where `args` has lists.
+    :param host: name or address of the server, or "local" for a cluster of this process on this machine.
+    :param port: 0..65535. What is None is looked for in ACHILLES_HOST, ACHILLES_PORT, ACHILLES_USERNAME and
+        ACHILLES_SECRET_KEY, then in the configuration file, then asked for on a terminal.
+    :param username: 1 to 32 bytes of UTF-8.
+    :param secret_key: the cluster's secret.
+    :param callback_error: called in this thread with the exception of each argument that failed, which has
+        `.index` (of the argument in `args`), `.node` (the node's id) and the remote traceback as `__cause__`;
+        what it returns takes that place. Without it, the first error is raised and the job is cancelled.
+    :param buffersize: how many arguments may be out and not taken yet, at least 1. By default, two slices
+        for each worker of the cluster and 64, and 256 MiB.
+    :param wait_for_nodes: seconds to wait for a node; by default without end.
+    :param reconnect_seconds: how long to try to reach a lost server again.
+    :param timeout: seconds that the call for one argument may take; then its worker is replaced, and there
+        is a TaskTimeout at its index.
+    :returns: a list for each packet, in the order of `args`; not flattened. [] for no arguments.
+    :raises AchillesError: one of `errors.py`; `func`'s own exceptions come as themselves.
+
+    Blocks until all is done; Ctrl-C cancels the job. Every argument runs at least once. Prints an ALERT on
+    stderr once connected.
+    """
+    with _start(False, True, **locals()) as packets:
+        found = [(packet["ARGS_COUNTER"], packet["RESULT"]) for packet in packets]
+    return [results for _, results in sorted(found, key=lambda pair: pair[0])]
+
+
+def imap(
+    func: Callable[[Any], Any], args: Args, callback: Callable[[Any], Any] | None = None, chunksize: int = 1,
+    host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
+    callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
+    wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
+) -> Packets:
+    """As `map`, but yield `{'ARGS_COUNTER': index of the first argument, 'RESULT': [...]}` for each packet, in order.
+
+    The work begins with the call; `args` may be endless, and is read ahead as far as `buffersize` says.
+    Closing or dropping the iterator cancels the job.
+    """
+    return _start(True, False, **locals())
+
+
+def imap_unordered(
+    func: Callable[[Any], Any], args: Args, callback: Callable[[Any], Any] | None = None, chunksize: int = 1,
+    host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
+    callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
+    wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
+) -> Packets:
+    """As `imap`, but each packet as it arrives: the fastest way to consume results, and the least memory."""
+    return _start(False, False, **locals())
+
+
+def kill_cluster(
+    command_verified: bool = False, host: str | None = None, port: int | None = None, username: str | None = None,
+    secret_key: SecretKey = None,
+) -> bool:
+    """End every node and the server; callers with running jobs raise ClusterKilled.
+
+    Unless `command_verified`, asks for YES on the terminal; any other answer leaves all running and returns
+    False. Returns True when the server has confirmed; blocks for some seconds.
+
+    :raises ValueError: not verified, and there is no terminal to ask at.
+    """
+    if not command_verified:
+        if not (sys.stdin and sys.stdin.isatty()):
+            raise ValueError("kill_cluster ends a whole cluster: pass command_verified=True where nobody can be asked")
+        if input("This ends every node and the server, and all jobs that run. Type YES to go on: ").strip() != "YES":
+            return False
+    with _connection(host, port, username, secret_key) as controller:
+        controller.kill()
+    return True
+
+
+def cluster_status(
+    host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None
+) -> dict[str, Any]:
+    """The cluster as plain dicts; blocks for a round trip.
+
+    `nodes`: a list of id, address, python, version, cpu_count, busy (workers), done (slices), since (UTC, in
+    seconds since 1970). `jobs`: id, user, queued, running, done (slices). `server`: version, uptime (s), memory
+    (resident bytes, None where the system does not tell).
+    """
+    with _connection(host, port, username, secret_key) as controller:
+        return controller.status()
+
+
+def _start(
+    ordered: bool, eager: bool, *, func: Callable[[Any], Any], args: Args, callback: Callable[[Any], Any] | None,
+    chunksize: int, host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
+    callback_error: Callable[[Any], Any] | None, buffersize: int | None, wait_for_nodes: float | None,
+    reconnect_seconds: float, timeout: float | None,
+) -> Packets:
+    """Check, dump the function, connect, and begin."""
+    _check_callables(func=func, callback=callback, callback_error=callback_error)
+    _check_counts(chunksize=chunksize, buffersize=buffersize)
+    _check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
+    if not callable(args):
+        iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
+    context = payload.Context(caller=True)
+    name = getattr(func, "__qualname__", type(func).__name__)
+    function = Function(context.dump((func, callback), f"function {name}"))
+
+    def make(link: Controller, number: int) -> Job:
+        return Job(
+            link, number, context, secrets.token_bytes(16), function, args, chunksize=chunksize, ordered=ordered,
+            eager=eager, buffersize=buffersize, options={"timeout": timeout},
+        )
+
+    controller = Controller(lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds)
+    controller.open()
+    try:
+        controller.check_size(f"function {name}", len(function.letter))
+        settings = controller.settings
+        where = f"{settings.host}:{settings.port}"
+        _tell(f"ALERT: Connection to achilles_server at {where} and authentication successful.\n")
+        return Packets(controller, controller.start(make), callback_error, wait_for_nodes)
+    except BaseException:
+        controller.close()
+        raise
+
+
+@contextlib.contextmanager
+def _connection(
+    host: str | None, port: int | None, username: str | None, secret_key: SecretKey
+) -> Iterator[Controller]:
+    controller = Controller(lambda: _resolve(host, port, username, secret_key))
+    controller.open()
+    try:
+        yield controller
+    finally:
+        controller.close()
+
+
+def _resolve(host: str | None, port: int | None, username: str | None, secret_key: SecretKey) -> Settings:
+    if host == LOCAL:
+        from . import local
+
+        settings: Settings = local.embedded().settings
+        return settings
+    return config.resolve(host, port, username, secret_key)
+
+
+def _check_callables(func: object, **callbacks: object) -> None:
+    if not callable(func):
+        raise TypeError(f"func must be callable, not {type(func).__name__}")
+    for name, value in callbacks.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be callable or None, not {type(value).__name__}")
+
+
+def _check_counts(**counts: object) -> None:
+    for name, value in counts.items():
+        if value is None and name == "buffersize":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def _check_seconds(**seconds: object) -> None:
+    for name, value in seconds.items():
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+        if not 0 <= value < float("inf") or (name == "timeout" and value == 0):
+            raise ValueError(f"{name} must be a finite number of seconds, more than 0, not {value}")
+
+
+def _start_one() -> str:
+    return f"Start one: python -m {__package__}.node"
+
+
+def _tell(text: str) -> None:
+    """On stderr, so that stdout stays the caller's."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

@@ -1,0 +1,335 @@
+"""The controller: the caller's connection to a server, and the jobs that go through it.
+
+Knows the connection, its loss and its return; a job's arguments and results it leaves to
+`job.py`. It never loads an object.
+
+::
+
+    open() ── HELLO, CLUSTER ──▶ start(job) ── FUNCTION, JOB ──▶ job feeds TASKs … END
+      │ lost                                                        ▲
+      └─▶ connect again, with back-off, for `reconnect_seconds` ────┘ every job declared anew,
+                                                                     every slice without a result sent again
+
+Threads: the reader (`_read`) owns the connection: it reads, routes rows to jobs, and
+connects again. The channel's writer sends. Any thread may start and end jobs.
+`lock` guards the channel, the jobs, the book of functions and the cluster's figures;
+`_changed` is a condition on it. After a fork of the caller the child forgets all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from . import auth, channel
+from .channel import PYTHON, Channel, SentFunctions
+from .config import Settings
+from .errors import AchillesError, ClusterKilled, LetterTooLarge, ProtocolError, ServerUnreachable, VersionError
+from .job import Job
+from .wire import LETTER_LIMIT_BYTES, Frame, Kind, Rows
+
+__all__ = ["RECONNECT_SECONDS", "Controller"]
+
+RECONNECT_SECONDS = 300.0  # a server's machine may have to boot
+BACKOFF_SECONDS = (0.1, 5.0)  # the first wait before connecting again, and the longest; doubled, with jitter
+REPLY_SECONDS = 10.0  # for HELLO, the first CLUSTER, a STATUS, a KILL: the server answers at once or not at all
+
+log = logging.getLogger(__name__)
+derive_key = functools.lru_cache(maxsize=8)(auth.derive_key)  # 40 ms, and each of the three calls connects anew
+
+
+class Controller:
+    """A connection to the server that `resolve` names, kept until `close`.
+
+    `resolve` returns Settings; it is asked again for every reconnection, so that a changed
+    secret is found. Every method may be called from any thread.
+    """
+
+    def __init__(self, resolve: Callable[[], Settings], *, reconnect_seconds: float = RECONNECT_SECONDS) -> None:
+        self.lock = threading.Lock()
+        self.letter_limit = LETTER_LIMIT_BYTES
+        self.settings = resolve()
+        self._resolve = resolve
+        self._reconnect_seconds = reconnect_seconds
+        self._changed = threading.Condition(self.lock)
+        self._channel: Channel | None = None
+        self._sent = SentFunctions()  # what the server holds of this connection's functions
+        self._jobs: dict[int, Job] = {}
+        self._numbers = 0
+        self._cluster: dict[str, Any] | None = None  # the last CLUSTER of this connection
+        self._status: dict[str, Any] | None = None  # the answer to a STATUS
+        self._lost: AchillesError | None = None  # why there will be no connection again
+        self._closing = threading.Event()
+        self._reader: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Connect, authenticate, and wait for the server's first word; blocks for 20 s at most.
+
+        Raises ServerUnreachable, AuthenticationError, ProtocolError.
+        """
+        self._connect()
+        _forget_after_fork(self)
+        self._reader = threading.Thread(target=self._read, name="achilles-reader", daemon=True)
+        self._reader.start()
+        try:
+            self._wait_until(lambda: self._cluster is not None, "its first word")
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, make: Callable[[Controller, int], Job]) -> Job:
+        """Declare the job that `make(controller, number)` returns, and let it feed.
+
+        VersionError where there are nodes, and none that can run what this Python compiled.
+        """
+        with self.lock:
+            self._raise_if_lost()
+            cluster = self._cluster or {}
+            if cluster.get("nodes") and not cluster["workers"]:
+                raise VersionError(
+                    f"this is Python {PYTHON}, the nodes run {', '.join(sorted(cluster['pythons']))}: functions do not "
+                    "travel between minor versions; start a node with this one, or the caller with one of theirs"
+                )
+            self._numbers += 1
+            number = self._numbers
+        job = make(self, number)
+        with self.lock:
+            self._jobs[number] = job
+            self._declare(job, resumed=False)
+        job.start()
+        return job
+
+    def end(self, job: Job, cancel: bool = False) -> None:
+        """The job is over, or with `cancel` shall be: what is queued and what runs is stopped. Half a second at most."""
+        with self.lock:
+            known = self._jobs.pop(job.number, None) is not None
+            if known and cancel:
+                if self._channel is not None:
+                    self._channel.drop_tasks(job.number)
+                    self._channel.send_ahead(Kind.CANCEL, {"job": job.number})
+            if known:
+                self.post(Kind.END, {"job": job.number})
+                for function in (job.function, job.initializer):
+                    for digest in self._sent.release(function.digest) if function else ():
+                        self.post(Kind.FORGET, {"function": digest.hex()})
+        job.stop()
+
+    def close_context(self, context: bytes) -> None:
+        """Let the workers drop a context and all that they loaded in it."""
+        with self.lock:
+            self.post(Kind.CLOSE, {"context": context.hex()})
+
+    def status(self) -> dict[str, Any]:
+        """Nodes, jobs and server as plain dicts, from the server; blocks 10 s at most."""
+        with self.lock:
+            self._status = None
+            self.post(Kind.STATUS, {})
+        self._wait_until(lambda: self._status is not None, "an answer")
+        return self._status or {}
+
+    def kill(self) -> None:
+        """End every node and the server; returns when the server has said so, after 10 s at most."""
+        with self.lock:
+            self.post(Kind.KILL, {})
+        try:
+            self._wait_until(lambda: False, "its goodbye")
+        except ClusterKilled:
+            pass
+
+    def close(self) -> None:
+        """Say BYE, end the connection and join its threads; some 4 s at most. Jobs that are open are cancelled."""
+        self._closing.set()
+        with self.lock:
+            jobs, link = list(self._jobs.values()), self._channel
+        for job in jobs:
+            job.buffer.fail(ServerUnreachable("the connection was closed while the job ran"))
+            self.end(job, cancel=True)
+        if link is not None:
+            link.finish("leaving")
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join(2 * channel.GOODBYE_SECONDS)
+        if link is not None:
+            link.close()
+
+    # What a Job needs of its link.
+
+    def post(self, kind: Kind, body: dict[str, Any] | Rows) -> None:
+        """Send on the connection there is, if there is one. Needs `lock`."""
+        if self._channel is not None:
+            self._channel.send(kind, body)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server has spoken on the connection there is."""
+        return self._cluster is not None
+
+    def check_size(self, what: str, size: int) -> None:
+        """LetterTooLarge if something of `size` bytes may not travel to every node; `what` names it."""
+        if size > self.letter_limit:
+            raise LetterTooLarge(f"{what} has {size:,} bytes, the cluster takes {self.letter_limit:,} in one piece")
+
+    def workers(self) -> tuple[int, int]:
+        """Workers of nodes with this Python, and those of the largest node."""
+        cluster = self._cluster
+        return (cluster["workers"], cluster["largest"]) if cluster else (0, 0)
+
+    def wait_for_workers(self, timeout: float) -> None:
+        """Block until the cluster changes or the connection does, `timeout` seconds at most."""
+        with self._changed:
+            self._changed.wait(timeout)
+
+    # The connection.
+
+    def _connect(self) -> None:
+        settings = self.settings
+        key = derive_key(settings.username, settings.secret.reveal())
+        link = channel.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key)
+        link.name = f"server {settings.host}:{settings.port}"
+        link.send(Kind.HELLO, channel.hello())
+        with self._changed:
+            self._channel, self._sent, self._cluster = link, SentFunctions(), None
+            for job in self._jobs.values():
+                self._declare(job, resumed=True)
+                for rows in job.outstanding():
+                    link.send(Kind.TASK, rows)
+                if job.flushed():
+                    link.send(Kind.FLUSH, {"job": job.number, "upto": job.flushed()})
+        link.start_writer()
+
+    def _declare(self, job: Job, resumed: bool) -> None:
+        """FUNCTION where the server has it not, then JOB. Needs `lock`."""
+        body = {"job": job.number, "context": job.context_id.hex(), "function": job.function.digest.hex()}
+        for name, function in (("function", job.function), ("initializer", job.initializer)):
+            if function is not None:
+                body[name] = function.digest.hex()
+                if self._sent.use(function.digest, len(function.letter)):
+                    self.post(Kind.FUNCTION, Rows.single(0, 0, 0, 0, (function.letter,), function.digest))
+        self.post(Kind.JOB, body | {"resumed": resumed, "options": job.options})
+
+    def _read(self) -> None:
+        """The reader thread: read until the connection ends, connect again, until closed or given up."""
+        while True:
+            link = self._channel
+            why = link.run(self._handle) if link is not None else "closed"
+            if self._closing.is_set() or self._lost is not None:
+                break
+            log.info("lost the connection to the server: %s", why)
+            with self.lock:
+                self._cluster = None
+            if not self._reconnect(why):
+                break
+            if link is not None:
+                link.close()
+        with self._changed:
+            self._lost = self._lost or ServerUnreachable("the connection was closed")
+            self._changed.notify_all()
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.buffer.fail(self._lost)
+
+    def _reconnect(self, why: str) -> bool:
+        deadline = time.monotonic() + self._reconnect_seconds
+        wait, longest = BACKOFF_SECONDS
+        while not self._closing.wait(wait * (0.5 + random.random())):
+            wait = min(2 * wait, longest)
+            try:
+                self.settings = self._resolve()
+                self._connect()
+                log.info("connected to the server again")
+                return True
+            except (AchillesError, OSError) as e:
+                why = str(e)
+            if time.monotonic() > deadline:
+                break
+        where = f"{self.settings.host}:{self.settings.port}"
+        self._lost = ServerUnreachable(
+            f"lost the achilles server at {where} and could not reconnect for {self._reconnect_seconds:g} s: {why}"
+        )
+        return False
+
+    def _wait_until(self, happened: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + REPLY_SECONDS
+        with self._changed:
+            while not happened():
+                self._raise_if_lost()
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    where = f"{self.settings.host}:{self.settings.port}"
+                    raise ServerUnreachable(f"the server at {where} did not send {what} within {REPLY_SECONDS:g} s")
+
+    def _raise_if_lost(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    # The reader's routing.
+
+    def _handle(self, frame: Frame) -> None:
+        kind, body = frame
+        if kind is Kind.RESULT:
+            self._handle_results(body)
+        elif kind is Kind.PACKET:
+            job = self._jobs.get(body.job)
+            if job is not None:
+                for first, count in zip(body.slices, body.attempts, strict=True):
+                    job.packet(first, count)
+        elif kind is Kind.CLUSTER:
+            self._handle_cluster(body)
+        elif kind is Kind.STATUS:
+            with self._changed:
+                self._status = body
+                self._changed.notify_all()
+        elif kind is Kind.BYE and body["reason"] == "killed":
+            self._lost = ClusterKilled("the cluster was ended by kill_cluster")
+            raise self._lost
+        elif kind is Kind.ERROR:
+            raise ProtocolError(f"the server says: {body['message']}")
+
+    def _handle_results(self, rows: Rows) -> None:
+        job = self._jobs.get(rows.job)
+        if job is None:
+            return
+        columns = zip(rows.slices, rows.attempts, rows.statuses, rows.letters(), strict=True)
+        for number, attempt, status, (digest, letter) in columns:
+            job.answer(number, attempt, status, letter[0], digest)
+
+    def _handle_cluster(self, body: dict[str, Any]) -> None:
+        with self._changed:
+            self._cluster = body
+            self.letter_limit = body["letter_limit"]
+            self._changed.notify_all()
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.resize()
+
+    def _abandon(self) -> None:
+        """In a child of the caller: the parent's connection is not ours. Takes no lock; its holder may not exist."""
+        self._lost = ServerUnreachable("this connection belongs to the parent process; open one after the fork")
+        link, self._channel = self._channel, None
+        if link is not None:
+            link.socket.close()
+
+
+_open_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+
+
+@functools.cache
+def _register_fork_hook() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _abandon_all() -> None:
+    for controller in list(_open_controllers):
+        controller._abandon()
+
+
+def _forget_after_fork(controller: Controller) -> None:
+    _register_fork_hook()
+    _open_controllers.add(controller)
