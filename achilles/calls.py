@@ -121,7 +121,8 @@ class Packets(Iterator[Packet]):
         settings = self._controller.settings
         where = f"{settings.host}:{settings.port}"
         if self._wait_for_nodes is not None and waited >= self._wait_for_nodes:
-            raise NoNodesError(f"no node joined the server at {where} within {self._wait_for_nodes:g} s. {_start_one()}")
+            patience = f"{self._wait_for_nodes:g} s"
+            raise NoNodesError(f"no node joined the server at {where} within {patience}. {_start_one()}")
         if waited >= NOTICE_SECONDS and not self._told:
             self._told = True
             _tell(f"The server at {where} has no nodes; the job waits for one. {_start_one()}")

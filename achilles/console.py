@@ -20,7 +20,9 @@ from typing import Any
 from . import config
 from .errors import AchillesError, AuthenticationError, ConfigurationError
 
-__all__ = ["ExitStatus", "errors_to_exit_status", "parse", "parser", "read_secret", "say", "signal_handlers", "status_table"]
+__all__ = [
+    "ExitStatus", "errors_to_exit_status", "parse", "parser", "read_secret", "say", "signal_handlers", "status_table",
+]
 
 LEVELS = ("debug", "info", "warning", "error")
 USAGE_STATUS, UNREACHABLE_STATUS, INTERRUPTED_STATUS = 2, 1, 130  # of a process: argparse's, any failure's, a shell's
@@ -45,7 +47,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--port", type=int, help="its port, 9999 where none is given")
     made.add_argument("--username", help="1 to 32 bytes")
     made.add_argument("--secret-key-file", metavar="FILE", help="a file whose first line is the secret")
-    made.add_argument("--env-file", metavar="FILE", help="a configuration file; the package's own .env where none is given")
+    made.add_argument("--env-file", metavar="FILE", help="a configuration file; by default the package's own .env")
     made.add_argument("--log-level", choices=LEVELS, default="info", help="of the log on stderr")
     return made
 
@@ -108,7 +110,8 @@ def status_table(state: dict[str, Any]) -> str:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["", f"{what}: {len(state[what])}"]
         if state[what]:
-            lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+            cells = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+            lines += ["  ".join(row).rstrip() for row in cells]
     return "\n".join(lines)
 
 

@@ -107,7 +107,7 @@ class Controller:
         return job
 
     def end(self, job: Job, cancel: bool = False) -> None:
-        """The job is over, or with `cancel` shall be: what is queued and what runs is stopped. Half a second at most."""
+        """The job is over, or with `cancel` shall be: what is queued and what runs is stopped. 0.5 s at most."""
         with self.lock:
             known = self._jobs.pop(job.number, None) is not None
             if known and cancel:

@@ -115,8 +115,9 @@ class Job:
 
     def __init__(
         self, link: Link, number: int, context: payload.Context, context_id: bytes, function: Function,
-        args: Iterable[Any] | Callable[[], Any], *, chunksize: int = 1, ordered: bool = True, flat: bool = False, eager: bool = False,
-        buffersize: int | None = None, options: Mapping[str, Any] | None = None, initializer: Function | None = None,
+        args: Iterable[Any] | Callable[[], Any], *, chunksize: int = 1, ordered: bool = True,
+        flat: bool = False, eager: bool = False, buffersize: int | None = None,
+        options: Mapping[str, Any] | None = None, initializer: Function | None = None,
     ) -> None:
         self.link = link
         self.number = number

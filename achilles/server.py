@@ -76,15 +76,15 @@ class Server(socketserver.ThreadingTCPServer):
         self._user = settings.username.encode()
         self._keys = _derive(settings)
         self._decoys = [secrets.token_bytes(32), secrets.token_bytes(32)]  # for unknown users: the same work
-        self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # why to end; its put may be called by a signal handler
+        self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # why to end; a signal handler may put
         self._exchange = Exchange(__version__, kill=lambda: self.end("killed"))
         self._ending = threading.Event()
         self._places_lock = threading.Lock()
         self._places: dict[socket.socket, str] = {}  # connections before authentication, the oldest first
         host = bind or settings.host
         try:
-            family, *_, address = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            self.address_family = family
+            found = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            self.address_family, *_, address = found[0]
             super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
         except OSError as e:
             raise AddressError(e.errno, _explain(e, host, settings.port)) from e
@@ -189,8 +189,8 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 def run_server(
-    host: str | None = None, port: int | None = None, username: str | None = None, secret_key: config.SecretKey = None, *,
-    bind: str | None = None, env_file: config.EnvFile = None,
+    host: str | None = None, port: int | None = None, username: str | None = None,
+    secret_key: config.SecretKey = None, *, bind: str | None = None, env_file: config.EnvFile = None,
 ) -> int:
     """Run a server in this thread until SIGTERM, Ctrl-C, or `kill_cluster`; returns its exit status.
 
@@ -250,7 +250,7 @@ def _print_status(settings: Settings, as_json: bool) -> int:
 
 
 def ask_status(settings: Settings) -> dict[str, Any]:
-    """A running server's STATUS. Blocks up to the connection's timeout twice; ServerUnreachable, AuthenticationError."""
+    """A running server's STATUS. Blocks some seconds at most. Raises ServerUnreachable, AuthenticationError."""
     key = auth.derive_key(settings.username, settings.secret.reveal())
     link = channel.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key)
     answers: list[dict[str, Any]] = []
