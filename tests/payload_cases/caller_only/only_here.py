@@ -1,0 +1,5 @@
+"""A module that the caller has and the node lacks."""
+
+
+def function(x):
+    return x

@@ -1,0 +1,48 @@
+"""The other process: loads, calls, dumps. Its package has another name, and it cannot see the cases.
+
+Run as `python -c <this text> <folder> <package>`. Reads pickled requests (context, initializer letters,
+function letter, slice letter) with a length of 8 bytes in front, and answers (raised, letter).
+"""
+
+import importlib
+import pickle
+import struct
+import sys
+
+sys.path[:] = [sys.argv[1], *(path for path in sys.path if path)]
+payload = importlib.import_module(sys.argv[2] + ".payload")
+contexts, functions = {}, {}
+
+
+def answer(name, initializers, function_letter, slice_letter):
+    context = contexts.setdefault(name, payload.Context(caller=False))
+    for letter, args in initializers:
+        context.load(bytearray(letter))(*context.load(bytearray(args)))
+    if (name, function_letter) not in functions:
+        functions[name, function_letter] = context.load(bytearray(function_letter))
+    function = functions[name, function_letter]
+    arguments, skipped = payload.load_slice(context, bytearray(slice_letter))
+    values, errors = [None] * len(arguments), {}
+    for position, argument in enumerate(arguments):
+        if position in skipped:
+            continue
+        try:
+            values[position] = function(argument)
+        except BaseException as error:
+            errors[position] = error
+    raised, parts = payload.dump_outcomes(context, values, errors)
+    return raised, b"".join(parts)
+
+
+while True:
+    head = sys.stdin.buffer.read(8)
+    if not head:
+        break
+    request = pickle.loads(sys.stdin.buffer.read(*struct.unpack(">Q", head)))
+    try:
+        reply = answer(*request)
+    except Exception as failure:
+        reply = failure
+    data = pickle.dumps(reply)
+    sys.stdout.buffer.write(struct.pack(">Q", len(data)) + data)
+    sys.stdout.buffer.flush()
