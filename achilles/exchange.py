@@ -163,7 +163,7 @@ class Exchange:
             accepted, actions = self._scheduler.answer(node.id, body.job, body)
             job = self._jobs.get(body.job)
             if accepted is not None and job is not None:
-                job.owner.channel.send(Kind.RESULT, accepted.renumbered(job.body["job"], pace=0))
+                job.owner.channel.send(Kind.RESULT, accepted.renumbered(job.body["job"]))
             self._carry_out(actions)
         elif kind is Kind.RETURNED:
             self._carry_out(self._scheduler.returned(node.id, body.job, body.slices))

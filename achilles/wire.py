@@ -22,6 +22,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -47,6 +48,7 @@ MAX_LONG_BYTES = 8 << 20  # a heartbeat waits for at most this much of queued le
 LETTER_LIMIT_BYTES = 1 << 30  # a default: a letter is held in memory by every process that it passes
 TEXT_CHARS = 4096  # the longest text in a JSON field
 NAME_CHARS = 64  # versions, codes, reasons
+HEX_DIGITS = frozenset("0123456789abcdef")  # lower case alone, so that equal digests are equal texts
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
 BUFFER_BYTES = 256 << 10  # one recv takes up to this much
 LETTER_STEP_BYTES = 4 << 20  # the first piece of memory for a long letter; doubled as it fills
@@ -112,19 +114,26 @@ ROW_COUNTS: dict[Kind, tuple[int, int]] = {
     Kind.RESULT: (1, MAX_ROWS), Kind.RETURNED: (0, MAX_ROWS),
 }
 LETTERLESS = frozenset({Kind.PACKET, Kind.RETURNED})
+# What the status of a row may be, where it is not always 0.
+STATUSES: dict[Kind, frozenset[int]] = {
+    Kind.TASK: frozenset({0, PACKED}),
+    Kind.RESULT: frozenset({*Status, Status.VALUES | MORE, Status.RAISED | MORE}),
+}
+_ZERO = frozenset({0})
 
 
 class Field(NamedTuple):
-    """A JSON field: its type, its range (of an int) or its length (of a text), and whether it must be there."""
+    """A JSON field: its type, its range or (of a text) its length, whether it must be there, and is hex digits."""
 
     type: type | tuple[type, ...]
     low: float = 0
     high: float = U32
     required: bool = True
+    hex: bool = False
 
 
 _NAME, _TEXT, _U32 = Field(str, 1, NAME_CHARS), Field(str, 0, TEXT_CHARS), Field(int)
-_DIGEST, _CONTEXT, _JOB = Field(str, 64, 64), Field(str, 32, 32), {"job": Field(int)}
+_DIGEST, _CONTEXT, _JOB = Field(str, 64, 64, hex=True), Field(str, 32, 32, hex=True), {"job": Field(int)}
 _LETTER_LIMIT = Field(int, SHORT_LETTER_BYTES + 1, U32)
 FIELDS: dict[Kind, dict[str, Field]] = {
     Kind.HELLO: {
@@ -140,7 +149,7 @@ FIELDS: dict[Kind, dict[str, Field]] = {
         "letter_limit": _LETTER_LIMIT,
     },
     Kind.JOB: {
-        **_JOB, "context": _CONTEXT, "function": _DIGEST, "initializer": Field(str, 64, 64, False),
+        **_JOB, "context": _CONTEXT, "function": _DIGEST, "initializer": _DIGEST._replace(required=False),
         "resumed": Field(bool), "options": Field(dict),
     },
     Kind.FORGET: {"function": _DIGEST},
@@ -200,6 +209,18 @@ class Rows:
             return cls(job, table, digest, b"", (letter,), pace)
         return cls(job, table, b"", b"".join(letter), (), pace)
 
+    @classmethod
+    def build(
+        cls, job: int, slices: Sequence[int], attempts: Sequence[int], statuses: Sequence[int],
+        letters: Sequence[Buffer], digests: Sequence[bytes],
+    ) -> Rows:
+        """Many slices, each letter one buffer, its digest b"" where it is a short one."""
+        table = b"".join(map(ROW.pack, slices, attempts, statuses, map(len, letters)))
+        if not any(digests):
+            return cls(job, table, b"", b"".join(letters))
+        shorts = b"".join([letter for letter, digest in zip(letters, digests) if not digest])
+        return cls(job, table, b"".join(digests), shorts, [(letter,) for letter, d in zip(letters, digests) if d])
+
     def __len__(self) -> int:
         return len(self.slices)
 
@@ -250,8 +271,8 @@ class Rows:
         """Where each row's letter begins: in `shorts`, and in `longs`."""
         if self._offsets is None:
             long = [length > SHORT_LETTER_BYTES for length in self.lengths]
-            short_lengths = [0 if is_long else n for n, is_long in zip(self.lengths, long)] if self.longs else self.lengths
-            self._offsets = list(accumulate(short_lengths, initial=0)), list(accumulate(long, initial=0))
+            short = [0 if is_long else n for n, is_long in zip(self.lengths, long)] if self.longs else self.lengths
+            self._offsets = list(accumulate(short, initial=0)), list(accumulate(long, initial=0))
         return self._offsets
 
 
@@ -297,20 +318,22 @@ def decode(kind: Kind, count: int, envelope: bytes) -> tuple[dict[str, Any] | Ro
     if count:
         raise ProtocolError(f"{kind.name} has no rows, this one has {count}")
     try:
-        body = json.loads(envelope, parse_constant=_refuse_constant)
+        body = json.loads(envelope.decode(), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as e:
         raise ProtocolError(f"{kind.name} is not JSON: {type(e).__name__}") from None
     check_fields(kind.name, body, FIELDS[kind])
     if kind is Kind.JOB:
         check_fields("JOB options", body["options"], OPTIONS)
+        if any(isinstance(value, (dict, list)) for value in body["options"].values()):
+            raise ProtocolError("a JOB option is a number, a text, true, false or null")
     return body, []
 
 
 def describe(kind: Kind, body: dict[str, Any] | Rows) -> str:
     """A frame in a line for the log: never a letter, nor what a JSON body says in words of its own."""
     if not isinstance(body, Rows):
-        known = {name: body[name] for name in ("job", "function", "upto", "number", "reason", "context") if name in body}
-        return " ".join([kind.name, *(f"{name} {str(value)[:16]}" for name, value in known.items())])
+        names = ("job", "function", "upto", "number", "reason", "context")
+        return " ".join([kind.name, *(f"{name} {str(body[name])[:16]}" for name in names if name in body)])
     span = f"{body.slices[0]}..{body.slices[-1]}" if body.slices else "none"
     return f"{kind.name} job {body.job} slices {span} ({len(body)} rows, {body.size()} bytes)"
 
@@ -326,7 +349,7 @@ def check_fields(what: str, body: object, fields: dict[str, Field]) -> None:
         good = isinstance(value, field.type) and (field.type is bool or not isinstance(value, bool))
         measure = len(value) if isinstance(value, str) else value
         if good and isinstance(measure, (int, float)):
-            good = field.low <= measure <= field.high
+            good = field.low <= measure <= field.high and (not field.hex or HEX_DIGITS.issuperset(str(value)))
         if not good:
             raise ProtocolError(f"{what} has a bad or no field {name!r}")
 
@@ -454,6 +477,8 @@ def _decode_rows(kind: Kind, count: int, envelope: bytes) -> tuple[Rows, list[in
         raise ProtocolError(f"{kind.name} with {count} rows in {len(envelope)} bytes")
     job, pace = ADDRESS.unpack_from(envelope)
     rows = Rows(job, envelope[ADDRESS.size : end], pace=pace)
+    if not STATUSES.get(kind, _ZERO).issuperset(rows.statuses):
+        raise ProtocolError(f"a row of a {kind.name} with a status that is not known")
     lengths = [n for n in rows.lengths if n > SHORT_LETTER_BYTES]
     start = end + len(lengths) * DIGEST_BYTES
     rows.digests, rows.shorts, rows.longs = envelope[end:start], envelope[start:], []
@@ -464,5 +489,9 @@ def _decode_rows(kind: Kind, count: int, envelope: bytes) -> tuple[Rows, list[in
     return rows, lengths
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
+def _finite(text: str) -> float:
+    """ValueError for what is not JSON, though Python reads it: NaN, Infinity, 1e999."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number

@@ -1,0 +1,73 @@
+"""What many tests use: a free port, a wait with a deadline, and a check that nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SECONDS = 20.0  # tells a hang from a wait
+GONE_SECONDS = 8.0  # for what a test has started: longer than a goodbye and the joins after it
+
+
+def wait_until(happened: Callable[[], Any], what: object = "it", seconds: float = SECONDS) -> Any:
+    """Wait until `happened()` is true and return that; an AssertionError that names `what` after `seconds`."""
+    deadline, pause = time.monotonic() + seconds, threading.Event()
+    while not (value := happened()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what() if callable(what) else what}"
+        pause.wait(0.005)
+    return value
+
+
+def descriptors() -> set[tuple[str, str]]:
+    """This process's open descriptors with what they stand for; none where the system does not tell."""
+    found = set()
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        try:
+            found.add((name, os.readlink(f"/proc/self/fd/{name}")))
+        except OSError:  # the one that listed them
+            pass
+    return found
+
+
+def children() -> set[int]:
+    """The processes that this one has started and that are there, zombies too."""
+    files = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for file in files for pid in file.read_text().split()}
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture
+def no_leftovers() -> Iterator[None]:
+    """After the test there is no thread, descriptor or child process that was not there before it."""
+    threads, open_before, processes = set(threading.enumerate()), descriptors(), children()
+
+    def left() -> list[object]:
+        return [*(set(threading.enumerate()) - threads), *(descriptors() - open_before), *(children() - processes)]
+
+    yield
+    if left():
+        gc.collect()
+    wait_until(lambda: not left(), lambda: f"the end of {left()}", GONE_SECONDS)
+
+
+@pytest.fixture
+def unconfigured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No setting in the environment, and a configuration file of the test's own, which does not exist yet."""
+    for name in [name for name in os.environ if name.startswith("ACHILLES_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ACHILLES_ENV_FILE", str(tmp_path / "env"))
+    return tmp_path / "env"

@@ -1,0 +1,251 @@
+"""The rules of the package that can be read off its source: who imports whom, and who may do what."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import achilles
+
+PACKAGE = Path(achilles.__file__).parent
+# A module imports from those before it alone. The last one names the others' public names, and loads them when used.
+ORDER = [
+    "errors", "wire", "auth", "config", "console", "byvalue", "payload", "scheduler", "results", "channel", "worker",
+    "workers", "node", "exchange", "server", "feeder", "job", "controller", "local", "calls", "pool", "futures",
+    "joblib_backend", "lineReceiver", "lineReceiver.achilles_main", "lineReceiver.achilles_server",
+    "lineReceiver.achilles_node", "__init__",
+]
+LONGEST_MODULE_LINES = 330
+# Longer ones, up to so many lines, and why each is one module all the same.
+LONG_MODULES = {
+    "wire": (520, "the protocol in one place: a third of it is the tables of PROTOCOL.md"),
+    "byvalue": (520, "what travels by value, for every kind of object that has a case"),
+    "config": (520, "each way to a setting, each with a message of its own"),
+    "payload": (600, "dumping and loading are read side by side"),
+    "scheduler": (600, "one state machine, whose invariants span all of it"),
+    "channel": (500, "the handshake and the two ways to drive a connection"),
+    "worker": (400, "all that runs in a worker's process, and nothing else does"),
+    "workers": (660, "the life of a worker, seen from its node: start, feed, watch, end"),
+    "node": (430, "one loop, and the reasons to leave it"),
+    "feeder": (400, "one thread, and all that may keep it waiting"),
+    "job": (620, "one job in its controller: cut, send, collect"),
+    "server": (370, "listening, places, and the command with its questions"),
+    "controller": (430, "a connection, what it declares again, and how it is lost"),
+    "local": (400, "a cluster of processes, and the command that runs a script on one"),
+    "calls": (400, "the documented calls and their one table of options"),
+}
+PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+PROOFS = ("proof", "tag", "digest", "mac", "answer")  # names of what must be compared in constant time
+
+
+def path_of(name):
+    path = PACKAGE.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def name_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+SOURCES = {name_of(path): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
+
+
+def own_imports(name):
+    """The modules of the package that this one imports from, wherever in it."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = name.split(".") if path_of(name).name == "__init__.py" else name.split(".")[:-1]
+            package = [] if name == "__init__" else package[: len(package) - node.level + 1]
+            base = [*package, *(node.module or "").split(".")] if node.module else package
+            for alias in node.names:
+                whole = ".".join([*base, alias.name])
+                yield whole if whole in SOURCES else ".".join(base) or f"__init__.{alias.name}"
+
+
+def outside_imports(name):
+    """The modules of other packages that this one imports, wherever in it."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+
+
+def calls_of(name):
+    return [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+
+
+def run(code):
+    """Run code in a new interpreter that finds the package, and return what it printed."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_module_has_its_place():
+    assert SOURCES.keys() <= set(ORDER)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_module_imports_only_from_those_before_it(name):
+    before = {*ORDER[: ORDER.index(name)], "__init__.__version__"}  # a literal, which its first lines define
+    assert set(own_imports(name)) <= before
+
+
+def test_the_three_roles_do_not_import_each_other():
+    for role in ("node", "server", "controller"):
+        assert not {"node", "server", "controller"} & set(own_imports(role))
+
+
+def test_what_stands_on_the_roles_can_be_deleted():
+    """The rooms above the roles are known by none below: a copy without them works."""
+    above = {"local", "pool", "futures", "joblib_backend"} | {name for name in ORDER if name.startswith("lineReceiver")}
+    for name in ORDER[: ORDER.index("local")]:
+        assert name not in SOURCES or not above & set(own_imports(name))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_nothing_imports_the_package_by_its_name(name):
+    assert not [module for module in outside_imports(name) if module.partition(".")[0] == PACKAGE.name]
+
+
+def test_the_server_imports_nothing_that_unpickles():
+    """Neither itself nor through the standard library."""
+    loaded = run("import sys, achilles.server; print(*sys.modules)").split()
+    assert "achilles.exchange" in loaded
+    assert not {"dill", "pickle", "_pickle", "multiprocess", "multiprocessing", "achilles.payload"} & set(loaded)
+
+
+def test_a_node_starts_processes_but_loads_no_letter():
+    """multiprocess brings pickle and dill along; the node's own modules touch neither, nor payload.py."""
+    for name in ("node", "workers", "channel", "wire"):
+        assert not PICKLERS & set(outside_imports(name))
+        assert not {"payload", "byvalue"} & set(own_imports(name))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_payloads_pickle_and_nothing_else_runs_text(name):
+    if name in ("payload", "byvalue"):
+        return
+    assert not PICKLERS & set(outside_imports(name))
+    assert not [call for call in calls_of(name)
+                if isinstance(call.func, ast.Name) and call.func.id in ("eval", "exec", "compile", "__import__")]
+
+
+def test_nothing_happens_at_import():
+    """No thread, no signal, no atexit, no start method; and the environment is not read by any module of ours."""
+    names = sorted(name for name in SOURCES if name != "__init__")
+    assert run(f"""
+import atexit, importlib, os, signal, sys, threading
+import multiprocess, dill  # what they do at import is theirs
+
+def caller_is_ours():
+    frame = sys._getframe(2)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == "achilles"
+
+class Watched(type(os.environ)):
+    def __getitem__(self, key):
+        if caller_is_ours():
+            print("reads", key)
+        return super().__getitem__(key)
+    def get(self, key, default=None):
+        if caller_is_ours():
+            print("reads", key)
+        return super().get(key, default)
+
+os.environ.__class__ = Watched
+atexit.register = lambda *args: print("atexit", *args)
+signal.signal = lambda *args: print("signal", *args)
+threading.Thread.start = lambda self: print("thread", self)
+multiprocess.set_start_method = lambda *args, **options: print("start method", *args)
+import achilles
+if any(name.startswith("achilles.") for name in sys.modules):
+    print("loads", *[name for name in sys.modules if name.startswith("achilles.")])
+for name in {names}:
+    importlib.import_module("achilles." + name)
+print("threads", threading.active_count())
+""") == "threads 1\n"
+
+
+def test_proofs_are_compared_in_constant_time():
+    """No == on a proof, a tag or a digest in what authenticates; every use of one is hmac.compare_digest's."""
+    for name in ("auth", "exchange", "server"):
+        for node in ast.walk(TREES[name]):
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq, ast.In, ast.NotIn)):
+                words = {word for side in (node.left, *node.comparators) for word in words_of(side)}
+                assert not words & set(PROOFS), (name, ast.unparse(node))
+    compared = [ast.unparse(call) for call in calls_of("auth") if ast.unparse(call.func).endswith("compare_digest")]
+    assert len(compared) == 3 and all(call.startswith("hmac.compare_digest(") for call in compared)
+
+
+def words_of(expression):
+    for node in ast.walk(expression):
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            yield from (node.id if isinstance(node, ast.Name) else node.attr).lower().split("_")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_library_neither_prints_nor_asserts(name):
+    assert not [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Assert)]
+    if name != "console":
+        mains = [node for node in TREES[name].body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+        allowed = {call for main in mains for call in ast.walk(main)}
+        prints = [call for call in calls_of(name) if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert not [ast.unparse(call) for call in prints if call not in allowed]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_module_and_public_name_says_what_it_is(name):
+    tree = TREES[name]
+    assert ast.get_docstring(tree)
+    public = public_names(tree)
+    assert public is not None or name == "lineReceiver", "no __all__"
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and (node.name in (public or []) or node.name[0] != "_"):
+            assert ast.get_docstring(node), node.name
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name in (public or []):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name[0] != "_":
+                    assert ast.get_docstring(method), f"{node.name}.{method.name}"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_public_name_is_there(name):
+    tree = TREES[name]
+    defined = {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+               for alias in node.names}
+    for node in tree.body:
+        defined |= {node.name} if isinstance(node, (ast.ClassDef, ast.FunctionDef)) else set()
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            defined |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    assert set(public_names(tree) or []) <= defined
+
+
+def public_names(tree):
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return None
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_module_is_longer_than_it_must_be(name):
+    most, _ = LONG_MODULES.get(name, (LONGEST_MODULE_LINES, ""))
+    assert len(SOURCES[name].splitlines()) <= most
+
+
+def test_a_module_is_listed_as_long_only_while_it_is():
+    assert {name for name in LONG_MODULES if len(SOURCES[name].splitlines()) < 300} == set()
+
+
+def test_the_top_level_loads_each_public_name():
+    assert all(getattr(achilles, name) is not None for name in achilles.__all__)
+    assert set(achilles.__all__) <= set(dir(achilles))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        achilles.nothing  # noqa: B018
