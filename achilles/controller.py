@@ -31,12 +31,21 @@ from typing import Any
 from . import auth, channel
 from .channel import PYTHON, Channel, SentFunctions
 from .config import Settings
-from .errors import AchillesError, ClusterKilled, LetterTooLarge, ProtocolError, ServerUnreachable, VersionError
+from .errors import (
+    AchillesError,
+    AuthenticationError,
+    ClusterKilled,
+    LetterTooLarge,
+    ProtocolError,
+    ServerUnreachable,
+    VersionError,
+)
 from .job import Job
 from .wire import LETTER_LIMIT_BYTES, Frame, Kind, Rows
 
 __all__ = ["RECONNECT_SECONDS", "Controller"]
 
+CLOSED = "the connection to the server was closed by its owner in this process"
 RECONNECT_SECONDS = 300.0  # a server's machine may have to boot
 BACKOFF_SECONDS = (0.1, 5.0)  # the first wait before connecting again, and the longest; doubled, with jitter
 REPLY_SECONDS = 10.0  # for HELLO, the first CLUSTER, a STATUS, a KILL: the server answers at once or not at all
@@ -64,6 +73,7 @@ class Controller:
         self._jobs: dict[int, Job] = {}
         self._numbers = 0
         self._cluster: dict[str, Any] | None = None  # the last CLUSTER of this connection
+        self._met = False  # a server has sent one, ever
         self._status: dict[str, Any] | None = None  # the answer to a STATUS
         self._lost: AchillesError | None = None  # why there will be no connection again
         self._closing = threading.Event()
@@ -74,7 +84,18 @@ class Controller:
 
         Raises ServerUnreachable, AuthenticationError, ProtocolError.
         """
-        self._connect()
+        where, user = self._where(), self.settings.username
+        try:
+            self._connect()
+        except AuthenticationError as e:
+            raise AuthenticationError(
+                f"{e} ({where}, user {user!r}): compare USERNAME and SECRET_KEY here with those of the server, or copy "
+                "its configuration file to this machine (scp -p)"
+            ) from None
+        except ServerUnreachable as e:
+            raise ServerUnreachable(
+                f"{e}. Is a server running, and is this its address? Start one: python -m {__package__}.server"
+            ) from e
         _forget_after_fork(self)
         self._reader = threading.Thread(target=self._read, name="achilles-reader", daemon=True)
         self._reader.start()
@@ -101,6 +122,7 @@ class Controller:
             number = self._numbers
         job = make(self, number)
         with self.lock:
+            self._raise_if_lost()
             self._jobs[number] = job
             self._declare(job, resumed=False)
         job.start()
@@ -110,6 +132,7 @@ class Controller:
         """The job is over, or with `cancel` shall be: what is queued and what runs is stopped. 0.5 s at most."""
         with self.lock:
             known = self._jobs.pop(job.number, None) is not None
+            job.ended = True
             if known and cancel:
                 if self._channel is not None:
                     self._channel.drop_tasks(job.number)
@@ -146,10 +169,10 @@ class Controller:
     def close(self) -> None:
         """Say BYE, end the connection and join its threads; some 4 s at most. Jobs that are open are cancelled."""
         self._closing.set()
-        with self.lock:
+        with self.lock:  # a connection that is being made sees `_closing` under it
             jobs, link = list(self._jobs.values()), self._channel
         for job in jobs:
-            job.buffer.fail(ServerUnreachable("the connection was closed while the job ran"))
+            job.buffer.fail(ServerUnreachable(CLOSED))
             self.end(job, cancel=True)
         if link is not None:
             link.finish("leaving")
@@ -194,6 +217,9 @@ class Controller:
         link.name = f"server {settings.host}:{settings.port}"
         link.send(Kind.HELLO, channel.hello())
         with self._changed:
+            if self._closing.is_set():
+                link.close()
+                raise ServerUnreachable(CLOSED)
             self._channel, self._sent, self._cluster = link, SentFunctions(), None
             for job in self._jobs.values():
                 self._declare(job, resumed=True)
@@ -222,13 +248,15 @@ class Controller:
                 break
             log.info("lost the connection to the server: %s", why)
             with self.lock:
-                self._cluster = None
-            if not self._reconnect(why):
+                met, self._cluster = self._met, None
+            if not met:
+                self._lost = ServerUnreachable(f"the server at {self._where()} ended the connection at once: {why}")
+            if not (met and self._reconnect(why)):
                 break
             if link is not None:
                 link.close()
         with self._changed:
-            self._lost = self._lost or ServerUnreachable("the connection was closed")
+            self._lost = self._lost or ServerUnreachable(CLOSED)
             self._changed.notify_all()
             jobs = list(self._jobs.values())
         for job in jobs:
@@ -248,9 +276,9 @@ class Controller:
                 why = str(e)
             if time.monotonic() > deadline:
                 break
-        where = f"{self.settings.host}:{self.settings.port}"
         self._lost = ServerUnreachable(
-            f"lost the achilles server at {where} and could not reconnect for {self._reconnect_seconds:g} s: {why}"
+            f"lost the server at {self._where()}, and could not connect to it again for {self._reconnect_seconds:g} s "
+            f"(reconnect_seconds): {why}"
         )
         return False
 
@@ -261,8 +289,11 @@ class Controller:
                 self._raise_if_lost()
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
-                    where = f"{self.settings.host}:{self.settings.port}"
-                    raise ServerUnreachable(f"the server at {where} did not send {what} within {REPLY_SECONDS:g} s")
+                    raise ServerUnreachable(
+                        f"the server at {self._where()} did not send {what} within {REPLY_SECONDS:g} s")
+
+    def _where(self) -> str:
+        return f"{self.settings.host}:{self.settings.port}"
 
     def _raise_if_lost(self) -> None:
         if self._lost is not None:
@@ -295,13 +326,11 @@ class Controller:
         job = self._jobs.get(rows.job)
         if job is None:
             return
-        columns = zip(rows.slices, rows.attempts, rows.statuses, rows.letters(), strict=True)
-        for number, attempt, status, (digest, letter) in columns:
-            job.answer(number, attempt, status, letter[0], digest)
+        job.answers(rows)
 
     def _handle_cluster(self, body: dict[str, Any]) -> None:
         with self._changed:
-            self._cluster = body
+            self._cluster, self._met = body, True
             self.letter_limit = body["letter_limit"]
             self._changed.notify_all()
             jobs = list(self._jobs.values())
@@ -311,6 +340,12 @@ class Controller:
     def _abandon(self) -> None:
         """In a child of the caller: the parent's connection is not ours. Takes no lock; its holder may not exist."""
         self._lost = ServerUnreachable("this connection belongs to the parent process; open one after the fork")
+        self.lock = threading.Lock()
+        self._changed = threading.Condition(self.lock)
+        self._closing = threading.Event()
+        for job in self._jobs.values():
+            job.abandon(self._lost)
+        self._jobs = {}
         link, self._channel = self._channel, None
         if link is not None:
             link.socket.close()

@@ -1,48 +1,47 @@
-"""One job in the controller: arguments in, slices out, answers in, results out.
+"""One job in the controller: slices out, answers in, results out.
 
-Knows which arguments a slice number stands for, and keeps each slice until its
-result is checked, so that it can be sent again. Knows nothing of connections: it
-posts frames through its `link` (the Controller), which may be connected or not.
+Knows which arguments a slice number stands for, and keeps each slice until its result is checked, so
+that it can be sent again. Knows nothing of connections: it posts frames through its `link` (the
+Controller), which may be connected or not; and nothing of iterating, which is `feeder.py`'s.
 
 ::
 
-    feeder thread   iterate args ─▶ cut ─▶ dump ─▶ Window.enter ─▶ slices[n] ─▶ link.post(TASK)
-    reader thread   link ─▶ answer(): values and errors into the ResultBuffer; deaths are counted,
-                                      the slice is posted again without the argument that kills
+    feeder          Feeder ─▶ enter(): numbered, kept in `slices`, posted as TASK
+    reader thread   answers(): into the ResultBuffer; deaths are counted, and the slice is posted
+                               again without the argument that kills
     caller's thread take(): ResultBuffer.take ─▶ check digest ─▶ load ─▶ Window.leave
 
-The feeder alone runs the caller's iterator, and the caller's thread alone loads what
-came back; the reader runs no code of the user's. Where the iterator is lazy, a fourth
-thread, the pacer, sees that the feeder has been inside `next` for 10 ms, closes the
-slice that is open, and says FLUSH, so that a generator may wait for earlier results.
-
-`link.lock` guards `slices`, `_next` and `_places`, and is held while a slice is entered
-and posted, so that a reconnection finds all of a job or nothing of a slice. `_cutting`
-guards the open slice, between feeder and pacer.
+The caller's thread alone loads what came back; the reader runs no code of the user's. `link.lock` guards
+`slices`, `_waiting`, `_troubles` and `_next`, and is held while slices are entered and posted, so that a
+reconnection finds all of a slice or nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from . import payload
 from .errors import LetterAltered, ProtocolError, TaskError, TaskTimeout, WorkerLost
+from .feeder import CANCELLED, Feeder, Slice, join, mark
 from .results import ResultBuffer, Unit, Window
-from .wire import MORE, PACKED, SHORT_LETTER_BYTES, Buffer, Kind, Rows, Status
+from .wire import MAX_LONG_BYTES, MAX_ROWS, MAX_SHORT_BYTES, MORE, PACKED, Buffer, Kind, Rows, Status
 
 __all__ = ["ATTEMPTS", "Function", "Job", "Link", "Taken"]
 
 ATTEMPTS = 3  # deaths of an argument, or alterations of a slice in a row, before it is given up
-PAUSE_SECONDS = 0.010  # so long inside the iterator's `next` is a pause: longer than a switch of threads
-ROOM_SECONDS = 0.1  # how often a feeder without room looks whether what is out needs a FLUSH
-JOIN_SECONDS = 0.5  # for a feeder that is inside the caller's iterator: it cannot be interrupted there
-WINDOW_SLICES = 64  # beyond two for each worker: what is under way between here and there
+WINDOW_SLICES = 64  # out beyond two for each worker: what is under way between here and there
+MESSAGE_US = 5000  # of work: as many slices as make this much for each worker may be out, where they are quick ...
+FRAME_BYTES = min(MAX_LONG_BYTES, MAX_SHORT_BYTES)  # of letters: a frame takes them, whether they are long or short
+QUICK_SLICES = 4096  # ... and short, but no more than this: what is out is memory
 
-Answer = Sequence[tuple[Status, Buffer, bytes]]  # the parts of a slice's answer: status, letter, digest
+Part = tuple[int, bytes, Buffer]  # of an answer: status, digest, letter
+Answer = Sequence[Part]
 Taken = tuple[int, list[Any], dict[int, BaseException]]  # start, values, place in them -> error
 
 
@@ -69,39 +68,20 @@ class Function:
     """A function or an initializer, dumped: its letter, and the digest that names it."""
 
     def __init__(self, parts: Sequence[Buffer]) -> None:
-        self.letter = _join(parts)
+        self.letter = join(parts)
         self.digest = payload.letter_digest([self.letter])
 
 
-class _Slice:
-    """One slice that has no checked result yet: all that is needed to send it again."""
+class _Trouble:
+    """What is known of a slice that did not go as it should. Most slices have none."""
 
-    __slots__ = (
-        "altered", "answered", "attempt", "count", "deaths", "digest", "letter", "lost", "packed", "parts", "start",
-        "weight",
-    )
-
-    def __init__(self, start: int, count: int, letter: Buffer, packed: bool, weight: int) -> None:
-        self.start = start  # place of its first argument in args (in its list, where args are lists)
-        self.count = count
-        self.weight = weight  # in the window
-        self.letter = letter
-        self.digest = _digest(letter)
-        self.packed = packed  # it belongs to a packet, or needs none
-        self.answered = False
+    def __init__(self) -> None:
         self.attempt = 0
         self.altered = 0  # how often in a row
-        self.deaths: dict[int, int] | None = None  # position -> workers that died under it
-        self.lost: dict[int, TaskError] | None = None  # position -> why it is not tried again
-        self.parts: tuple[int, list[tuple[Status, Buffer, bytes]]] | None = None  # attempt, parts so far
-
-    def rows(self, job: int, number: int) -> Rows:
-        """This slice as the row of a TASK."""
-        return Rows.single(job, number, self.attempt, PACKED * self.packed, (self.letter,), self.digest)
-
-    def left(self) -> list[int]:
-        """The positions that are still tried."""
-        return [p for p in range(self.count) if p not in (self.lost or ())]
+        self.deaths: Counter[int] = Counter()  # position -> workers that died under it
+        self.lost: dict[int, TaskError] = {}  # position -> why it is not tried again
+        self.parts: list[Part] = []  # of an answer that has not come whole ...
+        self.parts_attempt = -1  # ... and of which attempt
 
 
 class Job:
@@ -127,40 +107,51 @@ class Job:
         self.initializer = initializer
         self.options = {name: value for name, value in (options or {}).items() if value is not None}
         self.buffer = ResultBuffer(ordered)
-        self.slices: dict[int, _Slice] = {}
-        self.fed = threading.Event()  # the input has ended, or the job has
-        self._args = args
-        self._flat = flat
-        self._eager = eager
-        self._buffersize = buffersize
-        self._size = min(chunksize, buffersize or chunksize)
-        self._beyond: float = WINDOW_SLICES
-        self._window = Window(buffersize or self._window_slices())
+        self.slices: dict[int, Slice] = {}  # without a checked result
+        self.ended = False  # END was posted, and nothing may follow it; guarded by link.lock
+        self._waiting: set[int] = set()  # of them, those without an answer
+        self._troubles: dict[int, _Trouble] = {}
         self._next = 0  # number of the next slice
-        self._places = 0  # places in args that are in slices
+        self._flushed = 0  # up to this slice packets need not be full
+        self._packed = 0  # slices below this one belong to a packet ...
+        self._flat = flat
+        self._lists = False  # ... or all, where the job is flat or has lists
+        self._eager = eager
         self._deaths = 0  # workers that died while they loaded the function
-        self._cutting = threading.Lock()
-        self._open: list[Any] = []  # arguments of the slice that is not closed
-        self._pulling = False  # the feeder is inside the iterator's next
-        self._pulls = 0  # arguments that came out of a lazy iterator
-        self._threads = [threading.Thread(target=self._feed, name=f"achilles-feeder {number}", daemon=True)]
-        if not isinstance(args, (list, tuple, range)):
-            self._threads.append(threading.Thread(target=self._pace, name=f"achilles-pacer {number}", daemon=True))
+        self._ready: deque[Unit] = deque()  # taken out of the buffer, not by the caller yet; the caller's thread alone
+        self._given: list[Unit] = []  # ... and those that were; their room is given back together
+        self._buffersize = buffersize
+        self._beyond: float = WINDOW_SLICES
+        self._worth = 1  # slices that make a message, by the slowest of late
+        self._window = Window(buffersize or self._window_slices())
+        self._feeder = Feeder(
+            self, context, self._window, args, size=min(chunksize, buffersize or chunksize),
+            by_argument=buffersize is not None, lists=not flat, name=str(number),
+        )
 
     def start(self) -> None:
         """Begin to iterate, dump and send. The job is declared by then."""
-        for thread in self._threads:
-            thread.start()
+        self._feeder.start()
+
+    @property
+    def fed(self) -> threading.Event:
+        """Set when the input has ended, or the job has."""
+        return self._feeder.ended
 
     def stop(self) -> None:
-        """Nothing more is fed or kept; joins the feeder, half a second at most. Any thread but the feeder."""
-        self.fed.set()
-        self._window.close()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(JOIN_SECONDS)
+        """Nothing more is fed, kept or taken; joins the feeder, half a second at most. Any thread."""
+        self.buffer.fail(InterruptedError(CANCELLED))
+        self._feeder.stop()
         with self.link.lock:
             self.slices.clear()
+            self._waiting.clear()
+
+    def abandon(self, error: BaseException) -> None:
+        """In a child of the caller: the job is the parent's. Takes none of its locks; their holders may not exist."""
+        self.ended, self.slices, self._waiting = True, {}, set()
+        self.buffer, self._window = ResultBuffer(True), Window(0)
+        self._feeder = Feeder(self, self.context, self._window, (), size=1, by_argument=False, lists=False, name="")
+        self.buffer.fail(error)
 
     def resize(self) -> None:
         """The cluster has changed: so does the window, unless `buffersize` set it."""
@@ -173,12 +164,14 @@ class Job:
         self.resize()
 
     def outstanding(self) -> list[Rows]:
-        """Every slice without a result, for a new connection. Needs `link.lock`; no slice is charged."""
-        return [s.rows(self.number, n) for n, s in self.slices.items() if not s.answered]
+        """Every slice without an answer, for a new connection. Needs `link.lock`; no slice is charged."""
+        for trouble in self._troubles.values():
+            trouble.parts = []  # the rest of them went to the old connection
+        return [self._rows([number]) for number in sorted(self._waiting)]
 
-    def flushed(self) -> int | None:
-        """Up to which slice packets need not be full, if that is known. Needs `link.lock`."""
-        return self._next if self.fed.is_set() else None
+    def flushed(self) -> int:
+        """Up to which slice packets need not be full, 0 where there is none. Needs `link.lock`."""
+        return self._flushed
 
     # The caller's thread.
 
@@ -187,281 +180,252 @@ class Job:
 
         Blocks up to `timeout` seconds, then TimeoutError. Raises what the job as a whole failed with.
         """
-        while (unit := self.buffer.take(timeout)) is not None:
-            values: list[Any] = []
-            errors: dict[int, BaseException] = {}
-            for number in unit.slices:
-                opened = self._open_answer(self.slices[number], unit.answers[number])
-                if opened is None:
-                    self.buffer.put_back(unit, number)
-                    self._alter(number, self.slices[number])
-                    break
-                errors.update({len(values) + place: error for place, error in opened[1].items()})
-                values += opened[0]
-            else:
-                self._release(unit)
-                for place, error in errors.items():
-                    _mark(error, index=unit.start + (place if unit.span == len(values) else 0))
-                return unit.start, values, errors
-        return None
+        while True:
+            if not self._ready:
+                self._ready.extend(self.buffer.take(timeout))
+                if not self._ready:
+                    return None
+            unit = self._ready.popleft()
+            taken = self._open_unit(unit)
+            if taken is not None:
+                self._given.append(unit)
+                if not self._ready:
+                    self._release()
+                return taken
 
-    def _open_answer(self, slice_: _Slice, answer: Answer) -> tuple[list[Any], dict[int, BaseException]] | None:
-        """Check and load what came for a slice; None if it was altered on its way."""
-        if any(digest and payload.letter_digest([letter]) != digest for _, letter, digest in answer):
-            return None
+    def _open_unit(self, unit: Unit) -> Taken | None:
+        """Check and load what came for a unit; None if something was altered on its way, and is sent anew."""
         values: list[Any] = []
         errors: dict[int, BaseException] = {}
-        for status, letter, _ in answer:
-            some, failed = payload.load_outcomes(self.context, letter, status is not Status.VALUES)
-            if status is Status.FAILED:
-                raise failed[0]
-            errors.update({len(values) + position: error for position, error in failed.items()})
-            values += some
-        errors.update(slice_.lost or {})
-        return values or [None] * slice_.count, errors
+        for number in unit.slices:
+            answer = unit.answers[number]
+            if any(digest and payload.letter_digest([letter]) != digest for _, digest, letter in answer):
+                self.buffer.put_back([unit, *self._ready], number)
+                self._ready.clear()
+                self._alter(number)
+                return None
+            self._open_answer(number, answer, values, errors)
+        for place, error in errors.items():
+            mark(error, index=unit.start + (place if unit.span == len(values) else 0))
+        return unit.start, values, errors
 
-    def _release(self, unit: Unit) -> None:
-        """A unit is the caller's now: forget its slices and make room."""
+    def _open_answer(self, number: int, answer: Answer, values: list[Any], errors: dict[int, BaseException]) -> None:
+        start = len(values)
+        for status, _, letter in answer:
+            some, failed = payload.load_outcomes(self.context, letter, status != Status.VALUES)
+            if status == Status.FAILED:
+                raise failed[0]
+            if failed:
+                errors.update({len(values) + position: error for position, error in failed.items()})
+            values += some
+        if not answer:
+            values += [None] * self.slices[number].number
+        if number in self._troubles:
+            errors.update({start + position: error for position, error in self._troubles[number].lost.items()})
+
+    def _release(self) -> None:
+        """What was given is the caller's: forget its slices and make room."""
         weight = size = 0
         with self.link.lock:
-            for number in unit.slices:
-                slice_ = self.slices.pop(number)
-                weight += slice_.weight
-                size += len(slice_.letter)
+            for unit in self._given:
+                for number in unit.slices:
+                    slice_ = self.slices.pop(number)
+                    self._troubles.pop(number, None)
+                    weight += slice_.weight
+                    size += slice_.size
+        self._given.clear()
         self._window.leave(weight, size)
 
     # The reader thread.
 
     def packet(self, first: int, count: int) -> None:
         """The server announces: these slices are one packet."""
-        slices = [s for n in range(first, first + count) if (s := self.slices.get(n)) is not None and not s.packed]
-        if len(slices) != count or not count:
-            raise ProtocolError(f"a packet of {count} slices from {first} on, which are not all free")
-        for slice_ in slices:
-            slice_.packed = True
-        self.buffer.add(Unit(slices[0].start, sum(s.count for s in slices), range(first, first + count)))
+        with self.link.lock:
+            if self.ended:
+                return
+            free = count and first == self._packed and first + count <= self._next
+            if not free or self._flat or self._lists:
+                raise ProtocolError(f"a packet of {count} slices from {first} on, which are not the next free ones")
+            self._packed += count
+            start, last = self.slices[first].start, self.slices[first + count - 1]
+        self.buffer.add([Unit(start, last.start + last.number - start, range(first, first + count))])
 
-    def answer(self, number: int, attempt: int, status: int, letter: Buffer, digest: bytes) -> None:
-        """A row of a RESULT. One that nobody waits for is ignored."""
-        slice_ = self.slices.get(number)
-        if slice_ is None or slice_.answered:
+    def answers(self, rows: Rows) -> None:
+        """A RESULT. Rows that nobody waits for are ignored."""
+        parts = [(status, digest, letter) for status, (digest, (letter,)) in zip(rows.statuses, rows.letters())]
+        if not any(rows.statuses) and self._waiting.issuperset(rows.slices):
+            self._put(rows.slices, [(part,) for part in parts])
+            self._judge(rows)
+            return
+        for number, attempt, part in zip(rows.slices, rows.attempts, parts):
+            self.answer(number, attempt, *part)
+
+    def _put(self, numbers: Sequence[int], answers: Sequence[Answer]) -> None:
+        self._waiting.difference_update(numbers)
+        self.buffer.put(numbers, answers)
+
+    def _judge(self, rows: Rows) -> None:
+        """Where slices are quick and short, more of them may be out, so that nobody waits for the next."""
+        worth = MESSAGE_US // max(rows.pace, 1) if rows.pace and not rows.longs else 1
+        self._worth, before = max(1, worth if worth < self._worth else (3 * self._worth + worth) // 4), self._worth
+        if self._worth != before:
+            self.resize()
+
+    def answer(self, number: int, attempt: int, status: int, digest: bytes, letter: Buffer) -> None:
+        """One row, out of the ordinary or in the company of such a one. Ignored if nobody waits for it."""
+        if number not in self._waiting:
             return
         kind = Status(status & ~MORE)
         if kind is Status.ALTERED:
-            self._alter(number, slice_)
+            self._alter(number)
         elif kind in (Status.DIED, Status.TIMEOUT):
-            self._die(number, slice_, kind, _read_note(letter))
-        elif status & MORE or slice_.parts is not None:
-            if slice_.parts is None or slice_.parts[0] != attempt:
-                slice_.parts = (attempt, [])
-            slice_.parts[1].append((kind, letter, digest))
-            if not status & MORE:
-                self._put(number, slice_, slice_.parts[1])
+            self._die(number, kind, _read_note(letter))
         else:
-            self._put(number, slice_, ((kind, letter, digest),))
+            trouble = self._trouble(number)
+            if trouble.parts_attempt != attempt:
+                trouble.parts_attempt, trouble.parts = attempt, []
+            trouble.parts.append((kind, digest, letter))
+            if not status & MORE:
+                self._put([number], [trouble.parts])
 
-    def _put(self, number: int, slice_: _Slice, answer: Answer) -> None:
-        slice_.answered = True
-        self.buffer.put(number, answer)
+    def _trouble(self, number: int) -> _Trouble:
+        return self._troubles.setdefault(number, _Trouble())
 
-    def _die(self, number: int, slice_: _Slice, kind: Status, note: dict[str, Any]) -> None:
+    def _left(self, number: int) -> list[int]:
+        """The positions of a slice that are still tried."""
+        return [p for p in range(self.slices[number].number) if p not in self._trouble(number).lost]
+
+    def _die(self, number: int, kind: Status, note: dict[str, Any]) -> None:
         """A worker, or the tenth node, died with this slice: charge whom it was running, and send the others again."""
         position, phase = note["position"], note["phase"]
         if phase == "function":
             self._deaths += 1
             if self._deaths >= ATTEMPTS:
                 self.buffer.fail(_lost("workers died while they loaded the function", note))
-        charged = [position] if 0 <= position < slice_.count else slice_.left() if phase in ("load", "node") else []
-        slice_.deaths, slice_.lost = slice_.deaths or {}, slice_.lost or {}
+        here = 0 <= position < self.slices[number].number
+        charged = [position] if here else self._left(number) if phase in ("load", "node") else []
+        trouble = self._trouble(number)
+        trouble.deaths.update(charged)
         for p in charged:
-            slice_.deaths[p] = slice_.deaths.get(p, 0) + 1
-            where = f"argument {slice_.start + p}"
+            where = self.slices[number].name(p)
             if kind is Status.TIMEOUT:
-                limit = self.options.get("timeout")
-                slice_.lost[p] = _mark(TaskTimeout(f"{where} ran longer than timeout={limit} s"), node=note.get("node"))
+                limit = f"timeout={self.options.get('timeout')} s"
+                trouble.lost[p] = mark(TaskTimeout(f"{where} ran longer than {limit}"), node=note.get("node"))
             elif phase == "node":
-                slice_.lost[p] = _lost(f"{where}: {note.get('lost')} nodes were lost while they had it", note)
-            elif slice_.deaths[p] >= ATTEMPTS:
-                slice_.lost[p] = _lost(f"{where}: {ATTEMPTS} workers died under it (phase {phase})", note)
-        self._retry(number, slice_, skip=bool(slice_.lost))
+                trouble.lost[p] = _lost(f"{where}: {note.get('lost')} nodes were lost while they had it", note)
+            elif trouble.deaths[p] >= ATTEMPTS:
+                trouble.lost[p] = _lost(f"{where}: {ATTEMPTS} workers died under it (phase {phase})", note)
+        self._retry(number, skip=bool(trouble.lost))
 
-    def _alter(self, number: int, slice_: _Slice) -> None:
-        slice_.altered += 1
-        if slice_.altered >= ATTEMPTS:
-            text = f"argument {slice_.start} or its result was altered on its way {ATTEMPTS} times in a row"
-            slice_.lost = {p: LetterAltered(text) for p in slice_.left()} | (slice_.lost or {})
-        self._retry(number, slice_, skip=False)
+    def _alter(self, number: int) -> None:
+        """A slice or its answer was altered on its way: send it anew, for some times."""
+        trouble = self._trouble(number)
+        trouble.altered += 1
+        if trouble.altered >= ATTEMPTS:
+            text, slice_ = f"or its result was altered on its way {ATTEMPTS} times in a row", self.slices[number]
+            trouble.lost.update({p: LetterAltered(f"{slice_.name(p)} {text}") for p in self._left(number)})
+        self._retry(number, skip=False)
 
-    def _retry(self, number: int, slice_: _Slice, skip: bool) -> None:
+    def _retry(self, number: int, skip: bool) -> None:
         """Send a slice again, without the positions that are lost; if none is left, that is its answer."""
-        if not slice_.left():
-            self._put(number, slice_, ())
-            return
+        trouble = self._trouble(number)
         with self.link.lock:
-            if skip:
-                slice_.letter = _join(payload.with_skips([slice_.letter], sorted(slice_.lost or ())))
-                slice_.digest = _digest(slice_.letter)
-            slice_.attempt += 1
-            slice_.answered = False
-            slice_.packed = True
-            slice_.parts = None
-            self.link.post(Kind.TASK, slice_.rows(self.number, number))
+            self._waiting.add(number)
+            if self._left(number):
+                if skip:
+                    slice_ = self.slices[number]
+                    self.slices[number] = slice_.with_letter(join(payload.with_skips([slice_.letter], trouble.lost)))
+                trouble.attempt += 1
+                trouble.parts = []
+                self._post(Kind.TASK, self._rows([number]))
+                return
+        self._put([number], [()])
 
-    # The feeder thread, and the pacer.
+    # What the Feeder needs of its job.
 
-    def _feed(self) -> None:
-        """Cut all of args into slices and send them."""
-        error: BaseException | None = None
-        try:
-            arguments: Any = self._args() if callable(self._args) else self._args
-            if isinstance(arguments, (list, tuple, range)):
-                self._feed_sequence(arguments)
-            else:
-                self._feed_iterator(iter(arguments))
-        except BaseException as e:  # the caller's iterable may raise anything; it is raised where results are taken
-            error = e
+    def enter(self, batch: Sequence[Slice], place: int | None = None) -> None:
+        """Number, keep and post slices, which are in the window; with `place` they are one list, perhaps empty."""
         with self.link.lock:
-            self._flush()
-            self.fed.set()
+            numbers = range(self._next, self._next + len(batch))
+            self._next += len(batch)
+            self.slices.update(zip(numbers, batch))
+            self._waiting.update(numbers)
+            if place is not None:
+                self._lists = True
+                self.buffer.add([Unit(place, 1, numbers)])
+            elif self._flat:
+                self.buffer.add([Unit(s.start, s.number, range(n, n + 1)) for n, s in zip(numbers, batch)])
+            for start, stop in _frames(batch):
+                self._post(Kind.TASK, self._rows(numbers[start:stop]))
+
+    def flush(self) -> None:
+        """Packets need not be full up to here."""
+        with self.link.lock:
+            if self._packed < self._next and self._flushed < self._next and not (self._flat or self._lists):
+                self._flushed = self._next
+                self._post(Kind.FLUSH, {"job": self.number, "upto": self._next})
+
+    def flush_if_stuck(self) -> None:
+        """The window is full: if what is out makes no packet, and will never make a full one, that need not be full."""
+        with self.link.lock:
+            stuck = len(self.slices) < self.link.workers()[1] and self._packed <= min(self.slices, default=0)
+        if stuck:
+            self.flush()
+
+    def finish(self, places: int, error: BaseException | None) -> None:
+        """The input has ended, perhaps with an error."""
         if error is not None and self._eager:
             self.buffer.fail(error)
-        self.buffer.finish(self._places, error)
+        self.buffer.finish(places, error)
 
-    def _feed_sequence(self, args: Sequence[Any]) -> None:
-        if self._of_lists(args[0] if len(args) else None):
-            for argument in args:
-                self._send_list(argument)
-        else:
-            for start in range(0, len(args), self._size):
-                self._send(list(args[start : start + self._size]))
+    def fail(self, error: BaseException) -> None:
+        """The job as a whole has failed."""
+        self.buffer.fail(error)
 
-    def _feed_iterator(self, args: Iterator[Any]) -> None:
-        lists = False
-        while not self._window.closed:
-            self._pulling = True
-            try:
-                argument = next(args)
-            except StopIteration:
-                break
-            finally:
-                self._pulling = False
-            lists = lists or (self._pulls == 0 and self._of_lists(argument))
-            self._pulls += 1
-            with self._cutting:
-                if lists:
-                    self._send_list(argument)
-                else:
-                    self._open.append(argument)
-                    self._close_slice(self._size)
-        with self._cutting:
-            self._close_slice(1)
+    def wait_for_node(self, timeout: float) -> int:
+        """Workers of the largest node; where there is none, 0 after at most `timeout` seconds."""
+        if not self.link.workers()[1]:
+            self.link.wait_for_workers(timeout)
+        return self.link.workers()[1]
 
-    def _pace(self) -> None:
-        """The pacer: after 10 ms inside the caller's iterator, let what is there go."""
-        seen = flushed = -1
-        while not self.fed.wait(PAUSE_SECONDS):
-            pulls = self._pulls
-            if self._pulling and pulls == seen and pulls != flushed:
-                self._let_go()
-                flushed = pulls
-            seen = pulls
+    def fits(self, size: int) -> bool:
+        """Whether a letter of this size may travel."""
+        return size <= self.link.letter_limit
 
-    def _let_go(self) -> None:
-        try:
-            with self._cutting:
-                self._close_slice(1)
-            with self.link.lock:
-                self._flush()
-        except Exception as e:  # an argument that cannot be dumped; there is no other thread to say so
-            self.buffer.fail(e)
+    def check_size(self, what: str, size: int) -> None:
+        """LetterTooLarge, which names `what`, if it may not."""
+        self.link.check_size(what, size)
 
-    def _close_slice(self, size: int) -> None:
-        """Send the open slice if it has at least `size` arguments. Needs `_cutting`."""
-        if len(self._open) >= size:
-            arguments, self._open = self._open, []
-            self._send(arguments)
+    def _post(self, kind: Kind, body: dict[str, Any] | Rows) -> None:
+        """Send, unless the job is over. Needs `link.lock`."""
+        if not self.ended:
+            self.link.post(kind, body)
 
-    def _of_lists(self, first: object) -> bool:
-        return isinstance(first, list) and not self._flat
-
-    def _send_list(self, argument: object) -> None:
-        """A list of a list of lists: a packet of its own, in as many even slices as the largest node has workers."""
-        place = self._places
-        if not isinstance(argument, list):
-            raise TypeError(f"args[{place}] is a {type(argument).__name__}: where args[0] is a list, all must be lists")
-        while argument and not self.link.workers()[1] and not self._window.closed:
-            self.link.wait_for_workers(ROOM_SECONDS)
-        count = min(len(argument), max(self.link.workers()[1], 1))
-        bounds = [i * len(argument) // count for i in range(count + 1)] if count else []
-        with self.link.lock:
-            self.buffer.add(Unit(place, 1, range(self._next, self._next + count)))
-        for start, stop in zip(bounds, bounds[1:]):
-            self._send(argument[start:stop], unit_start=place)
-        self._places = place + 1
-
-    def _send(self, arguments: list[Any], unit_start: int | None = None) -> None:
-        """Dump a slice, wait for room, and post it. One that is too large is cut again, where it can be."""
-        letter = _join(payload.dump_slice(self.context, arguments))
-        if len(letter) > self.link.letter_limit:
-            if len(arguments) == 1 or unit_start is not None:
-                self.link.check_size(f"argument {self._places}", len(letter))
-            half = len(arguments) // 2
-            self._send(arguments[:half])
-            self._send(arguments[half:])
-            return
-        weight = len(arguments) if self._buffersize else 1
-        while not self._window.enter(weight, len(letter)):
-            self._flush_if_stuck()
-            if self._window.enter(weight, len(letter), ROOM_SECONDS):
-                break
-            if self._window.closed:
-                raise InterruptedError("the job was cancelled")
-        with self.link.lock:
-            self._enter(arguments, letter, weight, unit_start)
-
-    def _enter(self, arguments: list[Any], letter: Buffer, weight: int, unit_start: int | None) -> None:
-        number, start = self._next, self._places
-        packed = self._flat or unit_start is not None
-        slice_ = _Slice(start if unit_start is None else unit_start, len(arguments), letter, packed, weight)
-        if self._flat:
-            self.buffer.add(Unit(start, len(arguments), range(number, number + 1)))
-        self.slices[number] = slice_
-        self._next += 1
-        self._places += 0 if unit_start is not None else len(arguments)
-        self.link.post(Kind.TASK, slice_.rows(self.number, number))
-
-    def _flush_if_stuck(self) -> None:
-        """The window is full: if nothing that is out belongs to a packet yet, packets need not be full."""
-        with self.link.lock:
-            if not any(slice_.packed for slice_ in self.slices.values()):
-                self._flush()
-
-    def _flush(self) -> None:
-        if not self._flat and self._next:
-            self.link.post(Kind.FLUSH, {"job": self.number, "upto": self._next})
+    def _rows(self, numbers: Sequence[int]) -> Rows:
+        """Slices as the rows of a TASK."""
+        slices = [self.slices[number] for number in numbers]
+        attempts = [t.attempt if (t := self._troubles.get(n)) else 0 for n in numbers]
+        everything = self._flat or self._lists
+        statuses = [PACKED if everything or n < self._packed else 0 for n in numbers]
+        letters, digests = [s.letter for s in slices], [s.digest for s in slices]
+        return Rows.build(self.number, numbers, attempts, statuses, letters, digests)
 
     def _window_slices(self) -> float:
-        return 2 * self.link.workers()[0] + self._beyond
+        workers = self.link.workers()[0]
+        quick = min(2 * workers * self._worth, QUICK_SLICES) if self._worth > 1 else 0
+        return 2 * workers + quick + self._beyond
 
 
-def _join(parts: Sequence[Buffer]) -> Buffer:
-    """One buffer of our own: what the caller does to an array later must not change what was hashed."""
-    return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
-
-
-def _digest(letter: Buffer) -> bytes:
-    """Of a long letter; a short one needs none."""
-    return payload.letter_digest([letter]) if len(letter) > SHORT_LETTER_BYTES else b""
-
-
-def _mark(error: BaseException, **attributes: object) -> Any:
-    """Say of an error where it happened, where its class lets us."""
-    for name, value in attributes.items():
-        try:
-            setattr(error, name, value)
-        except (AttributeError, TypeError):
-            pass
-    return error
+def _frames(batch: Sequence[Slice]) -> Iterator[tuple[int, int]]:
+    """Cut slices so that each piece fits a frame: a batch is small, a list may be of any size."""
+    start = size = 0
+    for number, slice_ in enumerate(batch):
+        size += slice_.size
+        if number > start and (size > FRAME_BYTES or number - start == MAX_ROWS):
+            yield start, number
+            start, size = number, slice_.size
+    if len(batch) > start:
+        yield start, len(batch)
 
 
 def _lost(text: str, note: Mapping[str, Any]) -> WorkerLost:
@@ -469,16 +433,14 @@ def _lost(text: str, note: Mapping[str, Any]) -> WorkerLost:
     if pid is not None:
         how = f"signal {-exitcode}" if isinstance(exitcode, int) and exitcode < 0 else f"status {exitcode}"
         text += f"; the last one on node {node}, pid {pid}, ended with {how}"
-    error: WorkerLost = _mark(WorkerLost(text), node=node, pid=pid, exitcode=exitcode)
+    error: WorkerLost = mark(WorkerLost(text), node=node, pid=pid, exitcode=exitcode)
     return error
 
 
 def _read_note(letter: Buffer) -> dict[str, Any]:
     """The letter of a slice that died; ProtocolError if it is not one."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         note = json.loads(bytes(letter))
         if isinstance(note["position"], int) and isinstance(note["phase"], str):
             return dict(note)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
     raise ProtocolError("the note on a lost slice cannot be read")

@@ -20,10 +20,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 __all__ = ["WINDOW_BYTES", "ResultBuffer", "Unit", "Window"]
 
+TAKE_UNITS = 64  # at a time: beyond, a lock a unit costs nothing any more
+ENOUGH_ROOM = 0.75  # of the window out: then the feeder is woken, and has room for many slices, not for one
 WINDOW_BYTES = 256 << 20  # of arguments that are out: what a caller may hold twice, as objects and as bytes
 
 
@@ -56,35 +59,39 @@ class ResultBuffer:
         self._last_error: BaseException | None = None  # raised behind the last unit
         self._error: BaseException | None = None  # raised at once
 
-    def add(self, unit: Unit) -> None:
-        """Announce a unit. One without slices is complete at once."""
+    def add(self, units: Iterable[Unit]) -> None:
+        """Announce units. One without slices is complete at once."""
         with self._changed:
-            if unit.slices:
-                self._open.update(dict.fromkeys(unit.slices, unit))
-            else:
-                self._complete[unit.start] = unit
-                self._changed.notify_all()
-
-    def put(self, slice_: int, answer: Any) -> None:
-        """The answer of a slice. A second one of the same slice is ignored."""
-        with self._changed:
-            unit = self._open.get(slice_)
-            if unit is None or slice_ in unit.answers:
-                return
-            unit.answers[slice_] = answer
-            if len(unit.answers) == len(unit.slices):
-                for number in unit.slices:
-                    del self._open[number]
-                self._complete[unit.start] = unit
-                if not self._ordered or unit.start == self._taken:
+            for unit in units:
+                if unit.slices:
+                    self._open.update(dict.fromkeys(unit.slices, unit))
+                else:
+                    self._complete[unit.start] = unit
                     self._changed.notify_all()
 
-    def put_back(self, unit: Unit, slice_: int) -> None:
-        """A taken unit is not complete after all: the answer of this slice was no good."""
+    def put(self, slices: Iterable[int], answers: Iterable[Any]) -> None:
+        """The answers of slices. A second one of the same slice is ignored."""
         with self._changed:
-            del unit.answers[slice_]
-            self._open.update(dict.fromkeys(unit.slices, unit))
-            self._taken -= unit.span
+            for slice_, answer in zip(slices, answers):
+                unit = self._open.get(slice_)
+                if unit is None or slice_ in unit.answers:
+                    continue
+                unit.answers[slice_] = answer
+                if len(unit.answers) == len(unit.slices):
+                    for number in unit.slices:
+                        del self._open[number]
+                    self._complete[unit.start] = unit
+            if self._complete and (not self._ordered or self._taken in self._complete):
+                self._changed.notify_all()
+
+    def put_back(self, units: Sequence[Unit], slice_: int) -> None:
+        """Units that were taken, and not delivered: the answer of this slice, of the first of them, was no good."""
+        first, *others = units
+        with self._changed:
+            del first.answers[slice_]
+            self._open.update(dict.fromkeys(first.slices, first))
+            self._complete = {unit.start: unit for unit in others} | self._complete
+            self._taken -= sum(unit.span for unit in units)
 
     def finish(self, end: int, error: BaseException | None = None) -> None:
         """There are `end` places in all; behind the last of them `error` is raised, if there is one."""
@@ -98,8 +105,8 @@ class ResultBuffer:
             self._error = self._error or error
             self._changed.notify_all()
 
-    def take(self, timeout: float | None = None) -> Unit | None:
-        """The next unit, or None behind the last; blocks up to `timeout` seconds, then TimeoutError.
+    def take(self, timeout: float | None = None) -> list[Unit]:
+        """The next units, up to 64 of them, or [] behind the last; blocks up to `timeout` seconds, then TimeoutError.
 
         Raises the error of `fail` at once, that of `finish` in its place.
         """
@@ -108,25 +115,26 @@ class ResultBuffer:
             while True:
                 if self._error is not None:
                     raise self._error
-                unit = self._next()
-                if unit is not None or self._taken == self._end:
+                units = self._next()
+                if units or self._taken == self._end:
                     break
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError
                 self._changed.wait(left)
-            if unit is None and self._last_error is not None:
+            if not units and self._last_error is not None:
                 raise self._last_error
-            return unit
+            return units
 
-    def _next(self) -> Unit | None:
-        if not self._complete:
-            return None
-        start = self._taken if self._ordered else next(iter(self._complete))
-        unit = self._complete.pop(start, None)
-        if unit is not None:
-            self._taken += unit.span
-        return unit
+    def _next(self) -> list[Unit]:
+        units: list[Unit] = []
+        while self._complete and len(units) < TAKE_UNITS:
+            start = self._taken if self._ordered else next(iter(self._complete))
+            if start not in self._complete:
+                break
+            units.append(self._complete.pop(start))
+            self._taken += units[-1].span
+        return units
 
 
 class Window:
@@ -162,7 +170,8 @@ class Window:
         with self._changed:
             self._out -= weight
             self._bytes -= size
-            self._changed.notify_all()
+            if self._out <= self._limit * ENOUGH_ROOM:
+                self._changed.notify_all()
 
     def resize(self, limit: float) -> None:
         """A new limit, infinity to lift the window."""

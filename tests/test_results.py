@@ -11,7 +11,7 @@ def buffer(ordered, *sizes):
     """A buffer with units of so many slices of one argument each."""
     buf, start = ResultBuffer(ordered), 0
     for size in sizes:
-        buf.add(Unit(start, size, range(start, start + size)))
+        buf.add([Unit(start, size, range(start, start + size))])
         start += size
     buf.finish(start)
     return buf
@@ -19,61 +19,60 @@ def buffer(ordered, *sizes):
 
 def taken(buf):
     out = []
-    while (unit := buf.take(0)) is not None:
-        out.append((unit.start, [unit.answers[n] for n in unit.slices]))
+    while units := buf.take(0):
+        out += [(unit.start, [unit.answers[n] for n in unit.slices]) for unit in units]
     return out
 
 
 def test_ordered_waits_for_the_next_one():
     buf = buffer(True, 2, 1)
-    buf.put(2, "c")
+    buf.put([2], ["c"])
     with pytest.raises(TimeoutError):
         buf.take(0)
-    buf.put(1, "b")
-    buf.put(0, "a")
+    buf.put([1], ["b"])
+    buf.put([0], ["a"])
     assert taken(buf) == [(0, ["a", "b"]), (2, ["c"])]
 
 
 def test_unordered_gives_what_is_complete():
     buf = buffer(False, 2, 1)
-    buf.put(2, "c")
-    assert buf.take(0).start == 2
-    buf.put(0, "a")
+    buf.put([2], ["c"])
+    assert [unit.start for unit in buf.take(0)] == [2]
+    buf.put([0], ["a"])
     with pytest.raises(TimeoutError):
         buf.take(0)
-    buf.put(1, "b")
+    buf.put([1], ["b"])
     assert taken(buf) == [(0, ["a", "b"])]
 
 
 def test_a_second_answer_is_ignored():
     buf = buffer(True, 2)
-    buf.put(0, "first")
-    buf.put(0, "second")
-    buf.put(1, "b")
-    buf.put(1, "late")
+    buf.put([0], ["first"])
+    buf.put([0], ["second"])
+    buf.put([1], ["b"])
+    buf.put([1], ["late"])
     assert taken(buf) == [(0, ["first", "b"])]
 
 
 def test_an_answer_that_was_no_good_is_waited_for_again():
     buf = buffer(True, 1, 1)
-    buf.put(0, "bad")
-    buf.put(1, "b")
-    unit = buf.take(0)
-    buf.put_back(unit, 0)
+    buf.put([0], ["bad"])
+    buf.put([1], ["b"])
+    buf.put_back(buf.take(0), 0)
     with pytest.raises(TimeoutError):
         buf.take(0)
-    buf.put(0, "good")
+    buf.put([0], ["good"])
     assert taken(buf) == [(0, ["good"]), (1, ["b"])]
 
 
 def test_a_unit_without_slices_keeps_its_place():
     buf = ResultBuffer(True)
-    buf.add(Unit(0, 1, range(0, 1)))
-    buf.add(Unit(1, 1, range(0)))
+    buf.add([Unit(0, 1, range(0, 1))])
+    buf.add([Unit(1, 1, range(0))])
     buf.finish(2)
     with pytest.raises(TimeoutError):
         buf.take(0)
-    buf.put(0, "a")
+    buf.put([0], ["a"])
     assert taken(buf) == [(0, ["a"]), (1, [])]
 
 
@@ -83,17 +82,17 @@ def test_nothing_at_all_ends_at_once():
 
 def test_the_iterables_own_error_comes_in_its_place():
     buf = ResultBuffer(True)
-    buf.add(Unit(0, 1, range(1)))
+    buf.add([Unit(0, 1, range(1))])
     buf.finish(1, KeyError("mine"))
-    buf.put(0, "a")
-    assert buf.take(0).answers == {0: "a"}
+    buf.put([0], ["a"])
+    assert [unit.answers for unit in buf.take(0)] == [{0: "a"}]
     with pytest.raises(KeyError):
         buf.take(0)
 
 
 def test_a_failure_comes_at_once_and_the_first_stays():
     buf = buffer(True, 1)
-    buf.put(0, "a")
+    buf.put([0], ["a"])
     buf.fail(ConnectionError("first"))
     buf.fail(KeyError("second"))
     with pytest.raises(ConnectionError):
@@ -102,8 +101,8 @@ def test_a_failure_comes_at_once_and_the_first_stays():
 
 def test_take_is_woken():
     buf = buffer(True, 1)
-    threading.Timer(0.02, buf.put, (0, "a")).start()
-    assert buf.take(30).answers == {0: "a"}
+    threading.Timer(0.02, buf.put, ([0], ["a"])).start()
+    assert [unit.answers for unit in buf.take(30)] == [{0: "a"}]
 
 
 def test_the_window_counts_weight_and_bytes():

@@ -1,0 +1,334 @@
+"""The input side of a job: iterates the caller's arguments, cuts them into slices, and dumps them.
+
+Knows the arguments and the window; what becomes of a slice is the job's. Nothing else runs the
+caller's iterator.
+
+::
+
+    args ─next─▶ open slice ─dump─▶ Window.enter ─▶ batch ─▶ Sink.enter (numbered, kept, posted)
+
+Threads: the *feeder* does all of this, from the call on. Where `args` is lazy, a second one, the
+*pacer*, sees that the feeder has been inside the iterator's `next` for 10 ms; then it sends what is
+there and says FLUSH, so that a generator may wait for earlier results. `_cutting` guards the open
+slice and the batch, between these two. Slices that are dumped quickly are posted together: up to a
+millisecond's worth, or what the window had room for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from . import payload
+from .errors import DumpError, LetterTooLarge
+from .results import Window
+from .wire import SHORT_LETTER_BYTES, Buffer
+
+__all__ = ["CANCELLED", "Feeder", "Sink", "Slice", "join", "mark"]
+
+PAUSE_SECONDS = 0.010  # so long inside the iterator's `next` is a pause: longer than a switch of threads
+ROOM_SECONDS = 0.1  # how often a feeder without room looks whether what is out needs a FLUSH
+JOIN_SECONDS = 0.5  # for a feeder that is inside the caller's iterator: it cannot be interrupted there
+BATCH_SECONDS = 0.001  # slices wait so long to be posted together: little against a round trip
+BATCH_SLICES, BATCH_BYTES = 256, 1 << 20  # ... and no more of them: the others shall work meanwhile
+CANCELLED = "the job was cancelled"
+
+
+class Slice(NamedTuple):
+    """A slice as it was cut: all that is needed to send it, and to send it again."""
+
+    start: int  # place of its first argument in args, or in its list
+    place: int | None  # of its list in args, where args are lists
+    number: int  # of its arguments
+    weight: int  # in the window ...
+    size: int  # ... and bytes there; the letter may change
+    letter: Buffer
+    digest: bytes  # b"" of a short letter
+
+    def name(self, position: int) -> str:
+        """How to call one of its arguments in an error."""
+        return _name(self.start + position, self.place)
+
+    def with_letter(self, letter: Buffer) -> Slice:
+        """The same arguments in another letter."""
+        return self._replace(letter=letter, digest=_digest(letter))
+
+
+class Sink(Protocol):
+    """What the feeder needs of its job. Called by feeder and pacer, never by both at once."""
+
+    def enter(self, batch: Sequence[Slice], place: int | None = None) -> None:
+        """Number, keep and post these slices; those of one list, if `place` is given."""
+
+    def flush(self) -> None:
+        """What is posted will not be followed soon: packets need not be full."""
+
+    def flush_if_stuck(self) -> None:
+        """The window is full: flush if what is out will never make a full packet."""
+
+    def finish(self, places: int, error: BaseException | None) -> None:
+        """There are so many places in all, and this is what the iteration ended with."""
+
+    def fail(self, error: BaseException) -> None:
+        """An argument cannot be sent."""
+
+    def wait_for_node(self, timeout: float) -> int:
+        """Workers of the largest node; where there is none, 0 after at most `timeout` seconds."""
+
+    def fits(self, size: int) -> bool:
+        """Whether a letter of this size may travel."""
+
+    def check_size(self, what: str, size: int) -> None:
+        """LetterTooLarge, which names `what`, if it may not."""
+
+
+class Feeder:
+    """Feeds one job.
+
+    :param args: an iterable, or a function that returns one.
+    :param size: arguments in a slice.
+    :param by_argument: whether the window counts arguments, not slices.
+    :param lists: whether a first argument that is a list makes every argument a packet of its own.
+    """
+
+    def __init__(
+        self, sink: Sink, context: payload.Context, window: Window, args: Iterable[Any] | Callable[[], Any], *,
+        size: int, by_argument: bool, lists: bool, name: str,
+    ) -> None:
+        self.ended = threading.Event()  # all is fed, or nothing more shall be
+        self._sink = sink
+        self._context = context
+        self._window = window
+        self._args = args
+        self._size = size
+        self._by_argument = by_argument
+        self._lists = lists
+        self._pulling = 0.0  # monotonic: since when the feeder is inside the iterator's next; 0 where it is not
+        self._cutting = threading.Lock()  # guards all below
+        self._places = 0  # places of args that are in slices
+        self._open: list[Any] = []  # arguments of the slice that is not closed
+        self._batch: list[Slice] = []  # closed, in the window, not posted
+        self._batch_size = 0  # its bytes
+        self._batch_since = 0.0
+        self._threads = [threading.Thread(target=self._feed, name=f"achilles-feeder {name}", daemon=True)]
+        if not isinstance(args, (list, tuple, range)):
+            self._threads.append(threading.Thread(target=self._pace, name=f"achilles-pacer {name}", daemon=True))
+
+    def start(self) -> None:
+        """Begin to iterate."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Feed nothing more; joins the threads, half a second at most each. Any thread."""
+        self.ended.set()
+        self._window.close()
+        for thread in self._threads:
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join(JOIN_SECONDS)
+
+    def _feed(self) -> None:
+        """The feeder thread."""
+        error: BaseException | None = None
+        try:
+            args: Any = self._args() if callable(self._args) else self._args
+            if isinstance(args, (list, tuple, range)):
+                self._feed_sequence(args)
+            else:
+                self._feed_iterator(iter(args))
+        except BaseException as e:  # the caller's iterable may raise anything; it is raised where results are taken
+            error = e
+        with self._cutting:
+            self._post()
+        self._sink.flush()
+        self.ended.set()
+        self._sink.finish(self._places, error)
+
+    def _feed_sequence(self, args: Sequence[Any]) -> None:
+        with self._cutting:
+            if len(args) and self._is_list(args[0]):
+                for argument in args:
+                    self._send_list(argument)
+            else:
+                for start in range(0, len(args), self._size):
+                    self._send(list(args[start : start + self._size]))
+
+    def _feed_iterator(self, args: Iterator[Any]) -> None:
+        lists, first = False, True
+        try:
+            while not self._window.closed:
+                self._pulling = time.monotonic()
+                try:
+                    argument = next(args)
+                except StopIteration:
+                    break
+                finally:
+                    self._pulling = 0.0
+                lists, first = lists or (first and self._is_list(argument)), False
+                with self._cutting:
+                    if lists:
+                        self._send_list(argument)
+                    else:
+                        self._open.append(argument)
+                        self._close_slice(self._size)
+        finally:  # what came before an error of the iterator's is sent, too
+            with self._cutting:
+                self._close_slice(1)
+
+    def _pace(self) -> None:
+        """The pacer thread: after 10 ms inside the caller's iterator, let what is there go."""
+        seen = 0.0
+        while not self.ended.wait(PAUSE_SECONDS):
+            since = self._pulling
+            if since and since != seen and time.monotonic() - since >= PAUSE_SECONDS:
+                self._let_go()
+                seen = since
+
+    def _let_go(self) -> None:
+        try:
+            with self._cutting:
+                self._close_slice(1)
+                self._post()
+            self._sink.flush()
+        except Exception as e:  # an argument that cannot be dumped; there is no other thread to say so
+            self._sink.fail(e)
+
+    # All below needs `_cutting`.
+
+    def _close_slice(self, size: int) -> None:
+        """Send the open slice if it has at least `size` arguments."""
+        if len(self._open) >= size:
+            arguments, self._open = self._open, []
+            self._send(arguments)
+
+    def _is_list(self, first: object) -> bool:
+        return self._lists and isinstance(first, list)
+
+    def _send(self, arguments: list[Any]) -> None:
+        """Let a slice into the window and the batch; as several, where it is too large for one."""
+        for number, letter in self._dump(arguments, self._places):
+            weight = number if self._by_argument else 1
+            if len(letter) > BATCH_BYTES or not self._window.enter(weight, len(letter)):
+                self._post()
+                self._wait_for_room(weight, len(letter), len(letter) <= BATCH_BYTES)
+            self._batch.append(Slice(self._places, None, number, weight, len(letter), letter, _digest(letter)))
+            self._places += number
+            self._post_if_due(len(letter))
+
+    def _send_list(self, argument: object) -> None:
+        """A list of a list of lists: a packet of its own, in as many even slices as the largest node has workers.
+
+        Its slices leave the window together, so they enter it together.
+        """
+        place, largest = self._places, 1
+        if not isinstance(argument, list):
+            text = f"args[{place}] is a {type(argument).__name__}: where args[0] is a list, all must be lists"
+            raise mark(TypeError(text), index=place)
+        while argument and not (largest := self._sink.wait_for_node(ROOM_SECONDS)):
+            self._raise_if_closed()
+        pieces = list(self._dump_list(argument, largest, place))
+        if pieces:
+            weight = 1 if self._by_argument else len(pieces)
+            self._wait_for_room(weight, sum(len(letter) for _, letter in pieces))
+        slices: list[Slice] = []
+        start = 0
+        for number, letter in pieces:
+            weight = int(not slices) if self._by_argument else 1
+            slices.append(Slice(start, place, number, weight, len(letter), letter, _digest(letter)))
+            start += number
+        self._sink.enter(slices, place)
+        self._places = place + 1
+
+    def _dump_list(self, argument: list[Any], largest: int, place: int) -> Iterator[tuple[int, Buffer]]:
+        count = min(len(argument), largest)
+        bounds = [i * len(argument) // count for i in range(count + 1)] if count else []
+        for start, stop in zip(bounds, bounds[1:]):
+            yield from self._dump(argument[start:stop], start, place)
+
+    def _dump(self, arguments: list[Any], start: int, place: int | None = None) -> Iterator[tuple[int, Buffer]]:
+        """A slice as a letter, with its length; one that is over the limit is cut again, where it can be.
+
+        An error names the argument: its place in args, or in the list at `place`.
+        """
+        try:
+            letter = join(payload.dump_slice(self._context, arguments))
+        except DumpError:
+            for number, argument in enumerate(arguments, start):
+                self._dump_one(argument, number, place)
+            raise
+        half = len(arguments) // 2
+        if half and not self._sink.fits(len(letter)):
+            yield from self._dump(arguments[:half], start, place)
+            yield from self._dump(arguments[half:], start + half, place)
+        else:
+            self._check_size(start, place, len(letter))
+            yield len(arguments), letter
+
+    def _dump_one(self, argument: Any, number: int, place: int | None) -> None:
+        """DumpError, with the argument's name and index, if it is this one that cannot be dumped."""
+        try:
+            self._context.dump(argument, f"{_name(number, place)} (of type {type(argument).__qualname__})")
+        except DumpError as e:
+            mark(e, index=number if place is None else place)
+            raise
+
+    def _check_size(self, number: int, place: int | None, size: int) -> None:
+        try:
+            self._sink.check_size(_name(number, place), size)
+        except LetterTooLarge as e:
+            mark(e, index=number if place is None else place)
+            raise
+
+    def _wait_for_room(self, weight: int, size: int, looked: bool = False) -> None:
+        """Enter the window; `looked` if there was no room just now."""
+        while looked or not self._window.enter(weight, size):
+            looked = False
+            self._sink.flush_if_stuck()
+            if self._window.enter(weight, size, ROOM_SECONDS):
+                return
+            self._raise_if_closed()
+
+    def _raise_if_closed(self) -> None:
+        if self._window.closed:
+            raise InterruptedError(CANCELLED)
+
+    def _post_if_due(self, size: int) -> None:
+        now = time.monotonic()
+        if len(self._batch) == 1:
+            self._batch_since, self._batch_size = now, 0
+        self._batch_size += size
+        full = len(self._batch) >= BATCH_SLICES or self._batch_size >= BATCH_BYTES
+        if full or now - self._batch_since > BATCH_SECONDS:
+            self._post()
+
+    def _post(self) -> None:
+        if self._batch:
+            batch, self._batch = self._batch, []
+            self._sink.enter(batch)
+
+
+def join(parts: Sequence[Buffer]) -> Buffer:
+    """One buffer of our own: what the caller does to an array later must not change what was hashed."""
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
+
+
+def mark(error: BaseException, **attributes: object) -> Any:
+    """Say of an error where it happened, where its class lets us."""
+    for name, value in attributes.items():
+        try:
+            setattr(error, name, value)
+        except (AttributeError, TypeError):
+            pass
+    return error
+
+
+def _name(number: int, place: int | None) -> str:
+    """How to call an argument: by its place in args, or in a list there."""
+    return f"argument {number}" if place is None else f"argument {number} of the list args[{place}]"
+
+
+def _digest(letter: Buffer) -> bytes:
+    """Of a long letter; a short one needs none."""
+    return payload.letter_digest([letter]) if len(letter) > SHORT_LETTER_BYTES else b""
