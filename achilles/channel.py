@@ -343,6 +343,11 @@ def connect(
             keys = _prove(sock, role, username, key, deadline)
         except OSError as e:
             sock.close()
+            if isinstance(e, AuthenticationError):
+                raise AuthenticationError(
+                    f"{e} ({host}:{port}, user {username!r}): compare USERNAME and SECRET_KEY with those "
+                    "in the server's configuration file"
+                ) from None
             if isinstance(e, AchillesError) and not isinstance(e, ServerUnreachable):
                 raise
             if time.monotonic() + RETRY_SECONDS > deadline:

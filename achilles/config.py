@@ -255,7 +255,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def read_secret_file(path: str | os.PathLike[str]) -> Secret:
-    """The secret in a file's first line, unchecked; ConfigurationError if it cannot be read, or others have a right to it."""
+    """The secret in a file's first line, unchecked; ConfigurationError if it cannot be read, or others can."""
     return Secret((_lines(path, private=True) or [""])[0].rstrip("\r"))
 
 
@@ -329,9 +329,12 @@ def gen_config(
 
 
 def next_step(path: str) -> str:
-    """What a person does with a server's new file, in two lines."""
+    """What a person does with a server's new file, in a few lines."""
+    host = read_file(path).get("HOST", "") if os.path.exists(path) else ""
     return (f"On each other machine: copy this file there (scp -p {shlex.quote(path)} MACHINE:FILE), then\n"
-            f"    python -m {__package__}.node --env-file FILE\n")
+            f"    python -m {__package__}.node --env-file FILE\n"
+            + (f"But {host} is this machine alone: for others, give --host the address at which they reach it.\n"
+               if is_loopback(host) else ""))
 
 
 def remove_from_environment() -> None:

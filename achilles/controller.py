@@ -33,7 +33,6 @@ from .channel import PYTHON, Channel, SentFunctions
 from .config import Settings
 from .errors import (
     AchillesError,
-    AuthenticationError,
     ClusterKilled,
     LetterTooLarge,
     ProtocolError,
@@ -84,14 +83,8 @@ class Controller:
 
         Raises ServerUnreachable, AuthenticationError, ProtocolError.
         """
-        where, user = self._where(), self.settings.username
         try:
             self._connect()
-        except AuthenticationError as e:
-            raise AuthenticationError(
-                f"{e} ({where}, user {user!r}): compare USERNAME and SECRET_KEY here with those of the server, or copy "
-                "its configuration file to this machine (scp -p)"
-            ) from None
         except ServerUnreachable as e:
             raise ServerUnreachable(
                 f"{e}. Is a server running, and is this its address? Start one: python -m {__package__}.server"

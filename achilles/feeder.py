@@ -224,7 +224,7 @@ class Feeder:
         """
         place, largest = self._places, 1
         if not isinstance(argument, list):
-            text = f"args[{place}] is a {type(argument).__name__}: where args[0] is a list, all must be lists"
+            text = f"args[{place}] is of type {type(argument).__name__}: where args[0] is a list, all must be lists"
             raise mark(TypeError(text), index=place)
         while argument and not (largest := self._sink.wait_for_node(ROOM_SECONDS)):
             self._raise_if_closed()

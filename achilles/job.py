@@ -149,6 +149,8 @@ class Job:
     def abandon(self, error: BaseException) -> None:
         """In a child of the caller: the job is the parent's. Takes none of its locks; their holders may not exist."""
         self.ended, self.slices, self._waiting = True, {}, set()
+        self._ready.clear()
+        self._given.clear()
         self.buffer, self._window = ResultBuffer(True), Window(0)
         self._feeder = Feeder(self, self.context, self._window, (), size=1, by_argument=False, lists=False, name="")
         self.buffer.fail(error)
@@ -214,7 +216,7 @@ class Job:
         for status, _, letter in answer:
             some, failed = payload.load_outcomes(self.context, letter, status != Status.VALUES)
             if status == Status.FAILED:
-                raise failed[0]
+                raise _explained(failed[0])
             if failed:
                 errors.update({len(values) + position: error for position, error in failed.items()})
             values += some
@@ -426,6 +428,17 @@ def _frames(batch: Sequence[Slice]) -> Iterator[tuple[int, int]]:
             start, size = number, slice_.size
     if len(batch) > start:
         yield start, len(batch)
+
+
+def _explained(error: BaseException) -> BaseException:
+    """What a function or a slice could not be loaded for; a module that the node lacks gets its remedy."""
+    if not isinstance(error, ModuleNotFoundError):
+        return error
+    node = getattr(error, "node", None)
+    remedy = "install it there, or put the file into a folder on that node's PYTHONPATH, or import less of it"
+    told = ModuleNotFoundError(f"{error} on node {node}: {remedy}", name=error.name, path=error.path)
+    told.__cause__ = error.__cause__
+    return mark(told, node=node)  # type: ignore[no-any-return]
 
 
 def _lost(text: str, note: Mapping[str, Any]) -> WorkerLost:

@@ -1,8 +1,8 @@
 """The only place that turns users' objects into letters and letters into objects.
 
-Used in the caller and in workers alone; the server and a node's own process never import it. It knows
-what may be dumped, in which way, and what a context shares. It knows nothing of jobs, frames and peers.
-How one function or class is taken apart, and put together, is byvalue.py's.
+Used in the caller and in workers alone: the server never imports it, and a node does so only for those
+that it forks. It knows what may be dumped, in which way, and what a context shares. It knows nothing of
+jobs, frames and peers. How one function or class is taken apart, and put together, is byvalue.py's.
 
 Three ways, each tried when the one before fails::
 
@@ -39,6 +39,7 @@ of band are views of the caller's memory: who writes there before the letter is 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -109,8 +110,9 @@ class Context:
     Any thread may call any method.
     """
 
-    def __init__(self, caller: bool) -> None:
+    def __init__(self, caller: bool, node: int | None = None) -> None:
         self.lock = threading.RLock()  # guards all below
+        self.node = node  # a worker's: where its exceptions say that they were raised
         self._caller = caller
         self._process = os.urandom(16)  # names this side of the context
         self._namespaces: dict[Key, dict[str, Any]] = {}  # kept alive, so that an id below stays theirs
@@ -172,8 +174,11 @@ class Context:
         except VersionError:
             raise
         except Exception as error:
-            message = f"{what or _name_of(value)} cannot be sent to a node: {_text_of(error)}"
-            raise DumpError(f"{message}. Send what it is made from and make it in the function") from error
+            whither, remedy = ("to a node", "Send what it is made from and make it in the function")
+            if not self._caller:
+                whither, remedy = "back", "Return what it is made from"
+            message = f"{what or _name_of(value)} cannot be sent {whither}: {_text_of(error)}"
+            raise DumpError(f"{message}. {remedy}") from error
 
     def _load(self, letter: memoryview, start: int) -> Any:
         if letter[start] == PLAIN:
@@ -369,22 +374,22 @@ def dump_outcomes(context: Context, values: list[Any],
         except (DumpError, VersionError) as error:
             entries[position] = _error_entry(context, encoding_error(error, value))
             kept.append(None)
-    return True, context.dump([kept, entries])
+    return True, context.dump([kept, entries, context.node])
 
 
 def load_outcomes(context: Context, letter: Buffer,
                   raised: bool) -> tuple[list[Any], dict[int, BaseException]]:
     """The values of a slice and its exceptions by position, in the caller.
 
-    Each exception has the remote traceback, a `multiprocessing.pool.RemoteTraceback`, as `__cause__`;
-    one that cannot be rebuilt here is a `RemoteError` with its text.
+    Each exception has the remote traceback, a `multiprocessing.pool.RemoteTraceback`, as `__cause__`, and
+    the node's id as `node`; one that cannot be rebuilt here is a `RemoteError` with its text.
     """
     loaded = context.load(letter)
     if not raised:
         return loaded, {}
-    kept, entries = loaded
+    kept, entries, node = loaded
     values = [None if each is None else context.load(bytearray(each)) for each in kept]
-    return values, {position: _error_of(context, *entry) for position, entry in entries.items()}
+    return values, {position: _error_of(context, node, *entry) for position, entry in entries.items()}
 
 
 def encoding_error(error: BaseException, value: Any) -> BaseException:
@@ -524,7 +529,9 @@ def _error_entry(context: Context, error: BaseException) -> tuple[bytes | None, 
     return letter, f"{type(error).__qualname__}: {_text_of(error, str)}", text
 
 
-def _error_of(context: Context, letter: bytes | None, text: str, remote_traceback: str) -> BaseException:
+def _error_of(
+    context: Context, node: int | None, letter: bytes | None, text: str, remote_traceback: str
+) -> BaseException:
     error: BaseException = RemoteError(text)
     try:
         loaded = context.load(letter) if letter is not None else None
@@ -532,6 +539,8 @@ def _error_of(context: Context, letter: bytes | None, text: str, remote_tracebac
     except Exception:
         pass  # a module or class that only the node has: the text stands
     error.__cause__ = importlib.import_module("multiprocessing.pool").RemoteTraceback(remote_traceback)
+    with contextlib.suppress(AttributeError, TypeError):  # a class that has no room for it
+        error.node = node  # type: ignore[attr-defined]
     return error
 
 

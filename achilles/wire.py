@@ -334,7 +334,14 @@ def describe(kind: Kind, body: dict[str, Any] | Rows) -> str:
     if not isinstance(body, Rows):
         names = ("job", "function", "upto", "number", "reason", "context")
         return " ".join([kind.name, *(f"{name} {str(body[name])[:16]}" for name in names if name in body)])
-    span = f"{body.slices[0]}..{body.slices[-1]}" if body.slices else "none"
+    if kind is Kind.FUNCTION:
+        return f"{kind.name} ({body.size()} bytes)"
+    if kind is Kind.PACKET:
+        shown = [f"{first}..{first + count - 1}" for first, count in zip(body.slices, body.attempts)]
+        return f"{kind.name} job {body.job} slices {', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''}"
+    if len(body) == 1:
+        return f"{kind.name} job {body.job} slice {body.slices[0]} ({body.size()} bytes)"
+    span = f"{min(body.slices)}..{max(body.slices)}" if body.slices else "none"
     return f"{kind.name} job {body.job} slices {span} ({len(body)} rows, {body.size()} bytes)"
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(achilles.__file__).parent
 # A module imports from those before it alone. The last one names the others' public names, and loads them when used.
 ORDER = [
     "errors", "wire", "auth", "config", "console", "byvalue", "payload", "scheduler", "results", "channel", "worker",
-    "workers", "node", "exchange", "server", "feeder", "job", "controller", "local", "calls", "pool", "futures",
+    "cores", "backlog", "workers", "node", "exchange", "server", "feeder", "job", "controller", "local", "calls", "pool", "futures",
     "joblib_backend", "lineReceiver", "lineReceiver.achilles_main", "lineReceiver.achilles_server",
     "lineReceiver.achilles_node", "__init__",
 ]
@@ -27,7 +27,7 @@ LONG_MODULES = {
     "scheduler": (600, "one state machine, whose invariants span all of it"),
     "channel": (500, "the handshake and the two ways to drive a connection"),
     "worker": (400, "all that runs in a worker's process, and nothing else does"),
-    "workers": (660, "the life of a worker, seen from its node: start, feed, watch, end"),
+    "workers": (560, "the life of a worker, seen from its node: start, feed, watch, end"),
     "node": (430, "one loop, and the reasons to leave it"),
     "feeder": (400, "one thread, and all that may keep it waiting"),
     "job": (620, "one job in its controller: cut, send, collect"),

@@ -1,0 +1,343 @@
+"""What runs in a worker process: it loads slices, calls the function, and dumps what comes of it.
+
+Knows payloads, and one socket to its node; knows nothing of the server, other
+workers, or attempts. It reads a frame, works, writes, and reads again: so all
+that it is told comes in the order in which it was said.
+
+::
+
+    node ──FUNCTION JOB TASK END FORGET CLOSE──▶ socket pair ──▶ serve ──┐ a slice:
+                                                                         │  check, load,
+    node ◀──────────────RESULT────────────────── socket pair ◀── flush ◀─┘  call, dump
+    node ◀── (slice, position, phase) ────────── status, shared memory: whom a death is charged to
+
+It ends when its node shuts down writing. Two threads: the main one does all of
+this, a guard looks every second whether the node is still there. There are no
+locks: the status array is written here and only read in the node.
+
+Limits: a RESULT frame is written after 5 ms, 1 MiB or 1,024 rows at the latest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import multiprocess
+
+from . import wire
+from .channel import Channel
+from .errors import LetterTooLarge
+from .payload import Context, dump_outcomes, encoding_error, letter_digest, letter_length, load_slice
+from .wire import MAX_ROWS, MAX_SHORT_BYTES, MORE, ROW, SHORT_LETTER_BYTES, Buffer, Kind, Rows, Status
+
+__all__ = [
+    "Closeable", "Worker", "main",
+    "CALL", "DUMP", "FUNCTION", "IDLE", "LOAD", "PHASES", "START", "WHOLE",
+]
+
+SLICE, POSITION, PHASE = range(3)  # places in the status array, of signed 64-bit integers
+PHASES = ("start", "idle", "function", "load", "call", "dump")
+START, IDLE, FUNCTION, LOAD, CALL, DUMP = range(6)
+WHOLE = -1  # a position: every argument of the slice
+FLUSH_NS = 5_000_000  # so long a result may wait for company: what a message to a worker is worth, too
+GUARD_SECONDS = 1.0  # how often the guard looks
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
+           "VECLIB_MAXIMUM_THREADS", "BLIS_NUM_THREADS")  # each worker has one core, not all of them
+
+Function = Callable[[Any], Any]
+Answer = tuple[int, Sequence[Buffer]]  # the status of a RESULT row, and its letter
+
+
+class Closeable(Protocol):
+    """A descriptor that a forked worker inherits and has no use for."""
+
+    def close(self) -> object:
+        """Give it back in this process."""
+
+
+class _Context:
+    """What one context has in this worker, functions by their digests in hex."""
+
+    def __init__(self, node: int | None) -> None:
+        self.payload = Context(caller=False, node=node)
+        self.letters: dict[str, Buffer] = {}  # not loaded yet
+        self.loaded: dict[str, Any] = {}
+        self.failed: dict[str, Answer] = {}  # could not be loaded, or raised: what every slice is answered
+        self.initialized: set[str] = set()  # initializers that were called, even if forgotten since
+
+
+class _Job(NamedTuple):
+    context: _Context
+    initializer: str | None
+    function: str
+
+    def digests(self) -> list[str]:
+        """In the order in which they are to be loaded."""
+        return [self.initializer, self.function] if self.initializer else [self.function]
+
+
+class Worker:
+    """One worker's state and its loop, for the thread that calls `serve`.
+
+    :param sock: blocking; the other end is the node's.
+    :param status: three signed 64-bit integers that the node can see.
+    :param letter_limit: bytes of a letter, at most.
+    :param node: the node's id, for exceptions to name.
+    """
+
+    def __init__(
+        self, sock: socket.socket, status: Any, letter_limit: int = wire.LETTER_LIMIT_BYTES, node: int | None = None
+    ) -> None:
+        self._channel = Channel(sock, "NW", letter_limit=letter_limit)
+        self._channel.name = f"worker {os.getpid()}"
+        self._status = memoryview(status).cast("B").cast("q")  # written at half the cost of a ctypes array
+        self._limit = letter_limit
+        self._node = node
+        self._letters: dict[str, Buffer] = {}  # functions that came and that no JOB has named yet
+        self._contexts: dict[str, _Context] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._handlers: dict[Kind, Callable[[Any], object]] = {
+            Kind.FUNCTION: self._keep, Kind.JOB: self._declare, Kind.TASK: self._run,
+            Kind.END: lambda body: self._jobs.pop(body["job"], None),
+            Kind.CLOSE: lambda body: self._contexts.pop(body["context"], None), Kind.FORGET: self._forget,
+        }
+        self._slowest_ns = 0  # the slowest slice of the next RESULT frame
+        self._clear()
+
+    def serve(self) -> None:
+        """Do what the node says until it shuts down writing. Blocks."""
+        self._status[PHASE] = IDLE
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """One read and what it brought. Nothing of it is alive while the next read waits."""
+        frames = self._channel.receive()
+        for kind, body in frames or ():
+            self._handlers[kind](body)
+        return frames is not None
+
+    def _keep(self, rows: Rows) -> None:
+        _, (letter,) = next(rows.letters())
+        short = len(letter) <= SHORT_LETTER_BYTES  # a view of the whole envelope, then
+        self._letters[letter_digest((letter,)).hex()] = bytes(letter) if short else letter
+
+    def _declare(self, body: dict[str, Any]) -> None:
+        if body["context"] not in self._contexts:
+            self._contexts[body["context"]] = _Context(self._node)
+        job = _Job(self._contexts[body["context"]], body.get("initializer"), body["function"])
+        self._jobs[body["job"]] = job
+        for digest in filter(self._letters.__contains__, job.digests()):
+            job.context.letters[digest] = self._letters.pop(digest)
+
+    def _forget(self, body: dict[str, Any]) -> None:
+        for context in self._contexts.values():
+            for table in (context.letters, context.loaded, context.failed):
+                table.pop(body["function"], None)
+
+    def _run(self, rows: Rows) -> None:
+        """Answer every slice of a TASK."""
+        job = self._jobs[rows.job]
+        self._mark(rows.slices[0], FUNCTION)
+        failure = self._prepare(job)
+        began = self._flushed = time.monotonic_ns()
+        for number, attempt, (digest, (letter,)) in zip(rows.slices, rows.attempts, rows.letters()):
+            answers = [failure] if failure else self._attempt(job, number, attempt, digest, letter)
+            now = time.monotonic_ns()
+            for status, parts in answers:
+                row = ROW.pack(number, attempt, status, letter_length(parts))
+                self._gather(rows.job, row, parts, now - began)
+            self._status[PHASE] = IDLE
+            # Parts may be views of a result that the function still holds, and may write to at its next call.
+            if now - self._flushed > FLUSH_NS or len(answers[-1][1]) > 1:
+                self._flush(rows.job)
+            began = now
+        self._flush(rows.job)
+
+    def _prepare(self, job: _Job) -> Answer | None:
+        """Load the job's functions and call its initializer, if not done yet; the answer if it failed."""
+        context = job.context
+        for digest in job.digests():
+            letter = context.letters.pop(digest, None)
+            if letter is not None and digest not in context.initialized:
+                try:
+                    context.loaded[digest] = pair = context.payload.load(letter)
+                    if digest == job.initializer:
+                        context.initialized.add(digest)
+                        pair[0](*pair[1])
+                except BaseException as error:  # what a user's code raises is an answer, whatever it is
+                    context.failed[digest] = _failure(context.payload, error)
+            if digest in context.failed:
+                return context.failed[digest]
+        return None
+
+    def _attempt(self, job: _Job, number: int, attempt: int, digest: bytes, letter: Buffer) -> list[Answer]:
+        """Run one slice."""
+        self._mark(number, LOAD)
+        context = job.context.payload
+        if digest and letter_digest((letter,)) != digest:
+            return [(Status.ALTERED, ())]
+        try:
+            arguments, skipped = load_slice(context, letter)
+        except BaseException as error:
+            return [_failure(context, error)]
+        values, errors = self._call(job.context.loaded[job.function], arguments, skipped)
+        try:
+            self._find_deadly(context, attempt, values)
+            return self._dump(context, values, errors)
+        finally:
+            errors.clear()  # a traceback refers to frames, and those to it: nothing may outlive its slice
+
+    def _call(
+        self, pair: tuple[Function, Function | None], arguments: list[Any], skipped: frozenset[int]
+    ) -> tuple[list[Any], dict[int, BaseException]]:
+        """The values, one a position (None where skipped or raised), and the exceptions by position."""
+        function, callback = pair
+        values: list[Any] = []
+        errors: dict[int, BaseException] = {}
+        status, append = self._status, values.append  # this loop is the cost of a tiny task
+        status[PHASE] = CALL
+        for position, argument in enumerate(arguments):
+            if position in skipped:
+                append(None)
+                continue
+            status[POSITION] = position
+            try:
+                value = function(argument)
+                append(value if callback is None else callback(value))
+            except BaseException as error:
+                append(None)
+                errors[position] = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+        return values, errors
+
+    def _find_deadly(self, context: Context, attempt: int, values: list[Any]) -> None:
+        """On a further attempt, dump each value by itself before all together: so the deadly one is named."""
+        self._status[POSITION] = 0 if len(values) == 1 else WHOLE
+        self._status[PHASE] = DUMP
+        if attempt and len(values) > 1:
+            for self._status[POSITION], value in enumerate(values):
+                with contextlib.suppress(Exception):
+                    context.dump(value)
+
+    def _dump(self, context: Context, values: list[Any], errors: dict[int, BaseException]) -> list[Answer]:
+        """The answer, cut in two as often as it takes to keep each letter under the limit."""
+        raised, parts = dump_outcomes(context, values, errors)
+        if letter_length(parts) > self._limit and len(values) > 1:
+            half = len(values) // 2
+            front = {p: error for p, error in errors.items() if p < half}
+            back = {p - half: error for p, error in errors.items() if p >= half}
+            *first, (status, last) = self._dump(context, values[:half], front)
+            return [*first, (status | MORE, last), *self._dump(context, values[half:], back)]
+        if letter_length(parts) > self._limit:
+            what = LetterTooLarge(f"a result of {letter_length(parts)} bytes; the limit is {self._limit}")
+            raised, parts = dump_outcomes(context, [None], {0: encoding_error(what, type(values[0]))})
+        return [(Status.RAISED if raised else Status.VALUES, parts)]
+
+    def _mark(self, number: int, phase: int) -> None:
+        """A new slice: say so in an order that never blames the wrong one."""
+        self._status[PHASE] = IDLE
+        self._status[SLICE], self._status[POSITION] = number, WHOLE
+        self._status[PHASE] = phase
+
+    def _gather(self, job: int, row: bytes, parts: Sequence[Buffer], took_ns: int) -> None:
+        """Put an answer into the next RESULT frame; one that does not fit any more leaves before."""
+        length = letter_length(parts)
+        if self._size + length > MAX_SHORT_BYTES or len(self._table) == MAX_ROWS:
+            self._flush(job)
+        self._table.append(row)
+        self._size += length
+        self._slowest_ns = max(self._slowest_ns, took_ns)
+        if length > SHORT_LETTER_BYTES:
+            self._digests.append(letter_digest(parts))
+            self._longs.append(parts)
+        else:
+            self._shorts += parts
+
+    def _flush(self, job: int) -> None:
+        """Write what was gathered."""
+        self._flushed = time.monotonic_ns()
+        if self._table:
+            table, digests, shorts = b"".join(self._table), b"".join(self._digests), b"".join(self._shorts)
+            pace = max(1, self._slowest_ns // 1000)
+            self._channel.send(Kind.RESULT, Rows(job, table, digests, shorts, self._longs, pace))
+            self._clear()
+            while not self._channel.flush():
+                pass
+
+    def _clear(self) -> None:
+        """Begin the next RESULT frame."""
+        self._table: list[bytes] = []
+        self._digests: list[bytes] = []
+        self._shorts: list[Buffer] = []
+        self._longs: list[Sequence[Buffer]] = []
+        self._size = self._slowest_ns = 0  # bytes of its letters
+
+
+def main(
+    sock: socket.socket, status: Any, letter_limit: int, parent: int | None,
+    inherited: Iterable[Closeable] = (), node: int | None = None,
+) -> None:
+    """The target of a worker's process; returns when the node shuts down writing.
+
+    :param sock, status, letter_limit, node: as for Worker.
+    :param parent: the node's process id where the node starts its workers itself (fork, spawn), else None.
+    :param inherited: what a forked worker must not keep open.
+    """
+    _die_with(parent)
+    _reset_signals()
+    for thing in inherited:
+        thing.close()
+    for name in THREADS:
+        os.environ.setdefault(name, "1")
+    if hasattr(sys.stdout, "reconfigure"):  # what a function printed before its worker is killed is not lost
+        sys.stdout.reconfigure(line_buffering=True)
+    with contextlib.suppress(ConnectionError):  # the node is gone
+        Worker(sock, status, letter_limit, node).serve()
+
+
+def _failure(context: Context, error: BaseException) -> Answer:
+    """FAILED: the letter is that of a slice whose only argument raised this."""
+    own = error.__traceback__
+    return Status.FAILED, dump_outcomes(context, [None], {0: error.with_traceback(own and own.tb_next)})[1]
+
+
+def _reset_signals() -> None:
+    """What the node set for itself. Ctrl-C in a terminal reaches the workers too: the node ends them."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _die_with(parent: int | None) -> None:
+    """End with the node: at once where Linux sees to it, even inside C code; else in a second."""
+    if parent is not None and sys.platform == "linux":
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _orphaned(parent):  # it died before that
+        os._exit(1)
+    threading.Thread(target=_guard, args=(parent,), name="achilles-guard", daemon=True).start()
+
+
+def _guard(parent: int | None) -> None:
+    never = threading.Event()
+    while not _orphaned(parent):
+        never.wait(GUARD_SECONDS)
+    os._exit(1)
+
+
+def _orphaned(parent: int | None) -> bool:
+    """Whether the node is gone. Under forkserver the parent is another, but the pipe to the node tells it."""
+    return parent not in (None, os.getppid()) or not multiprocess.parent_process().is_alive()
