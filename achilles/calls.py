@@ -33,6 +33,7 @@ __all__ = ["Packets", "cluster_status", "imap", "imap_unordered", "kill_cluster"
 
 NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start one
 LOOK_SECONDS = 1.0  # how often a waiting call looks whether there are nodes; also how Ctrl-C gets through on Windows
+LEAST_SECONDS = 0.05  # ... with a short wait_for_nodes
 LOCAL = "local"  # as a host: a LocalCluster of this process
 
 Args = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -50,7 +51,7 @@ class Packets(Iterator[Packet]):
         self._job = job
         self._callback_error = callback_error
         self._wait_for_nodes = wait_for_nodes
-        self._lonely_since: float | None = None  # monotonic; no node since then
+        self._lonely_since: float | None = time.monotonic()  # no node since then; None where there is one
         self._told = False  # ... and the caller knows
         self._closed = False
 
@@ -105,10 +106,16 @@ class Packets(Iterator[Packet]):
             except TimeoutError as e:
                 if type(e) is not TimeoutError:  # an error of a task, not the end of our patience
                     raise
+            except (InterruptedError, KeyError):
+                if self._closed:  # by another thread, meanwhile
+                    return None
+                raise
             self._look_for_nodes()
 
     def _seconds_to_look(self) -> float:
-        return LOOK_SECONDS if self._wait_for_nodes is None else min(LOOK_SECONDS, self._wait_for_nodes / 4)
+        if self._wait_for_nodes is None:
+            return LOOK_SECONDS
+        return min(LOOK_SECONDS, max(self._wait_for_nodes / 4, LEAST_SECONDS))
 
     def _look_for_nodes(self) -> None:
         """No result came for a while: is there any node?"""
@@ -204,7 +211,9 @@ def kill_cluster(
     if not command_verified:
         if not (sys.stdin and sys.stdin.isatty()):
             raise ValueError("kill_cluster ends a whole cluster: pass command_verified=True where nobody can be asked")
-        if input("This ends every node and the server, and all jobs that run. Type YES to go on: ").strip() != "YES":
+        sys.stderr.write("This ends every node and the server, and all jobs that run. Type YES to go on: ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip() != "YES":
             return False
     with _connection(host, port, username, secret_key) as controller:
         controller.kill()

@@ -81,6 +81,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._ending = threading.Event()
         self._places_lock = threading.Lock()
         self._places: dict[socket.socket, str] = {}  # connections before authentication, the oldest first
+        self._readers: set[threading.Thread] = set()  # handler threads that have not ended
         host = bind or settings.host
         try:
             found = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -115,13 +116,25 @@ class Server(socketserver.ThreadingTCPServer):
         peers = self._exchange.say_goodbye(reason)
         self._ending.set()
         if reason == "killed":
-            threading.Event().wait(KILLED_SECONDS)
+            self._wait_for_another_reason(KILLED_SECONDS)
             peers = self._exchange.say_goodbye(reason)
         self.shutdown()
         deadline = time.monotonic() + JOIN_SECONDS
+        with self._places_lock:
+            for sock in self._places:
+                _shut_down(sock)
         for peer in peers:
             peer.channel.wait_written(deadline - time.monotonic())
             peer.channel.close()
+        for reader in list(self._readers):
+            reader.join(max(deadline - time.monotonic(), 0))
+
+    def _wait_for_another_reason(self, seconds: float) -> None:
+        """Whoever has killed the cluster may be in a hurry to end this process, too."""
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(queue.Empty):
+            while self._reasons.get(timeout=max(deadline - time.monotonic(), 0)) == "killed":
+                pass
 
     # Accepting, in the serving thread.
 
@@ -143,8 +156,7 @@ class Server(socketserver.ThreadingTCPServer):
                 most = Counter(self._places.values()).most_common(1)[0][0]
                 oldest = next(sock for sock, address in self._places.items() if address == most)
                 del self._places[oldest]
-                with contextlib.suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)
+                _shut_down(oldest)
         super().process_request(request, client_address)
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -155,6 +167,13 @@ class Server(socketserver.ThreadingTCPServer):
 
     def serve_connection(self, sock: socket.socket, address: str) -> None:
         """Authenticate a client, then read its frames until it is gone."""
+        self._readers.add(threading.current_thread())
+        try:
+            self._authenticate(sock, address)
+        finally:
+            self._readers.discard(threading.current_thread())
+
+    def _authenticate(self, sock: socket.socket, address: str) -> None:
         try:
             claimed, keys = channel.answer_claim(sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS)
             if keys is None:
@@ -206,8 +225,6 @@ def run_server(
     if bind:
         config.check_secret(settings.secret, bind)
     server = Server(settings, bind)
-    console.say("ALERT: achilles_server initiated at {}:{}".format(*server.address))
-    console.say("Listening for connections...")
     told: list[int] = []
 
     def on_signal(number: int, _: object) -> None:
@@ -216,7 +233,9 @@ def run_server(
         told.append(number)
         server.end("restart")
 
-    with console.signal_handlers(on_signal):
+    with console.signal_handlers(on_signal):  # before the lines: whoever waits for them may signal at once
+        console.say("ALERT: achilles_server initiated at {}:{}".format(*server.address))
+        console.say("Listening for connections...")
         server.run()
     return 130 if signal.SIGINT in told else 0
 
@@ -252,7 +271,10 @@ def _print_status(settings: Settings, as_json: bool) -> int:
 def ask_status(settings: Settings) -> dict[str, Any]:
     """A running server's STATUS. Blocks some seconds at most. Raises ServerUnreachable, AuthenticationError."""
     key = auth.derive_key(settings.username, settings.secret.reveal())
-    link = channel.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key)
+    try:
+        link = channel.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key)
+    except ServerUnreachable as e:
+        raise ServerUnreachable(f"{e}. Start a server: python -m {__package__}.server") from e
     answers: list[dict[str, Any]] = []
 
     def keep(frame: Frame) -> None:
@@ -266,7 +288,7 @@ def ask_status(settings: Settings) -> dict[str, Any]:
     why = link.run(keep)
     link.close()
     if not answers:
-        raise ServerUnreachable(f"{settings.host}:{settings.port} gave no status: {why}")
+        raise ServerUnreachable(f"the server at {settings.host}:{settings.port} gave no status: {why}")
     return answers[0]
 
 
@@ -278,6 +300,12 @@ class _Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         threading.current_thread().name = f"achilles-reader {self.client_address[0]}"
         self.server.serve_connection(self.request, self.client_address[0])
+
+
+def _shut_down(sock: socket.socket) -> None:
+    """Let its reader find an end of file."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _derive(settings: Settings) -> list[bytes]:
