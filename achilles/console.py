@@ -42,7 +42,10 @@ def say(text: str) -> None:
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser with the options that all commands have. There is none for a secret: others can read a command line."""
-    made = argparse.ArgumentParser(prog=f"python -m {__package__}.{command}", description=description)
+    made = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.{command}", description=description,
+        allow_abbrev=False,  # --secret-key must not pass for --secret-key-file, with the secret on the command line
+    )
     made.add_argument("--host", help="name or address of the server")
     made.add_argument("--port", type=int, help="its port, 9999 where none is given")
     made.add_argument("--username", help="1 to 32 bytes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
@@ -39,8 +40,11 @@ def descriptors() -> set[tuple[str, str]]:
 
 def children() -> set[int]:
     """The processes that this one has started and that are there, zombies too."""
-    files = Path("/proc/self/task").glob("*/children")
-    return {int(pid) for file in files for pid in file.read_text().split()}
+    found: set[int] = set()
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            found.update(map(int, file.read_text().split()))
+    return found
 
 
 @pytest.fixture
