@@ -13,8 +13,8 @@ PACKAGE = Path(achilles.__file__).parent
 # A module imports from those before it alone. The last one names the others' public names, and loads them when used.
 ORDER = [
     "errors", "wire", "auth", "config", "console", "byvalue", "payload", "scheduler", "results", "channel", "worker",
-    "cores", "backlog", "workers", "node", "exchange", "server", "feeder", "job", "controller", "local", "calls", "pool", "futures",
-    "joblib_backend", "lineReceiver", "lineReceiver.achilles_main", "lineReceiver.achilles_server",
+    "cores", "backlog", "workers", "node", "exchange", "server", "feeder", "job", "controller", "local", "calls",
+    "pool", "futures", "joblib_backend", "lineReceiver", "lineReceiver.achilles_main", "lineReceiver.achilles_server",
     "lineReceiver.achilles_node", "__init__",
 ]
 LONGEST_MODULE_LINES = 330
