@@ -14,6 +14,12 @@ from typing import Any
 
 import pytest
 
+import achilles
+
+# What a test starts as a process imports the same package as the test does, installed or not.
+PACKAGE_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(achilles.__file__)))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PACKAGE_FOLDER, os.environ.get("PYTHONPATH")]))
+
 SECONDS = 20.0  # tells a hang from a wait
 GONE_SECONDS = 8.0  # for what a test has started: longer than a goodbye and the joins after it
 
