@@ -1,0 +1,234 @@
+"""A cluster on one machine: what it is, that it is gone afterwards, and scripts that run against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import tasks
+from cluster import PYTHON, Process, alive, children, descendants, environment
+from conftest import wait_until
+
+from achilles import LocalCluster, ServerUnreachable, cluster_status, map  # noqa: A004
+from achilles.local import START_SECONDS
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+
+
+@pytest.fixture
+def local(no_leftovers):
+    """One that is shared by nothing: the tests look at its processes."""
+    with LocalCluster(nodes=2, cpu_count=1) as cluster:
+        yield cluster
+
+
+def address(cluster):
+    return {name: getattr(cluster, name) for name in ("host", "port", "username", "secret_key")}
+
+
+def start(tmp_path, source, *command, **popen):
+    """A script that imports what the tests can; `command` comes before it."""
+    file = tmp_path / "caller.py"
+    file.write_text(textwrap.dedent(source))
+    return Process(tmp_path, "caller", [*PYTHON, *command, str(file)], environment(), **popen)
+
+
+# LocalCluster.
+
+
+def test_its_attributes_and_a_map(local):
+    assert local.host == "127.0.0.1"
+    assert 0 < local.port < 65536
+    assert len(local.nodes) == 2
+    assert all(isinstance(process, subprocess.Popen) for process in (local.server, *local.nodes))
+    assert str(local.secret_key) == "***"
+    assert map(tasks.square, [1, 2, 3], **address(local)) == [[1], [4], [9]]
+    nodes = cluster_status(**address(local))["nodes"]
+    assert [node["cpu_count"] for node in nodes] == [1, 1]
+
+
+def test_usable_cores_are_divided(monkeypatch, no_leftovers):
+    assert LocalCluster(nodes=2, cpu_count=5)._shares() == [5, 5]
+    monkeypatch.setattr("achilles.cores.usable_cores", lambda: 7)
+    assert LocalCluster(nodes=3)._shares() == [3, 2, 2]
+    monkeypatch.setattr("achilles.cores.usable_cores", lambda: 1)
+    assert LocalCluster(nodes=3)._shares() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"nodes": -1}, {"nodes": "2"}, {"nodes": True}, {"cpu_count": 0}])
+def test_wrong_arguments(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LocalCluster(**wrong)
+
+
+@needs_proc
+def test_nothing_is_left_after_the_block(no_leftovers):
+    with LocalCluster(nodes=1, cpu_count=2) as cluster:
+        processes = [cluster.server.pid, *(node.pid for node in cluster.nodes)]
+        processes += [pid for each in processes for pid in descendants(each)]
+        settings = address(cluster)
+    assert not any(alive(pid) for pid in processes)
+    assert cluster.nodes == []
+    with pytest.raises(ServerUnreachable):
+        cluster_status(**settings)
+
+
+def test_an_error_in_the_block_ends_it_too(no_leftovers):
+    with pytest.raises(LookupError), LocalCluster(nodes=1, cpu_count=1) as cluster:
+        server = cluster.server
+        raise LookupError
+    assert server.returncode == 0
+
+
+@needs_proc
+def test_the_secret_is_on_no_command_line_and_in_no_environment(local):
+    secret = local.secret_key.reveal().encode()
+    for process in (local.server, *local.nodes):
+        for pid in (process.pid, *descendants(process.pid)):
+            for name in ("cmdline", "environ"):
+                assert secret not in Path(f"/proc/{pid}/{name}").read_bytes()
+    seen = map(lambda _: dict(os.environ), [0], **address(local))
+    assert secret.decode() not in "".join(seen[0][0].values())
+
+
+@needs_proc
+def test_it_has_a_session_of_its_own(local):
+    """So that Ctrl-C in a terminal does not reach it."""
+    for process in (local.server, *local.nodes):
+        assert os.getsid(process.pid) not in (os.getsid(0), 0)
+        os.kill(process.pid, signal.SIGINT)
+    assert map(tasks.square, [2], **address(local)) == [[4]]
+
+
+def test_a_child_that_cannot_start_is_an_error(monkeypatch, no_leftovers, capfd):
+    monkeypatch.setattr("achilles.local.CHILD", "--nobody-knows-this")
+    with pytest.raises(ServerUnreachable, match="did not start"):
+        LocalCluster(nodes=1, cpu_count=1).start()
+    assert START_SECONDS >= 10
+
+
+KILLED = """
+    import os, sys, time
+    from achilles import LocalCluster
+    from cluster import descendants
+    with LocalCluster(nodes=1, cpu_count=2) as cluster:
+        deadline = time.monotonic() + 20
+        while len(descendants(os.getpid())) < 4 and time.monotonic() < deadline:
+            pass
+        family = descendants(os.getpid())
+        child = os.fork() if {fork} else os.getpid()
+        if child:
+            print(child, *family, "ready", flush=True)
+        time.sleep(60)
+        os._exit(0)
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("fork", [False, True])
+def test_it_is_gone_soon_after_its_caller_is_killed(tmp_path, no_leftovers, fork):
+    """Also where a forked child of the caller lives on, and holds all descriptors open."""
+    caller = start(tmp_path, KILLED.format(fork=fork))
+    child, *cluster = [int(pid) for pid in caller.wait_for(r"([\d ]+) ready")[1].split()]
+    caller.kill()
+    assert len(cluster) >= 4
+    wait_until(lambda: not any(map_alive(cluster)), f"the end of {cluster}", 10)
+    assert alive(child) == fork
+    if fork:
+        os.kill(child, signal.SIGKILL)
+
+
+def map_alive(pids):
+    return [alive(pid) for pid in pids]
+
+
+# host="local".
+
+EMBEDDED = """
+    import os
+    from achilles import cluster_status, imap, imap_unordered, map
+    from cluster import children
+    assert sum(map(lambda x: -x, range(5), host="local"), []) == [0, -1, -2, -3, -4]
+    before = children(os.getpid())
+    assert len(before) == 2
+    assert [n for p in imap(lambda x: x, range(5), host="local") for n in p["RESULT"]] == list(range(5))
+    assert sorted(n for p in imap_unordered(lambda x: x, range(5), host="local") for n in p["RESULT"]) == list(range(5))
+    assert len(cluster_status(host="local")["nodes"]) == 1
+    assert children(os.getpid()) == before
+    print(*before, flush=True)
+"""
+
+
+@needs_proc
+def test_the_embedded_cluster_is_one_a_process(tmp_path, no_leftovers):
+    caller = start(tmp_path, EMBEDDED)
+    assert caller.wait() == 0, caller.err.read_text()
+    pids = [int(pid) for pid in caller.out.read_text().split()]
+    assert not any(map_alive(pids))
+
+
+# python -m achilles.local.
+
+SCRIPT = """
+    import json, os, signal, sys
+    from achilles import cluster_status, map
+    import beside
+    if __name__ == "__main__":
+        found = sum(map(beside.triple, [1, 2]), [])
+        nodes = cluster_status()["nodes"]
+        print(json.dumps([sys.argv[1:], found, [node["cpu_count"] for node in nodes]]))
+        if sys.argv[1:] == ["die"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(("0", "--nodes", "7"), 0), (("5",), 5), (("die",), 143)])
+def test_a_script_runs_with_its_folder_arguments_and_status(tmp_path, no_leftovers, arguments, status):
+    (tmp_path / "beside.py").write_text("def triple(x):\n    return 3 * x\n")
+    file = tmp_path / "script.py"
+    file.write_text(textwrap.dedent(SCRIPT))
+    command = [*PYTHON, "-m", "achilles.local", "--nodes", "1", "--cpu-count", "2", str(file), *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    if status == 143:
+        return
+    assert json.loads(done.stdout) == [list(arguments), [3, 6], [2]]
+
+
+def test_wrong_options_of_the_command_exit_with_2(tmp_path):
+    command = [sys.executable, "-m", "achilles.local", "--nodes", "0", "x.py"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert "nodes" in done.stderr
+
+
+@needs_proc
+def test_ctrl_c_reaches_the_script_and_not_the_cluster(tmp_path, no_leftovers):
+    """As a terminal does: SIGINT for the whole process group of the command."""
+    source = """
+        import tasks, time
+        from achilles import map
+        try:
+            print("begun", flush=True)
+            map(lambda n: time.sleep(0.5), range(1000))
+        except KeyboardInterrupt:
+            print(map(tasks.square, [3]), flush=True)
+            raise SystemExit(7)
+    """
+    options = ("--nodes", "1", "--cpu-count", "1")
+    command = start(tmp_path, source, "-m", "achilles.local", *options, start_new_session=True)
+    command.wait_for("begun")
+    wait_until(lambda: "successful" in command.err.read_text(), "the connection")
+    family = {command.pid, *descendants(command.pid)}
+    os.killpg(command.pid, signal.SIGINT)
+    assert command.wait() == 7, command.err.read_text()
+    assert "[[9]]" in command.out.read_text()
+    wait_until(lambda: not any(map_alive(family)), "the end of all", 5)
+    assert not set(children(os.getpid())) & family
