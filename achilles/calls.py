@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -286,7 +287,9 @@ def _resolve(host: str | None, port: int | None, username: str | None, secret_ke
 
         settings: Settings = local.embedded().settings
         return settings
-    return config.resolve(host, port, username, secret_key)
+    # Whoever reconnects does so in a thread of ours, where nobody can be asked.
+    ask = threading.current_thread() is threading.main_thread()
+    return config.resolve(host, port, username, secret_key, ask=ask)
 
 
 def _check_callables(func: object, **callbacks: object) -> None:

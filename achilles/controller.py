@@ -18,6 +18,7 @@ connects again. The channel's writer sends. Any thread may start and end jobs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -34,6 +35,7 @@ from .config import Settings
 from .errors import (
     AchillesError,
     ClusterKilled,
+    ConfigurationError,
     LetterTooLarge,
     ProtocolError,
     ServerUnreachable,
@@ -261,7 +263,8 @@ class Controller:
         while not self._closing.wait(wait * (0.5 + random.random())):
             wait = min(2 * wait, longest)
             try:
-                self.settings = self._resolve()
+                with contextlib.suppress(ConfigurationError):  # half written, or gone: what there was may still do
+                    self.settings = self._resolve()
                 self._connect()
                 log.info("connected to the server again")
                 return True

@@ -157,7 +157,12 @@ class Server(socketserver.ThreadingTCPServer):
                 oldest = next(sock for sock, address in self._places.items() if address == most)
                 del self._places[oldest]
                 _shut_down(oldest)
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread to be had
+            with self._places_lock:
+                self._places.pop(request, None)
+            raise
 
     def handle_error(self, request: object, client_address: object) -> None:
         """An error of our own in a handler thread: to the log, with its traceback."""
