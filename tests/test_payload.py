@@ -31,7 +31,8 @@ def outcomes(mode: str, folder: Path) -> dict[str, str]:
     package.mkdir()
     for module in ("errors", "byvalue", "payload"):
         shutil.copy(ROOT / "achilles" / f"{module}.py", package)
-    path = str(FOLDER / "cases.py")
+    # A letter names the file of its code, and must not name the package: the checkout may have its name.
+    path = str(shutil.copy(FOLDER / "cases.py", folder / "table.py"))
     start = [path] if mode == "script" else ["-c", NOTEBOOK.format(path=path)]
     start += [str(ROOT), str(folder), "ventured", str(FOLDER)]
     run = subprocess.run([sys.executable, "-W", "error", *start],
