@@ -72,7 +72,7 @@ def test_the_other_directions_key_does_not_do():
         auth.Checker(KEYS.server_data).check(bytes.fromhex(head), envelope, bytes.fromhex(tag))
 
 
-@pytest.mark.parametrize("keys", [[KEY], [KEY, os.urandom(32)], [os.urandom(32), KEY]])
+@pytest.mark.parametrize("keys", [[KEY], [KEY, os.urandom(32)], [os.urandom(32), KEY]], ids=["one", "first", "second"])
 def test_a_claim_with_either_secret_is_accepted(keys):
     assert auth.accept_claim(keys, m1(), auth.read_claim(signed() + KEYS.client_proof)) == KEYS
 
@@ -80,6 +80,7 @@ def test_a_claim_with_either_secret_is_accepted(keys):
 @pytest.mark.parametrize(
     ("keys", "proof"),
     [([os.urandom(32)], KEYS.client_proof), ([KEY], KEYS.server_proof), ([KEY], auth.REFUSAL), ([KEY], os.urandom(32))],
+    ids=["another secret", "reflected", "zeros", "random"],
 )
 def test_a_claim_without_the_secret_is_not(keys, proof):
     assert auth.accept_claim(keys, m1(), auth.read_claim(signed() + proof)) is None
