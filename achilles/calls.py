@@ -29,12 +29,14 @@ from .config import SecretKey, Settings
 from .controller import RECONNECT_SECONDS, Controller
 from .errors import NoNodesError
 from .job import Function, Job, Taken
+from .results import NotYet
 
 __all__ = ["Packets", "cluster_status", "imap", "imap_unordered", "kill_cluster", "map"]
 
 NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start one
 LOOK_SECONDS = 1.0  # how often a waiting call looks whether there are nodes; also how Ctrl-C gets through on Windows
 LEAST_SECONDS = 0.05  # ... with a short wait_for_nodes
+OWN_THREADS = "achilles-"  # how the names of all threads of ours begin
 LOCAL = "local"  # as a host: a LocalCluster of this process
 
 Args = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -87,7 +89,10 @@ class Packets(Iterator[Packet]):
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at the interpreter's end half of it may be gone
-            self.close()
+            if threading.current_thread().name.startswith(OWN_THREADS):  # collected there, under who knows which lock
+                threading.Thread(target=self.close, name="achilles-closer", daemon=True).start()
+            else:
+                self.close()
 
     def _end(self, cancel: bool) -> None:
         if not self._closed:
@@ -104,9 +109,8 @@ class Packets(Iterator[Packet]):
         while True:
             try:
                 return self._job.take(self._seconds_to_look())
-            except TimeoutError as e:
-                if type(e) is not TimeoutError:  # an error of a task, not the end of our patience
-                    raise
+            except NotYet:
+                pass
             except (InterruptedError, KeyError):
                 if self._closed:  # by another thread, meanwhile
                     return None

@@ -181,9 +181,11 @@ def is_loopback(host: str) -> bool:
 def check_host(value: object, source: str = "host") -> str:
     """Return `value`, which may be a host's name or address, but has not been looked up.
 
-    :raises ConfigurationError: no text, empty, or with white space or control characters; names `source`.
+    :raises ConfigurationError: no text, empty, with white space or control characters, or an empty or too long
+        part between dots; names `source`.
     """
-    if not isinstance(value, str) or not value or not value.isprintable() or " " in value:
+    good = isinstance(value, str) and value and value.isprintable() and " " not in value
+    if not isinstance(value, str) or not good or not _is_encodable(value):
         raise ConfigurationError(f"{source} must be a host's name or address, not {value!r}")
     return value
 
@@ -408,6 +410,14 @@ def _ask(prompt: str, check: Callable[[str], T], default: str = "", *, hidden: b
             sys.stderr.write(f"{error}\n")
         except EOFError:
             raise ConfigurationError(f"the input ended at {prompt!r}; nothing is saved") from None
+
+
+def _is_encodable(host: str) -> bool:
+    """Whether `socket` can look this name up; it raises a UnicodeError, which is no OSError, where it cannot."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def _at_terminal() -> bool:

@@ -235,7 +235,22 @@ class Controller:
         self.post(Kind.JOB, body | {"resumed": resumed, "options": job.options})
 
     def _read(self) -> None:
-        """The reader thread: read until the connection ends, connect again, until closed or given up."""
+        """The reader thread; however it ends, everybody who waits is told."""
+        try:
+            self._read_and_reconnect()
+        except Exception as e:  # such as a MemoryError: nobody else would ever end the calls that wait
+            log.exception("reading from the server failed")
+            self._lost = ServerUnreachable(f"reading from the server at {self._where()} failed: {e!r}")
+            self._lost.__cause__ = e
+        with self._changed:
+            self._lost = self._lost or ServerUnreachable(CLOSED)
+            self._changed.notify_all()
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.buffer.fail(self._lost)
+
+    def _read_and_reconnect(self) -> None:
+        """Read until the connection ends, connect again, until closed or given up."""
         while True:
             link = self._channel
             why = link.run(self._handle) if link is not None else "closed"
@@ -250,12 +265,6 @@ class Controller:
                 break
             if link is not None:
                 link.close()
-        with self._changed:
-            self._lost = self._lost or ServerUnreachable(CLOSED)
-            self._changed.notify_all()
-            jobs = list(self._jobs.values())
-        for job in jobs:
-            job.buffer.fail(self._lost)
 
     def _reconnect(self, why: str) -> bool:
         deadline = time.monotonic() + self._reconnect_seconds

@@ -294,7 +294,8 @@ class Exchange:
     def _send_cluster(self, controller: Peer) -> None:
         workers, largest, _ = self._scheduler.workers(controller.python)
         limits = [node.hello["letter_limit"] for node in self._nodes.values()]
-        body = {"nodes": len(self._nodes), "workers": workers, "largest": largest, "pythons": self._scheduler.pythons()}
+        pythons = self._scheduler.pythons()
+        body = {"nodes": sum(pythons.values()), "workers": workers, "largest": largest, "pythons": pythons}
         controller.channel.send(Kind.CLUSTER, body | {"letter_limit": min([*limits, wire.LETTER_LIMIT_BYTES])})
 
     def _status(self) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class Job:
 
     def outstanding(self) -> list[Rows]:
         """Every slice without an answer, for a new connection. Needs `link.lock`; no slice is charged."""
-        for trouble in self._troubles.values():
+        for trouble in list(self._troubles.values()):  # the caller's thread may find another one meanwhile
             trouble.parts = []  # the rest of them went to the old connection
         return [self._rows([number]) for number in sorted(self._waiting)]
 
@@ -180,7 +180,7 @@ class Job:
     def take(self, timeout: float | None = None) -> Taken | None:
         """The next unit: its start, its values, and an exception for each place that has none. None behind the last.
 
-        Blocks up to `timeout` seconds, then TimeoutError. Raises what the job as a whole failed with.
+        Blocks up to `timeout` seconds, then NotYet. Raises what the job as a whole failed with.
         """
         while True:
             if not self._ready:
@@ -255,12 +255,17 @@ class Job:
     def answers(self, rows: Rows) -> None:
         """A RESULT. Rows that nobody waits for are ignored."""
         parts = [(status, digest, letter) for status, (digest, (letter,)) in zip(rows.statuses, rows.letters())]
-        if not any(rows.statuses) and self._waiting.issuperset(rows.slices):
+        whole = not any(rows.statuses) and self._troubles.keys().isdisjoint(rows.slices)  # no part came before
+        if whole and self._waiting.issuperset(rows.slices):
             self._put(rows.slices, [(part,) for part in parts])
             self._judge(rows)
             return
         for number, attempt, part in zip(rows.slices, rows.attempts, parts):
-            self.answer(number, attempt, *part)
+            try:
+                self.answer(number, attempt, *part)
+            except KeyError:  # stopped by another thread: its slices are forgotten
+                if not self.ended:
+                    raise
 
     def _put(self, numbers: Sequence[int], answers: Sequence[Answer]) -> None:
         self._waiting.difference_update(numbers)

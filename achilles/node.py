@@ -125,6 +125,8 @@ class Node:
             except (AuthenticationError, ProtocolError) as e:
                 if not self.joined:
                     raise
+                if self.draining:
+                    return
                 log.warning("%s; trying again", e)
                 self._read_anew()
             except (OSError, AchillesError) as e:
@@ -133,6 +135,8 @@ class Node:
                 log.info("%s", end.value)
                 if end is not End.RESTART:
                     return
+            if self.draining:  # and the server is gone: there is nothing to come back for
+                return
             self._pause()
 
     def greet(self, number: int, connections: int) -> None:

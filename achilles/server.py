@@ -49,6 +49,7 @@ PLACES = 64  # connections that are not authenticated yet
 POLL_SECONDS = 0.2  # how soon serve_forever sees that it shall end
 HANDSHAKE_SECONDS = 5.0  # for all of it, whatever arrives
 REFUSAL_SECONDS = 1.0  # a guess costs the guesser this, and its place meanwhile
+PLACE_SECONDS = 0.02  # ... and how often who waits so looks whether it still has a place
 NO_NODES_STATUS = 3  # exit status of --status where no node is there
 KILLED_SECONDS = 10.0  # how long those who come back after `kill_cluster` are told
 JOIN_SECONDS = 2.0  # for a connection's threads, when the server ends
@@ -183,7 +184,7 @@ class Server(socketserver.ThreadingTCPServer):
             claimed, keys = channel.answer_claim(sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS)
             if keys is None:
                 log.warning("refused %s as user %r", address, claimed.user.decode(errors="replace"))
-                self._ending.wait(REFUSAL_SECONDS)
+                self._wait_refused(sock)
             sock.sendall(keys.server_proof if keys else auth.REFUSAL)
         except (OSError, ProtocolError) as e:
             log.info("%s did not authenticate: %s", address, e)
@@ -193,6 +194,13 @@ class Server(socketserver.ThreadingTCPServer):
                 self._places.pop(sock, None)
         if keys is not None:
             self._serve_peer(sock, claimed, keys, address)
+
+    def _wait_refused(self, sock: socket.socket) -> None:
+        """What a guess costs. Who has lost its place waits no longer: its thread and descriptor are for others."""
+        until = time.monotonic() + REFUSAL_SECONDS
+        while sock in self._places and (left := until - time.monotonic()) > 0:
+            if self._ending.wait(min(left, PLACE_SECONDS)):
+                return
 
     def _serve_peer(self, sock: socket.socket, claimed: auth.Claim, keys: auth.Keys, address: str) -> None:
         sock.settimeout(channel.TICK_SECONDS)
@@ -228,7 +236,7 @@ def run_server(
     """
     settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="server")
     if bind:
-        config.check_secret(settings.secret, bind)
+        config.check_secret(settings.secret, config.check_host(bind, "bind"))
     server = Server(settings, bind)
     told: list[int] = []
 

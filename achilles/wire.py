@@ -42,6 +42,7 @@ TAG_BYTES = 32  # HMAC-SHA256
 DIGEST_BYTES = 32  # SHA-256
 SHORT_LETTER_BYTES = 1024  # up to here a letter rides in the envelope: hashing it twice is cheaper than a digest
 MAX_ENVELOPE_BYTES = 4 << 20  # no sender of ours comes near; bounds what an unread frame can hold
+MAX_JOB_BYTES = 64 << 10  # of a JOB, which the server writes anew, and other JSON of it may be five times as long
 MAX_ROWS = 1024  # beyond, a frame saves nothing more and others wait longer behind it
 MAX_SHORT_BYTES = 1 << 20  # MAX_ROWS letters of SHORT_LETTER_BYTES
 MAX_LONG_BYTES = 8 << 20  # a heartbeat waits for at most this much of queued letters (or for one long one)
@@ -102,7 +103,7 @@ _KINDS = {int(kind): kind for kind in Kind}
 LINKS = ("CS", "NS", "SC", "SN", "NW", "WN")
 _TCP, _DOWN = ("CS", "NS", "SC", "SN"), ("CS", "SN", "NW")
 DIRECTIONS: dict[Kind, tuple[str, ...]] = {
-    Kind.HELLO: _TCP, Kind.BYE: LINKS, Kind.PING: _TCP, Kind.ERROR: _TCP, Kind.CLUSTER: ("SC",),
+    Kind.HELLO: _TCP, Kind.BYE: _TCP, Kind.PING: _TCP, Kind.ERROR: _TCP, Kind.CLUSTER: ("SC",),
     Kind.JOB: _DOWN, Kind.FUNCTION: _DOWN, Kind.FORGET: _DOWN, Kind.TASK: _DOWN, Kind.FLUSH: ("CS",),
     Kind.PACKET: ("SC",), Kind.RESULT: ("WN", "NS", "SC"), Kind.RECALL: ("SN",), Kind.RETURNED: ("NS",),
     Kind.CANCEL: ("CS", "SN"), Kind.END: _DOWN, Kind.CLOSE: _DOWN, Kind.STATUS: ("CS", "SC"), Kind.KILL: ("CS",),
@@ -123,16 +124,17 @@ _ZERO = frozenset({0})
 
 
 class Field(NamedTuple):
-    """A JSON field: its type, its range or (of a text) its length, whether it must be there, and is hex digits."""
+    """A JSON field: its type, its range or (of a text) its length, whether it must be there; of what a text is made."""
 
     type: type | tuple[type, ...]
     low: float = 0
     high: float = U32
     required: bool = True
     hex: bool = False
+    printable: bool = False
 
 
-_NAME, _TEXT, _U32 = Field(str, 1, NAME_CHARS), Field(str, 0, TEXT_CHARS), Field(int)
+_NAME, _TEXT, _U32 = Field(str, 1, NAME_CHARS, printable=True), Field(str, 0, TEXT_CHARS), Field(int)
 _DIGEST, _CONTEXT, _JOB = Field(str, 64, 64, hex=True), Field(str, 32, 32, hex=True), {"job": Field(int)}
 _LETTER_LIMIT = Field(int, SHORT_LETTER_BYTES + 1, U32)
 FIELDS: dict[Kind, dict[str, Field]] = {
@@ -317,6 +319,8 @@ def decode(kind: Kind, count: int, envelope: bytes) -> tuple[dict[str, Any] | Ro
         return _decode_rows(kind, count, envelope)
     if count:
         raise ProtocolError(f"{kind.name} has no rows, this one has {count}")
+    if kind is Kind.JOB and len(envelope) > MAX_JOB_BYTES:
+        raise ProtocolError(f"a JOB of {len(envelope)} bytes; the limit is {MAX_JOB_BYTES}")
     try:
         body = json.loads(envelope.decode(), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as e:
@@ -357,6 +361,7 @@ def check_fields(what: str, body: object, fields: dict[str, Field]) -> None:
         measure = len(value) if isinstance(value, str) else value
         if good and isinstance(measure, (int, float)):
             good = field.low <= measure <= field.high and (not field.hex or HEX_DIGITS.issuperset(str(value)))
+            good = good and (not field.printable or str(value).isprintable())  # people read it, in logs and tables
         if not good:
             raise ProtocolError(f"{what} has a bad or no field {name!r}")
 

@@ -157,6 +157,8 @@ class Worker:
             for status, parts in answers:
                 row = ROW.pack(number, attempt, status, letter_length(parts))
                 self._gather(rows.job, row, parts, now - began)
+            if len(answers) > 1:  # who dies between two parts is charged: sent again uncharged, the first came twice
+                self._flush(rows.job)
             self._status[PHASE] = IDLE
             # Parts may be views of a result that the function still holds, and may write to at its next call.
             if now - self._flushed > FLUSH_NS or len(answers[-1][1]) > 1:

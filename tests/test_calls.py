@@ -223,6 +223,25 @@ def test_dropping_cancels(server, where):
         ended(server)
 
 
+def test_dropping_cancels_though_a_thread_of_ours_collects_it_under_a_lock(server, where):
+    with Node(where["port"], most=8) as node:
+        packets = imap(square, itertools.count, **where)
+        next(packets)
+        lock, dropped = packets._controller.lock, [packets]
+        del packets
+
+        def collect():
+            with lock:
+                dropped.clear()
+
+        collector = threading.Thread(target=collect, name="achilles-feeder in a test", daemon=True)
+        collector.start()
+        collector.join(SECONDS)
+        assert not collector.is_alive()
+        node.wait(lambda: node.kinds(Kind.CANCEL))
+        ended(server)
+
+
 def test_leaving_the_block_cancels_even_by_an_exception(server, where):
     with Node(where["port"], most=8) as node:
         with pytest.raises(ZeroDivisionError), imap_unordered(square, itertools.count, **where) as packets:
@@ -303,6 +322,20 @@ def test_the_iterables_own_error(where, node):
             next(packets)
     with pytest.raises(OSError, match="the disk"):
         map_(square, breaking, **where)
+
+
+@pytest.mark.parametrize("error", [TimeoutError("mine"), InterruptedError("mine"), KeyError("mine")])
+def test_the_iterables_own_error_is_not_taken_for_one_of_ours(where, node, error):
+    def breaking():
+        yield 1
+        raise error
+
+    with pytest.raises(type(error), match="mine"):
+        map_(square, breaking, **where)
+    with imap(square, breaking, **where) as packets:
+        assert next(packets)["RESULT"] == [1]
+        with pytest.raises(type(error), match="mine"):
+            next(packets)
 
 
 # Errors of settings and things.

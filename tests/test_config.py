@@ -244,7 +244,7 @@ def test_bad_usernames_are_refused_not_cut(value):
         config.check_username(value)
 
 
-@pytest.mark.parametrize("value", ["", "a b", "a\nb", "\udc80", 7])
+@pytest.mark.parametrize("value", ["", "a b", "a\nb", "\udc80", 7, "a..b", "a" * 64])
 def test_bad_hosts(value):
     with pytest.raises(ConfigurationError, match="^host must be"):
         config.check_host(value)

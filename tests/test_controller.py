@@ -237,6 +237,29 @@ def test_nodes_of_another_python_are_an_error_that_names_both(server, connect):
             begin(controller, range(3))
 
 
+def test_while_the_only_node_drains_a_job_waits_for_another(server, connect):
+    controller = connect()
+    with Node(server.address[1]) as leaver:
+        wait_until(lambda: controller.workers()[0])
+        leaver.link.send(Kind.BYE, {"reason": "leaving"})
+        wait_until(lambda: not controller.workers()[0])
+        job = begin(controller, range(9))
+        with Node(server.address[1]):
+            assert results(job) == [n * n for n in range(9)]
+
+
+def test_whatever_ends_the_reader_ends_the_jobs(server, connect, monkeypatch):
+    def fail(self, rows):
+        raise MemoryError("no room for a result")
+
+    monkeypatch.setattr(Job, "answers", fail)
+    controller = connect()
+    with Node(server.address[1]):
+        with pytest.raises(ServerUnreachable, match="no room for a result") as caught:
+            begin(controller, range(9)).take(SECONDS)
+    assert isinstance(caught.value.__cause__, MemoryError)
+
+
 def test_without_any_node_a_job_waits(server, connect):
     controller = connect()
     job = begin(controller, range(9))

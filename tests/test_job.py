@@ -14,7 +14,7 @@ from achilles import job as job_module
 from achilles import payload
 from achilles.errors import DumpError, LetterAltered, LetterTooLarge, ProtocolError, TaskTimeout, WorkerLost
 from achilles.job import Function, Job
-from achilles.wire import MORE, PACKED, Kind, Status
+from achilles.wire import MORE, PACKED, Kind, Rows, Status
 
 MOMENT_SECONDS = 0.25  # for what must not happen
 pytestmark = pytest.mark.usefixtures("no_leftovers")
@@ -481,6 +481,15 @@ def test_parts_are_joined(start):
     assert take_all(job) == [(0, [0, 1, 4, 9], {})]
 
 
+def test_parts_are_joined_though_each_comes_in_a_frame_of_its_own(start):
+    job = start(range(4), chunksize=4, flat=True)
+    job.link.wait_fed(job)
+    for status, results in ((Status.VALUES | MORE, [0, 1]), (Status.VALUES, [4, 9])):
+        letter = b"".join(payload.dump_outcomes(job.link.context, results, {})[1])
+        job.answers(Rows.single(1, 0, 0, status, [letter], pace=1))
+    assert take_all(job) == [(0, [0, 1, 4, 9], {})]
+
+
 def test_an_error_in_a_later_part_has_its_place(start):
     job = start(range(4), chunksize=4, flat=True)
     job.link.wait_fed(job)
@@ -512,6 +521,15 @@ def test_parts_from_a_lost_connection_are_dropped_even_of_the_same_attempt(start
     values(job, 0, [0], status=Status.VALUES | MORE)
     values(job, 0, [1])
     assert take_all(job) == [(0, [0, 1], {})]
+
+
+def test_a_death_that_comes_while_another_thread_stops_the_job_is_ignored(start):
+    job = start([0], flat=True)
+    job.link.wait_fed(job)
+    note = json.dumps({"position": 0, "phase": "call"}).encode()
+    job.ended = True
+    job.slices.clear()  # as far as `stop` has come
+    job.answers(Rows.single(1, 0, 0, Status.DIED, [note]))
 
 
 def test_late_and_second_answers_are_ignored(start):

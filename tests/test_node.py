@@ -285,6 +285,17 @@ def test_sigterm_gives_back_what_no_worker_has_finishes_what_runs_and_exits_0(se
     assert it.wait() == 0
 
 
+def test_a_node_that_loses_its_server_while_it_drains_does_not_look_for_it(server: Server, start: Any) -> None:
+    it = start(server.port)
+    server.accept()
+    server.give(sleep, [60.0] * 2)
+    wait_for_work(it, 2)
+    it.process.terminate()
+    server.expect(Kind.BYE)
+    server.close()
+    assert it.wait() == 0
+
+
 def test_a_second_sigterm_ends_it_at_once(server: Server, start: Any) -> None:
     it = start(server.port)
     server.accept()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -287,6 +288,18 @@ def test_a_refusal_takes_its_time_keeps_its_place_and_is_32_zero_bytes(running, 
         assert sock.recv(100) == bytes(32) and time.monotonic() - began >= 0.4
         assert sock.recv(1) == b""
     wait_until(lambda: not running._places)
+
+
+def test_who_loses_its_place_while_it_is_refused_has_no_thread_any_more(running, monkeypatch):
+    monkeypatch.setattr(server, "REFUSAL_SECONDS", SECONDS)
+    monkeypatch.setattr(server, "PLACES", 2)
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            sock = stack.enter_context(silent(running.address[1]))
+            sock.sendall(auth.claim(auth.NODE, "ann", bytes(32)) + bytes(32))
+        wait_until(lambda: len(running._readers) <= 2, seconds=SECONDS / 2)
+        assert len(running._places) == 2
+        running.end("restart")
 
 
 @pytest.mark.parametrize(("user", "secret"), [("bob", SECRET), ("ann", "another secret, long")])

@@ -285,6 +285,8 @@ BAD_FIELDS = [
     *[(Kind.HELLO, "cpu_count", bad) for bad in (-1, 65536, True, "8", 8.0)],
     *[(Kind.HELLO, "pid", bad) for bad in (-1, 2**32)],
     (Kind.BYE, "reason", 1), (Kind.BYE, "reason", ""),
+    *[(kind, name, bad) for kind, name in ((Kind.HELLO, "python"), (Kind.HELLO, "version"), (Kind.ERROR, "code"))
+      for bad in ("3.11\nnode 7 joined", "\x1b[2J", "\ud800")],
     (Kind.ERROR, "message", "x" * 4097), (Kind.ERROR, "code", "x" * 65),
     *[(Kind.CLUSTER, name, bad) for name in ("nodes", "workers", "largest") for bad in (-1, 2**32, "1", True, None)],
     (Kind.CLUSTER, "largest", 65536), (Kind.CLUSTER, "pythons", []), (Kind.CLUSTER, "letter_limit", 1024),
@@ -316,6 +318,15 @@ def test_a_good_body_passes_and_unknown_keys_are_ignored(kind):
 )
 def test_good_options_pass_and_unknown_ones_are_left_to_the_node(options):
     assert decode(Kind.JOB, 0, json.dumps(JOB | {"options": options}).encode())[0]["options"] == options
+
+
+def test_a_job_is_short_since_the_server_writes_it_anew():
+    body = JOB | {"options": {"new": "\N{GRINNING FACE}" * (15 << 10)}}
+    envelope = json.dumps(body, ensure_ascii=False).encode()
+    assert len(envelope) < wire.MAX_JOB_BYTES < len(json.dumps(body)) < wire.MAX_ENVELOPE_BYTES
+    assert decode(Kind.JOB, 0, envelope)[0] == body
+    with pytest.raises(ProtocolError, match="JOB of"):
+        decode(Kind.JOB, 0, envelope + b" " * wire.MAX_JOB_BYTES)
 
 
 @pytest.mark.parametrize(("kind", "name", "bad"), BAD_FIELDS)
@@ -460,6 +471,7 @@ def test_the_table_of_statuses_is_the_codes():
 def test_the_table_of_limits_is_the_codes():
     limits = dict(table(9))
     assert limits["envelope"] == f"{wire.MAX_ENVELOPE_BYTES >> 20} MiB"
+    assert limits["envelope of a JOB"].startswith(f"{wire.MAX_JOB_BYTES >> 10} KiB")
     assert limits["rows of a frame"] == f"{wire.MAX_ROWS:,}"
     assert limits["short letters of a frame"] == f"{wire.MAX_SHORT_BYTES >> 20} MiB"
     assert limits["long letters of a frame"].startswith(f"{wire.MAX_LONG_BYTES >> 20} MiB together")

@@ -23,7 +23,7 @@ from achilles import worker
 from achilles.channel import Channel
 from achilles.payload import Context, dump_slice, letter_digest, load_outcomes, with_skips
 from achilles.wire import MORE, Kind, Rows, Status, merge
-from achilles.worker import CALL, DUMP, FUNCTION, IDLE, LOAD, Worker
+from achilles.worker import CALL, DUMP, FUNCTION, IDLE, LOAD, PHASE, Worker
 
 CONTEXT = "c" * 32
 LIMIT = 4096
@@ -274,6 +274,21 @@ def test_results_over_the_limit_together_travel_in_parts(node: Node) -> None:
     answers = node.run(node.slice(0, [1500] * 5))
     assert len(answers) > 1 and all(len(letter) <= LIMIT for _, _, letter, _ in answers)
     assert joined(node, answers) == ([bytes(1500)] * 5, {})
+
+
+def test_a_death_between_parts_is_charged(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[int] = []
+    flush = Worker._flush
+
+    def look_and_flush(self: Worker, job: int) -> None:
+        if self._table:
+            phases.append(status[PHASE])
+        flush(self, job)
+
+    monkeypatch.setattr(Worker, "_flush", look_and_flush)
+    node.declare(large)
+    assert len(node.run(node.slice(0, [1500] * 5))) > 1
+    assert set(phases) == {DUMP}
 
 
 def joined(node: Node, answers: Sequence[Any]) -> tuple[list[Any], dict[int, BaseException]]:

@@ -387,6 +387,14 @@ def test_a_worker_with_an_initializer_is_replaced_when_its_context_closes(loop: 
     assert len(pids) == 2 and it.values()[0] == [(str(it.workers.pids[0]), it.workers.pids[0])]
 
 
+def test_a_job_outlives_a_context_that_is_closed_before_its_end(loop: Any) -> None:
+    it = loop()
+    it.declare(len)
+    it.add(["abc"], ["de"])
+    it.workers.close_context("c" * 32)
+    it.until(lambda: it.values() == {0: [3], 1: [2]})
+
+
 def test_a_context_that_waits_gets_a_worker_that_belongs_to_an_idle_one(loop: Any) -> None:
     it = loop(1)
     it.declare(get_up, job=1, context="c", initializer=set_up)
