@@ -187,6 +187,9 @@ class Channel:
             log.debug("%s: writing ended: %s", self.name, e)
             with self._ready:
                 self._finishing = self._shut = True
+        except Exception:  # such as a MemoryError: half a connection must not live on
+            log.exception("%s: writing failed", self.name)
+            self.abort()
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to write; False when there will be nothing more."""

@@ -100,6 +100,8 @@ class Exchange:
 
     def handle(self, peer: Peer, frame: Frame) -> None:
         """One frame of a peer. ProtocolError if it may not say that now."""
+        if frame.kind is Kind.ERROR:
+            log.warning("%s ends the connection: %s", peer.channel.name, ascii(frame.body["message"]))
         with self._lock:
             if peer not in self._peers:
                 raise ProtocolError("the server had no room for this connection")

@@ -12,8 +12,9 @@ Controller), which may be connected or not; and nothing of iterating, which is `
     caller's thread take(): ResultBuffer.take ─▶ check digest ─▶ load ─▶ Window.leave
 
 The caller's thread alone loads what came back; the reader runs no code of the user's. `link.lock` guards
-`slices`, `_waiting`, `_troubles` and `_next`, and is held while slices are entered and posted, so that a
-reconnection finds all of a slice or nothing.
+`slices` and `_next`, and is held while slices are entered and posted, so that a reconnection finds all of
+a slice or nothing. `_waiting` and `_troubles` are changed in single steps by whoever has the slice: the
+feeder until it is posted, then the reader, and the caller's thread once it is answered.
 """
 
 from __future__ import annotations
@@ -286,6 +287,8 @@ class Job:
         if kind is Status.ALTERED:
             self._alter(number)
         elif kind in (Status.DIED, Status.TIMEOUT):
+            if digest:
+                raise ProtocolError("a note of more than 1,024 bytes on a lost slice")
             self._die(number, kind, _read_note(letter))
         else:
             trouble = self._trouble(number)

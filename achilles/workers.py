@@ -24,7 +24,7 @@ the selector's entries carry the function to call in `data`. No locks.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import hmac
 import json
 import logging
 import os
@@ -41,6 +41,7 @@ from typing import Any
 
 import multiprocess
 
+from . import wire
 from . import worker as process_of_worker
 from .backlog import Backlog
 from .channel import Channel
@@ -164,12 +165,11 @@ class Workers:
 
     def keep(self, rows: Rows) -> None:
         """FUNCTION: keep it under its digest. ProtocolError if it is not what its digest says."""
-        digest = hashlib.sha256()
-        for part in rows.longs[0] if rows.longs else (rows.shorts,):
-            digest.update(part)
-        if rows.digests not in (b"", digest.digest()):
+        (claimed, letter), = rows.letters()
+        digest = wire.digest(letter)
+        if claimed and not hmac.compare_digest(claimed, digest):
             raise ProtocolError("a function does not match its digest: it was altered on the way")
-        self._functions[digest.hexdigest()] = rows
+        self._functions[digest.hex()] = rows
 
     def forget(self, digest: str) -> None:
         """FORGET: drop a function, here and in workers."""

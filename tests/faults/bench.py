@@ -13,12 +13,12 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import conftest
-from cluster import SECONDS, Cluster, Process, descendants
+from cluster import Cluster, descendants
 from conftest import wait_until
 
 import achilles
@@ -227,26 +227,3 @@ class Bench:
         now = set(threading.enumerate()), conftest.descriptors(), conftest.children()
         return [each for was, still in zip((threads, descriptors, processes), now)
                 for each in still - was]  # type: ignore[operator]
-
-
-def killed(process: Process) -> float:
-    """SIGKILL; when."""
-    import time
-
-    at = time.monotonic()
-    process.kill()
-    return at
-
-
-@contextlib.contextmanager
-def within(seconds: float, what: str) -> Iterator[None]:
-    """The block takes no longer."""
-    import time
-
-    began = time.monotonic()
-    yield
-    took = time.monotonic() - began
-    assert took <= seconds, f"{what} took {took:.2f} s, not {seconds:g} s"
-
-
-DEADLINE = SECONDS

@@ -6,7 +6,6 @@ machine share the monotonic clock, so times of workers, and of whoever does them
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -105,8 +104,3 @@ class Oracle:
         counts = self.counts()
         assert counts.keys() >= set(range(count)), "results of calls that were never made"
         assert self.repeated() <= repeats, f"{self.repeated()} repeated executions, {repeats} allowed"
-
-
-def now() -> float:
-    """The clock of all of this."""
-    return time.monotonic()

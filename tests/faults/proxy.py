@@ -35,6 +35,8 @@ class Rule:
     cut_after: int | None = None  # bytes of a connection; then it is cut, in both directions
     held: bool = False  # nothing is forwarded; what comes is kept
     reset: bool = False  # a cut is a reset, and no end of file
+    spoil: bytes = b""  # where this comes by, one bit of it is turned ...
+    times: int = 0  # ... so often
 
 
 @dataclass
@@ -59,6 +61,9 @@ class _Way:
     def read(self) -> None:
         with contextlib.suppress(BlockingIOError):
             data = self.source.recv(SOCKET_BYTES)
+            if self.rule.times and (at := data.find(self.rule.spoil)) >= 0:
+                self.rule.times -= 1
+                data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
             if data:
                 self.queue.append((time.monotonic() + self.rule.delay, memoryview(data)))
                 self.waiting += len(data)

@@ -18,7 +18,9 @@ from .soak import soak
 
 __all__ = ["MODULES", "load", "main", "run_once"]
 
-MODULES = ("worker",)
+MODULES = (
+    "worker", "poison", "node", "server", "caller", "exceptions", "drain", "callbacks", "network", "windows", "load",
+)
 HEAD = ("fault", "runs", "to detect", "to recover", "repeated", "")
 
 

@@ -23,8 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import conftest
-from cluster import Cluster, Process, alive
-from conftest import wait_until
+from cluster import Process, alive
 
 from achilles import WorkerLost
 
@@ -185,7 +184,7 @@ class Round:
 
     def drain_node(self, oracle: Oracle, rng: random.Random) -> None:
         if node := self._a_node(rng):
-            wait_until(lambda: "CLIENT_ID" in node.out.read_text() or node.popen.poll() is not None, "a node that is up")
+            node.wait_for("CLIENT_ID")
             node.signal(signal.SIGTERM)
             status = node.wait(40)
             assert status == 0, f"a drained node exits with {status}"

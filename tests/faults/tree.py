@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
-from collections import Counter
 from pathlib import Path
 
 from cluster import alive, descendants
@@ -15,6 +13,13 @@ from cluster import alive, descendants
 def family(pid: int) -> set[int]:
     """This process and all that it started, and they."""
     return {pid, *descendants(pid)}
+
+
+def parent(pid: int) -> int:
+    """The process that started it, or that took it over; 0 if it is gone."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 def memory(pid: int) -> int:
@@ -50,11 +55,24 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
     return True
 
 
-def own_threads() -> Counter[str]:
-    """Names of this process's threads."""
-    return Counter(thread.name.partition(" ")[0] for thread in threading.enumerate())
-
-
 def left(pids: set[int]) -> set[int]:
     """Those of them that still run."""
     return {pid for pid in pids if alive(pid)}
+
+
+def orphans(command: str) -> list[int]:
+    """Processes with exactly this command line whose parent is not Python any more: what a dead worker left."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            line = (folder / "cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
+            if line == command and not _is_python(parent(int(folder.name))):
+                found.append(int(folder.name))
+    return found
+
+
+def _is_python(pid: int) -> bool:
+    """Whether this is a Python process."""
+    with contextlib.suppress(OSError):
+        return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False

@@ -6,7 +6,6 @@ import ctypes
 import os
 import resource
 import signal
-import subprocess
 import threading
 import time
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def misbehave(how: str, index: int) -> None:
     elif how == "memory":
         run_out_of_memory()
     elif how == "child":
-        subprocess.Popen(["sleep", "60"], start_new_session=True)  # it keeps the worker's socket open
+        os.posix_spawn("/bin/sleep", ["sleep", "60"], os.environ)  # the worker has a living child
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "raise":
         raise ValueError(f"no {index}")
