@@ -188,7 +188,7 @@ def test_the_two_commands_are_those_of_ci():
     for pattern in (r"-m venv ", r"pip\" install (--quiet )?\.$", r"-m achilles\.local .*examples/\$example\.py",
                     r"for example in .*word_count", r"^pip install (--quiet )?tox$", r"^tox$"):
         assert re.search(pattern, ci, re.MULTILINE), pattern
-    assert "pytest {posargs}" in (ROOT / "tox.ini").read_text()
+    assert "commands = pytest -n 3 {posargs}" in (ROOT / "tox.ini").read_text()
 
 
 def test_the_table_of_options_is_the_signature_of_the_calls():

@@ -25,7 +25,8 @@ from typing import Any
 import conftest
 from cluster import Process, alive
 
-from achilles import WorkerLost
+import achilles
+from achilles import TaskTimeout, WorkerLost
 
 from . import tree
 from .bench import Bench, Call
@@ -35,10 +36,12 @@ from .work import Work
 
 __all__ = ["Round", "soak"]
 
+MARK = b"soak"  # what heavy arguments are made of; to alter them on the way
 JOBS = (1, 4)  # in a round
 NODE_FAULTS = 6  # a job, at most: a slice that was lost with ten nodes is given up, rightly
 WORKER_KILLS = 2  # under one argument, at most: the third would be its end
 JOB_SECONDS = 150.0  # tells a hang from a long way back: silence, back-off and the job itself
+TIMEOUT_SECONDS = 6.0  # of a job with arguments that hang: longer than anybody is stopped who is not given up
 SLOW_SECONDS = 15.0  # a round that takes longer shows its plan: somebody waited for a silence to end
 LONG_SILENCE = 0.04  # of all holds: over the limit of 20 s
 
@@ -84,27 +87,31 @@ class Round:
         if count <= 7:
             seconds = 0.5
         bad = tuple(rng.sample(range(count), min(rng.choice([0, 0, 0, 1, 2]), count)))
-        how = rng.choice(["exit", "segfault", "raise", "kill", "memory"])
+        how = rng.choice(["exit", "segfault", "raise", "kill", "memory", "hang"])
         pad = rng.choice([0, 0, 0, 100, 5000, 300_000 if count <= 150 else 0])
         way = rng.choice(["map", "imap", "imap_unordered"])
         options: dict[str, Any] = {"chunksize": rng.choice([1, 1, 2, 5, 64])}
         if rng.random() < 0.3:
-            options["buffersize"] = rng.choice([1, 3, 20, 500])
+            options["buffersize"] = rng.choice([1 if seconds < 0.02 else 3, 3, 20, 500])
         if rng.random() < 0.5:
             options["port"] = self.for_callers.port
+        if how == "hang" and bad:
+            options["timeout"] = TIMEOUT_SECONDS
+        weight = rng.choice([0, 0, 0, 3000, 200_000 if count <= 150 else 0])
         shape = rng.choice(["list", "generator", "iterator", "slow", "lists"])
         take = rng.randrange(1, count + 1) if way != "map" and rng.random() < 0.15 else None
         fate = f"bad {bad} {how}" if bad else "all good"
-        self.plan.append(f"job {number}: {way} of {count} in a {shape}, {seconds} s, {fate}, pad {pad}, {options}"
-                         f"{f', dropped after {take}' if take else ''}")
+        until = f", dropped after {take}" if take else ""
+        self.plan.append(f"job {number}: {way} of {count} in a {shape}, {seconds} s, {fate}, pad {pad}, "
+                         f"weight {weight}, {options}{until}")
         self._node_faults = 0
         self._budget.clear()
         oracle = self.bench.oracle()
         work = Work(oracle.path, seconds, bad, how, pad=pad)
-        args, starts = _shape(shape, count, rng)
+        args, starts = _shape(shape, count, rng, weight)
         call = self.bench.call(self.cluster, way, work, args, take=take, starts=starts, **options)
         chunk = max(options["chunksize"], 9 if shape == "lists" else 1)
-        deaths = 0 if how == "raise" else 3 * len(bad)
+        deaths = {"raise": 0, "hang": 1}.get(how, 3) * len(bad)
         worst = chunk * self._disturb(call, oracle, rng, seconds, deaths)
         call.result(JOB_SECONDS)
         self._judge(call, oracle, bad, how, pad, count if take is None else 0, worst)
@@ -122,7 +129,7 @@ class Round:
         assert not wrong, f"{len(wrong)} wrong results: {str(wrong)[:300]}"
         for index, error in call.errors.items():
             assert index in bad, f"innocent index {index}: {error!r}"
-            assert type(error) is (ValueError if how == "raise" else WorkerLost), repr(error)
+            assert type(error) is {"raise": ValueError, "hang": TaskTimeout}.get(how, WorkerLost), repr(error)
         if count:
             assert set(call.errors) == set(bad), f"errors at {sorted(call.errors)}, bad are {bad}"
             oracle.check(call.found, count, repeats=repeats, lost=call.errors, value=value)
@@ -137,8 +144,8 @@ class Round:
         workers = sum(map(_size, self.cluster.nodes))
         message, window = (512, 4096) if seconds < 0.005 else (1, 0)
         worst = 2 * message * deaths
-        for _ in range(rng.choice([0, 1, 1, 2, 3, 5])):
-            pause = rng.uniform(0.0, 0.8)
+        for _ in range(rng.choice([0, 1, 2, 3, 5, 8])):
+            pause = rng.uniform(0.0, 0.5)
             kind = rng.choice(FAULTS)
             if call.ended.wait(pause):
                 break
@@ -251,6 +258,31 @@ class Round:
         threading.Event().wait(rng.uniform(0.1, 1))
         proxy.up.piece = proxy.down.piece = 65536
 
+    def altering_network(self, oracle: Oracle, rng: random.Random) -> None:
+        """Letters of arguments, where they are heavy: twice is one less than a slice may be altered in a row."""
+        rule = self._a_proxy(rng).up if rng.random() < 0.5 else self.for_nodes.down
+        rule.spoil, rule.times = MARK * 300, 2
+
+    def drain_node_and_kill_server(self, oracle: Oracle, rng: random.Random) -> None:
+        if node := self._a_node(rng):
+            node.wait_for("CLIENT_ID")
+            node.signal(signal.SIGTERM)
+            threading.Event().wait(rng.uniform(0, 0.1))
+            self.cluster.server.kill()
+            self.cluster.start_server()
+            status = node.wait(40)
+            assert status == 0, f"a drained node exits with {status}"
+            self._replace(node, rng)
+
+    def drop_a_call(self, oracle: Oracle, rng: random.Random) -> None:
+        """Another call of this process is given up half-way."""
+        other = self.bench.oracle()
+        packets = achilles.imap(Work(other.path, 0.01), iter(range(10**9)), **self.cluster.address)
+        try:
+            next(packets)
+        finally:
+            packets.close()
+
     def another_caller(self, oracle: Oracle, rng: random.Random) -> None:
         """It comes with thousands of tasks, and is killed."""
         script = self.cluster.start_script(
@@ -290,35 +322,43 @@ FAULTS: list[Callable[[Round, Oracle, random.Random], None]] = [
     Round.kill_worker, Round.kill_worker, Round.kill_worker, Round.stop_worker, Round.kill_node, Round.kill_node,
     Round.drain_node, Round.stop_node, Round.kill_server, Round.restart_server, Round.kill_server_and_node,
     Round.stop_server, Round.cut_network, Round.cut_network, Round.cut_network_mid_frame, Round.hold_network,
-    Round.slow_network, Round.bytewise_network, Round.another_caller, Round.stranger,
+    Round.slow_network, Round.bytewise_network, Round.altering_network,
+    Round.drain_node_and_kill_server, Round.drop_a_call, Round.another_caller, Round.stranger,
 ]
 
 
-def _shape(shape: str, count: int, rng: random.Random) -> tuple[Any, Callable[[int], int] | None]:
-    """`range(count)` in some guise; for lists of lists, the place of each list's first element."""
+def _shape(shape: str, count: int, rng: random.Random, weight: int) -> tuple[Any, Callable[[int], int] | None]:
+    """`count` arguments in some guise; for lists of lists, the place of each list's first element.
+
+    An argument is its index, or with `weight` a tuple of it and so many bytes.
+    """
+    def argument(index: int) -> Any:
+        return (index, MARK * (weight // len(MARK))) if weight else index
+
+    arguments = map(argument, range(count))
     if shape == "list":
-        return list(range(count)), None
+        return list(arguments), None
     if shape == "generator":
-        return lambda: iter(range(count)), None
+        return lambda: arguments, None
     if shape == "slow":
-        return _slowly(count, {rng.randrange(count) for _ in range(3)}), None
+        return _slowly(arguments, {rng.randrange(count) for _ in range(3)}), None
     if shape == "iterator":
-        return iter(range(count)), None
+        return arguments, None
     lists, at = [], 0
     while at < count:
         size = rng.randint(0 if lists else 1, 9)
-        lists.append(list(range(at, min(at + size, count))))
+        lists.append(list(itertools.islice(arguments, size)))
         at += size
     firsts = list(itertools.accumulate(map(len, lists), initial=0))
     return lists, firsts.__getitem__
 
 
-def _slowly(count: int, stops: set[int]) -> Iterator[int]:
+def _slowly(arguments: Iterator[Any], stops: set[int]) -> Iterator[Any]:
     pause = threading.Event()
-    for number in range(count):
+    for number, argument in enumerate(arguments):
         if number in stops:
             pause.wait(0.2)
-        yield number
+        yield argument
 
 
 def soak(hours: float, seed: int, *, rounds: int | None = None, only: int | None = None, long: bool = True) -> int:
