@@ -28,8 +28,12 @@ from .config import SecretKey, Settings
 from .controller import RECONNECT_SECONDS, Controller
 from .errors import NoNodesError
 from .job import Function, Job, Taken
+from .results import NothingYet
 
-__all__ = ["Packets", "cluster_status", "imap", "imap_unordered", "kill_cluster", "map"]
+__all__ = [
+    "Lookout", "Packets", "check_counts", "check_seconds", "cluster_status", "connect", "imap", "imap_unordered",
+    "kill_cluster", "map",
+]
 
 NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start one
 LOOK_SECONDS = 1.0  # how often a waiting call looks whether there are nodes; also how Ctrl-C gets through on Windows
@@ -50,9 +54,7 @@ class Packets(Iterator[Packet]):
         self._controller = controller
         self._job = job
         self._callback_error = callback_error
-        self._wait_for_nodes = wait_for_nodes
-        self._lonely_since: float | None = time.monotonic()  # no node since then; None where there is one
-        self._told = False  # ... and the caller knows
+        self._lookout = Lookout(controller, wait_for_nodes)
         self._closed = False
 
     def __iter__(self) -> Packets:
@@ -102,23 +104,33 @@ class Packets(Iterator[Packet]):
     def _take(self) -> Taken | None:
         while True:
             try:
-                return self._job.take(self._seconds_to_look())
-            except TimeoutError as e:
-                if type(e) is not TimeoutError:  # an error of a task, not the end of our patience
-                    raise
+                return self._job.take(self._lookout.seconds)
+            except NothingYet:
+                pass
             except (InterruptedError, KeyError):
                 if self._closed:  # by another thread, meanwhile
                     return None
                 raise
-            self._look_for_nodes()
+            self._lookout.look()
 
-    def _seconds_to_look(self) -> float:
-        if self._wait_for_nodes is None:
-            return LOOK_SECONDS
-        return min(LOOK_SECONDS, max(self._wait_for_nodes / 4, LEAST_SECONDS))
 
-    def _look_for_nodes(self) -> None:
-        """No result came for a while: is there any node?"""
+class Lookout:
+    """For whoever waits for results: is there any node? The caller is told once on stderr.
+
+    :ivar seconds: how often to `look`. Any thread may.
+    """
+
+    def __init__(self, controller: Controller, wait_for_nodes: float | None) -> None:
+        self.seconds = LOOK_SECONDS
+        if wait_for_nodes is not None:
+            self.seconds = min(LOOK_SECONDS, max(wait_for_nodes / 4, LEAST_SECONDS))
+        self._controller = controller
+        self._wait_for_nodes = wait_for_nodes
+        self._lonely_since: float | None = time.monotonic()  # no node since then; None where there is one
+        self._told = False  # ... and the caller knows
+
+    def look(self) -> None:
+        """No result came for a while. NoNodesError if there was no node for `wait_for_nodes` seconds."""
         if self._controller.workers()[0] or not self._controller.connected:
             self._lonely_since = None
             return
@@ -241,8 +253,8 @@ def _start(
 ) -> Packets:
     """Check, dump the function, connect, and begin."""
     _check_callables(func=func, callback=callback, callback_error=callback_error)
-    _check_counts(chunksize=chunksize, buffersize=buffersize)
-    _check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
+    check_counts(chunksize=chunksize, buffersize=buffersize)
+    check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
     if not callable(args):
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
     context = payload.Context(caller=True)
@@ -255,8 +267,7 @@ def _start(
             eager=eager, buffersize=buffersize, options={"timeout": timeout},
         )
 
-    controller = Controller(lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds)
-    controller.open()
+    controller = connect(host, port, username, secret_key, reconnect_seconds)
     try:
         controller.check_size(f"function {name}", len(function.letter))
         settings = controller.settings
@@ -268,12 +279,21 @@ def _start(
         raise
 
 
+def connect(
+    host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
+    reconnect_seconds: float = RECONNECT_SECONDS,
+) -> Controller:
+    """A controller that is connected to the cluster that these say, or that the settings say."""
+    controller = Controller(lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds)
+    controller.open()
+    return controller
+
+
 @contextlib.contextmanager
 def _connection(
     host: str | None, port: int | None, username: str | None, secret_key: SecretKey
 ) -> Iterator[Controller]:
-    controller = Controller(lambda: _resolve(host, port, username, secret_key))
-    controller.open()
+    controller = connect(host, port, username, secret_key)
     try:
         yield controller
     finally:
@@ -297,7 +317,8 @@ def _check_callables(func: object, **callbacks: object) -> None:
             raise TypeError(f"{name} must be callable or None, not {type(value).__name__}")
 
 
-def _check_counts(**counts: object) -> None:
+def check_counts(**counts: object) -> None:
+    """TypeError or ValueError unless each is an int of at least 1; buffersize may be None."""
     for name, value in counts.items():
         if value is None and name == "buffersize":
             continue
@@ -307,7 +328,8 @@ def _check_counts(**counts: object) -> None:
             raise ValueError(f"{name} must be at least 1, not {value}")
 
 
-def _check_seconds(**seconds: object) -> None:
+def check_seconds(**seconds: object) -> None:
+    """TypeError or ValueError unless each is None or a finite number, and a timeout more than 0."""
     for name, value in seconds.items():
         if value is None:
             continue

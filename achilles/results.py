@@ -23,11 +23,15 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["WINDOW_BYTES", "ResultBuffer", "Unit", "Window"]
+__all__ = ["WINDOW_BYTES", "NothingYet", "ResultBuffer", "Unit", "Window"]
 
 TAKE_UNITS = 64  # at a time: beyond, a lock a unit costs nothing any more
 ENOUGH_ROOM = 0.75  # of the window out: then the feeder is woken, and has room for many slices, not for one
 WINDOW_BYTES = 256 << 20  # of arguments that are out: what a caller may hold twice, as objects and as bytes
+
+
+class NothingYet(TimeoutError):
+    """Nothing could be taken within the timeout of `take`; no error of a task is of this type."""
 
 
 class Unit:
@@ -106,7 +110,7 @@ class ResultBuffer:
             self._changed.notify_all()
 
     def take(self, timeout: float | None = None) -> list[Unit]:
-        """The next units, up to 64 of them, or [] behind the last; blocks up to `timeout` seconds, then TimeoutError.
+        """The next units, up to 64 of them, or [] behind the last; blocks up to `timeout` seconds, then NothingYet.
 
         Raises the error of `fail` at once, that of `finish` in its place.
         """
@@ -120,7 +124,7 @@ class ResultBuffer:
                     break
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
-                    raise TimeoutError
+                    raise NothingYet
                 self._changed.wait(left)
             if not units and self._last_error is not None:
                 raise self._last_error
