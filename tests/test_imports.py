@@ -34,6 +34,7 @@ LONG_MODULES = {
     "server": (370, "listening, places, and the command with its questions"),
     "controller": (430, "a connection, what it declares again, and how it is lost"),
     "local": (400, "a cluster of processes, and the command that runs a script on one"),
+    "takers": (360, "all that waits for results"),
     "calls": (400, "the documented calls and their one table of options"),
 }
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
