@@ -3,7 +3,7 @@
 A server, nodes that lend it their cores, and a controller in the caller: `map`, `imap` and
 `imap_unordered` over all of them. README.md begins at the beginning; to read the code, begin with
 PROTOCOL.md, then errors, wire, auth, config, console, byvalue, payload, scheduler, results, channel,
-worker, cores, backlog, workers, node, exchange, server, feeder, job, controller, local, calls, takers, pool. A
+worker, cores, backlog, workers, node, exchange, server, feeder, job, controller, local, calls, takers, pool, futures. A
 module imports only from those before it.
 
 Nothing happens at import: the public names are loaded when they are first used, so that
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         VersionError,
         WorkerLost,
     )
+    from .futures import Executor
     from .local import LocalCluster
     from .node import run_node
     from .pool import Pool
@@ -44,14 +45,15 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 __all__ = [
     "AchillesError", "AddressError", "AuthenticationError", "ClusterKilled", "ConfigurationError", "DumpError",
-    "LetterAltered", "LetterTooLarge", "LocalCluster", "NoNodesError", "Pool", "ProtocolError", "RemoteError",
-    "ServerUnreachable", "TaskError", "TaskTimeout", "VersionError", "WorkerLost", "__version__", "cluster_status",
-    "imap", "imap_unordered", "kill_cluster", "map", "run_node", "run_server", "write_config",
+    "Executor", "LetterAltered", "LetterTooLarge", "LocalCluster", "NoNodesError", "Pool", "ProtocolError",
+    "RemoteError", "ServerUnreachable", "TaskError", "TaskTimeout", "VersionError", "WorkerLost", "__version__",
+    "cluster_status", "imap", "imap_unordered", "kill_cluster", "map", "run_node", "run_server", "write_config",
 ]
 
 _MODULES = {
     "cluster_status": "calls", "imap": "calls", "imap_unordered": "calls", "kill_cluster": "calls", "map": "calls",
-    "LocalCluster": "local", "Pool": "pool", "run_node": "node", "run_server": "server", "write_config": "config",
+    "Executor": "futures", "LocalCluster": "local", "Pool": "pool", "run_node": "node", "run_server": "server",
+    "write_config": "config",
 }
 
 

@@ -196,9 +196,11 @@ class Pool:
         return types.SimpleNamespace, (), dict.fromkeys(METHODS, _absent())
 
     def __del__(self) -> None:
-        if self._state == RUN and self._pid == os.getpid():
-            warnings.warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, 2, source=self)
+        if self._state != TERMINATE and self._pid == os.getpid():
+            if self._state == RUN:
+                warnings.warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, 2, source=self)
             self._dispatcher.work.put(None)
+
 
     def _check_running(self) -> None:
         if self._state != RUN:

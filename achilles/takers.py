@@ -52,6 +52,7 @@ class Dispatcher:
         self.takers: weakref.WeakSet[Taker] = weakref.WeakSet()
         self.kept: set[Taker] = set()  # of them, those that get their results even if the caller drops them
         self.changed = threading.Condition(threading.Lock())  # guards both
+        self._ending = False
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
         self._thread.start()
 
@@ -68,6 +69,8 @@ class Dispatcher:
             self.takers.discard(taker)
             self.kept.discard(taker)
             self.changed.notify_all()
+        if self._ending:
+            self.stop_when_idle()
 
     def fail(self, error: BaseException) -> None:
         """End all jobs."""
@@ -88,6 +91,14 @@ class Dispatcher:
             while self.kept:
                 self.changed.wait(self.lookout.seconds)
                 self.lookout.look()
+
+    def stop_when_idle(self) -> None:
+        """Close the connection when the last job is over. Does not block."""
+        with self.changed:
+            self._ending = True
+            idle = not self.takers and not self.kept
+        if idle:
+            self.work.put(None)
 
     def stop(self) -> None:
         """Close the connection when what was queued is taken; idempotent. Joins the thread, unless it is this one."""
