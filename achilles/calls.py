@@ -21,7 +21,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import config, payload
 from .config import SecretKey, Settings
@@ -29,6 +29,9 @@ from .controller import RECONNECT_SECONDS, Controller
 from .errors import NoNodesError
 from .job import Function, Job, Taken
 from .results import NothingYet
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 __all__ = [
     "Lookout", "Packets", "check_counts", "check_seconds", "cluster_status", "connect", "imap", "imap_unordered",
@@ -152,6 +155,7 @@ def map(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
+    executor: Executor | None = None,
 ) -> list[list[Any]]:
     """Call `func` with each argument, on all nodes; return the results as an ordered list of lists.
 
@@ -174,6 +178,7 @@ def map(
     :param reconnect_seconds: how long to try to reach a lost server again.
     :param timeout: seconds that the call for one argument may take; then its worker is replaced, and there
         is a TaskTimeout at its index.
+    :param executor: any `concurrent.futures.Executor` to run on, in the place of a cluster; it stays open.
     :returns: a list for each packet, in the order of `args`; not flattened. [] for no arguments.
     :raises AchillesError: one of `errors.py`; `func`'s own exceptions come as themselves.
 
@@ -190,6 +195,7 @@ def imap(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
+    executor: Executor | None = None,
 ) -> Packets:
     """As `map`, but yield `{'ARGS_COUNTER': index of the first argument, 'RESULT': [...]}` for each packet, in order.
 
@@ -204,6 +210,7 @@ def imap_unordered(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
+    executor: Executor | None = None,
 ) -> Packets:
     """As `imap`, but each packet as it arrives: the fastest way to consume results, and the least memory."""
     return _start(False, False, **locals())
@@ -249,7 +256,7 @@ def _start(
     ordered: bool, eager: bool, *, func: Callable[[Any], Any], args: Args, callback: Callable[[Any], Any] | None,
     chunksize: int, host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
     callback_error: Callable[[Any], Any] | None, buffersize: int | None, wait_for_nodes: float | None,
-    reconnect_seconds: float, timeout: float | None,
+    reconnect_seconds: float, timeout: float | None, executor: Executor | None,
 ) -> Packets:
     """Check, dump the function, connect, and begin."""
     _check_callables(func=func, callback=callback, callback_error=callback_error)
@@ -267,12 +274,13 @@ def _start(
             eager=eager, buffersize=buffersize, options={"timeout": timeout},
         )
 
-    controller = connect(host, port, username, secret_key, reconnect_seconds)
+    controller = connect(host, port, username, secret_key, reconnect_seconds, executor)
     try:
         controller.check_size(f"function {name}", len(function.letter))
-        settings = controller.settings
-        where = f"{settings.host}:{settings.port}"
-        _tell(f"ALERT: Connection to achilles_server at {where} and authentication successful.\n")
+        if executor is None:
+            settings = controller.settings
+            where = f"{settings.host}:{settings.port}"
+            _tell(f"ALERT: Connection to achilles_server at {where} and authentication successful.\n")
         return Packets(controller, controller.start(make), callback_error, wait_for_nodes)
     except BaseException:
         controller.close()
@@ -281,9 +289,15 @@ def _start(
 
 def connect(
     host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
-    reconnect_seconds: float = RECONNECT_SECONDS,
+    reconnect_seconds: float = RECONNECT_SECONDS, executor: Executor | None = None,
 ) -> Controller:
-    """A controller that is connected to the cluster that these say, or that the settings say."""
+    """A controller of the cluster that these say, or that the settings say; or what takes its place on `executor`."""
+    if executor is not None:
+        from .engine import Engine  # and what its workers need
+
+        if (host, port, username, secret_key) != (None, None, None, None):
+            raise ValueError("a call runs on a cluster or on an executor: give host and the like, or executor")
+        return cast(Controller, Engine(executor))
     controller = Controller(lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds)
     controller.open()
     return controller

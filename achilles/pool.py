@@ -22,7 +22,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import payload
 from .calls import Lookout, check_counts, check_seconds, connect
@@ -31,6 +31,9 @@ from .controller import RECONNECT_SECONDS, Controller
 from .errors import DumpError
 from .job import Function, Job
 from .takers import AsyncResult, Callback, Dispatcher, PoolIterator, Taker, own_error
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 __all__ = ["AsyncResult", "Pool", "PoolIterator"]
 
@@ -51,7 +54,7 @@ class Pool:
         task; what it raises is raised by the calls.
     :param maxtasksperchild: slices after which a worker is replaced.
     :param context: for the standard library's sake; nodes choose their own start method.
-    :param host, port, username, secret_key, wait_for_nodes, reconnect_seconds: as of `achilles.map`.
+    :param host, port, username, secret_key, wait_for_nodes, reconnect_seconds, executor: as of `achilles.map`.
     :raises AchillesError: the cluster cannot be found, or does not let us in.
 
     Connects; blocks until the server has answered. `chunksize=None` finds a good one by itself, and each
@@ -65,6 +68,7 @@ class Pool:
         initargs: Iterable[Any] = (), maxtasksperchild: int | None = None, context: object = None, *,
         host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None,
         wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS,
+        executor: Executor | None = None,
     ) -> None:
         self._state = TERMINATE  # until it runs, for __del__
         if processes is not None and processes < 1:
@@ -82,7 +86,7 @@ class Pool:
         if initializer is not None:
             self._initializer = Function(self._context.dump((initializer, tuple(initargs)), "the initializer"))
         self._lock = threading.Lock()  # guards `_state`
-        self._controller: Controller = connect(host, port, username, secret_key, reconnect_seconds)
+        self._controller: Controller = connect(host, port, username, secret_key, reconnect_seconds, executor)
         self._dispatcher = Dispatcher(self._controller, Lookout(self._controller, wait_for_nodes))
         self._state = RUN
 

@@ -112,6 +112,11 @@ class Runner:
         """FUNCTION."""
         self._letters[letter_digest((letter,)).hex()] = letter
 
+    def knows(self, context: str, digest: str) -> bool:
+        """Whether a function was loaded in a context, or could not be."""
+        known = self._contexts.get(context)
+        return known is not None and (digest in known.loaded or digest in known.failed)
+
     def declare(self, body: dict[str, Any]) -> None:
         """JOB."""
         if body["context"] not in self._contexts:
