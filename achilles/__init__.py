@@ -3,8 +3,8 @@
 A server, nodes that lend it their cores, and a controller in the caller: `map`, `imap` and
 `imap_unordered` over all of them. README.md begins at the beginning; to read the code, begin with
 PROTOCOL.md, then errors, wire, auth, config, console, byvalue, payload, scheduler, results, channel,
-worker, cores, backlog, workers, node, exchange, server, feeder, job, controller, local, calls. A
-module imports only from those before it.
+worker, cores, backlog, workers, node, exchange, server, feeder, job, controller, engine, local, calls, takers,
+pool, futures, joblib_backend. A module imports only from those before it.
 
 Nothing happens at import: the public names are loaded when they are first used, so that
 `python -m achilles.node` imports one copy of everything, and none of what it does not need.
@@ -36,21 +36,26 @@ if TYPE_CHECKING:
         VersionError,
         WorkerLost,
     )
+    from .futures import Executor
+    from .joblib_backend import register_joblib_backend
     from .local import LocalCluster
     from .node import run_node
+    from .pool import Pool
     from .server import run_server
 
 __version__ = "1.0.0"
 __all__ = [
     "AchillesError", "AddressError", "AuthenticationError", "ClusterKilled", "ConfigurationError", "DumpError",
-    "LetterAltered", "LetterTooLarge", "LocalCluster", "NoNodesError", "ProtocolError", "RemoteError",
-    "ServerUnreachable", "TaskError", "TaskTimeout", "VersionError", "WorkerLost", "__version__", "cluster_status",
-    "imap", "imap_unordered", "kill_cluster", "map", "run_node", "run_server", "write_config",
+    "Executor", "LetterAltered", "LetterTooLarge", "LocalCluster", "NoNodesError", "Pool", "ProtocolError",
+    "RemoteError", "ServerUnreachable", "TaskError", "TaskTimeout", "VersionError", "WorkerLost", "__version__",
+    "cluster_status", "imap", "imap_unordered", "kill_cluster", "map", "register_joblib_backend", "run_node",
+    "run_server", "write_config",
 ]
 
 _MODULES = {
     "cluster_status": "calls", "imap": "calls", "imap_unordered": "calls", "kill_cluster": "calls", "map": "calls",
-    "LocalCluster": "local", "run_node": "node", "run_server": "server", "write_config": "config",
+    "Executor": "futures", "LocalCluster": "local", "Pool": "pool", "run_node": "node", "run_server": "server",
+    "register_joblib_backend": "joblib_backend", "write_config": "config",
 }
 
 

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import config, payload
 from .config import SecretKey, Settings
@@ -31,7 +31,13 @@ from .errors import NoNodesError
 from .job import Function, Job, Taken
 from .results import NotYet
 
-__all__ = ["Packets", "cluster_status", "imap", "imap_unordered", "kill_cluster", "map"]
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+__all__ = [
+    "Lookout", "Packets", "check_counts", "check_seconds", "cluster_status", "connect", "imap", "imap_unordered",
+    "kill_cluster", "map",
+]
 
 NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start one
 LOOK_SECONDS = 1.0  # how often a waiting call looks whether there are nodes; also how Ctrl-C gets through on Windows
@@ -53,9 +59,7 @@ class Packets(Iterator[Packet]):
         self._controller = controller
         self._job = job
         self._callback_error = callback_error
-        self._wait_for_nodes = wait_for_nodes
-        self._lonely_since: float | None = time.monotonic()  # no node since then; None where there is one
-        self._told = False  # ... and the caller knows
+        self._lookout = Lookout(controller, wait_for_nodes)
         self._closed = False
 
     def __iter__(self) -> Packets:
@@ -108,22 +112,33 @@ class Packets(Iterator[Packet]):
     def _take(self) -> Taken | None:
         while True:
             try:
-                return self._job.take(self._seconds_to_look())
+                return self._job.take(self._lookout.seconds)
             except NotYet:
                 pass
             except (InterruptedError, KeyError):
                 if self._closed:  # by another thread, meanwhile
                     return None
                 raise
-            self._look_for_nodes()
+            self._lookout.look()
 
-    def _seconds_to_look(self) -> float:
-        if self._wait_for_nodes is None:
-            return LOOK_SECONDS
-        return min(LOOK_SECONDS, max(self._wait_for_nodes / 4, LEAST_SECONDS))
 
-    def _look_for_nodes(self) -> None:
-        """No result came for a while: is there any node?"""
+class Lookout:
+    """For whoever waits for results: is there any node? The caller is told once on stderr.
+
+    :ivar seconds: how often to `look`. Any thread may.
+    """
+
+    def __init__(self, controller: Controller, wait_for_nodes: float | None) -> None:
+        self.seconds = LOOK_SECONDS
+        if wait_for_nodes is not None:
+            self.seconds = min(LOOK_SECONDS, max(wait_for_nodes / 4, LEAST_SECONDS))
+        self._controller = controller
+        self._wait_for_nodes = wait_for_nodes
+        self._lonely_since: float | None = time.monotonic()  # no node since then; None where there is one
+        self._told = False  # ... and the caller knows
+
+    def look(self) -> None:
+        """No result came for a while. NoNodesError if there was no node for `wait_for_nodes` seconds."""
         if self._controller.workers()[0] or not self._controller.connected:
             self._lonely_since = None
             return
@@ -145,6 +160,7 @@ def map(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
+    executor: Executor | None = None,
 ) -> list[list[Any]]:
     """Call `func` with each argument, on all nodes; return the results as an ordered list of lists.
 
@@ -167,6 +183,7 @@ def map(
     :param reconnect_seconds: how long to try to reach a lost server again.
     :param timeout: seconds that the call for one argument may take; then its worker is replaced, and there
         is a TaskTimeout at its index.
+    :param executor: any `concurrent.futures.Executor` to run on, in the place of a cluster; it stays open.
     :returns: a list for each packet, in the order of `args`; not flattened. [] for no arguments.
     :raises AchillesError: one of `errors.py`; `func`'s own exceptions come as themselves.
 
@@ -183,6 +200,7 @@ def imap(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
+    executor: Executor | None = None,
 ) -> Packets:
     """As `map`, but yield `{'ARGS_COUNTER': index of the first argument, 'RESULT': [...]}` for each packet, in order.
 
@@ -197,6 +215,7 @@ def imap_unordered(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
+    executor: Executor | None = None,
 ) -> Packets:
     """As `imap`, but each packet as it arrives: the fastest way to consume results, and the least memory."""
     return _start(False, False, **locals())
@@ -242,12 +261,12 @@ def _start(
     ordered: bool, eager: bool, *, func: Callable[[Any], Any], args: Args, callback: Callable[[Any], Any] | None,
     chunksize: int, host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
     callback_error: Callable[[Any], Any] | None, buffersize: int | None, wait_for_nodes: float | None,
-    reconnect_seconds: float, timeout: float | None,
+    reconnect_seconds: float, timeout: float | None, executor: Executor | None,
 ) -> Packets:
     """Check, dump the function, connect, and begin."""
     _check_callables(func=func, callback=callback, callback_error=callback_error)
-    _check_counts(chunksize=chunksize, buffersize=buffersize)
-    _check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
+    check_counts(chunksize=chunksize, buffersize=buffersize)
+    check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
     if not callable(args):
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
     context = payload.Context(caller=True)
@@ -260,25 +279,40 @@ def _start(
             eager=eager, buffersize=buffersize, options={"timeout": timeout},
         )
 
-    controller = Controller(lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds)
-    controller.open()
+    controller = connect(host, port, username, secret_key, reconnect_seconds, executor)
     try:
         controller.check_size(f"function {name}", len(function.letter))
-        settings = controller.settings
-        where = f"{settings.host}:{settings.port}"
-        _tell(f"ALERT: Connection to achilles_server at {where} and authentication successful.\n")
+        if executor is None:
+            settings = controller.settings
+            where = f"{settings.host}:{settings.port}"
+            _tell(f"ALERT: Connection to achilles_server at {where} and authentication successful.\n")
         return Packets(controller, controller.start(make), callback_error, wait_for_nodes)
     except BaseException:
         controller.close()
         raise
 
 
+def connect(
+    host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
+    reconnect_seconds: float = RECONNECT_SECONDS, executor: Executor | None = None,
+) -> Controller:
+    """A controller of the cluster that these say, or that the settings say; or what takes its place on `executor`."""
+    if executor is not None:
+        from .engine import Engine  # and what its workers need
+
+        if (host, port, username, secret_key) != (None, None, None, None):
+            raise ValueError("a call runs on a cluster or on an executor: give host and the like, or executor")
+        return cast(Controller, Engine(executor))
+    controller = Controller(lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds)
+    controller.open()
+    return controller
+
+
 @contextlib.contextmanager
 def _connection(
     host: str | None, port: int | None, username: str | None, secret_key: SecretKey
 ) -> Iterator[Controller]:
-    controller = Controller(lambda: _resolve(host, port, username, secret_key))
-    controller.open()
+    controller = connect(host, port, username, secret_key)
     try:
         yield controller
     finally:
@@ -304,7 +338,8 @@ def _check_callables(func: object, **callbacks: object) -> None:
             raise TypeError(f"{name} must be callable or None, not {type(value).__name__}")
 
 
-def _check_counts(**counts: object) -> None:
+def check_counts(**counts: object) -> None:
+    """TypeError or ValueError unless each is an int of at least 1; buffersize may be None."""
     for name, value in counts.items():
         if value is None and name == "buffersize":
             continue
@@ -314,7 +349,8 @@ def _check_counts(**counts: object) -> None:
             raise ValueError(f"{name} must be at least 1, not {value}")
 
 
-def _check_seconds(**seconds: object) -> None:
+def check_seconds(**seconds: object) -> None:
+    """TypeError or ValueError unless each is None or a finite number, and a timeout more than 0."""
     for name, value in seconds.items():
         if value is None:
             continue

@@ -167,7 +167,7 @@ class Controller:
         with self.lock:  # a connection that is being made sees `_closing` under it
             jobs, link = list(self._jobs.values()), self._channel
         for job in jobs:
-            job.buffer.fail(ServerUnreachable(CLOSED))
+            job.fail(ServerUnreachable(CLOSED))
             self.end(job, cancel=True)
         if link is not None:
             link.finish("leaving")
@@ -247,7 +247,7 @@ class Controller:
             self._changed.notify_all()
             jobs = list(self._jobs.values())
         for job in jobs:
-            job.buffer.fail(self._lost)
+            job.fail(self._lost)
 
     def _read_and_reconnect(self) -> None:
         """Read until the connection ends, connect again, until closed or given up."""

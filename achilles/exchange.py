@@ -219,7 +219,8 @@ class Exchange:
             raise ProtocolError(f"job {body['job']} is there already")
         self._jobs[job.number] = peer.jobs[body["job"]] = job
         peer.contexts.add(body["context"])
-        self._scheduler.declare(job.number, peer, peer.python, body["options"].get("processes"))
+        limit = body["options"].get("processes")
+        self._scheduler.declare(job.number, peer, peer.python, limit, body["context"])
         log.info("job %d of %s begins", job.number, peer.channel.name)
         if body["job"] in peer.cancelled:
             self._cancel(peer, body["job"])

@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from . import payload
 from .errors import DumpError, LetterTooLarge
@@ -32,6 +32,7 @@ PAUSE_SECONDS = 0.010  # so long inside the iterator's `next` is a pause: longer
 ROOM_SECONDS = 0.1  # how often a feeder without room looks whether what is out needs a FLUSH
 JOIN_SECONDS = 0.5  # for a feeder that is inside the caller's iterator: it cannot be interrupted there
 BATCH_SECONDS = 0.001  # slices wait so long to be posted together: little against a round trip
+INLINE_SLICES = 64  # at most are fed where the call is made: quicker than to start a thread
 BATCH_SLICES, BATCH_BYTES = 256, 1 << 20  # ... and no more of them: the others shall work meanwhile
 CANCELLED = "the job was cancelled"
 
@@ -56,6 +57,13 @@ class Slice(NamedTuple):
         return self._replace(letter=letter, digest=_digest(letter))
 
 
+Dumped: TypeAlias = "tuple[int, Buffer | BaseException]"  # how many arguments; their letter, or why the one has none
+
+
+class _NoRoom(Exception):
+    """The window is full, and this thread must not wait."""
+
+
 class Sink(Protocol):
     """What the feeder needs of its job. Called by feeder and pacer, never by both at once."""
 
@@ -70,6 +78,9 @@ class Sink(Protocol):
 
     def finish(self, places: int, error: BaseException | None) -> None:
         """There are so many places in all, and this is what the iteration ended with."""
+
+    def spoil(self, start: int, error: BaseException) -> None:
+        """The argument at this place cannot be sent; it has this for a result. Only of jobs without lists."""
 
     def fail(self, error: BaseException) -> None:
         """An argument cannot be sent."""
@@ -90,7 +101,9 @@ class Feeder:
     :param args: an iterable, or a function that returns one.
     :param size: arguments in a slice.
     :param by_argument: whether the window counts arguments, not slices.
-    :param lists: whether a first argument that is a list makes every argument a packet of its own.
+    :param lists: whether a first argument that is a list makes every argument a packet of its own, and an
+        argument that cannot be sent ends the job. Otherwise such a one has its error for a result.
+    :ivar size: may be set at any time; the next slice has so many.
     """
 
     def __init__(
@@ -102,7 +115,7 @@ class Feeder:
         self._context = context
         self._window = window
         self._args = args
-        self._size = size
+        self.size = size
         self._by_argument = by_argument
         self._lists = lists
         self._pulling = 0.0  # monotonic: since when the feeder is inside the iterator's next; 0 where it is not
@@ -112,14 +125,22 @@ class Feeder:
         self._batch: list[Slice] = []  # closed, in the window, not posted
         self._batch_size = 0  # its bytes
         self._batch_since = 0.0
+        self._inline = False  # the caller's thread feeds, and must not wait for room
+        self._left: list[Dumped] = []  # what it could not send: for the feeder thread
         self._threads = [threading.Thread(target=self._feed, name=f"achilles-feeder {name}", daemon=True)]
         if not isinstance(args, (list, tuple, range)):
             self._threads.append(threading.Thread(target=self._pace, name=f"achilles-pacer {name}", daemon=True))
 
     def start(self) -> None:
-        """Begin to iterate."""
-        for thread in self._threads:
-            thread.start()
+        """Begin to iterate. A short sequence is fed by this thread, as far as there is room for it."""
+        args = self._args
+        if isinstance(args, (list, tuple, range)) and len(args) <= INLINE_SLICES * self.size:
+            self._inline = not (args and self._is_list(args[0]))
+        if self._inline:
+            self._feed()
+        if not self.ended.is_set():
+            for thread in self._threads:
+                thread.start()
 
     def stop(self) -> None:
         """Feed nothing more; joins the threads, half a second at most each. Any thread."""
@@ -130,7 +151,7 @@ class Feeder:
                 thread.join(JOIN_SECONDS)
 
     def _feed(self) -> None:
-        """The feeder thread."""
+        """The feeder thread, or the caller's."""
         error: BaseException | None = None
         try:
             args: Any = self._args() if callable(self._args) else self._args
@@ -138,6 +159,9 @@ class Feeder:
                 self._feed_sequence(args)
             else:
                 self._feed_iterator(iter(args))
+        except _NoRoom:
+            self._inline = False
+            return
         except BaseException as e:  # the caller's iterable may raise anything; it is raised where results are taken
             error = e
         with self._cutting:
@@ -151,9 +175,11 @@ class Feeder:
             if len(args) and self._is_list(args[0]):
                 for argument in args:
                     self._send_list(argument)
-            else:
-                for start in range(0, len(args), self._size):
-                    self._send(list(args[start : start + self._size]))
+                return
+            left, self._left = self._left, []
+            self._send_letters(left)
+            while self._places < len(args) and not self._window.closed:
+                self._send(list(args[self._places : self._places + self.size]))
 
     def _feed_iterator(self, args: Iterator[Any]) -> None:
         lists, first = False, True
@@ -172,7 +198,7 @@ class Feeder:
                         self._send_list(argument)
                     else:
                         self._open.append(argument)
-                        self._close_slice(self._size)
+                        self._close_slice(self.size)
         finally:  # what came before an error of the iterator's is sent, too
             with self._cutting:
                 self._close_slice(1)
@@ -208,9 +234,21 @@ class Feeder:
 
     def _send(self, arguments: list[Any]) -> None:
         """Let a slice into the window and the batch; as several, where it is too large for one."""
-        for number, letter in self._dump(arguments, self._places):
+        self._send_letters(self._dump(arguments, self._places))
+
+    def _send_letters(self, letters: Iterable[Dumped]) -> None:
+        for number, letter in letters:
+            if isinstance(letter, BaseException):
+                self._post()
+                self._sink.spoil(self._places, letter)
+                self._places += number
+                continue
             weight = number if self._by_argument else 1
-            if len(letter) > BATCH_BYTES or not self._window.enter(weight, len(letter)):
+            if self._inline:
+                if not self._window.enter(weight, len(letter)):
+                    self._left = [(number, letter), *letters]
+                    raise _NoRoom
+            elif len(letter) > BATCH_BYTES or not self._window.enter(weight, len(letter)):
                 self._post()
                 self._wait_for_room(weight, len(letter), len(letter) <= BATCH_BYTES)
             self._batch.append(Slice(self._places, None, number, weight, len(letter), letter, _digest(letter)))
@@ -228,7 +266,7 @@ class Feeder:
             raise mark(TypeError(text), index=place)
         while argument and not (largest := self._sink.wait_for_node(ROOM_SECONDS)):
             self._raise_if_closed()
-        pieces = list(self._dump_list(argument, largest, place))
+        pieces = [(n, x) for n, x in self._dump_list(argument, largest, place) if not isinstance(x, BaseException)]
         if pieces:
             weight = 1 if self._by_argument else len(pieces)
             self._wait_for_room(weight, sum(len(letter) for _, letter in pieces))
@@ -241,30 +279,38 @@ class Feeder:
         self._sink.enter(slices, place)
         self._places = place + 1
 
-    def _dump_list(self, argument: list[Any], largest: int, place: int) -> Iterator[tuple[int, Buffer]]:
+    def _dump_list(self, argument: list[Any], largest: int, place: int) -> Iterator[Dumped]:
         count = min(len(argument), largest)
         bounds = [i * len(argument) // count for i in range(count + 1)] if count else []
         for start, stop in zip(bounds, bounds[1:]):
             yield from self._dump(argument[start:stop], start, place)
 
-    def _dump(self, arguments: list[Any], start: int, place: int | None = None) -> Iterator[tuple[int, Buffer]]:
-        """A slice as a letter, with its length; one that is over the limit is cut again, where it can be.
+    def _dump(self, arguments: list[Any], start: int, place: int | None = None) -> Iterator[Dumped]:
+        """A slice as a letter, with its length; one that cannot be sent whole is cut again, where it can be.
 
         An error names the argument: its place in args, or in the list at `place`.
         """
+        half = len(arguments) // 2
         try:
             letter = join(payload.dump_slice(self._context, arguments))
-        except DumpError:
-            for number, argument in enumerate(arguments, start):
-                self._dump_one(argument, number, place)
-            raise
-        half = len(arguments) // 2
-        if half and not self._sink.fits(len(letter)):
-            yield from self._dump(arguments[:half], start, place)
-            yield from self._dump(arguments[half:], start + half, place)
-        else:
-            self._check_size(start, place, len(letter))
-            yield len(arguments), letter
+            if not half:
+                self._check_size(start, place, len(letter))
+            if not half or self._sink.fits(len(letter)):
+                yield len(arguments), letter
+                return
+        except (DumpError, LetterTooLarge) as error:
+            if self._lists:
+                self._name_error(error, arguments, start, place)
+                raise
+            if not half:
+                yield 1, mark(error, index=start)
+                return
+        yield from self._dump(arguments[:half], start, place)
+        yield from self._dump(arguments[half:], start + half, place)
+
+    def _name_error(self, error: BaseException, arguments: list[Any], start: int, place: int | None) -> None:
+        for number, argument in enumerate(arguments, start) if isinstance(error, DumpError) else ():
+            self._dump_one(argument, number, place)
 
     def _dump_one(self, argument: Any, number: int, place: int | None) -> None:
         """DumpError, with the argument's name and index, if it is this one that cannot be dumped."""

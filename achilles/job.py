@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from . import payload
-from .errors import LetterAltered, ProtocolError, TaskError, TaskTimeout, WorkerLost
+from .errors import LetterAltered, ProtocolError, TaskTimeout, WorkerLost
 from .feeder import CANCELLED, Feeder, Slice, join, mark
 from .results import ResultBuffer, Unit, Window
 from .wire import MAX_LONG_BYTES, MAX_ROWS, MAX_SHORT_BYTES, MORE, PACKED, Buffer, Kind, Rows, Status
@@ -38,6 +38,9 @@ __all__ = ["ATTEMPTS", "Function", "Job", "Link", "Taken"]
 ATTEMPTS = 3  # deaths of an argument, or alterations of a slice in a row, before it is given up
 WINDOW_SLICES = 64  # out beyond two for each worker: what is under way between here and there
 MESSAGE_US = 5000  # of work: as many slices as make this much for each worker may be out, where they are quick ...
+SLICE_US = 50_000  # of work in a slice of a job that chooses by itself: far over what a slice costs ...
+SLICE_BYTES = 1 << 20  # ... and bytes of it, or of its results: beyond, more of them save nothing
+GROWTH = 16  # times as many arguments in the next slice, at most: the first ones may have been quick by chance
 FRAME_BYTES = min(MAX_LONG_BYTES, MAX_SHORT_BYTES)  # of letters: a frame takes them, whether they are long or short
 QUICK_SLICES = 4096  # ... and short, but no more than this: what is out is memory
 
@@ -80,7 +83,7 @@ class _Trouble:
         self.attempt = 0
         self.altered = 0  # how often in a row
         self.deaths: Counter[int] = Counter()  # position -> workers that died under it
-        self.lost: dict[int, TaskError] = {}  # position -> why it is not tried again
+        self.lost: dict[int, BaseException] = {}  # position -> why it is not tried again
         self.parts: list[Part] = []  # of an answer that has not come whole ...
         self.parts_attempt = -1  # ... and of which attempt
 
@@ -91,7 +94,9 @@ class Job:
     `flat`: every slice is delivered by itself (Pool, Executor). Otherwise units are
     packets, which the server cuts, or lists, where the first argument is a list.
     `ordered`: `take` follows the order of `args`. `eager`: an error of the iterable
-    is raised at once, not in its place.
+    is raised at once, not in its place. `largest`: let slices grow up to so many
+    arguments, as they turn out to be quick. `ready`: is called, without any lock held,
+    when there may be something to take; from any thread, must not block.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class Job:
         args: Iterable[Any] | Callable[[], Any], *, chunksize: int = 1, ordered: bool = True,
         flat: bool = False, eager: bool = False, buffersize: int | None = None,
         options: Mapping[str, Any] | None = None, initializer: Function | None = None,
+        largest: int | None = None, ready: Callable[[], object] | None = None,
     ) -> None:
         self.link = link
         self.number = number
@@ -108,6 +114,7 @@ class Job:
         self.initializer = initializer
         self.options = {name: value for name, value in (options or {}).items() if value is not None}
         self.buffer = ResultBuffer(ordered)
+        self.ready = ready
         self.slices: dict[int, Slice] = {}  # without a checked result
         self.ended = False  # END was posted, and nothing may follow it; guarded by link.lock
         self._waiting: set[int] = set()  # of them, those without an answer
@@ -121,6 +128,7 @@ class Job:
         self._deaths = 0  # workers that died while they loaded the function
         self._ready: deque[Unit] = deque()  # taken out of the buffer, not by the caller yet; the caller's thread alone
         self._given: list[Unit] = []  # ... and those that were; their room is given back together
+        self._largest = largest if buffersize is None or largest is None else min(largest, buffersize)
         self._buffersize = buffersize
         self._beyond: float = WINDOW_SLICES
         self._worth = 1  # slices that make a message, by the slowest of late
@@ -141,7 +149,7 @@ class Job:
 
     def stop(self) -> None:
         """Nothing more is fed, kept or taken; joins the feeder, half a second at most. Any thread."""
-        self.buffer.fail(InterruptedError(CANCELLED))
+        self.fail(InterruptedError(CANCELLED))
         self._feeder.stop()
         with self.link.lock:
             self.slices.clear()
@@ -155,6 +163,7 @@ class Job:
         self.buffer, self._window = ResultBuffer(True), Window(0)
         self._feeder = Feeder(self, self.context, self._window, (), size=1, by_argument=False, lists=False, name="")
         self.buffer.fail(error)
+        self.ready = None
 
     def resize(self) -> None:
         """The cluster has changed: so does the window, unless `buffersize` set it."""
@@ -271,6 +280,12 @@ class Job:
     def _put(self, numbers: Sequence[int], answers: Sequence[Answer]) -> None:
         self._waiting.difference_update(numbers)
         self.buffer.put(numbers, answers)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Whoever takes: there may be something."""
+        if self.ready is not None:
+            self.ready()
 
     def _judge(self, rows: Rows) -> None:
         """Where slices are quick and short, more of them may be out, so that nobody waits for the next."""
@@ -278,6 +293,18 @@ class Job:
         self._worth, before = max(1, worth if worth < self._worth else (3 * self._worth + worth) // 4), self._worth
         if self._worth != before:
             self.resize()
+        if self._largest is not None and rows.pace:
+            self._adapt(rows, self._largest)
+
+    def _adapt(self, rows: Rows, largest: int) -> None:
+        """Choose how many arguments the next slices have: as many as take SLICE_US, by these ones' pace and size."""
+        with self.link.lock:
+            slices = [slice_ for n in rows.slices if (slice_ := self.slices.get(n))]
+        if slices:
+            number = min(slice_.number for slice_ in slices)
+            size = max(1, *(slice_.size for slice_ in slices), *rows.lengths)
+            good = number * min(SLICE_US / rows.pace, SLICE_BYTES / size)
+            self._feeder.size = max(1, min(int(good), GROWTH * self._feeder.size, largest))
 
     def answer(self, number: int, attempt: int, status: int, digest: bytes, letter: Buffer) -> None:
         """One row, out of the ordinary or in the company of such a one. Ignored if nobody waits for it."""
@@ -311,7 +338,7 @@ class Job:
         if phase == "function":
             self._deaths += 1
             if self._deaths >= ATTEMPTS:
-                self.buffer.fail(_lost("workers died while they loaded the function", note))
+                self.fail(_lost("workers died while they loaded the function", note))
         here = 0 <= position < self.slices[number].number
         charged = [position] if here else self._left(number) if phase in ("load", "node") else []
         trouble = self._trouble(number)
@@ -387,10 +414,22 @@ class Job:
         if error is not None and self._eager:
             self.buffer.fail(error)
         self.buffer.finish(places, error)
+        self._tell()
+
+    def spoil(self, start: int, error: BaseException) -> None:
+        """The argument at `start` cannot be sent: that is its result."""
+        with self.link.lock:
+            number = self._next
+            self._next += 1
+            self.slices[number] = Slice(start, None, 1, 0, 0, b"", b"")
+            self._trouble(number).lost[0] = error
+            self.buffer.add([Unit(start, 1, range(number, number + 1))])
+        self._put([number], [()])
 
     def fail(self, error: BaseException) -> None:
         """The job as a whole has failed."""
         self.buffer.fail(error)
+        self._tell()
 
     def wait_for_node(self, timeout: float) -> int:
         """Workers of the largest node; where there is none, 0 after at most `timeout` seconds."""

@@ -14,7 +14,7 @@ lock, and carries out the actions of each call in their order.
 
 1. A packet is as many slices as the node has workers; fewer only if its first slice
    was flushed. It is announced when the first of it is given, and given whole, but
-   where the job's limit forbids that. A slice that comes back is given by itself.
+   where a limit forbids that. A slice that comes back is given by itself.
 2. Load is counted in workers: a slice is one worker's, or 1/n of one where n of its
    job are worth a message of 5 ms. Work goes to nodes with idle workers, the longest
    waiting first, and to others only while none is idle. Those hold about one packet
@@ -24,7 +24,9 @@ lock, and carries out the actions of each call in their order.
 4. An idle node for which nothing waits is fed from one that holds more than it runs
    (RECALL), if that is worth 5 ms. Each idle node may wait for one recall, each other
    one is asked one at a time, and not for a job of which it just had none to give.
-5. An answer counts while that node holds that slice under that attempt. Losing a node
+5. A limit is a quota of all jobs of one owner and context. Who finds it used up waits there, and gets
+   in line again when slices come back.
+6. An answer counts while that node holds that slice under that attempt. Losing a node
    raises the attempt; a slice that was lost with ten nodes is dead.
 
 A frame costs a constant, whatever the number of nodes. A slice costs a few operations
@@ -33,6 +35,7 @@ in C, and no object of its own as long as there are no faults.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice, repeat, starmap
@@ -116,6 +119,7 @@ class Scheduler:
         self._nodes: dict[int, _Node] = {}
         self._jobs: dict[int, _Job] = {}
         self._groups: dict[str, _Group] = {}
+        self._quotas: weakref.WeakValueDictionary[tuple[object, object], _Quota] = weakref.WeakValueDictionary()
 
     def join(self, node: int, python: str, cpu_count: int) -> list[Action]:
         """A node of `cpu_count` workers is there. Raises ProtocolError if it has none."""
@@ -145,14 +149,24 @@ class Scheduler:
         lost.settle_recall(lost.asked)
         dead: list[Action] = []
         for job, held in lost.held.items():
-            job.held -= len(held)
+            job.let_go(len(held))
             dead += job.count_loss(held) if counted else []
             job.requeue(held, steps=1)
         return dead + lost.group.assign()
 
-    def declare(self, job: int, owner: object, python: str, limit: int | None = None) -> None:
-        """A job begins; at most `limit` (1 or more) of its slices are with nodes at a time."""
-        self._jobs[job] = _Job(job, owner, self._group(python), limit)
+    def declare(
+        self, job: int, owner: object, python: str, limit: int | None = None, context: object = None
+    ) -> None:
+        """A job begins; at most `limit` (1 or more) of its slices are with nodes at a time.
+
+        Jobs of one owner and one `context` share the last limit that was given; None is a context of its own.
+        """
+        quota = None
+        if limit is not None:
+            key = (owner, job if context is None else context)
+            quota = self._quotas.setdefault(key, _Quota(limit))
+            quota.limit = limit
+        self._jobs[job] = _Job(job, owner, self._group(python), quota)
 
     def add(self, job: int, rows: Rows) -> list[Action]:
         """Slices of a job. Raises ProtocolError for one that is there already, or out of turn."""
@@ -199,7 +213,7 @@ class Scheduler:
         if not back:
             giver.barren.add(known)
         giver.settle_recall(known)
-        known.held -= len(back)
+        known.let_go(len(back))
         known.requeue(back, steps=0)
         giver.group.place(giver, last=True)
         return giver.group.assign()
@@ -282,11 +296,31 @@ class _Queue:
         return taken
 
 
+class _Quota:
+    """How many slices of some jobs, together, may be with nodes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self.starved: OrderedDict[_Job, None] = OrderedDict()  # jobs whose turn came when there was no room
+
+    def room(self) -> int:
+        """How many slices more may be given."""
+        return self.limit - self.held
+
+    def wake(self) -> None:
+        """There may be room: as many jobs as it could serve get in line again."""
+        for job in list(islice(self.starved, max(self.room(), 0))):
+            del self.starved[job]
+            job.group.waiting.setdefault(job)
+
+
 class _Job:
     """One job: what waits of it, what is known of each slice that is not answered, how quick it is."""
 
-    def __init__(self, number: int, owner: object, group: _Group, limit: int | None) -> None:
-        self.number, self.owner, self.group, self.limit = number, owner, group, limit
+    def __init__(self, number: int, owner: object, group: _Group, quota: _Quota | None) -> None:
+        self.number, self.owner, self.group, self.quota = number, owner, group, quota
+        self.held = 0  # slices with nodes
         self.told: set[int] = set()  # nodes that were ever given slices of it
         self.done = 0
         self.flushed = 0  # packets that begin below this slice need not be full
@@ -300,18 +334,34 @@ class _Job:
         self.cancelled = cancelled
         self.fresh = _Queue()  # contiguous, in no packet yet
         self.packed = _Queue()  # of a packet, or in need of none
-        self.held = 0  # slices with nodes
+        self.let_go(self.held)
         self.open: set[int] = set()  # slices not answered
         self.attempts: dict[int, int] = {}  # of open slices, where it is not 0
         self.losses: Counter[int] = Counter()  # of open slices: nodes that went down with it
         self.group.waiting.pop(self, None)
+        if self.quota is not None:
+            self.quota.starved.pop(self, None)
+            self.quota.wake()
 
     def pending(self) -> int:
         return self.fresh.count + self.packed.count
 
     def room(self) -> int:
         """How many slices could be given now, if there were nodes."""
-        return self.pending() if self.limit is None else min(self.pending(), self.limit - self.held)
+        return self.pending() if self.quota is None else min(self.pending(), self.quota.room())
+
+    def hold(self, number: int) -> None:
+        """So many of its slices go to a node."""
+        self.held += number
+        if self.quota is not None:
+            self.quota.held += number
+
+    def let_go(self, number: int) -> None:
+        """So many are with none any more; who waited for them to go is woken."""
+        self.held -= number
+        if self.quota is not None:
+            self.quota.held -= number
+            self.quota.wake()
 
     def fits(self, cpu_count: int) -> bool:
         """Whether there is something for a node of this size, given that something is pending."""
@@ -348,7 +398,7 @@ class _Job:
             for rows in self.fresh.take(number):
                 self.packed.put(rows)
         taken = self.packed.take(min(number, self.room()))
-        self.held += sum(map(len, taken))
+        self.hold(sum(map(len, taken)))
         return packets, taken
 
     def accept(self, held: dict[int, Rows], rows: Rows) -> tuple[Rows | None, Collection[int]]:
@@ -371,13 +421,11 @@ class _Job:
 
     def measure(self, number: int, pace_us: int) -> None:
         """So many slices were answered: judge by the slowest of the last how many are worth a message."""
-        self.held -= number
+        self.let_go(number)
         self._paces.extend([max(1, pace_us)] * min(number, PACE_SLICES))
         self.pace_us = max(self._paces)
         worth = min(max(1, MESSAGE_US // self.pace_us), MAX_QUICK)
         self.quick = 1 << worth.bit_length() - 1
-        if self.pending():
-            self.group.waiting.setdefault(self)  # it may have been at its limit
 
     def count_loss(self, held: dict[int, Rows]) -> list[Dead]:
         """A node went down with `held`: take out those that it was one too many for."""
@@ -489,6 +537,8 @@ class _Group:
         while misses < len(self.waiting) and (line := self.idle or self.roomy):
             job, _ = self.waiting.popitem(last=False)
             if job.room() <= 0:
+                if job.quota is not None and job.pending():
+                    job.quota.starved[job] = None
                 continue
             self.waiting[job] = None
             node = self._choose(line, job)

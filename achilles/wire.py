@@ -169,7 +169,9 @@ FIELDS: dict[Kind, dict[str, Field]] = {
 OPTIONS: dict[str, Field] = {
     "timeout": Field((int, float), 1e-9, float(U32), False), "processes": Field(int, 1, U32, False),
     "maxtasksperchild": Field(int, 1, U32, False), "seed": Field(int, float("-inf"), float("inf"), False),
+    "call": Field(str, 1, NAME_CHARS, False),
 }
+CALLS = ("one", "star", "apply")  # what `call` may be
 
 
 class Rows:
@@ -330,6 +332,8 @@ def decode(kind: Kind, count: int, envelope: bytes) -> tuple[dict[str, Any] | Ro
         check_fields("JOB options", body["options"], OPTIONS)
         if any(isinstance(value, (dict, list)) for value in body["options"].values()):
             raise ProtocolError("a JOB option is a number, a text, true, false or null")
+        if (body["options"].get("call") or CALLS[0]) not in CALLS:
+            raise ProtocolError("a JOB whose function is to be called in a way that is not known")
     return body, []
 
 

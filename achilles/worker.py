@@ -22,9 +22,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import hashlib
 import os
+import random
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -40,7 +44,7 @@ from .payload import Context, dump_outcomes, encoding_error, letter_digest, lett
 from .wire import MAX_ROWS, MAX_SHORT_BYTES, MORE, ROW, SHORT_LETTER_BYTES, Buffer, Kind, Rows, Status
 
 __all__ = [
-    "Closeable", "Worker", "main",
+    "Closeable", "Runner", "Worker", "main",
     "CALL", "DUMP", "FUNCTION", "IDLE", "LOAD", "PHASES", "START", "WHOLE",
 ]
 
@@ -66,7 +70,7 @@ class Closeable(Protocol):
 
 
 class _Context:
-    """What one context has in this worker, functions by their digests in hex."""
+    """What one context has in this process, functions by their digests in hex."""
 
     def __init__(self, node: int | None) -> None:
         self.payload = Context(caller=False, node=node)
@@ -80,94 +84,66 @@ class _Job(NamedTuple):
     context: _Context
     initializer: str | None
     function: str
+    call: str | None = None
+    seed: int | None = None
 
     def digests(self) -> list[str]:
         """In the order in which they are to be loaded."""
         return [self.initializer, self.function] if self.initializer else [self.function]
 
 
-class Worker:
-    """One worker's state and its loop, for the thread that calls `serve`.
+class Runner:
+    """Contexts, functions and slices of one process; knows no frames. For one thread.
 
-    :param sock: blocking; the other end is the node's.
-    :param status: three signed 64-bit integers that the node can see.
+    :param status: a view of three signed 64-bit integers, which always says what runs.
     :param letter_limit: bytes of a letter, at most.
     :param node: the node's id, for exceptions to name.
     """
 
-    def __init__(
-        self, sock: socket.socket, status: Any, letter_limit: int = wire.LETTER_LIMIT_BYTES, node: int | None = None
-    ) -> None:
-        self._channel = Channel(sock, "NW", letter_limit=letter_limit)
-        self._channel.name = f"worker {os.getpid()}"
-        self._status = memoryview(status).cast("B").cast("q")  # written at half the cost of a ctypes array
+    def __init__(self, status: Any, letter_limit: int = wire.LETTER_LIMIT_BYTES, node: int | None = None) -> None:
+        self._status = status
         self._limit = letter_limit
         self._node = node
         self._letters: dict[str, Buffer] = {}  # functions that came and that no JOB has named yet
         self._contexts: dict[str, _Context] = {}
         self._jobs: dict[int, _Job] = {}
-        self._handlers: dict[Kind, Callable[[Any], object]] = {
-            Kind.FUNCTION: self._keep, Kind.JOB: self._declare, Kind.TASK: self._run,
-            Kind.END: lambda body: self._jobs.pop(body["job"], None),
-            Kind.CLOSE: lambda body: self._contexts.pop(body["context"], None), Kind.FORGET: self._forget,
-        }
-        self._slowest_ns = 0  # the slowest slice of the next RESULT frame
-        self._clear()
 
-    def serve(self) -> None:
-        """Do what the node says until it shuts down writing. Blocks."""
-        self._status[PHASE] = IDLE
-        while self._turn():
-            pass
+    def keep(self, letter: Buffer) -> None:
+        """FUNCTION."""
+        self._letters[letter_digest((letter,)).hex()] = letter
 
-    def _turn(self) -> bool:
-        """One read and what it brought. Nothing of it is alive while the next read waits."""
-        frames = self._channel.receive()
-        for kind, body in frames or ():
-            self._handlers[kind](body)
-        return frames is not None
+    def knows(self, context: str, digest: str) -> bool:
+        """Whether a function was loaded in a context, or could not be."""
+        known = self._contexts.get(context)
+        return known is not None and (digest in known.loaded or digest in known.failed)
 
-    def _keep(self, rows: Rows) -> None:
-        _, (letter,) = next(rows.letters())
-        short = len(letter) <= SHORT_LETTER_BYTES  # a view of the whole envelope, then
-        self._letters[letter_digest((letter,)).hex()] = bytes(letter) if short else letter
-
-    def _declare(self, body: dict[str, Any]) -> None:
+    def declare(self, body: dict[str, Any]) -> None:
+        """JOB."""
         if body["context"] not in self._contexts:
             self._contexts[body["context"]] = _Context(self._node)
-        job = _Job(self._contexts[body["context"]], body.get("initializer"), body["function"])
+        context, options = self._contexts[body["context"]], body["options"]
+        job = _Job(context, body.get("initializer"), body["function"], options.get("call"), options.get("seed"))
         self._jobs[body["job"]] = job
         for digest in filter(self._letters.__contains__, job.digests()):
             job.context.letters[digest] = self._letters.pop(digest)
 
-    def _forget(self, body: dict[str, Any]) -> None:
+    def end(self, job: int) -> None:
+        """END."""
+        self._jobs.pop(job, None)
+
+    def close_context(self, context: str) -> None:
+        """CLOSE."""
+        self._contexts.pop(context, None)
+
+    def forget(self, digest: str) -> None:
+        """FORGET."""
         for context in self._contexts.values():
             for table in (context.letters, context.loaded, context.failed):
-                table.pop(body["function"], None)
+                table.pop(digest, None)
 
-    def _run(self, rows: Rows) -> None:
-        """Answer every slice of a TASK."""
-        job = self._jobs[rows.job]
-        self._mark(rows.slices[0], FUNCTION)
-        failure = self._prepare(job)
-        began = self._flushed = time.monotonic_ns()
-        for number, attempt, (digest, (letter,)) in zip(rows.slices, rows.attempts, rows.letters()):
-            answers = [failure] if failure else self._attempt(job, number, attempt, digest, letter)
-            now = time.monotonic_ns()
-            for status, parts in answers:
-                row = ROW.pack(number, attempt, status, letter_length(parts))
-                self._gather(rows.job, row, parts, now - began)
-            if len(answers) > 1:  # who dies between two parts is charged: sent again uncharged, the first came twice
-                self._flush(rows.job)
-            self._status[PHASE] = IDLE
-            # Parts may be views of a result that the function still holds, and may write to at its next call.
-            if now - self._flushed > FLUSH_NS or len(answers[-1][1]) > 1:
-                self._flush(rows.job)
-            began = now
-        self._flush(rows.job)
-
-    def _prepare(self, job: _Job) -> Answer | None:
-        """Load the job's functions and call its initializer, if not done yet; the answer if it failed."""
+    def prepare(self, number: int) -> Answer | None:
+        """Load a job's functions and call its initializer, if not done yet; the answer if it failed."""
+        job = self._jobs[number]
         context = job.context
         for digest in job.digests():
             letter = context.letters.pop(digest, None)
@@ -183,9 +159,10 @@ class Worker:
                 return context.failed[digest]
         return None
 
-    def _attempt(self, job: _Job, number: int, attempt: int, digest: bytes, letter: Buffer) -> list[Answer]:
-        """Run one slice."""
-        self._mark(number, LOAD)
+    def attempt(self, job_number: int, number: int, attempt: int, digest: bytes, letter: Buffer) -> list[Answer]:
+        """Run one slice of a job that is prepared."""
+        self.mark(number, LOAD)
+        job = self._jobs[job_number]
         context = job.context.payload
         if digest and letter_digest((letter,)) != digest:
             return [(Status.ALTERED, ())]
@@ -193,18 +170,24 @@ class Worker:
             arguments, skipped = load_slice(context, letter)
         except BaseException as error:
             return [_failure(context, error)]
-        values, errors = self._call(job.context.loaded[job.function], arguments, skipped)
+        function, callback = job.context.loaded[job.function]
+        values, errors = self._call(_wrapped(function, job.call, job.seed), callback, arguments, skipped)
         try:
             self._find_deadly(context, attempt, values)
             return self._dump(context, values, errors)
         finally:
             errors.clear()  # a traceback refers to frames, and those to it: nothing may outlive its slice
 
+    def mark(self, number: int, phase: int) -> None:
+        """A new slice: say so in an order that never blames the wrong one."""
+        self._status[PHASE] = IDLE
+        self._status[SLICE], self._status[POSITION] = number, WHOLE
+        self._status[PHASE] = phase
+
     def _call(
-        self, pair: tuple[Function, Function | None], arguments: list[Any], skipped: frozenset[int]
+        self, function: Function, callback: Function | None, arguments: list[Any], skipped: frozenset[int]
     ) -> tuple[list[Any], dict[int, BaseException]]:
         """The values, one a position (None where skipped or raised), and the exceptions by position."""
-        function, callback = pair
         values: list[Any] = []
         errors: dict[int, BaseException] = {}
         status, append = self._status, values.append  # this loop is the cost of a tiny task
@@ -245,11 +228,70 @@ class Worker:
             raised, parts = dump_outcomes(context, [None], {0: encoding_error(what, type(values[0]))})
         return [(Status.RAISED if raised else Status.VALUES, parts)]
 
-    def _mark(self, number: int, phase: int) -> None:
-        """A new slice: say so in an order that never blames the wrong one."""
+
+class Worker:
+    """One worker's state and its loop, for the thread that calls `serve`.
+
+    :param sock: blocking; the other end is the node's.
+    :param status: three signed 64-bit integers that the node can see.
+    :param letter_limit: bytes of a letter, at most.
+    :param node: the node's id, for exceptions to name.
+    """
+
+    def __init__(
+        self, sock: socket.socket, status: Any, letter_limit: int = wire.LETTER_LIMIT_BYTES, node: int | None = None
+    ) -> None:
+        self._channel = Channel(sock, "NW", letter_limit=letter_limit)
+        self._channel.name = f"worker {os.getpid()}"
+        self._status = memoryview(status).cast("B").cast("q")  # written at half the cost of a ctypes array
+        self._runner = Runner(self._status, letter_limit, node)
+        self._handlers: dict[Kind, Callable[[Any], object]] = {
+            Kind.FUNCTION: self._keep, Kind.JOB: self._runner.declare, Kind.TASK: self._run,
+            Kind.END: lambda body: self._runner.end(body["job"]),
+            Kind.CLOSE: lambda body: self._runner.close_context(body["context"]),
+            Kind.FORGET: lambda body: self._runner.forget(body["function"]),
+        }
+        self._slowest_ns = 0  # the slowest slice of the next RESULT frame
+        self._clear()
+
+    def serve(self) -> None:
+        """Do what the node says until it shuts down writing. Blocks."""
         self._status[PHASE] = IDLE
-        self._status[SLICE], self._status[POSITION] = number, WHOLE
-        self._status[PHASE] = phase
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """One read and what it brought. Nothing of it is alive while the next read waits."""
+        frames = self._channel.receive()
+        for kind, body in frames or ():
+            self._handlers[kind](body)
+        return frames is not None
+
+    def _keep(self, rows: Rows) -> None:
+        _, (letter,) = next(rows.letters())
+        short = len(letter) <= SHORT_LETTER_BYTES  # a view of the whole envelope, then
+        self._runner.keep(bytes(letter) if short else letter)
+
+    def _run(self, rows: Rows) -> None:
+        """Answer every slice of a TASK."""
+        runner = self._runner
+        runner.mark(rows.slices[0], FUNCTION)
+        failure = runner.prepare(rows.job)
+        began = self._flushed = time.monotonic_ns()
+        for number, attempt, (digest, (letter,)) in zip(rows.slices, rows.attempts, rows.letters()):
+            answers = [failure] if failure else runner.attempt(rows.job, number, attempt, digest, letter)
+            now = time.monotonic_ns()
+            for status, parts in answers:
+                row = ROW.pack(number, attempt, status, letter_length(parts))
+                self._gather(rows.job, row, parts, now - began)
+            if len(answers) > 1:  # who dies between two parts is charged: sent again uncharged, the first came twice
+                self._flush(rows.job)
+            self._status[PHASE] = IDLE
+            # Parts may be views of a result that the function still holds, and may write to at its next call.
+            if now - self._flushed > FLUSH_NS or len(answers[-1][1]) > 1:
+                self._flush(rows.job)
+            began = now
+        self._flush(rows.job)
 
     def _gather(self, job: int, row: bytes, parts: Sequence[Buffer], took_ns: int) -> None:
         """Put an answer into the next RESULT frame; one that does not fit any more leaves before."""
@@ -305,6 +347,34 @@ def main(
         sys.stdout.reconfigure(line_buffering=True)
     with contextlib.suppress(ConnectionError):  # the node is gone
         Worker(sock, status, letter_limit, node).serve()
+
+
+def _wrapped(function: Function, call: str | None, seed: int | None) -> Function:
+    """As it is called with an argument as that travels: PROTOCOL.md, section 6."""
+    if call in _CALLS:
+        function = functools.partial(_CALLS[call], function)
+    return function if seed is None else functools.partial(_call_seeded, function, seed)
+
+
+def _call_star(function: Callable[..., Any], x: Any) -> Any:
+    return function(*x)
+
+
+def _call_apply(function: Callable[..., Any], x: Any) -> Any:
+    return function(*x[0], **x[1])
+
+
+_CALLS: dict[str | None, Callable[..., Any]] = {"star": _call_star, "apply": _call_apply}
+
+
+def _call_seeded(function: Function, seed: int, x: tuple[int, Any]) -> Any:
+    """The same random numbers for the same seed and index, whoever had which arguments before."""
+    index, argument = x
+    state = hashlib.sha256(b"%d %d" % (seed, index)).digest()
+    random.seed(state)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(struct.unpack("<8I", state))
+    return function(argument)
 
 
 def _failure(context: Context, error: BaseException) -> Answer:

@@ -24,7 +24,7 @@ from achilles.wire import Kind
 pytestmark = pytest.mark.usefixtures("no_leftovers", "unconfigured")
 CALLS = [map_, imap, imap_unordered]
 ORIGINAL = "func, args, callback=None, chunksize=1, host=None, port=None, username=None, secret_key=None"
-OPTIONS = ["callback_error", "buffersize", "wait_for_nodes", "reconnect_seconds", "timeout"]
+OPTIONS = ["callback_error", "buffersize", "wait_for_nodes", "reconnect_seconds", "timeout", "executor"]
 
 
 @pytest.fixture
@@ -186,8 +186,8 @@ def test_wait_for_nodes_is_an_error_that_names_the_command(where, seconds):
 
 
 def test_wait_for_nodes_does_not_count_while_there_is_one(where, monkeypatch):
-    looks, look = [], calls.Packets._look_for_nodes
-    monkeypatch.setattr(calls.Packets, "_look_for_nodes", lambda self: looks.append(1) or look(self))
+    looks, look = [], calls.Lookout.look
+    monkeypatch.setattr(calls.Lookout, "look", lambda self: looks.append(1) or look(self))
     with Node(where["port"], most=0) as node, imap(square, [1, 2], wait_for_nodes=0, **where) as packets:
         timer = threading.Timer(0.3, node.let)
         timer.start()

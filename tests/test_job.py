@@ -14,6 +14,7 @@ from achilles import job as job_module
 from achilles import payload
 from achilles.errors import DumpError, LetterAltered, LetterTooLarge, ProtocolError, TaskTimeout, WorkerLost
 from achilles.job import Function, Job
+from achilles.results import NotYet
 from achilles.wire import MORE, PACKED, Kind, Rows, Status
 
 MOMENT_SECONDS = 0.25  # for what must not happen
@@ -611,9 +612,65 @@ def test_one_argument_over_the_limit_is_letter_too_large(start):
     assert job.link.wait_fed(job) == [[b"a"]]
     values(job, 0, ["a"])
     assert job.take(SECONDS)[1] == ["a"]
-    with pytest.raises(LetterTooLarge, match="argument 1 has 20") as caught:
-        job.take(SECONDS)
-    assert caught.value.index == 1
+    start, _, errors = job.take(SECONDS)
+    assert start == 1 and isinstance(errors[0], LetterTooLarge) and errors[0].index == 1
+    assert str(errors[0]).startswith("argument 1 has 20") and job.take(SECONDS) is None
+
+
+def test_an_argument_that_cannot_be_dumped_is_the_error_of_its_place_alone_in_a_flat_job(start):
+    job = start([1, 2, (n for n in ()), 4], chunksize=4, flat=True)
+    assert job.link.wait_fed(job) == [[1, 2], [4]]
+    values(job, 0, [1, 4])
+    values(job, 2, [16])
+    (_, first, _), (place, _, errors), (_, last, _) = take_all(job)
+    assert (first, place, last) == ([1, 4], 2, [16])
+    assert isinstance(errors[0], DumpError) and errors[0].index == 2 and isinstance(errors[0].__cause__, TypeError)
+
+
+def test_a_short_sequence_is_fed_without_a_thread(start):
+    before = threading.active_count()
+    job = start(list(range(64)), flat=True, buffersize=64)
+    assert job.fed.is_set() and threading.active_count() == before
+    assert job.link.slices() == [[n] for n in range(64)]
+    longer = start(list(range(64)), flat=True, buffersize=3)
+    assert longer.link.wait_slices(3) == [[0], [1], [2]] and not longer.fed.is_set()
+    for n in range(61):  # what had no room is fed by the thread, each once
+        longer.link.wait_slices(n + 1)
+        values(longer, n, [n])
+        assert longer.take(SECONDS)[1] == [n]
+    assert longer.link.wait_fed(longer) == [[n] for n in range(64)]
+
+
+def test_ready_is_called_without_locks_when_there_is_something_to_take_and_at_the_end(start):
+    told = []
+
+    def ready():
+        assert not job.link.lock.locked()
+        try:
+            told.append(job.take(0))
+        except (NotYet, InterruptedError):  # the second when it is stopped
+            pass
+
+    job = start([1, 2], flat=True, ordered=False)
+    job.ready = ready
+    values(job, 1, [4])
+    values(job, 0, [1])
+    assert told == [(1, [4], {}), (0, [1], {})]
+    assert job.take(SECONDS) is None
+
+
+def test_slices_grow_to_fifty_milliseconds_and_shrink_at_once(start):
+    job = start(iter(range(10**6)), flat=True, largest=3000)
+    job.link.wait_slices(64)
+    sizes = []
+    for pace in (10, 10, 1_000_000, 100):
+        answer = job.link.rows()[0].renumbered(1, pace)
+        job._adapt(answer, 3000)
+        sizes.append(job._feeder.size)
+    assert sizes == [16, 256, 1, 16]
+    job._feeder.size = 1000
+    job._adapt(job.link.rows()[0].renumbered(1, 1), 3000)
+    assert job._feeder.size == 3000
 
 
 # The iterable's own errors.

@@ -123,7 +123,7 @@ RUN = [each for each in examples() if "kill_cluster" not in each[0]]
 
 
 def test_all_examples_are_found():
-    assert len(RUN) == 10
+    assert len(RUN) == 13
     assert len([language for language, _ in blocks() if language.startswith("out")]) == len(RUN) + 3
 
 

@@ -180,6 +180,34 @@ def test_jobs_take_turns() -> None:
     assert all(len(set(order[n : n + 3])) == 3 for n in range(28))
 
 
+def test_jobs_of_one_owner_and_context_share_a_limit() -> None:
+    scheduler = cluster(4, 4)
+    for job, owner, context in ((1, "ann", "a"), (2, "ann", "a"), (3, "ann", "b"), (4, "bob", "a")):
+        scheduler.declare(job, owner, "3.11", 2, context)
+    assert held_of(scheduler.add(1, tasks(0, 8, status=PACKED))) == {1: [0, 1]}
+    assert held_of(scheduler.add(2, tasks(0, 8, status=PACKED))) == {}
+    assert held_of(scheduler.add(3, tasks(0, 2, status=PACKED))) == {3: [0, 1]}
+    assert held_of(scheduler.add(4, tasks(0, 2, status=PACKED))) == {4: [0, 1]}
+    assert held_of(scheduler.answer(0, 1, results([0]))[1]) in ({1: [2]}, {2: [0]})
+
+
+def test_the_end_of_a_job_gives_its_part_of_the_limit_to_the_others() -> None:
+    scheduler = cluster(4)
+    for job in (1, 2, 3):
+        scheduler.declare(job, "ann", "3.11", 2, "a")
+        scheduler.add(job, tasks(0, 5, status=PACKED))
+    scheduler.cancel(2)  # it waits itself, and must not keep the room that it gets
+    assert held_of(scheduler.end(1)) == {3: [0, 1]}
+
+
+def held_of(actions: list[Action]) -> dict[int, list[int]]:
+    """Job to the slices of it that are given."""
+    found: dict[int, list[int]] = {}
+    for action in of(Give, actions):
+        found.setdefault(action.job, []).extend(held_by(action))
+    return found
+
+
 def test_a_limit_bounds_what_is_held_even_in_the_middle_of_a_packet() -> None:
     scheduler = cluster(4, 4, limit=3)
     actions = scheduler.add(100, tasks(0, 8))
@@ -421,6 +449,7 @@ class Job:
     python: str
     pace: int
     limit: int | None
+    context: str | None = None
     sent: int = 0  # fresh slices are below this
     cut: int = 0  # and those in packets below this
     flushed: int = 0
@@ -458,6 +487,12 @@ class Machine(RuleBasedStateMachine):
 
     def holders(self, job: int) -> Counter[int]:
         return Counter(n for node in self.nodes.values() for j, n in node.held if j == job)
+
+    def shared(self, number: int) -> int:
+        """How many slices are held of the jobs that share this one's quota."""
+        quota = self.jobs[number].context
+        alike = [n for n, job in self.jobs.items() if n == number or (quota and job.context == quota)]
+        return sum(self.holders(n).total() for n in alike)
 
     def busy(self, node: Node) -> bool:
         return self.load(node) >= node.cpu_count * WORKER and self.steady(node)
@@ -505,7 +540,7 @@ class Machine(RuleBasedStateMachine):
                 size = job.sizes.pop(slice_, node.cpu_count)
                 assert size == node.cpu_count or (size < node.cpu_count and slice_ < job.flushed)
                 node.held[action.job, slice_] = attempt
-        assert job.limit is None or self.holders(action.job).total() <= job.limit
+        assert job.limit is None or self.shared(action.job) <= job.limit
 
     def on_recall(self, action: Recall) -> None:
         node = self.nodes[action.node]
@@ -555,6 +590,15 @@ class Machine(RuleBasedStateMachine):
         number = next(self.numbers)
         self.jobs[number] = Job(python, pace, limit)
         self.scheduler.declare(number, self, python, limit)
+
+    @precondition(lambda self: len(self.jobs) < 6)
+    @rule(pace=st.sampled_from([SLOW_US, QUICK_US]), context=st.sampled_from(["two", "three"]))
+    def declare_of_a_pool(self, pace: int, context: str) -> None:
+        """Jobs of one context share a quota, the same for each of them."""
+        number = next(self.numbers)
+        limit = {"two": 2, "three": 3}[context]
+        self.jobs[number] = Job("3.11", pace, limit, context)
+        self.scheduler.declare(number, self, "3.11", limit, context)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), count=st.integers(1, 40), packed=st.booleans(), attempt=st.integers(0, 1))
@@ -682,7 +726,7 @@ class Machine(RuleBasedStateMachine):
     def nobody_idles_while_something_waits_for_it(self) -> None:
         for number, job in self.jobs.items():
             held = self.holders(number)
-            if job.limit is not None and held.total() >= job.limit:
+            if job.limit is not None and self.shared(number) >= job.limit:
                 continue
             waiting = [n for n in job.open if not held[n]]
             fresh = [n for n in waiting if n not in job.packed and n >= job.cut]

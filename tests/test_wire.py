@@ -298,6 +298,7 @@ BAD_FIELDS = [
     *[(Kind.JOB, "options", bad) for bad in (
         {"timeout": 0}, {"timeout": -1}, {"timeout": "1"}, {"timeout": True}, {"processes": 0}, {"processes": 1.5},
         {"maxtasksperchild": 0}, {"maxtasksperchild": 2**32}, {"seed": 1.5}, {"seed": "x"}, {"new": []}, {"new": {}},
+        {"call": "two"}, {"call": 1},
     )],
     (Kind.FORGET, "function", "0" * 63), (Kind.CLOSE, "context", HEX64),
     *[(Kind.FLUSH, "upto", bad) for bad in (-1, 2**64, 1.0)],
@@ -314,7 +315,8 @@ def test_a_good_body_passes_and_unknown_keys_are_ignored(kind):
 
 @pytest.mark.parametrize(
     "options",
-    [{"timeout": 0.5, "processes": 1, "maxtasksperchild": 1, "seed": -(10**30)}, {"timeout": None, "new": "x"}, {}],
+    [{"timeout": 0.5, "processes": 1, "maxtasksperchild": 1, "seed": -(10**30)}, {"timeout": None, "new": "x"},
+     {"call": "star"}, {"call": None}, {}],
 )
 def test_good_options_pass_and_unknown_ones_are_left_to_the_node(options):
     assert decode(Kind.JOB, 0, json.dumps(JOB | {"options": options}).encode())[0]["options"] == options

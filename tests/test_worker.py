@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import random
 import signal
 import socket
 import sys
@@ -49,12 +50,13 @@ class Node:
         return digest.hex()
 
     def declare(
-        self, function: Any, job: int = 1, initializer: Any = None, callback: Any = None, context: str = CONTEXT
+        self, function: Any, job: int = 1, initializer: Any = None, callback: Any = None, context: str = CONTEXT,
+        **options: Any,
     ) -> None:
         first = None if initializer is None else self.keep(initializer)
         digest = function if isinstance(function, str) else self.keep((function, callback))
         body = {"job": job, "context": context, "function": digest, "initializer": first}
-        self.say(Kind.JOB, body | {"resumed": False, "options": {}})
+        self.say(Kind.JOB, body | {"resumed": False, "options": options})
 
     def slice(self, number: int, arguments: Sequence[Any], attempt: int = 0, skips: Sequence[int] = ()) -> Rows:
         parts = dump_slice(self.context, list(arguments))
@@ -155,6 +157,31 @@ def nap(seconds: float) -> None:
 def test_values_come_back_in_order_through_the_callback(node: Node) -> None:
     node.declare(double, callback=str)
     assert node.outcomes(node.slice(7, [1, 2]), node.slice(8, ["a"])) == [(["2", "4"], {}), (["aa"], {})]
+
+
+@pytest.mark.parametrize(("call", "argument", "result"), [
+    ("one", (1, 2), ((1, 2), {"c": 0})), ("star", (1, 2), (1, 2, {"c": 0})),
+    ("apply", ((1,), {"c": 3}), (1, {"c": 3})), (None, 5, (5, {"c": 0})),
+])
+def test_the_function_is_called_as_its_job_says(node: Node, call: str | None, argument: Any, result: Any) -> None:
+    node.declare(take, call=call)
+    assert node.outcomes(node.slice(0, [argument])) == [([result], {})]
+
+
+def take(*args: Any, c: int = 0) -> Any:
+    return (*args, {"c": c})
+
+
+def test_a_seed_and_an_index_give_the_same_numbers_whatever_ran_before(node: Node) -> None:
+    node.declare(draw, seed=-3)
+    (first, _), (second, _) = node.outcomes(node.slice(0, [(0, 1), (1, 1), (2, 9)]), node.slice(1, [(1, 1), (7, 1)]))
+    assert first[1] == second[0] and len({*first, *second}) == 4
+    node.declare(draw, job=1, seed=4)
+    assert node.outcomes(node.slice(2, [(1, 1)])) != [([second[0]], {})]
+
+
+def draw(times: int) -> float:
+    return [random.random() for _ in range(times)][-1]
 
 
 @pytest.mark.parametrize(
