@@ -306,6 +306,15 @@ def test_an_iterator_and_a_result_that_are_dropped_are_done_all_the_same(make, t
         assert sorted(int(line.split()[0]) for line in file) == list(range(300))
 
 
+def test_an_iterator_that_is_dropped_when_its_window_is_full_goes_on(make):
+    pool = make()
+    iterator = pool.imap(square, range(50), buffersize=2)
+    job = iterator.job
+    wait_until(lambda: len(job.slices) == 2 and not job._waiting, "a full window, all answered")
+    del iterator
+    wait_until(lambda: not pool._controller._jobs, "the end of its job")
+
+
 def test_terminate_ends_who_waits(make):
     pool = make()
     result, iterator, told = pool.map_async(after, [60, 60]), pool.imap(after, [60, 60]), []
