@@ -93,9 +93,12 @@ def read_greeting(message: bytes) -> None:
     """ProtocolError unless `message` is an M1 of this version. All of M1 is signed, so there is nothing to keep."""
     magic, version, _ = GREETING.unpack(message)
     if magic != MAGIC or message[6:8] != bytes(2):
-        raise ProtocolError("what listens there is not an achilles server")
+        raise ProtocolError("what listens there is not an achilles server: check host and port")
     if version != VERSION:
-        raise ProtocolError(f"the server speaks version {version} of the protocol, this is version {VERSION}")
+        raise ProtocolError(
+            f"the server speaks version {version} of the protocol, this is version {VERSION}: "
+            "install the same achilles everywhere"
+        )
 
 
 def claim(role: bytes, username: str, nonce: bytes) -> bytes:

@@ -28,6 +28,7 @@ from . import config, payload
 from .config import SecretKey, Settings
 from .controller import RECONNECT_SECONDS, Controller
 from .errors import NoNodesError
+from .feeder import mark
 from .job import Function, Job, Taken
 from .results import NotYet
 
@@ -75,6 +76,10 @@ class Packets(Iterator[Packet]):
                 for place in sorted(errors):
                     values[place] = self._handle(errors[place])
                 return {"ARGS_COUNTER": start, "RESULT": values}
+        except StopIteration as e:  # of the user's code: it would pass for the end of the results (as in PEP 479)
+            self.close()
+            error = RuntimeError(f"argument {getattr(e, 'index', '?')} raised StopIteration")
+            raise mark(error, index=getattr(e, "index", None), node=getattr(e, "node", None)) from e
         except BaseException:
             self.close()
             raise

@@ -351,8 +351,8 @@ def connect(
                     f"{e} ({host}:{port}, user {username!r}): compare USERNAME and SECRET_KEY with those "
                     "in the server's configuration file"
                 ) from None
-            if isinstance(e, AchillesError) and not isinstance(e, ServerUnreachable):
-                raise
+            if isinstance(e, ProtocolError):
+                raise ProtocolError(f"{host}:{port}: {e}") from None
             if time.monotonic() + RETRY_SECONDS > deadline:
                 raise ServerUnreachable(f"{host}:{port} accepts connections but does not answer: {e}") from e
             threading.Event().wait(RETRY_SECONDS * (0.5 + random.random()))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import config
-from .errors import AchillesError, AuthenticationError, ConfigurationError
+from .errors import AchillesError, AuthenticationError, ConfigurationError, ProtocolError
 
 __all__ = [
     "ExitStatus", "errors_to_exit_status", "parse", "parser", "read_secret", "say", "signal_handlers", "status_table",
@@ -77,7 +77,7 @@ def errors_to_exit_status() -> Iterator[ExitStatus]:
     status = ExitStatus()
     try:
         yield status
-    except (ConfigurationError, AuthenticationError) as e:
+    except (ConfigurationError, AuthenticationError, ProtocolError) as e:
         status.code = USAGE_STATUS
         _complain(e)
     except AchillesError as e:
@@ -89,11 +89,13 @@ def errors_to_exit_status() -> Iterator[ExitStatus]:
 
 @contextlib.contextmanager
 def signal_handlers(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM so for a while; in the main thread alone."""
+    """Handle SIGINT, SIGTERM and SIGHUP so for a while; in the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's wish stands
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:

@@ -12,11 +12,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import multiprocess
-
 from .errors import VersionError
 
-__all__ = ["check_multiprocess", "default_start_method", "usable_cores"]
+try:
+    import multiprocess
+except ModuleNotFoundError as e:
+    raise VersionError("multiprocess is needed here: pip install 'multiprocess>=0.70.19'") from e
+
+__all__ = ["check_multiprocess", "default_start_method", "start_methods", "usable_cores"]
 
 MULTIPROCESS_OLDEST = (0, 70, 19)  # the first that knows Python 3.13's start methods
 
@@ -26,6 +29,11 @@ def check_multiprocess() -> None:
     version = str(multiprocess.__version__)
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < MULTIPROCESS_OLDEST:
         raise VersionError(f"multiprocess {version} is too old: pip install 'multiprocess>=0.70.19'")
+
+
+def start_methods() -> list[str]:
+    """Those that this system has."""
+    return list(multiprocess.get_all_start_methods())
 
 
 def default_start_method() -> str:

@@ -107,6 +107,8 @@ class Exchange:
                 raise ProtocolError("the server had no room for this connection")
             if peer.id < 0:
                 self._greet(peer, frame)
+            elif frame.kind is Kind.HELLO:
+                raise ProtocolError("a second HELLO")
             elif peer.role == auth.NODE:
                 self._handle_node(peer, frame)
             else:
@@ -296,7 +298,7 @@ class Exchange:
 
     def _send_cluster(self, controller: Peer) -> None:
         workers, largest, _ = self._scheduler.workers(controller.python)
-        limits = [node.hello["letter_limit"] for node in self._nodes.values()]
+        limits = [node.hello.get("letter_limit") or wire.LETTER_LIMIT_BYTES for node in self._nodes.values()]
         pythons = self._scheduler.pythons()
         body = {"nodes": sum(pythons.values()), "workers": workers, "largest": largest, "pythons": pythons}
         controller.channel.send(Kind.CLUSTER, body | {"letter_limit": min([*limits, wire.LETTER_LIMIT_BYTES])})

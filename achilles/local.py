@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from . import config
+from . import config, console
 from .config import Secret, Settings
 from .errors import AchillesError, ServerUnreachable
 
@@ -176,12 +176,14 @@ def _run_script(command: list[str], cluster: LocalCluster) -> int:
         "ACHILLES_SECRET_KEY": cluster.secret_key.reveal(),
     }
     with subprocess.Popen([sys.executable, *command], env=environment) as script:
-        while True:
-            try:
-                code = script.wait()
-                return code if code >= 0 else 128 - code
-            except KeyboardInterrupt:  # the script has it too, and decides
-                continue
+
+        def on_signal(number: int, _: object) -> None:
+            if number != signal.SIGINT:  # from a terminal the script has that, too
+                script.send_signal(number)
+
+        with console.signal_handlers(on_signal):
+            code = script.wait()
+    return code if code >= 0 else 128 - code
 
 
 # The caller's side of a child.
@@ -216,10 +218,11 @@ def _wait_ready(process: subprocess.Popen[bytes], deadline: float) -> dict[str, 
                     break
                 line += piece
     if not line.endswith(b"\n"):
-        raise ServerUnreachable(
-            f"a process of the local cluster did not start within {START_SECONDS:g} s (exit status {process.poll()}); "
-            "what it says is on stderr"
-        )
+        how = f"was not ready within {START_SECONDS:g} s"
+        if time.monotonic() < deadline:  # its end of file came instead
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                how = f"ended with status {process.wait(LOOK_SECONDS)} before it was ready"
+        raise ServerUnreachable(f"a process of the local cluster {how}; what it says is on stderr")
     about: dict[str, Any] = json.loads(line)
     return about
 

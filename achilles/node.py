@@ -34,12 +34,10 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-import multiprocess
-
 from . import auth, channel, config, console
 from .channel import Channel
 from .config import Settings
-from .cores import check_multiprocess, default_start_method, usable_cores
+from .cores import check_multiprocess, default_start_method, start_methods, usable_cores
 from .errors import AchillesError, AuthenticationError, ConfigurationError, ProtocolError, ServerUnreachable
 from .wire import TEXT_CHARS, U16, Kind
 from .workers import Workers, pump
@@ -78,13 +76,12 @@ def run_node(
     :raises AuthenticationError: the server refused this node before it had ever joined.
     :raises ProtocolError: what answers there is not an achilles server, and has never been one.
     """
-    check_multiprocess()
     count = usable_cores() if cpu_count is None else cpu_count
     method = start_method or default_start_method()
     if not isinstance(count, int) or not 1 <= count <= U16:
         raise ConfigurationError(f"cpu_count must be an int in 1..{U16}, not {count!r}")
-    if method not in multiprocess.get_all_start_methods():
-        known = ", ".join(multiprocess.get_all_start_methods())
+    if method not in start_methods():
+        known = ", ".join(start_methods())
         raise ConfigurationError(f"start_method must be one of {known}, not {method!r}")
     settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="node")
     config.remove_from_environment()
@@ -96,6 +93,7 @@ class Node:
     """What outlives a connection: settings, selector, wake-up, back-off. For the thread that calls `run`."""
 
     def __init__(self, settings: Settings, cpu_count: int, start_method: str) -> None:
+        check_multiprocess()
         self.settings = settings
         self.cpu_count = cpu_count
         self.start_method = start_method
@@ -341,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m achilles.node`: exit status 0 after a clean end, 2 refused or wrong settings, 130 for Ctrl-C."""
     parser = console.parser("node", "Lends this machine's cores to a cluster until it is killed. SIGTERM drains it.")
     parser.add_argument("--cpu-count", type=int, metavar="N", help="workers; by default the cores it may really use")
-    parser.add_argument("--start-method", choices=multiprocess.get_all_start_methods(), help="of its workers")
+    parser.add_argument("--start-method", choices=start_methods(), help="of its workers")
     args = console.parse(parser, argv)
     with console.errors_to_exit_status() as status:
         run_node(

@@ -38,7 +38,7 @@ from typing import Any
 from . import auth, channel, config, console
 from .channel import Channel
 from .config import Settings
-from .errors import AddressError, ProtocolError, ServerUnreachable
+from .errors import AddressError, ConfigurationError, ProtocolError, ServerUnreachable
 from .exchange import Exchange, Peer
 from .wire import Frame, Kind
 
@@ -89,7 +89,9 @@ class Server(socketserver.ThreadingTCPServer):
             self.address_family, *_, address = found[0]
             super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
         except OSError as e:
-            raise AddressError(e.errno, _explain(e, host, settings.port)) from e
+            error = AddressError(_explain(e, host, settings.port))
+            error.errno = e.errno
+            raise error from e
 
     @property
     def address(self) -> tuple[str, int]:
@@ -242,7 +244,7 @@ def run_server(
 
     def on_signal(number: int, _: object) -> None:
         if told:
-            raise SystemExit(128 + number)
+            os._exit(128 + number)  # at once: other threads may hold whatever an orderly end would need
         told.append(number)
         server.end("restart")
 
@@ -261,17 +263,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--status", action="store_true", help="print nodes and jobs of the running cluster, and exit")
     parser.add_argument("--json", action="store_true", help="with --status: as JSON")
     args = console.parse(parser, argv)
+    if args.json and not args.status:
+        parser.error("--json goes with --status")
     with console.errors_to_exit_status() as status:
         secret = console.read_secret(args.secret_key_file)
         given = (args.host, args.port, args.username, secret)
         if args.write_config:
-            path = config.write_config(*given, env_file=args.env_file)
+            path = _write_config(args.host, args.port, args.username, secret, args.env_file)
             console.say(f"Saved in {path}\n{config.next_step(path)}".rstrip())
         elif args.status:
             status.code = _print_status(config.resolve(*given, env_file=args.env_file), args.json)
         else:
             status.code = run_server(*given, bind=args.bind, env_file=args.env_file)
     return status.code
+
+
+def _write_config(
+    host: str | None, port: int | None, username: str | None, secret: config.Secret | None, env_file: str | None
+) -> str:
+    """`--write-config`: a secret that is there is kept, since nodes may have it; only a new file gets a new one."""
+    if host in ("0.0.0.0", "::"):
+        raise ConfigurationError(f"nobody can connect to {host}: give the address at which nodes reach this machine, "
+                                 f"and start the server with --bind {host}")
+    path = config.env_path(env_file)
+    kept = config.read_file(path).get("SECRET_KEY") if os.path.exists(path) else None
+    return config.write_config(host, port, username, secret or kept, env_file=path)
 
 
 def _print_status(settings: Settings, as_json: bool) -> int:

@@ -139,7 +139,7 @@ _DIGEST, _CONTEXT, _JOB = Field(str, 64, 64, hex=True), Field(str, 32, 32, hex=T
 _LETTER_LIMIT = Field(int, SHORT_LETTER_BYTES + 1, U32)
 FIELDS: dict[Kind, dict[str, Field]] = {
     Kind.HELLO: {
-        "python": _NAME, "version": _NAME, "letter_limit": _LETTER_LIMIT,
+        "python": _NAME, "version": _NAME, "letter_limit": _LETTER_LIMIT._replace(required=False),
         "cpu_count": Field(int, 0, U16, False), "pid": Field(int, required=False),
         "client_id": Field(int, required=False), "connections": Field(int, required=False),
     },

@@ -461,3 +461,21 @@ def test_an_index_is_kept_by_exceptions_of_all_kinds(where, node):
         raise Slotted
 
     assert map_(strange, [1, 2], callback_error=lambda e: type(e).__name__, **where)[0][0] in ("Slotted", "RemoteError")
+
+
+@pytest.mark.parametrize("callback_error", [None, lambda error: next(iter(()))])
+def test_a_stop_iteration_of_the_users_does_not_pass_for_the_end(where, callback_error):
+    def stops(x):
+        if x == 3:
+            raise StopIteration
+        return x
+
+    with Node(where["port"]):
+        for call in CALLS:
+            with pytest.raises(RuntimeError, match="StopIteration"):
+                list(call(stops, range(10), callback_error=callback_error, **where))
+
+
+def test_a_stop_iteration_of_what_makes_the_arguments_does_not_either(where):
+    with Node(where["port"]), pytest.raises(RuntimeError, match="StopIteration"):
+        map_(square, lambda: next(iter(())), **where)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tasks
 from cluster import PYTHON, Process, alive, children, descendants, environment
-from conftest import wait_until
+from conftest import SECONDS, wait_until
 
 from achilles import LocalCluster, ServerUnreachable, cluster_status, map  # noqa: A004
 from achilles.local import START_SECONDS
@@ -108,7 +108,7 @@ def test_it_has_a_session_of_its_own(local):
 
 def test_a_child_that_cannot_start_is_an_error(monkeypatch, no_leftovers, capfd):
     monkeypatch.setattr("achilles.local.CHILD", "--nobody-knows-this")
-    with pytest.raises(ServerUnreachable, match="did not start"):
+    with pytest.raises(ServerUnreachable, match="ended with status 2 before it was ready"):
         LocalCluster(nodes=1, cpu_count=1).start()
     assert START_SECONDS >= 10
 
@@ -232,3 +232,14 @@ def test_ctrl_c_reaches_the_script_and_not_the_cluster(tmp_path, no_leftovers):
     assert "[[9]]" in command.out.read_text()
     wait_until(lambda: not any(map_alive(family)), "the end of all", 5)
     assert not set(children(os.getpid())) & family
+
+
+def test_a_signal_to_the_command_ends_its_script_too(tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text("import signal\nprint('ready', flush=True)\nsignal.pause()\n")
+    command = [sys.executable, "-m", "achilles.local", "--nodes", "1", "--cpu-count", "1", str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as it:
+        assert it.stdout.readline() == "ready\n"
+        it.terminate()
+        assert it.wait(SECONDS) == 128 + signal.SIGTERM
+        assert it.stdout.read() == "", "the script has it open no more"

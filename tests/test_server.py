@@ -102,9 +102,10 @@ def test_ctrl_c_ends_it_with_130(run):
 
 
 DEAF = """
+import os
 import sys
 from achilles import server
-server.Server._end_when_told = lambda self: print(self._reasons.get(), flush=True)
+server.Server._end_when_told = lambda self: os.write(1, (self._reasons.get() + chr(10)).encode())
 sys.exit(server.main(["--port", "0"]))
 """
 
@@ -422,3 +423,23 @@ def test_a_backlog_and_limits_as_documented():
     assert (Server.request_queue_size, server.PLACES) == (1024, 64)
     assert (server.HANDSHAKE_SECONDS, server.REFUSAL_SECONDS, server.KILLED_SECONDS) == (5, 1, 10)
     assert channel.SILENCE_SECONDS == 20
+
+
+def test_write_config_keeps_a_secret_that_nodes_may_have(run, unconfigured):
+    def secret():
+        return next(line for line in unconfigured.read_text().splitlines() if line.startswith("SECRET_KEY"))
+
+    assert finish(run("--write-config"))[0] == 0
+    first = secret()
+    assert finish(run("--write-config", "--host", "10.1.2.3"))[0] == 0
+    assert secret() == first and "10.1.2.3" in unconfigured.read_text()
+
+
+def test_write_config_refuses_an_address_that_nobody_can_connect_to(run, unconfigured):
+    code, _, err = finish(run("--write-config", "--host", "0.0.0.0"))
+    assert code == 2 and "--bind 0.0.0.0" in err and not unconfigured.exists()
+
+
+def test_json_without_status_starts_no_server(run):
+    code, _, err = finish(run("--json"))
+    assert code == 2 and "--status" in err
