@@ -41,7 +41,7 @@ class Case(NamedTuple):
     what: str  # the fault, for people
     run: Callable[[Bench], None]
     runs: int
-    short: bool  # whether pytest runs it, too
+    short: bool  # whether pytest runs it, too; what tests/test_faults.py has it need not
 
 
 CASES: dict[str, Case] = {}

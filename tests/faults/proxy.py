@@ -83,13 +83,13 @@ class _Way:
                 if self.passed >= rule.cut_after:
                     return True
                 count = min(count, rule.cut_after - self.passed)
-            if not count:
+            if count <= 0:
                 break
             try:
                 written = self.target.send(data[:count])
             except BlockingIOError:
                 break
-            self.credit -= written
+            self.credit -= written if rule.rate else 0
             self.passed += written
             self.waiting -= written
             if written == len(data):

@@ -47,7 +47,7 @@ def worker_among_busy_ones(bench: Bench) -> None:
     bench.note(oracle.hit(at, {victim}), repeated=oracle.repeated())
 
 
-@fault(1, "worker SIGKILLed, its own child lives on", runs=20, short=True)
+@fault(1, "worker SIGKILLed, its own child lives on", runs=20)
 def worker_with_a_child(bench: Bench) -> None:
     """The child holds the worker's end of the socket pair and its sentinel."""
     cluster, oracle = bench.cluster(2), bench.oracle()
@@ -61,7 +61,7 @@ def worker_with_a_child(bench: Bench) -> None:
         tree.kill(process)
 
 
-@fault(1, "worker SIGKILLed while idle", runs=20, short=True)
+@fault(1, "worker SIGKILLed while idle", runs=20)
 def worker_idle(bench: Bench) -> None:
     cluster, oracle = bench.cluster(2), bench.oracle()
     (node,) = cluster.nodes
@@ -108,7 +108,7 @@ def workers_all_the_time(bench: Bench) -> None:
     bench.note(repeated=oracle.repeated(), remark=f"{kills} kills")
 
 
-@fault(1, "worker SIGSTOPped for 3 s", runs=3, short=False)
+@fault(1, "worker SIGSTOPped for 3 s", runs=3)
 def worker_stopped(bench: Bench) -> None:
     """The others work on; the node's heartbeats are its own."""
     cluster, oracle = bench.cluster(2), bench.oracle()

@@ -1,0 +1,454 @@
+"""The network: quiet failures, slow links, small pieces, and cuts at each byte."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster import SECRET, USER, Cluster, Process
+from conftest import wait_until
+
+from achilles import LetterAltered, ServerUnreachable, config
+from achilles.controller import Controller
+
+from .bench import Bench, Call, fault
+from .netns import Link
+from .oracle import Oracle
+from .proxy import Proxy
+from .work import Work, echo, length
+
+SILENCE_SECONDS = 20.0
+SLACK_SECONDS = 7.0  # a heartbeat's interval, and a loaded machine
+MIB = 1 << 20
+
+
+class _FarCluster(Cluster):
+    """The server in one namespace, the nodes in another."""
+
+    link: Link
+
+    @property
+    def address(self) -> dict[str, Any]:
+        return super().address | {"host": self.link.addresses[0]}
+
+    def start_server(self) -> Process:
+        self.env["ACHILLES_HOST"] = self.link.addresses[0]
+        with self.link.inside(0):
+            self._write_settings()
+            self.server = self._run("server", "-m", "achilles.server")
+        self.port = int(self.server.wait_for(r"initiated at [\d.]+:(\d+)\nListening for connections\.\.\.")[1])
+        self._write_settings()
+        return self.server
+
+    def start_node(self, cpu_count: int, *options: str, wait: bool = True) -> Process:
+        with self.link.inside(1):
+            return super().start_node(cpu_count, *options, wait=wait)
+
+
+class _Watch:
+    """A connection from the server's side that sees nodes come and go: a second, quicker `status`."""
+
+    def __init__(self, cluster: _FarCluster) -> None:
+        settings = config.Settings(cluster.link.addresses[0], cluster.port, USER, config.Secret(SECRET))
+        self._controller = Controller(lambda: settings)
+
+    def __enter__(self) -> Callable[[], list[int]]:
+        self._controller.open()
+        return lambda: [node["id"] for node in self._controller.status()["nodes"]]
+
+    def __exit__(self, *_: object) -> None:
+        self._controller.close()
+
+
+def _far(bench: Bench, *nodes: int) -> tuple[Link, _FarCluster]:
+    link: Link = bench.enter(Link())
+    folder = bench.folder / "far"
+    folder.mkdir()
+    cluster = _FarCluster(folder, *nodes)
+    cluster.link = link
+    bench.enter(cluster)
+    bench.clusters.append(cluster)
+    return link, cluster
+
+
+def _black_hole(bench: Bench, sides: tuple[int, ...], busy: bool) -> None:
+    """A node behind a cable that swallows: both ends notice within 20 s, and all ends right when it heals.
+
+    Busy: there are slices there, and data that nobody acknowledges.
+    """
+    link, cluster = _far(bench, 2)
+    node = cluster.nodes[0]
+    oracle = bench.oracle()
+    with link.inside(0), _Watch(cluster) as nodes:
+        call = None
+        if busy:
+            call = bench.call(cluster, "imap", Work(oracle.path, 0.02, pad=2000), iter(range(3000)))
+            oracle.wait_for(30)
+        else:
+            quiet_until = time.monotonic() + 1
+            wait_until(lambda: time.monotonic() > quiet_until, "a quiet moment")
+        at = time.monotonic()
+        link.swallow(*sides)
+        wait_until(lambda: not nodes(), "the server to notice", SILENCE_SECONDS + SLACK_SECONDS)
+        server = time.monotonic() - at
+        wait_until(lambda: "lost the server" in node.err.read_text(), "the node to notice",
+                   at + SILENCE_SECONDS + SLACK_SECONDS - time.monotonic())
+        bench.note(detect=max(server, time.monotonic() - at))
+        link.heal()
+        at = time.monotonic()
+        wait_until(lambda: len(nodes()) == 1, "the return of the node", 20)
+        bench.note(recover=time.monotonic() - at)
+        if call is not None:
+            call.result(120)
+            oracle.check(call.found, 3000, repeats=2 * 3 + 64, value=lambda n: (n * n, bytes(2000)))
+            bench.note(repeated=oracle.repeated())
+
+
+@fault(5, "black hole, both directions, idle")
+def black_hole_idle(bench: Bench) -> None:
+    _black_hole(bench, (0, 1), False)
+
+
+@fault(5, "black hole, both directions, busy")
+def black_hole_busy(bench: Bench) -> None:
+    _black_hole(bench, (0, 1), True)
+
+
+@fault(5, "black hole, server to node, idle")
+def black_hole_down_idle(bench: Bench) -> None:
+    _black_hole(bench, (0,), False)
+
+
+@fault(5, "black hole, server to node, busy")
+def black_hole_down_busy(bench: Bench) -> None:
+    _black_hole(bench, (0,), True)
+
+
+@fault(5, "black hole, node to server, idle")
+def black_hole_up_idle(bench: Bench) -> None:
+    _black_hole(bench, (1,), False)
+
+
+@fault(5, "black hole, node to server, busy")
+def black_hole_up_busy(bench: Bench) -> None:
+    _black_hole(bench, (1,), True)
+
+
+@fault(5, "black hole between caller and server, busy")
+def black_hole_caller(bench: Bench) -> None:
+    """The caller and a node are behind the cable: both are given up, both come back, and the answer is right."""
+    link, cluster = _far(bench, 2)
+    oracle = bench.oracle()
+    with link.inside(1):
+        call = bench.call(cluster, "imap", Work(oracle.path, 0.02, pad=2000), iter(range(1500)))
+    oracle.wait_for(30)
+    with link.inside(0):
+        at = time.monotonic()
+        link.swallow(0, 1)
+        wait_until(lambda: not cluster.status()["jobs"], "the end of its job", SILENCE_SECONDS + SLACK_SECONDS)
+        bench.note(detect=time.monotonic() - at)
+    link.heal()
+    at, count = time.monotonic(), sum(oracle.counts().values())
+    oracle.wait_for(count + 1)
+    bench.note(recover=time.monotonic() - at)
+    call.result(90)
+    oracle.check(call.found, 1500, repeats=2 * 3 + 64 + 4, value=lambda n: (n * n, bytes(2000)))
+    bench.note(repeated=oracle.repeated())
+
+
+@fault(5, "black hole for 5 s")
+def black_hole_short(bench: Bench) -> None:
+    """Nothing happens."""
+    link, cluster = _far(bench, 2)
+    oracle = bench.oracle()
+    with link.inside(0), _Watch(cluster) as nodes:
+        call = bench.call(cluster, "imap", Work(oracle.path, 0.02), iter(range(1500)))
+        oracle.wait_for(30)
+        before = nodes()
+        link.swallow(0, 1)
+        pause = time.monotonic() + 5
+        wait_until(lambda: time.monotonic() > pause, "the end of the pause")
+        link.heal()
+        at = time.monotonic()
+        oracle.wait_for(len(oracle.counts()) + 1)
+        bench.note(recover=time.monotonic() - at)
+        oracle.check(call.result(), 1500, repeats=0)
+        assert nodes() == before, "the node has joined anew"
+        bench.note(repeated=oracle.repeated())
+
+
+@fault(5, "black hole for 3 s out of 6, for two minutes")
+def black_hole_flapping(bench: Bench) -> None:
+    """No livelock."""
+    link, cluster = _far(bench, 2)
+    oracle = bench.oracle()
+    with link.inside(0), _Watch(cluster) as nodes:
+        before = nodes()
+        call = bench.call(cluster, "imap", Work(oracle.path, 0.05), iter(range(2400)))
+        for _ in range(20):
+            for change in (link.swallow, link.heal):
+                change(*((0, 1) if change == link.swallow else ()))
+                if call.ended.wait(3):
+                    break
+        done = len(oracle.counts("end"))
+        oracle.check(call.result(120), 2400, repeats=0)
+        assert nodes() == before, "the node has joined anew"
+        bench.note(repeated=oracle.repeated(), remark=f"{done} of 2400 tasks done meanwhile")
+
+
+# Slow links, by the proxy.
+
+
+@fault(6, "a 64 MiB argument over 2 MB/s")
+def large_argument(bench: Bench) -> None:
+    """Some 33 s, over the limit of silence, on the caller's link: nobody is taken for dead."""
+    _large(bench, 4 if bench.short else 64, argument=True, nodes=False)
+
+
+@fault(6, "a 64 MiB argument over 2 MB/s, at the node")
+def large_argument_at_node(bench: Bench) -> None:
+    _large(bench, 4 if bench.short else 64, argument=True, nodes=True)
+
+
+@fault(6, "a 64 MiB result over 2 MB/s")
+def large_result(bench: Bench) -> None:
+    _large(bench, 4 if bench.short else 64, argument=False, nodes=False)
+
+
+@fault(6, "a 64 MiB result over 2 MB/s, at the node")
+def large_result_at_node(bench: Bench) -> None:
+    _large(bench, 4 if bench.short else 64, argument=False, nodes=True)
+
+
+def _large(bench: Bench, mib: int, *, argument: bool, nodes: bool) -> None:
+    cluster = bench.cluster()
+    proxy = bench.proxy(cluster.port)
+    proxy.up.rate = proxy.down.rate = 2e6
+    cluster.start_node(1, *(["--port", str(proxy.port)] if nodes else []))
+    port = {} if nodes else {"port": proxy.port}
+    at = time.monotonic()
+    if argument:
+        call = bench.call(cluster, "map", length, [b"x" * (mib * MIB)], **port)
+    else:
+        call = bench.call(cluster, "map", bytes, [mib * MIB], **port)
+    found = call.result(mib + 40)[0]
+    assert (found if argument else len(found)) == mib * MIB
+    bench.note(recover=time.monotonic() - at)
+    assert proxy.accepted == 1, f"{proxy.accepted} connections: somebody was taken for dead"
+
+
+@fault(6, "CANCEL behind a 64 MiB argument over 2 MB/s")
+def cancel_between(bench: Bench) -> None:
+    """It gets through between frames: the frames are of 8 MiB, or of one letter."""
+    cluster = bench.cluster()
+    proxy = bench.proxy(cluster.port)
+    proxy.up.rate = 2e6
+    cluster.start_node(1)
+    call = bench.call(cluster, "imap", length, iter([b"x" * MIB] * 64), port=proxy.port, take=1)
+    call.result(30)
+    at = time.monotonic()
+    cluster.wait_idle(12)
+    bench.note(detect=time.monotonic() - at)
+
+
+@fault(6, "64 MiB both ways at once")
+def both_ways(bench: Bench) -> None:
+    """No deadlock."""
+    size = (4 if bench.short else 64) * MIB
+    cluster = bench.cluster()
+    proxy = bench.proxy(cluster.port)
+    cluster.start_node(2, "--port", str(proxy.port))
+    data = [bytes([n]) * (size // 8) for n in range(16)]
+    at = time.monotonic()
+    call = bench.call(cluster, "imap_unordered", echo, data, port=proxy.port)
+    found = call.result(120)
+    assert sorted(found.values()) == data
+    bench.note(recover=time.monotonic() - at, remark=f"{16 * size // 8 // MIB} MiB each way")
+
+
+@fault(6, "one byte a segment", short=True)
+def bytewise(bench: Bench) -> None:
+    cluster, oracle = bench.cluster(), bench.oracle()
+    proxy = bench.proxy(cluster.port)
+    proxy.up.piece = proxy.down.piece = 1
+    cluster.start_node(2, "--port", str(proxy.port))
+    call = bench.call(cluster, "imap", Work(oracle.path, 0.005), range(60), port=proxy.port)
+    oracle.check(call.result(), 60, repeats=0)
+    bench.note(repeated=oracle.repeated())
+
+
+@fault(6, "half a second of delay each way")
+def delayed(bench: Bench) -> None:
+    cluster, oracle = bench.cluster(), bench.oracle()
+    proxy = bench.proxy(cluster.port)
+    proxy.up.delay = proxy.down.delay = 0.5
+    cluster.start_node(2, "--port", str(proxy.port))
+    call = bench.call(cluster, "imap", Work(oracle.path, 0.005), range(40), port=proxy.port)
+    oracle.check(call.result(), 40, repeats=0)
+    bench.note(repeated=oracle.repeated())
+
+
+@fault(6, "one direction held for 25 s", runs=1)
+def held(bench: Bench) -> None:
+    """By a proxy that acknowledges everything: only heartbeats can tell."""
+    cluster, oracle = bench.cluster(1), bench.oracle()
+    proxy = bench.proxy(cluster.port)
+    cluster.start_node(1, "--port", str(proxy.port))
+    call = bench.call(cluster, "imap", Work(oracle.path, 0.05), iter(range(1000)))
+    oracle.wait_for(10)
+    at = time.monotonic()
+    proxy.hold(down=False)
+    wait_until(lambda: len(cluster.status()["nodes"]) == 1, "the loss of the node", SILENCE_SECONDS + SLACK_SECONDS)
+    bench.note(detect=time.monotonic() - at)
+    wait_until(lambda: time.monotonic() > at + 25, "the end of the pause", 30)
+    proxy.hold(False)
+    oracle.check(call.result(), 1000, repeats=2 * 3 + 3)
+    bench.note(repeated=oracle.repeated())
+
+
+# Bytes that are altered on the way.
+
+
+def _altered(bench: Bench, times: int, *, at_node: bool, up: bool) -> Call:
+    """One bit of a letter is turned, so often: of an argument, or of what comes back, on either link."""
+    cluster = bench.cluster()
+    proxy = bench.proxy(cluster.port)
+    cluster.start_node(1, *(["--port", str(proxy.port)] if at_node else []))
+    args: list[Any] = [(n, b"x" * 2000) for n in range(6)]
+    args[3] = (3, b"mark" * 1000)
+    rule = proxy.up if up else proxy.down
+    rule.spoil, rule.times = b"mark" * 8, times
+    call = bench.call(cluster, "imap", echo, args, **({} if at_node else {"port": proxy.port}))
+    found = call.result(30)
+    assert not rule.times, "nothing was altered"
+    assert proxy.accepted == 1, "the connection was given up"
+    assert {n: v for n, v in found.items() if n != 3} == {n: v for n, v in enumerate(args) if n != 3}
+    assert 3 in call.errors or found[3] == args[3], "what was altered was taken for right"
+    return call
+
+
+@fault(6, "one bit of a letter is turned, once and twice", short=True)
+def altered(bench: Bench) -> None:
+    """Whoever opens it sees it; the slice is sent again."""
+    links = ((False, True), (False, False), (True, True), (True, False))
+    for times in (2,) if bench.short else (1, 2):
+        for at_node, up in links[::3] if bench.short else links:
+            assert not _altered(bench, times, at_node=at_node, up=up).errors
+
+
+@fault(6, "one bit of a letter is turned, three times in a row", short=True)
+def altered_always(bench: Bench) -> None:
+    for at_node, up in ((False, True), (True, True)):
+        call = _altered(bench, 3, at_node=at_node, up=up)
+        assert isinstance(call.errors[3], LetterAltered), call.errors
+
+
+@fault(6, "one bit of the function is turned", short=True)
+def altered_function(bench: Bench) -> None:
+    """Who keeps it under its digest ends the connection, as after a wrong tag; all is sent again."""
+    big = b"mark" * 2000
+
+    def work(number: int) -> int:
+        return number + len(big)
+
+    for at_node in (False, True):
+        cluster = bench.cluster()
+        proxy = bench.proxy(cluster.port)
+        cluster.start_node(1, *(["--port", str(proxy.port)] if at_node else []))
+        rule = proxy.down if at_node else proxy.up
+        rule.spoil, rule.times = b"mark" * 8, 1
+        port = {} if at_node else {"port": proxy.port}
+        assert bench.call(cluster, "map", work, range(5), **port).result(30) == {n: n + 8000 for n in range(5)}
+        assert not rule.times
+        assert proxy.accepted == 2, proxy.accepted
+
+
+# Cuts at each byte of a session.
+
+
+def _session(cluster: Cluster, oracle: Oracle, port: int) -> Call:
+    return Call("imap", Work(oracle.path), range(12), chunksize=2, **cluster.address | {"port": port})
+
+
+def _cut_everywhere(bench: Bench, limit: int, threads: int = 4) -> None:
+    """A caller's first connection ends after n bytes, up or down, for each n that a whole session has.
+
+    Where that is before the server's first word, the caller may be told so at once.
+    """
+    cluster = bench.cluster(1)
+    with Proxy(cluster.port) as proxy:
+        _session(cluster, bench.oracle(), proxy.port).result()
+        wait_until(lambda: not proxy.open, "the end of the session")
+        totals = proxy.passed
+    points = [(way, n) for way in (0, 1) for n in range(totals[way] + 1)]
+    bench.rng.shuffle(points)
+    points, refused, repeats = points[:limit], [], []
+    errors: list[str] = []
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                if not points or errors:
+                    return
+                way, n = points.pop()
+                oracle = bench.oracle()
+            try:
+                _cut_at(cluster, oracle, way, n, refused, repeats)
+            except BaseException as e:
+                errors.append(f"cut {('up', 'down')[way]} after {n} bytes: {type(e).__name__}: {e}")
+
+    crew = [threading.Thread(target=work, name="cutter") for _ in range(threads)]
+    for thread in crew:
+        thread.start()
+    for thread in crew:
+        thread.join()
+    assert not errors, errors
+    bench.note(remark=f"{len(repeats)} of {sum(totals) + 2} places, {len(refused)} before the server's first word")
+    for count in repeats:
+        bench.note(repeated=count)
+
+
+def _cut_at(
+    cluster: Cluster, oracle: Oracle, way: int, n: int, refused: list[int], repeats: list[int]
+) -> None:
+    with Proxy(cluster.port) as proxy:
+        proxy.once = True
+        rule = (proxy.up, proxy.down)[way]
+        rule.cut_after, rule.reset = n, n % 2 == 0
+        call = _session(cluster, oracle, proxy.port)
+        try:
+            oracle.check(call.result(30), 12, repeats=12)
+        except ServerUnreachable as e:
+            if "lost the server" in str(e) or call.found:
+                raise
+            refused.append(n)
+        repeats.append(oracle.repeated())
+
+
+@fault(6, "caller cut after the n-th byte, each n", short=True)
+def cut_caller(bench: Bench) -> None:
+    _cut_everywhere(bench, 40 if bench.short else 1 << 20)
+
+
+@fault(6, "node cut after the n-th byte", short=True)
+def cut_node(bench: Bench) -> None:
+    """A node whose first connection ends after n bytes, under one job; n goes in uneven steps through its session."""
+    cluster = bench.cluster()
+    step, most = (211, 1500) if bench.short else (17, 4000)
+    places = range(bench.rng.randrange(step), most, step)
+    for n in places:
+        oracle = bench.oracle()
+        proxy = bench.proxy(cluster.port)
+        proxy.once = True
+        (proxy.up, proxy.down)[n % 2].cut_after = n
+        node = cluster.start_node(1, "--port", str(proxy.port), wait=False)
+        call = bench.call(cluster, "map", Work(oracle.path), range(20))
+        oracle.check(call.result(30), 20, repeats=20)
+        bench.note(repeated=oracle.repeated())
+        node.kill()
+    bench.note(remark=f"{len(places)} places")
+
+
