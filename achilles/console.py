@@ -85,6 +85,8 @@ def errors_to_exit_status() -> Iterator[ExitStatus]:
         _complain(e)
     except KeyboardInterrupt:
         status.code = INTERRUPTED_STATUS
+    finally:
+        _drop_broken_streams()
 
 
 @contextlib.contextmanager
@@ -118,6 +120,15 @@ def status_table(state: dict[str, Any]) -> str:
             cells = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
             lines += ["  ".join(row).rstrip() for row in cells]
     return "\n".join(lines)
+
+
+def _drop_broken_streams() -> None:
+    """What a closed or full stdout or stderr did not take must not become the exit status (120) of a clean end."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (OSError, ValueError, AttributeError):
+            setattr(sys, name, None)
 
 
 def _complain(error: Exception) -> None:

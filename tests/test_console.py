@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -132,3 +133,14 @@ def test_the_table_shows_all_nodes_and_jobs():
         "7   ann   5       3        12",
     ]
     assert console.status_table({"nodes": [], "jobs": [], "server": server}).endswith("nodes: 0\n\njobs: 0")
+
+
+def test_a_stream_that_takes_nothing_does_not_become_the_exit_status(monkeypatch):
+    class Full:
+        def flush(self):
+            raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    with console.errors_to_exit_status() as status:
+        pass
+    assert sys.stderr is None and status.code == 0
