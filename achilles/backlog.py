@@ -11,12 +11,9 @@ from collections import deque
 from itertools import repeat
 from typing import Any
 
-from .wire import MAX_ROWS, MAX_SHORT_BYTES, Rows, merge
+from .wire import MAX_ROWS, MAX_SHORT_BYTES, MESSAGE_US, PACE_SLICES, Rows, merge
 
 __all__ = ["Backlog"]
-
-MESSAGE_US = 5000  # work in a message: long against what a message costs, short against a person's patience
-PACE_SLICES = 64  # how many of a job's last slices its pace is judged by
 
 
 class Backlog:

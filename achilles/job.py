@@ -31,18 +31,28 @@ from . import payload
 from .errors import LetterAltered, ProtocolError, TaskTimeout, WorkerLost
 from .feeder import CANCELLED, Feeder, Slice, join, mark
 from .results import ResultBuffer, Unit, Window
-from .wire import MAX_LONG_BYTES, MAX_ROWS, MAX_SHORT_BYTES, MORE, PACKED, Buffer, Kind, Rows, Status
+from .wire import (
+    MAX_LONG_BYTES,
+    MAX_ROWS,
+    MAX_SHORT_BYTES,
+    MESSAGE_US,
+    MORE,
+    PACKED,
+    Buffer,
+    Kind,
+    Rows,
+    Status,
+)
 
 __all__ = ["ATTEMPTS", "Function", "Job", "Link", "Taken"]
 
 ATTEMPTS = 3  # deaths of an argument, or alterations of a slice in a row, before it is given up
 WINDOW_SLICES = 64  # out beyond two for each worker: what is under way between here and there
-MESSAGE_US = 5000  # of work: as many slices as make this much for each worker may be out, where they are quick ...
 SLICE_US = 50_000  # of work in a slice of a job that chooses by itself: far over what a slice costs ...
 SLICE_BYTES = 1 << 20  # ... and bytes of it, or of its results: beyond, more of them save nothing
 GROWTH = 16  # times as many arguments in the next slice, at most: the first ones may have been quick by chance
 FRAME_BYTES = min(MAX_LONG_BYTES, MAX_SHORT_BYTES)  # of letters: a frame takes them, whether they are long or short
-QUICK_SLICES = 4096  # ... and short, but no more than this: what is out is memory
+QUICK_SLICES = 4096  # more may be out where slices are quick and short: a MESSAGE_US for each worker, up to this
 
 Part = tuple[int, bytes, Buffer]  # of an answer: status, digest, letter
 Answer = Sequence[Part]

@@ -43,12 +43,10 @@ from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 from .errors import ProtocolError
-from .wire import MORE, PACKED, Rows, merge
+from .wire import MESSAGE_US, MORE, PACE_SLICES, PACKED, Rows, merge
 
 __all__ = ["Action", "Announce", "Cancel", "Dead", "End", "Give", "Recall", "Scheduler"]
 
-MESSAGE_US = 5000  # of work that travel together: far over a message's cost, far under what people notice
-PACE_SLICES = 64  # a job is as slow as the slowest of so many of its last slices
 MAX_QUICK = 512  # slices in one worker's message; a power of two, so that loads are whole numbers
 WORKER = MAX_QUICK  # the load of one worker
 MAX_LOSSES = 10  # nodes that went down with a slice before it is taken for the cause

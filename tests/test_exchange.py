@@ -124,6 +124,18 @@ def test_the_first_frame_is_hello(cluster):
         assert peer.channel.take() == [] and not peer.functions
 
 
+def test_hello_comes_once(cluster):
+    for peer in (cluster.node(), cluster.controller()):
+        with pytest.raises(ProtocolError, match="second HELLO"):
+            cluster.say(peer, Kind.HELLO, peer.hello)
+
+
+def test_a_node_that_names_no_letter_limit_has_the_default(cluster):
+    cluster.node(letter_limit=None)
+    (body,) = of_kind(cluster.controller().channel.take(), Kind.CLUSTER)
+    assert body["letter_limit"] == wire.LETTER_LIMIT_BYTES
+
+
 @pytest.mark.parametrize("about", [{}, {"cpu_count": 0}])
 def test_a_node_has_workers(cluster, about):
     with pytest.raises(ProtocolError, match="workers"):
