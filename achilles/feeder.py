@@ -5,13 +5,14 @@ caller's iterator.
 
 ::
 
-    args ─next─▶ open slice ─dump─▶ Window.enter ─▶ batch ─▶ Sink.enter (numbered, kept, posted)
+    args ─next─▶ open slice ─dump─▶ batch ─Window.enter─▶ Sink.enter (numbered, kept, posted)
 
 Threads: the *feeder* does all of this, from the call on. Where `args` is lazy, a second one, the
 *pacer*, sees that the feeder has been inside the iterator's `next` for 10 ms; then it sends what is
 there and says FLUSH, so that a generator may wait for earlier results. `_cutting` guards the open
-slice and the batch, between these two. Slices that are dumped quickly are posted together: up to a
-millisecond's worth, or what the window had room for.
+slice and the batch, between these two; while the feeder is inside the iterator it alone appends to
+the open slice, and the pacer takes what it finds there. Slices that are dumped quickly enter the
+window and are posted together: up to a millisecond's worth, or what the window had room for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from . import payload
@@ -118,15 +120,16 @@ class Feeder:
         self.size = size
         self._by_argument = by_argument
         self._lists = lists
-        self._pulling = 0.0  # monotonic: since when the feeder is inside the iterator's next; 0 where it is not
-        self._cutting = threading.Lock()  # guards all below
+        self._pulling = False  # the feeder is inside the iterator's next
+        self._open: list[Any] = []  # arguments of the slice that is not closed: appended to while `_pulling`
+        self._cutting = threading.Lock()  # guards all below, and taking from the open slice
+        self._gone = 0  # arguments at the head of the open slice that the pacer has sent
         self._places = 0  # places of args that are in slices
-        self._open: list[Any] = []  # arguments of the slice that is not closed
-        self._batch: list[Slice] = []  # closed, in the window, not posted
+        self._room = 0.0  # of the window: what the batch may still take
+        self._batch: list[Slice] = []  # closed, not posted
         self._batch_size = 0  # its bytes
         self._batch_since = 0.0
         self._inline = False  # the caller's thread feeds, and must not wait for room
-        self._left: list[Dumped] = []  # what it could not send: for the feeder thread
         self._threads = [threading.Thread(target=self._feed, name=f"achilles-feeder {name}", daemon=True)]
         if not isinstance(args, (list, tuple, range)):
             self._threads.append(threading.Thread(target=self._pace, name=f"achilles-pacer {name}", daemon=True))
@@ -176,41 +179,44 @@ class Feeder:
                 for argument in args:
                     self._send_list(argument)
                 return
-            left, self._left = self._left, []
-            self._send_letters(left)
             while self._places < len(args) and not self._window.closed:
                 self._send(list(args[self._places : self._places + self.size]))
 
     def _feed_iterator(self, args: Iterator[Any]) -> None:
-        lists, first = False, True
-        try:
-            while not self._window.closed:
-                self._pulling = time.monotonic()
-                try:
-                    argument = next(args)
-                except StopIteration:
-                    break
-                finally:
-                    self._pulling = 0.0
-                lists, first = lists or (first and self._is_list(argument)), False
+        head = list(islice(args, 1))
+        if head and self._is_list(head[0]):
+            for argument in chain(head, args):
                 with self._cutting:
-                    if lists:
-                        self._send_list(argument)
-                    else:
-                        self._open.append(argument)
-                        self._close_slice(self.size)
+                    self._send_list(argument)
+            return
+        self._open += head
+        try:
+            while not self._window.closed and self._pull(args):
+                with self._cutting:
+                    self._close_slice(self.size)
         finally:  # what came before an error of the iterator's is sent, too
             with self._cutting:
                 self._close_slice(1)
 
+    def _pull(self, args: Iterator[Any]) -> bool:
+        """Let the iterator fill the open slice; False if it has ended. The pacer sees each argument as it comes."""
+        missing = max(0, self.size - len(self._open) + self._gone)
+        before = len(self._open)
+        self._pulling = True
+        try:
+            self._open.extend(islice(args, missing))
+        finally:
+            self._pulling = False
+        return len(self._open) - before == missing
+
     def _pace(self) -> None:
         """The pacer thread: after 10 ms inside the caller's iterator, let what is there go."""
-        seen = 0.0
+        seen: tuple[int, int] | None = None
         while not self.ended.wait(PAUSE_SECONDS):
-            since = self._pulling
-            if since and since != seen and time.monotonic() - since >= PAUSE_SECONDS:
+            now = (self._places, len(self._open)) if self._pulling else None
+            if now is not None and now == seen:
                 self._let_go()
-                seen = since
+            seen = now
 
     def _let_go(self) -> None:
         try:
@@ -225,35 +231,73 @@ class Feeder:
 
     def _close_slice(self, size: int) -> None:
         """Send the open slice if it has at least `size` arguments."""
-        if len(self._open) >= size:
-            arguments, self._open = self._open, []
-            self._send(arguments)
+        arguments = self._open[self._gone :]
+        if len(arguments) < size:
+            return
+        if self._pulling:
+            self._gone += len(arguments)
+        else:
+            self._open, self._gone = [], 0
+        self._send(arguments)
 
     def _is_list(self, first: object) -> bool:
         return self._lists and isinstance(first, list)
 
     def _send(self, arguments: list[Any]) -> None:
-        """Let a slice into the window and the batch; as several, where it is too large for one."""
-        self._send_letters(self._dump(arguments, self._places))
-
-    def _send_letters(self, letters: Iterable[Dumped]) -> None:
-        for number, letter in letters:
-            if isinstance(letter, BaseException):
+        """Let a slice into the batch; as several, where it is too large for one."""
+        try:
+            letter = join(payload.dump_slice(self._context, arguments))
+        except DumpError:
+            letter = None
+        if letter is not None and self._sink.fits(len(letter)):
+            self._append(len(arguments), letter)
+            return
+        for number, piece in self._dump(arguments, self._places):
+            if isinstance(piece, BaseException):
                 self._post()
-                self._sink.spoil(self._places, letter)
+                self._sink.spoil(self._places, piece)
                 self._places += number
-                continue
-            weight = number if self._by_argument else 1
+            else:
+                self._append(number, piece)
+
+    def _append(self, number: int, letter: Buffer) -> None:
+        """Put a slice of `number` arguments into the batch, once there is room for it."""
+        weight, size = number if self._by_argument else 1, len(letter)
+        if weight > self._room or size > BATCH_BYTES:
+            self._make_room(weight, size)
+        self._room -= weight
+        self._batch.append(Slice(self._places, None, number, weight, size, letter, _digest(letter)))
+        self._places += number
+        self._batch_size += size
+        now = time.monotonic()
+        if len(self._batch) == 1:
+            self._batch_since = now
+        full = len(self._batch) >= BATCH_SLICES or self._batch_size >= BATCH_BYTES
+        if full or now - self._batch_since > BATCH_SECONDS:
+            self._post()
+
+    def _post(self) -> None:
+        if self._batch:
+            batch, self._batch = self._batch, []
+            self._window.enter(sum(slice_.weight for slice_ in batch), self._batch_size)
+            self._room, self._batch_size = 0, 0
+            self._sink.enter(batch)
+
+    def _make_room(self, weight: int, size: int) -> None:
+        """Wait until there is room for one more slice, or for a list. What is in the batch goes before."""
+        self._post()
+        self._room = self._window.room(weight, size)
+        while not self._room:
             if self._inline:
-                if not self._window.enter(weight, len(letter)):
-                    self._left = [(number, letter), *letters]
-                    raise _NoRoom
-            elif len(letter) > BATCH_BYTES or not self._window.enter(weight, len(letter)):
-                self._post()
-                self._wait_for_room(weight, len(letter), len(letter) <= BATCH_BYTES)
-            self._batch.append(Slice(self._places, None, number, weight, len(letter), letter, _digest(letter)))
-            self._places += number
-            self._post_if_due(len(letter))
+                raise _NoRoom
+            self._sink.flush_if_stuck()
+            self._room = self._window.room(weight, size, ROOM_SECONDS)
+            if not self._room:
+                self._raise_if_closed()
+
+    def _raise_if_closed(self) -> None:
+        if self._window.closed:
+            raise InterruptedError(CANCELLED)
 
     def _send_list(self, argument: object) -> None:
         """A list of a list of lists: a packet of its own, in as many even slices as the largest node has workers.
@@ -269,7 +313,10 @@ class Feeder:
         pieces = [(n, x) for n, x in self._dump_list(argument, largest, place) if not isinstance(x, BaseException)]
         if pieces:
             weight = 1 if self._by_argument else len(pieces)
-            self._wait_for_room(weight, sum(len(letter) for _, letter in pieces))
+            size = sum(len(letter) for _, letter in pieces)
+            self._make_room(weight, size)
+            self._window.enter(weight, size)
+            self._room = 0
         slices: list[Slice] = []
         start = 0
         for number, letter in pieces:
@@ -326,33 +373,6 @@ class Feeder:
         except LetterTooLarge as e:
             mark(e, index=number if place is None else place)
             raise
-
-    def _wait_for_room(self, weight: int, size: int, looked: bool = False) -> None:
-        """Enter the window; `looked` if there was no room just now."""
-        while looked or not self._window.enter(weight, size):
-            looked = False
-            self._sink.flush_if_stuck()
-            if self._window.enter(weight, size, ROOM_SECONDS):
-                return
-            self._raise_if_closed()
-
-    def _raise_if_closed(self) -> None:
-        if self._window.closed:
-            raise InterruptedError(CANCELLED)
-
-    def _post_if_due(self, size: int) -> None:
-        now = time.monotonic()
-        if len(self._batch) == 1:
-            self._batch_since, self._batch_size = now, 0
-        self._batch_size += size
-        full = len(self._batch) >= BATCH_SLICES or self._batch_size >= BATCH_BYTES
-        if full or now - self._batch_since > BATCH_SECONDS:
-            self._post()
-
-    def _post(self) -> None:
-        if self._batch:
-            batch, self._batch = self._batch, []
-            self._sink.enter(batch)
 
 
 def join(parts: Sequence[Buffer]) -> Buffer:

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 from . import payload
 from .errors import LetterAltered, ProtocolError, TaskTimeout, WorkerLost
 from .feeder import CANCELLED, Feeder, Slice, join, mark
-from .results import ResultBuffer, Unit, Window
+from .results import SliceBuffer, Unit, UnitBuffer, Window
 from .wire import (
     MAX_LONG_BYTES,
     MAX_ROWS,
@@ -52,6 +52,7 @@ SLICE_US = 50_000  # of work in a slice of a job that chooses by itself: far ove
 SLICE_BYTES = 1 << 20  # ... and bytes of it, or of its results: beyond, more of them save nothing
 GROWTH = 16  # times as many arguments in the next slice, at most: the first ones may have been quick by chance
 FRAME_BYTES = min(MAX_LONG_BYTES, MAX_SHORT_BYTES)  # of letters: a frame takes them, whether they are long or short
+TAKE_BYTES = 1 << 20  # of results that are loaded together; with `buffersize`, which counts each, none are
 QUICK_SLICES = 4096  # more may be out where slices are quick and short: a MESSAGE_US for each worker, up to this
 
 Part = tuple[int, bytes, Buffer]  # of an answer: status, digest, letter
@@ -123,7 +124,7 @@ class Job:
         self.function = function
         self.initializer = initializer
         self.options = {name: value for name, value in (options or {}).items() if value is not None}
-        self.buffer = ResultBuffer(ordered)
+        self.buffer: SliceBuffer | UnitBuffer = SliceBuffer(ordered) if flat else UnitBuffer(ordered)
         self.ready = ready
         self.slices: dict[int, Slice] = {}  # without a checked result
         self.ended = False  # END was posted, and nothing may follow it; guarded by link.lock
@@ -136,8 +137,8 @@ class Job:
         self._lists = False  # ... or all, where the job is flat or has lists
         self._eager = eager
         self._deaths = 0  # workers that died while they loaded the function
-        self._ready: deque[Unit] = deque()  # taken out of the buffer, not by the caller yet; the caller's thread alone
-        self._given: list[Unit] = []  # ... and those that were; their room is given back together
+        self._ready: deque[Any] = deque()  # taken out of the buffer, not by the caller yet; the caller's thread alone
+        self._given: list[int] = []  # slices that were; their room is given back together
         self._largest = largest if buffersize is None or largest is None else min(largest, buffersize)
         self._buffersize = buffersize
         self._beyond: float = WINDOW_SLICES
@@ -170,7 +171,7 @@ class Job:
         self.ended, self.slices, self._waiting = True, {}, set()
         self._ready.clear()
         self._given.clear()
-        self.buffer, self._window = ResultBuffer(True), Window(0)
+        self.buffer, self._window = UnitBuffer(True), Window(0)
         self._feeder = Feeder(self, self.context, self._window, (), size=1, by_argument=False, lists=False, name="")
         self.buffer.fail(error)
         self.ready = None
@@ -198,7 +199,7 @@ class Job:
     # The caller's thread.
 
     def take(self, timeout: float | None = None) -> Taken | None:
-        """The next unit: its start, its values, and an exception for each place that has none. None behind the last.
+        """The next values: the place of the first, and an exception for each that has none. None behind the last.
 
         Blocks up to `timeout` seconds, then NotYet. Raises what the job as a whole failed with.
         """
@@ -207,26 +208,73 @@ class Job:
                 self._ready.extend(self.buffer.take(timeout))
                 if not self._ready:
                     return None
-            unit = self._ready.popleft()
-            taken = self._open_unit(unit)
+            try:
+                buffer = self.buffer
+                taken = self._open_slices(buffer) if isinstance(buffer, SliceBuffer) else self._open_unit(buffer)
+            except KeyError:  # stopped by another thread: its slices are forgotten, and the buffer says why
+                if not self.ended:
+                    raise
+                self._ready.clear()
+                continue
             if taken is not None:
-                self._given.append(unit)
                 if not self._ready:
                     self._release()
                 return taken
 
-    def _open_unit(self, unit: Unit) -> Taken | None:
+    def _open_slices(self, buffer: SliceBuffer) -> Taken | None:
+        """Load consecutive slices, as far as their answers are ordinary; or one that is not, by itself."""
+        first = self._ready[0][0]
+        values: list[Any] = []
+        opened, room = 0, TAKE_BYTES if self._buffersize is None else 0
+        try:
+            for number, answer in self._ready:
+                if number != first + opened or number in self._troubles or len(answer) != 1:
+                    break
+                (status, digest, letter), = answer
+                if status != Status.VALUES or (digest and payload.letter_digest([letter]) != digest):
+                    break
+                values += self.context.load(letter)
+                opened, room = opened + 1, room - len(letter)
+                if room <= 0:
+                    break
+        except Exception:  # is raised when it is the first, behind what came before it
+            if not opened:
+                raise
+        if not opened:
+            return self._open_odd_slice(buffer, *self._ready[0])
+        for _ in range(opened):
+            self._ready.popleft()
+        self._given.extend(range(first, first + opened))
+        return self.slices[first].start, values, {}
+
+    def _open_odd_slice(self, buffer: SliceBuffer, number: int, answer: Answer) -> Taken | None:
+        if _is_altered(answer):
+            buffer.put_back(list(self._ready))
+            self._ready.clear()
+            self._alter(number)
+            return None
+        self._ready.popleft()
+        values: list[Any] = []
+        errors: dict[int, BaseException] = {}
+        self._open_answer(number, answer, values, errors)
+        self._given.append(number)
+        start = self.slices[number].start
+        return start, values, {place: mark(error, index=start + place) for place, error in errors.items()}
+
+    def _open_unit(self, buffer: UnitBuffer) -> Taken | None:
         """Check and load what came for a unit; None if something was altered on its way, and is sent anew."""
+        unit: Unit = self._ready[0]
         values: list[Any] = []
         errors: dict[int, BaseException] = {}
         for number in unit.slices:
-            answer = unit.answers[number]
-            if any(digest and payload.letter_digest([letter]) != digest for _, digest, letter in answer):
-                self.buffer.put_back([unit, *self._ready], number)
+            if _is_altered(unit.answers[number]):
+                buffer.put_back(list(self._ready), number)
                 self._ready.clear()
                 self._alter(number)
                 return None
-            self._open_answer(number, answer, values, errors)
+            self._open_answer(number, unit.answers[number], values, errors)
+        self._ready.popleft()
+        self._given.extend(unit.slices)
         for place, error in errors.items():
             mark(error, index=unit.start + (place if unit.span == len(values) else 0))
         return unit.start, values, errors
@@ -247,16 +295,13 @@ class Job:
 
     def _release(self) -> None:
         """What was given is the caller's: forget its slices and make room."""
-        weight = size = 0
-        with self.link.lock:
-            for unit in self._given:
-                for number in unit.slices:
-                    slice_ = self.slices.pop(number)
-                    self._troubles.pop(number, None)
-                    weight += slice_.weight
-                    size += slice_.size
-        self._given.clear()
-        self._window.leave(weight, size)
+        if self._given:
+            with self.link.lock:  # some may be forgotten already, where another thread stopped the job
+                slices = [slice_ for n in self._given if (slice_ := self.slices.pop(n, None))]
+                for number in self._troubles.keys() & self._given:
+                    del self._troubles[number]
+            self._given.clear()
+            self._window.leave(sum(slice_.weight for slice_ in slices), sum(slice_.size for slice_ in slices))
 
     # The reader thread.
 
@@ -270,14 +315,15 @@ class Job:
                 raise ProtocolError(f"a packet of {count} slices from {first} on, which are not the next free ones")
             self._packed += count
             start, last = self.slices[first].start, self.slices[first + count - 1]
-        self.buffer.add([Unit(start, last.start + last.number - start, range(first, first + count))])
+        if isinstance(self.buffer, UnitBuffer):
+            self.buffer.add(Unit(start, last.start + last.number - start, range(first, first + count)))
 
     def answers(self, rows: Rows) -> None:
         """A RESULT. Rows that nobody waits for are ignored."""
         parts = [(status, digest, letter) for status, (digest, (letter,)) in zip(rows.statuses, rows.letters())]
         whole = not any(rows.statuses) and self._troubles.keys().isdisjoint(rows.slices)  # no part came before
         if whole and self._waiting.issuperset(rows.slices):
-            self._put(rows.slices, [(part,) for part in parts])
+            self._put(rows.slices, list(zip(parts)))
             self._judge(rows)
             return
         for number, attempt, part in zip(rows.slices, rows.attempts, parts):
@@ -397,11 +443,9 @@ class Job:
             self._next += len(batch)
             self.slices.update(zip(numbers, batch))
             self._waiting.update(numbers)
-            if place is not None:
+            if place is not None and isinstance(self.buffer, UnitBuffer):
                 self._lists = True
-                self.buffer.add([Unit(place, 1, numbers)])
-            elif self._flat:
-                self.buffer.add([Unit(s.start, s.number, range(n, n + 1)) for n, s in zip(numbers, batch)])
+                self.buffer.add(Unit(place, 1, numbers))
             for start, stop in _frames(batch):
                 self._post(Kind.TASK, self._rows(numbers[start:stop]))
 
@@ -423,7 +467,7 @@ class Job:
         """The input has ended, perhaps with an error."""
         if error is not None and self._eager:
             self.buffer.fail(error)
-        self.buffer.finish(places, error)
+        self.buffer.finish(self._next if self._flat else places, error)
         self._tell()
 
     def spoil(self, start: int, error: BaseException) -> None:
@@ -433,7 +477,6 @@ class Job:
             self._next += 1
             self.slices[number] = Slice(start, None, 1, 0, 0, b"", b"")
             self._trouble(number).lost[0] = error
-            self.buffer.add([Unit(start, 1, range(number, number + 1))])
         self._put([number], [()])
 
     def fail(self, error: BaseException) -> None:
@@ -463,9 +506,13 @@ class Job:
     def _rows(self, numbers: Sequence[int]) -> Rows:
         """Slices as the rows of a TASK."""
         slices = [self.slices[number] for number in numbers]
-        attempts = [t.attempt if (t := self._troubles.get(n)) else 0 for n in numbers]
-        everything = self._flat or self._lists
-        statuses = [PACKED if everything or n < self._packed else 0 for n in numbers]
+        attempts = statuses = [0] * len(numbers)
+        if self._troubles:
+            attempts = [t.attempt if (t := self._troubles.get(n)) else 0 for n in numbers]
+        if self._flat or self._lists:
+            statuses = [PACKED] * len(numbers)
+        elif numbers[0] < self._packed:
+            statuses = [PACKED if n < self._packed else 0 for n in numbers]
         letters, digests = [s.letter for s in slices], [s.digest for s in slices]
         return Rows.build(self.number, numbers, attempts, statuses, letters, digests)
 
@@ -473,6 +520,11 @@ class Job:
         workers = self.link.workers()[0]
         quick = min(2 * workers * self._worth, QUICK_SLICES) if self._worth > 1 else 0
         return 2 * workers + quick + self._beyond
+
+
+def _is_altered(answer: Answer) -> bool:
+    """Whether a part of it is not what its digest says."""
+    return any(digest and payload.letter_digest([letter]) != digest for _, digest, letter in answer)
 
 
 def _frames(batch: Sequence[Slice]) -> Iterator[tuple[int, int]]:

@@ -91,6 +91,7 @@ ENTRIES_KEPT = 4096  # definitions and versions of one job; classes made in func
 PLAIN, PLAIN_BUFFERS, BY_VALUE = range(3)  # the first byte of a letter
 HEAD = struct.Struct(">BxxxIQ")
 GROUPS = struct.Struct(">H")
+NO_SKIPS = GROUPS.pack(0)
 NO_POSITION = 0xFFFFFFFF  # pads the last group
 
 
@@ -148,14 +149,17 @@ class Context:
         """
         return self._dump(value, b"", what)
 
-    def load(self, letter: Buffer) -> Any:
+    def load(self, letter: Buffer, start: int = 0) -> Any:
         """Turn a letter into its object. Loading runs whatever code the letter names: only ever load
         what came under a checked tag, or has its checked digest.
 
         :param letter: in one piece; arrays out of a bytearray are writable views of it.
+        :param start: where in it the object begins, in bytes.
         :raises ModuleNotFoundError: the letter names a module that is not here.
         """
-        return self._load(memoryview(letter), 0)
+        if letter[start] == PLAIN:
+            return pickle.loads(letter[start + 1 :] if len(letter) < JOINED_BYTES else memoryview(letter)[start + 1 :])
+        return self._load(memoryview(letter), start)
 
     def _dump(self, value: Any, prefix: bytes, what: str | None, plain: bool = True) -> list[Buffer]:
         if type(value) is list and len(value) <= FEW_ITEMS and set(map(type, value)) <= ATOMS:
@@ -181,8 +185,6 @@ class Context:
             raise DumpError(f"{message}. {remedy}") from error
 
     def _load(self, letter: memoryview, start: int) -> Any:
-        if letter[start] == PLAIN:
-            return pickle.loads(letter[start + 1:])
         form, count, length = HEAD.unpack_from(letter, start)
         lengths = struct.unpack_from(f">{count}Q", letter, start + HEAD.size)
         at = start + HEAD.size + 8 * count
@@ -325,7 +327,7 @@ def dump_slice(context: Context, arguments: list[Any]) -> list[Buffer]:
     :raises DumpError: the message names the type of the first argument that cannot be dumped.
     """
     try:
-        return context._dump(arguments, GROUPS.pack(0), "a slice of arguments")
+        return context._dump(arguments, NO_SKIPS, "a slice of arguments")
     except DumpError:
         for argument in arguments:
             context.dump(argument, f"an argument of type {type(argument).__qualname__}")
@@ -346,10 +348,12 @@ def with_skips(parts: Sequence[Buffer], positions: Collection[int]) -> list[Buff
 
 def load_slice(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:
     """The arguments of a slice and the positions among them to skip; as `Context.load` otherwise."""
+    if letter[: GROUPS.size] == NO_SKIPS:
+        return context.load(letter, GROUPS.size), frozenset()
     view = memoryview(letter)
     end = _skips_end(view)
     positions = struct.unpack_from(f">{(end - GROUPS.size) // 4}I", view, GROUPS.size)
-    return context._load(view, end), frozenset(positions) - {NO_POSITION}
+    return context.load(letter, end), frozenset(positions) - {NO_POSITION}
 
 
 def dump_outcomes(context: Context, values: list[Any],

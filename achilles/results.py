@@ -9,10 +9,10 @@ know, nor any socket, pickle or clock but the caller's deadlines.
                  ▲ blocks                                             │
                  └────────────────────── Window.leave ◀───────────────┘
 
-A *unit* is what is delivered at once: a packet in the three original calls, a
-slice elsewhere. It is announced (`add`), answered slice by slice (`put`, the
-reader thread), and taken whole (`take`, the caller's thread): in the order of
-`args` or as units become complete. Each class has one condition of its own,
+What is delivered at once is a *unit* in the three original calls, a packet or a
+list: it is announced (`add`), answered slice by slice (`put`, the reader thread),
+and taken whole (`take`, the caller's thread). Elsewhere it is a slice by itself.
+Both come in the order of `args`, or as they become complete. Each class has one condition of its own,
 which guards everything in it; no method calls out while holding it.
 """
 
@@ -21,11 +21,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
-__all__ = ["WINDOW_BYTES", "NotYet", "ResultBuffer", "Unit", "Window"]
+__all__ = ["WINDOW_BYTES", "NotYet", "SliceBuffer", "Unit", "UnitBuffer", "Window"]
 
-TAKE_UNITS = 64  # at a time: beyond, a lock a unit costs nothing any more
+TAKE_UNITS = 64  # at a time: beyond, a lock a unit costs nothing any more ...
+TAKE_SLICES = 256  # ... and of slices, of which many are delivered together
 ENOUGH_ROOM = 0.75  # of the window out: then the feeder is woken, and has room for many slices, not for one
 WINDOW_BYTES = 256 << 20  # of arguments that are out: what a caller may hold twice, as objects and as bytes
 
@@ -50,28 +52,104 @@ class Unit:
         self.answers: dict[int, Any] = {}
 
 
-class ResultBuffer:
-    """Units of one job between their announcement and their taking."""
+class _Buffer:
+    """What of one job has come and is not taken. Subclasses say in which pieces."""
 
     def __init__(self, ordered: bool) -> None:
         self._ordered = ordered
         self._changed = threading.Condition(threading.Lock())
-        self._open: dict[int, Unit] = {}  # slice -> its unit, while that is not complete
-        self._complete: dict[int, Unit] = {}  # start -> unit, complete and not taken
         self._taken = 0  # places that were taken; in order, the next one
         self._end: int | None = None  # places there are in all, once known
-        self._last_error: BaseException | None = None  # raised behind the last unit
+        self._last_error: BaseException | None = None  # raised behind the last piece
         self._error: BaseException | None = None  # raised at once
 
-    def add(self, units: Iterable[Unit]) -> None:
-        """Announce units. One without slices is complete at once."""
+    def finish(self, end: int, error: BaseException | None = None) -> None:
+        """There are `end` places in all; behind the last of them `error` is raised, if there is one."""
         with self._changed:
-            for unit in units:
-                if unit.slices:
-                    self._open.update(dict.fromkeys(unit.slices, unit))
-                else:
-                    self._complete[unit.start] = unit
-                    self._changed.notify_all()
+            self._end, self._last_error = end, error
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Raise `error` in whoever takes, now and from now on. The first error stays."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def take(self, timeout: float | None = None) -> list[Any]:
+        """The next pieces, some of them, or [] behind the last; blocks up to `timeout` seconds, then NotYet.
+
+        Raises the error of `fail` at once, that of `finish` in its place.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                pieces = self._next()
+                if pieces or self._taken == self._end:
+                    break
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise NotYet
+                self._changed.wait(left)
+            if not pieces and self._last_error is not None:
+                raise self._last_error
+            return pieces
+
+    def _next(self) -> list[Any]:
+        raise NotImplementedError
+
+
+class SliceBuffer(_Buffer):
+    """Slices that are delivered one by one, each with its number; a slice is a place.
+
+    Nothing is kept for a slice but its answer, and no step is taken for each of many that come at once.
+    """
+
+    def __init__(self, ordered: bool) -> None:
+        super().__init__(ordered)
+        self._answers: dict[int, Any] = {}
+
+    def put(self, slices: Iterable[int], answers: Iterable[Any]) -> None:
+        """The answers of slices, each of which is put once."""
+        with self._changed:
+            self._answers.update(zip(slices, answers))
+            if self._answers and (not self._ordered or self._taken in self._answers):
+                self._changed.notify_all()
+
+    def put_back(self, pieces: Sequence[tuple[int, Any]]) -> None:
+        """What was taken, and not delivered: the first of them was no good."""
+        with self._changed:
+            self._answers = dict(pieces[1:]) | self._answers
+            self._taken -= len(pieces)
+
+    def _next(self) -> list[tuple[int, Any]]:
+        """(slice, answer), as many as may be taken."""
+        answers, end = self._answers, self._taken
+        if self._ordered:
+            while end in answers and end - self._taken < TAKE_SLICES:
+                end += 1
+        numbers = range(self._taken, end) if self._ordered else list(islice(answers, TAKE_SLICES))
+        self._taken += len(numbers)
+        return [(number, answers.pop(number)) for number in numbers]
+
+
+class UnitBuffer(_Buffer):
+    """Units between their announcement and their taking; a place is an argument, or a list of a list of lists."""
+
+    def __init__(self, ordered: bool) -> None:
+        super().__init__(ordered)
+        self._open: dict[int, Unit] = {}  # slice -> its unit, while that is not complete
+        self._complete: dict[int, Unit] = {}  # start -> unit, complete and not taken
+
+    def add(self, unit: Unit) -> None:
+        """Announce a unit. One without slices is complete at once."""
+        with self._changed:
+            if unit.slices:
+                self._open.update(dict.fromkeys(unit.slices, unit))
+            else:
+                self._complete[unit.start] = unit
+                self._changed.notify_all()
 
     def put(self, slices: Iterable[int], answers: Iterable[Any]) -> None:
         """The answers of slices. A second one of the same slice is ignored."""
@@ -97,39 +175,6 @@ class ResultBuffer:
             self._complete = {unit.start: unit for unit in others} | self._complete
             self._taken -= sum(unit.span for unit in units)
 
-    def finish(self, end: int, error: BaseException | None = None) -> None:
-        """There are `end` places in all; behind the last of them `error` is raised, if there is one."""
-        with self._changed:
-            self._end, self._last_error = end, error
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        """Raise `error` in whoever takes, now and from now on. The first error stays."""
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
-
-    def take(self, timeout: float | None = None) -> list[Unit]:
-        """The next units, up to 64 of them, or [] behind the last; blocks up to `timeout` seconds, then NotYet.
-
-        Raises the error of `fail` at once, that of `finish` in its place.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
-            while True:
-                if self._error is not None:
-                    raise self._error
-                units = self._next()
-                if units or self._taken == self._end:
-                    break
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise NotYet
-                self._changed.wait(left)
-            if not units and self._last_error is not None:
-                raise self._last_error
-            return units
-
     def _next(self) -> list[Unit]:
         units: list[Unit] = []
         while self._complete and len(units) < TAKE_UNITS:
@@ -151,23 +196,27 @@ class Window:
         self._bytes = 0
         self.closed = False  # read without the lock, too
 
-    def enter(self, weight: int, size: int, timeout: float = 0.0) -> bool:
-        """Take `weight` and `size` bytes of room if they are there, or if nothing else is out.
+    def room(self, weight: int, size: int, timeout: float = 0.0) -> float:
+        """How much weight may enter, of which the first piece has `weight` and `size` bytes; 0 if that has no room.
 
-        Where they are not, block until something changes, `timeout` seconds at most, and
-        look once more. False if there was no room, or if the window is `closed`.
+        There always is for one, if nothing else is out. Where there is none, blocks until something changes,
+        `timeout` seconds at most, and looks once more. 0 if the window is `closed`.
         """
         with self._changed:
-            if not self._fits(weight, size) and timeout and not self.closed:
+            if not (room := self._room(weight, size)) and timeout and not self.closed:
                 self._changed.wait(timeout)
-            if self.closed or not self._fits(weight, size):
-                return False
+                room = self._room(weight, size)
+            return 0 if self.closed else room
+
+    def _room(self, weight: int, size: int) -> float:
+        room = self._limit - self._out if self._bytes + size <= WINDOW_BYTES else 0
+        return room if room >= weight else 0 if self._out else weight
+
+    def enter(self, weight: int, size: int) -> None:
+        """Take room that `room` said is there; only who asked does this, so that it still is."""
+        with self._changed:
             self._out += weight
             self._bytes += size
-            return True
-
-    def _fits(self, weight: int, size: int) -> bool:
-        return not self._out or (self._out + weight <= self._limit and self._bytes + size <= WINDOW_BYTES)
 
     def leave(self, weight: int, size: int) -> None:
         """What was out has been taken."""

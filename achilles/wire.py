@@ -25,7 +25,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import Any, NamedTuple, TypeAlias
 
 from .errors import ProtocolError
@@ -54,6 +54,7 @@ NAME_CHARS = 64  # versions, codes, reasons
 HEX_DIGITS = frozenset("0123456789abcdef")  # lower case alone, so that equal digests are equal texts
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
 BUFFER_BYTES = 256 << 10  # one recv takes up to this much
+DIRECT_BYTES = 64 << 10  # from here on a letter is received where it will stay; less is copied there, many a recv
 LETTER_STEP_BYTES = 4 << 20  # the first piece of memory for a long letter; doubled as it fills
 
 PACKED = 0x01  # status bit of a TASK row
@@ -185,9 +186,7 @@ class Rows:
     and `longs` each long letter as a sequence of buffers to be sent end to end.
     """
 
-    __slots__ = (
-        "attempts", "digests", "job", "lengths", "longs", "pace", "shorts", "slices", "statuses", "table", "_offsets",
-    )
+    __slots__ = ("digests", "job", "longs", "pace", "shorts", "table", "_columns", "_offsets")
 
     def __init__(
         self, job: int, table: bytes, digests: bytes = b"", shorts: bytes = b"",
@@ -199,8 +198,7 @@ class Rows:
         self.shorts = shorts
         self.longs = longs
         self.pace = pace
-        columns = tuple(zip(*ROW.iter_unpack(table))) or ((), (), (), ())
-        self.slices, self.attempts, self.statuses, self.lengths = columns
+        self._columns: tuple[tuple[int, ...], ...] = ()  # of the table, once somebody asks: who passes it on need not
         self._offsets: tuple[list[int], list[int]] | None = None
 
     @classmethod
@@ -228,7 +226,27 @@ class Rows:
         return cls(job, table, b"".join(digests), shorts, [(letter,) for letter, d in zip(letters, digests) if d])
 
     def __len__(self) -> int:
-        return len(self.slices)
+        return len(self.table) // ROW.size
+
+    @property
+    def slices(self) -> tuple[int, ...]:
+        """The number of each slice."""
+        return self._unpacked()[0]
+
+    @property
+    def attempts(self) -> tuple[int, ...]:
+        """Of each slice, how often it was lost before."""
+        return self._unpacked()[1]
+
+    @property
+    def statuses(self) -> tuple[int, ...]:
+        """The status of each row."""
+        return self._unpacked()[2]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Bytes of each letter."""
+        return self._unpacked()[3]
 
     def cut(self, start: int, stop: int) -> Rows:
         """The rows from `start` up to `stop`, with their letters."""
@@ -236,22 +254,31 @@ class Rows:
             return self
         shorts, longs = self._letter_offsets()
         first, last = longs[start], longs[stop]
-        return Rows(
+        rows = Rows(
             self.job, self.table[start * ROW.size : stop * ROW.size],
             self.digests[first * DIGEST_BYTES : last * DIGEST_BYTES],
             self.shorts[shorts[start] : shorts[stop]], self.longs[first:last], self.pace,
         )
+        rows._columns = tuple(column[start:stop] for column in self._columns)
+        return rows
 
     def letters(self) -> Iterator[tuple[bytes, Sequence[Buffer]]]:
         """Each row's letter with its digest, or with b"" where it is short and under the envelope's tag."""
-        view = memoryview(self.shorts)
+        return self._mixed_letters() if self.longs else zip(repeat(b""), zip(self.short_letters()))
+
+    def short_letters(self) -> list[bytes]:
+        """Each row's letter, where none is long."""
+        ends = list(accumulate(self.lengths))
+        return [self.shorts[start:end] for start, end in zip([0, *ends], ends)]
+
+    def _mixed_letters(self) -> Iterator[tuple[bytes, Sequence[Buffer]]]:
         start = long = 0
         for length in self.lengths:
             if length > SHORT_LETTER_BYTES:
                 yield self.digests[long * DIGEST_BYTES : (long + 1) * DIGEST_BYTES], self.longs[long]
                 long += 1
             else:
-                yield b"", (view[start : start + length],)
+                yield b"", (self.shorts[start : start + length],)
                 start += length
 
     def renumbered(self, job: int, pace: int | None = None) -> Rows:
@@ -272,6 +299,11 @@ class Rows:
     def size(self) -> int:
         """Bytes of all letters."""
         return sum(self.lengths)
+
+    def _unpacked(self) -> tuple[tuple[int, ...], ...]:
+        if not self._columns:
+            self._columns = tuple(zip(*ROW.iter_unpack(self.table))) or ((), (), (), ())
+        return self._columns
 
     def _letter_offsets(self) -> tuple[list[int], list[int]]:
         """Where each row's letter begins: in `shorts`, and in `longs`."""
@@ -393,6 +425,7 @@ class FrameReader:
         self._lengths: list[int] = []  # of those that have not come whole, the next one first
         self._letter = bytearray()  # the one that is coming
         self._filled = 0  # how much of it came
+        self._direct = False  # the next bytes go there, not into the buffer
 
     @property
     def at_boundary(self) -> bool:
@@ -401,9 +434,10 @@ class FrameReader:
 
     def space(self) -> memoryview:
         """Where the next bytes belong; release it (or let it go) before `received`."""
-        if self._frame is not None:
+        self._direct = self._start == self._end and self._missing() >= DIRECT_BYTES
+        if self._direct:
             if self._filled == len(self._letter):
-                self._letter.extend(bytes(min(self._lengths[0] - self._filled, max(self._filled, LETTER_STEP_BYTES))))
+                self._grow_letter()
             return memoryview(self._letter)[self._filled :]
         if self._start == self._end:
             self._start = self._end = 0
@@ -414,21 +448,25 @@ class FrameReader:
     def received(self, count: int) -> list[Frame]:
         """The frames that `count` further bytes make whole, in their order."""
         frames: list[Frame] = []
-        if self._frame is None:
-            self._end += count
-        else:
+        if self._direct:
             self._filled += count
+        else:
+            self._end += count
         while self._step(frames):
             pass
         return frames
+
+    def _missing(self) -> int:
+        """Bytes of the letter that is coming which have not come."""
+        return self._lengths[0] - self._filled if self._lengths else 0
 
     def _step(self, frames: list[Frame]) -> bool:
         """Take one thing out of the buffer, an envelope or a piece of a letter; False if nothing is whole."""
         if self._frame is None:
             return self._take_envelope(frames)
-        if self._filled < self._lengths[0] and self._start < self._end:
+        if self._missing() and self._start < self._end:
             self._fill_from_buffer()
-        if self._filled < self._lengths[0]:
+        if self._missing():
             return False
         self._frame.body.longs.append((self._letter,))
         del self._lengths[0]
@@ -472,12 +510,18 @@ class FrameReader:
         return Frame(kind, body), lengths
 
     def _fill_from_buffer(self) -> None:
-        """Move what of the letter came together with its envelope."""
-        stop = min(self._end, self._start + self._lengths[0] - self._filled)
+        """Move what of the letter came into the buffer, with its envelope or because it is short."""
+        stop = min(self._end, self._start + self._missing())
         del self._letter[self._filled :]
         self._letter += memoryview(self._buffer)[self._start : stop]
         self._filled = len(self._letter)
         self._start = stop
+
+    def _grow_letter(self) -> None:
+        """Memory for more of the letter: twice as much as has come, so that a length alone costs nothing."""
+        grown = bytearray(min(self._lengths[0], max(2 * self._filled, LETTER_STEP_BYTES)))
+        grown[: self._filled] = self._letter
+        self._letter = grown
 
     def _make_room(self) -> None:
         """The buffer is full with the beginning of a frame: move it to the front, then grow as bytes come."""

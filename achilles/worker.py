@@ -32,7 +32,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import multiprocess
@@ -170,8 +170,7 @@ class Runner:
             arguments, skipped = load_slice(context, letter)
         except BaseException as error:
             return [_failure(context, error)]
-        function, callback = job.context.loaded[job.function]
-        values, errors = self._call(_wrapped(function, job.call, job.seed), callback, arguments, skipped)
+        values, errors = self._call(_wrapped(job, *job.context.loaded[job.function]), arguments, skipped)
         try:
             self._find_deadly(context, attempt, values)
             return self._dump(context, values, errors)
@@ -185,24 +184,26 @@ class Runner:
         self._status[PHASE] = phase
 
     def _call(
-        self, function: Function, callback: Function | None, arguments: list[Any], skipped: frozenset[int]
+        self, function: Function, arguments: list[Any], skipped: frozenset[int]
     ) -> tuple[list[Any], dict[int, BaseException]]:
         """The values, one a position (None where skipped or raised), and the exceptions by position."""
         values: list[Any] = []
         errors: dict[int, BaseException] = {}
-        status, append = self._status, values.append  # this loop is the cost of a tiny task
+        left: Iterator[tuple[int, Any]] = enumerate(arguments)
+        if skipped:
+            left = filter(lambda pair: pair[0] not in skipped, left)
+        status, append, count = self._status, values.append, len(arguments) - len(skipped)
         status[PHASE] = CALL
-        for position, argument in enumerate(arguments):
-            if position in skipped:
-                append(None)
-                continue
-            status[POSITION] = position
+        while len(values) < count:
             try:
-                value = function(argument)
-                append(value if callback is None else callback(value))
+                for position, argument in left:  # the cost of a tiny task; goes on behind an exception
+                    status[POSITION] = position
+                    append(function(argument))
             except BaseException as error:
                 append(None)
                 errors[position] = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+        for position in sorted(skipped):
+            values.insert(position, None)
         return values, errors
 
     def _find_deadly(self, context: Context, attempt: int, values: list[Any]) -> None:
@@ -282,23 +283,23 @@ class Worker:
             answers = [failure] if failure else runner.attempt(rows.job, number, attempt, digest, letter)
             now = time.monotonic_ns()
             for status, parts in answers:
-                row = ROW.pack(number, attempt, status, letter_length(parts))
-                self._gather(rows.job, row, parts, now - began)
-            if len(answers) > 1:  # who dies between two parts is charged: sent again uncharged, the first came twice
+                self._gather(rows.job, number, attempt, status, parts, now - began)
+            # Who dies between two parts is charged: sent again uncharged, the first came twice. And parts may be
+            # views of a result that the function still holds, and may write to at its next call.
+            if now - self._flushed > FLUSH_NS or len(parts) > 1 or len(answers) > 1:
                 self._flush(rows.job)
             self._status[PHASE] = IDLE
-            # Parts may be views of a result that the function still holds, and may write to at its next call.
-            if now - self._flushed > FLUSH_NS or len(answers[-1][1]) > 1:
-                self._flush(rows.job)
             began = now
         self._flush(rows.job)
 
-    def _gather(self, job: int, row: bytes, parts: Sequence[Buffer], took_ns: int) -> None:
+    def _gather(
+        self, job: int, number: int, attempt: int, status: int, parts: Sequence[Buffer], took_ns: int
+    ) -> None:
         """Put an answer into the next RESULT frame; one that does not fit any more leaves before."""
         length = letter_length(parts)
         if self._size + length > MAX_SHORT_BYTES or len(self._table) == MAX_ROWS:
             self._flush(job)
-        self._table.append(row)
+        self._table.append(ROW.pack(number, attempt, status, length))
         self._size += length
         self._slowest_ns = max(self._slowest_ns, took_ns)
         if length > SHORT_LETTER_BYTES:
@@ -349,11 +350,17 @@ def main(
         Worker(sock, status, letter_limit, node).serve()
 
 
-def _wrapped(function: Function, call: str | None, seed: int | None) -> Function:
+def _wrapped(job: _Job, function: Function, callback: Function | None) -> Function:
     """As it is called with an argument as that travels: PROTOCOL.md, section 6."""
-    if call in _CALLS:
-        function = functools.partial(_CALLS[call], function)
-    return function if seed is None else functools.partial(_call_seeded, function, seed)
+    if job.call in _CALLS:
+        function = functools.partial(_CALLS[job.call], function)
+    if job.seed is not None:
+        function = functools.partial(_call_seeded, function, job.seed)
+    return function if callback is None else functools.partial(_call_back, function, callback)
+
+
+def _call_back(function: Function, callback: Function, x: Any) -> Any:
+    return callback(function(x))
 
 
 def _call_star(function: Callable[..., Any], x: Any) -> Any:

@@ -4,14 +4,14 @@ import threading
 
 import pytest
 
-from achilles.results import WINDOW_BYTES, ResultBuffer, Unit, Window
+from achilles.results import WINDOW_BYTES, SliceBuffer, Unit, UnitBuffer, Window
 
 
 def buffer(ordered, *sizes):
     """A buffer with units of so many slices of one argument each."""
-    buf, start = ResultBuffer(ordered), 0
+    buf, start = UnitBuffer(ordered), 0
     for size in sizes:
-        buf.add([Unit(start, size, range(start, start + size))])
+        buf.add(Unit(start, size, range(start, start + size)))
         start += size
     buf.finish(start)
     return buf
@@ -66,9 +66,9 @@ def test_an_answer_that_was_no_good_is_waited_for_again():
 
 
 def test_a_unit_without_slices_keeps_its_place():
-    buf = ResultBuffer(True)
-    buf.add([Unit(0, 1, range(0, 1))])
-    buf.add([Unit(1, 1, range(0))])
+    buf = UnitBuffer(True)
+    buf.add(Unit(0, 1, range(0, 1)))
+    buf.add(Unit(1, 1, range(0)))
     buf.finish(2)
     with pytest.raises(TimeoutError):
         buf.take(0)
@@ -81,8 +81,8 @@ def test_nothing_at_all_ends_at_once():
 
 
 def test_the_iterables_own_error_comes_in_its_place():
-    buf = ResultBuffer(True)
-    buf.add([Unit(0, 1, range(1))])
+    buf = UnitBuffer(True)
+    buf.add(Unit(0, 1, range(1)))
     buf.finish(1, KeyError("mine"))
     buf.put([0], ["a"])
     assert [unit.answers for unit in buf.take(0)] == [{0: "a"}]
@@ -105,32 +105,77 @@ def test_take_is_woken():
     assert [unit.answers for unit in buf.take(30)] == [{0: "a"}]
 
 
+def entered(window, weight, size, timeout=0.0):
+    """Whether there was room for so much, which is taken then."""
+    room = window.room(weight, size, timeout) >= weight
+    if room:
+        window.enter(weight, size)
+    return room
+
+
+def test_slices_come_in_their_order_as_many_as_there_are():
+    buf = SliceBuffer(True)
+    buf.put([1, 2, 4], "bce")
+    with pytest.raises(TimeoutError):
+        buf.take(0)
+    buf.put([0], "a")
+    assert buf.take(0) == [(0, "a"), (1, "b"), (2, "c")]
+    buf.put([3], "d")
+    buf.finish(5, KeyError("behind the last"))
+    assert buf.take(0) == [(3, "d"), (4, "e")]
+    with pytest.raises(KeyError):
+        buf.take(0)
+
+
+def test_slices_come_as_they_are_answered():
+    buf = SliceBuffer(False)
+    buf.put([2], "c")
+    assert buf.take(0) == [(2, "c")]
+    buf.put([1, 0], "ba")
+    buf.finish(3)
+    assert buf.take(0) == [(1, "b"), (0, "a")]
+    assert buf.take(0) == []
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_slices_that_were_not_delivered_come_again_but_for_the_bad_one(ordered):
+    buf = SliceBuffer(ordered)
+    buf.put([0, 1], ["bad", "b"])
+    buf.put_back(buf.take(0))
+    buf.put([0], ["good"])
+    buf.finish(2)
+    assert sorted(buf.take(0)) == [(0, "good"), (1, "b")]
+    assert buf.take(0) == []
+
+
 def test_the_window_counts_weight_and_bytes():
     window = Window(2)
-    assert window.enter(1, 0) and window.enter(1, 0) and not window.enter(1, 0)
+    assert window.room(1, 0) == 2
+    assert entered(window, 1, 0) and entered(window, 1, 0) and not entered(window, 1, 0)
     window.leave(1, 0)
-    assert window.enter(1, WINDOW_BYTES)
+    assert entered(window, 1, WINDOW_BYTES)
     window.leave(1, 0)
-    assert not window.enter(1, 1)
+    assert not entered(window, 1, 1)
 
 
 def test_one_may_always_go_when_nothing_is_out():
     window = Window(2)
-    assert window.enter(5, 2 * WINDOW_BYTES)
-    assert not window.enter(1, 0)
+    assert window.room(5, 2 * WINDOW_BYTES) == 5
+    window.enter(5, 2 * WINDOW_BYTES)
+    assert not entered(window, 1, 0)
 
 
 def test_a_lifted_window_has_no_end():
     window = Window(1)
-    assert window.enter(1, 0) and not window.enter(1, 0)
+    assert entered(window, 1, 0) and not entered(window, 1, 0)
     window.resize(float("inf"))
-    assert all(window.enter(1, 0) for _ in range(1000))
+    assert all(entered(window, 1, 0) for _ in range(1000))
 
 
 def test_whoever_waits_is_woken_by_leave_and_by_close():
     window = Window(1)
     window.enter(1, 0)
     threading.Timer(0.02, window.leave, (1, 0)).start()
-    assert window.enter(1, 0, 30)
+    assert entered(window, 1, 0, 30)
     threading.Timer(0.02, window.close).start()
-    assert not window.enter(1, 0, 30) and window.closed
+    assert not entered(window, 1, 0, 30) and window.closed
