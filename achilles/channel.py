@@ -5,18 +5,21 @@ It is driven in one of two ways, by the same methods:
 
 ::
 
-              any thread                    writer thread, or the loop's turn
+              any thread                    who pushes, the writer thread, or the loop's turn
     send ───▶ outbox (ahead │ queue) ─flush─▶ encode, tag ─sendmsg─▶ socket
                                        reader thread, or the loop's turn
     frames ◀── FrameReader ◀─ check ◀─receive── recv_into ◀──────────┘
 
 - *Threads* (server, controller): `start_writer()`, and one thread calls `run(handle)`.
-  The socket has a timeout of a second, so that both look up from it.
+  The socket has a timeout of a second, so that both look up from it. Who has queued
+  frames may `push` them: a few quick ones leave at once, without a switch of threads.
 - *A loop* (node, and its end of each worker's socket pair): the socket does not
   block; the loop calls `receive()` and `flush()` when the selector says so, and `tick()`.
 
-One lock, `_ready`'s, guards the outbox and the closing flags, and is held for no
-system call. `_parts` is the writer's own, `_reader` the reader's. Rows of the same
+`_ready`'s lock guards the outbox and the closing flags, and is held for no system
+call. `_writing` is held by whoever writes, between threads, and guards `_parts`,
+the tagger and the descriptor; nobody but the writer thread waits for it. `_reader`
+is the reader's own. Rows of the same
 kind and job that wait at the end of the outbox leave as one frame: this is what
 makes few frames of many slices (PROTOCOL.md, sections 7 and 9).
 """
@@ -56,6 +59,7 @@ FUNCTIONS_BYTES = 256 << 20  # functions kept by a receiver although no job uses
 WRITE_BYTES = 256 << 10  # frames gathered for one sendmsg: beyond, an urgent one would wait
 PYTHON = ".".join(platform.python_version_tuple()[:2])  # code travels within a minor version alone
 FULL = (0, 0, 0)  # an entry of the outbox that takes no further rows
+PUSH_BYTES = 64 << 10  # at most are written by who pushes them: more take longer than a switch of threads
 WRITE_PARTS = 512  # well under IOV_MAX (1,024 on Linux, 16 at the least by POSIX: then sendmsg is called again)
 
 log = logging.getLogger(__name__)
@@ -72,9 +76,10 @@ class Channel:
         self.name = ""  # in the log; the role gives it
         self.last_heard = self.last_written = time.monotonic()
         checker = auth.Checker(keys[1]).check if keys else None
-        self._tagger = auth.Tagger(keys[0]) if keys else None  # the writer's own
+        self._writing = threading.Lock()  # held by who writes; guards the next two
+        self._tagger = auth.Tagger(keys[0]) if keys else None
         self._reader = FrameReader(link, checker, letter_limit)  # the reader's own
-        self._parts: list[memoryview] = []  # encoded and not written yet; the writer's own
+        self._parts: list[memoryview] = []  # encoded and not written yet
         self._ready = threading.Condition(threading.Lock())  # guards all below
         self._ahead: deque[tuple[Kind, dict[str, Any]]] = deque()  # PING, CANCEL, RECALL
         self._queue: deque[tuple[Kind, dict[str, Any] | list[Rows]]] = deque()
@@ -86,8 +91,11 @@ class Channel:
 
     # The outbox: any thread.
 
-    def send(self, kind: Kind, body: dict[str, Any] | Rows) -> None:
-        """Queue a frame behind the others. Never blocks; after `finish` or `abort` it is dropped."""
+    def send(self, kind: Kind, body: dict[str, Any] | Rows, *, wake: bool = True) -> None:
+        """Queue a frame behind the others. Never blocks; after `finish` or `abort` it is dropped.
+
+        Without `wake` the writer thread is not told, because `push` will be called.
+        """
         with self._ready:
             if self._finishing or self._closed:
                 return
@@ -95,7 +103,28 @@ class Channel:
                 self._append_rows(kind, body)
             else:
                 self._queue.append((kind, body))
-            self._ready.notify()
+            if wake:
+                self._ready.notify()
+
+    def push(self) -> None:
+        """Write in this thread what is queued, if it is little and the socket takes it at once.
+
+        The rest is the writer thread's. Never blocks. Any thread, with no lock of its own that a writer needs.
+        """
+        if hasattr(os, "writev") and self._writing.acquire(blocking=False):  # not on Windows
+            try:
+                if not self._parts:
+                    self._gather()
+                if 0 < sum(map(len, self._parts)) <= PUSH_BYTES and not self._closed:
+                    _advance(self._parts, os.writev(self.socket.fileno(), self._parts))
+                    self.last_written = time.monotonic()
+            except OSError:  # full, or gone: the writer sees the same, and knows what to do
+                pass
+            finally:
+                self._writing.release()
+        if self.wants_write:
+            with self._ready:
+                self._ready.notify()
 
     def send_ahead(self, kind: Kind, body: dict[str, Any]) -> None:
         """Queue a frame before all that are not in writing yet."""
@@ -145,7 +174,10 @@ class Channel:
         self.abort()
         if self._writer is not None:
             self._writer.join(GOODBYE_SECONDS)
+        held = self._writing.acquire(timeout=GOODBYE_SECONDS)  # a descriptor that is closed may be another's at once
         self.socket.close()
+        if held:
+            self._writing.release()
 
     # The writer.
 
@@ -182,7 +214,8 @@ class Channel:
     def _write_loop(self) -> None:
         try:
             while self._wait_for_work():
-                self.flush()
+                with self._writing:
+                    self.flush()
         except OSError as e:  # the reader's socket ends, too, but first it reads why: an ERROR, a BYE
             log.debug("%s: writing ended: %s", self.name, e)
             with self._ready:
@@ -197,8 +230,11 @@ class Channel:
             while not self.wants_write:
                 if self._closed or self._finishing:
                     return False
-                if not self._ready.wait(HEARTBEAT_SECONDS):
+                quiet = time.monotonic() - self.last_written
+                if quiet >= HEARTBEAT_SECONDS:
                     self._ahead.append((Kind.PING, {}))
+                else:
+                    self._ready.wait(HEARTBEAT_SECONDS - quiet)
             return not self._closed
 
     def _gather(self) -> None:
@@ -263,8 +299,10 @@ class Channel:
                 log.debug("%s < %s", self.name, wire.describe(*frame))
         return frames
 
-    def run(self, handle: Callable[[Frame], object]) -> str:
+    def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = bool) -> str:
         """Read frames and hand each to `handle` until the connection ends; returns why, in a few words.
+
+        `done` is called when those that came together are handled: time to push what they gave rise to.
 
         A ProtocolError (the reader's, or one that `handle` raises) is told to the
         peer as ERROR; after a wrong tag nothing is said. The connection is aborted then.
@@ -276,6 +314,7 @@ class Channel:
                     return "end of file"
                 for frame in frames:
                     handle(frame)
+                done()
             return "closed"
         except ProtocolError as e:
             self.send(Kind.ERROR, {"code": "protocol", "message": str(e)[: wire.TEXT_CHARS]})

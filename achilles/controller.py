@@ -121,6 +121,7 @@ class Controller:
             self._jobs[number] = job
             self._declare(job, resumed=False)
         job.start()
+        self.push()
         return job
 
     def end(self, job: Job, cancel: bool = False) -> None:
@@ -133,22 +134,24 @@ class Controller:
                     self._channel.drop_tasks(job.number)
                     self._channel.send_ahead(Kind.CANCEL, {"job": job.number})
             if known:
-                self.post(Kind.END, {"job": job.number})
+                self.post(Kind.END, {"job": job.number}, wake=True)  # nobody waits: it may go with the next job
                 for function in (job.function, job.initializer):
                     for digest in self._sent.release(function.digest) if function else ():
-                        self.post(Kind.FORGET, {"function": digest.hex()})
+                        self.post(Kind.FORGET, {"function": digest.hex()}, wake=True)
         job.stop()
 
     def close_context(self, context: bytes) -> None:
         """Let the workers drop a context and all that they loaded in it."""
         with self.lock:
             self.post(Kind.CLOSE, {"context": context.hex()})
+        self.push()
 
     def status(self) -> dict[str, Any]:
         """Nodes, jobs and server as plain dicts, from the server; blocks 10 s at most."""
         with self.lock:
             self._status = None
             self.post(Kind.STATUS, {})
+        self.push()
         self._wait_until(lambda: self._status is not None, "an answer")
         return self._status or {}
 
@@ -156,6 +159,7 @@ class Controller:
         """End every node and the server; returns when the server has said so, after 10 s at most."""
         with self.lock:
             self.post(Kind.KILL, {})
+        self.push()
         try:
             self._wait_until(lambda: False, "its goodbye")
         except ClusterKilled:
@@ -178,10 +182,16 @@ class Controller:
 
     # What a Job needs of its link.
 
-    def post(self, kind: Kind, body: dict[str, Any] | Rows) -> None:
-        """Send on the connection there is, if there is one. Needs `lock`."""
+    def post(self, kind: Kind, body: dict[str, Any] | Rows, *, wake: bool = False) -> None:
+        """Queue for the connection there is, if there is one; `push` sends, or with `wake` the writer. Needs `lock`."""
         if self._channel is not None:
-            self._channel.send(kind, body)
+            self._channel.send(kind, body, wake=wake)
+
+    def push(self) -> None:
+        """Send what was posted. Without `lock`."""
+        link = self._channel
+        if link is not None:
+            link.push()
 
     @property
     def connected(self) -> bool:

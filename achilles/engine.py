@@ -93,6 +93,9 @@ class Engine:
 
     # What a Job needs of its link.
 
+    def push(self) -> None:
+        """What was posted is with the engine's thread already."""
+
     def post(self, kind: Kind, body: dict[str, Any] | Rows) -> None:
         """TASK and FLUSH are the scheduler's; there is nobody to tell anything else."""
         if isinstance(body, Rows):

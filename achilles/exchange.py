@@ -11,7 +11,7 @@ no letter but functions', to hash them: it keeps them under their digests.
 
 Called by the thread of each connection. One lock guards everything here and in the scheduler. It
 is held while the actions of an event are queued, so that their order is the scheduler's; under it
-nobody waits for a peer: a frame is queued, not sent.
+nobody waits for a peer: a frame is queued, and pushed after it.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Exchange:
         self._jobs: dict[int, _Job] = {}  # by the server's numbers
         self._counts: Counter[bytes | str] = Counter()  # numbers given: to nodes, controllers, jobs
         self._goodbye = ""  # the reason of the last BYE, once the server ends
+        self._unsent: set[Channel] = set()  # that frames were queued for since the last push
 
     def enter(self, peer: Peer, most: int) -> None:
         """A client has authenticated. If there are `most` already, it is told so, and let go."""
@@ -127,6 +128,14 @@ class Exchange:
                 self._end(job)
             if peer.role == auth.CONTROLLER:
                 self._close_contexts(peer, list(peer.contexts))
+        self.push()
+
+    def push(self) -> None:
+        """Write what was queued since the last time, by whomever; the writers do what does not go at once."""
+        with self._lock:
+            unsent, self._unsent = self._unsent, set()
+        for link in unsent:
+            link.push()
 
     def say_goodbye(self, reason: str) -> list[Peer]:
         """BYE to all who are here, and from now on to all who come; returns who is here."""
@@ -149,7 +158,7 @@ class Exchange:
         peer.channel.name = f"{'node' if peer.role == auth.NODE else 'controller'} {peer.id} at {peer.address}"
         hello = channel.hello()
         connections = sum(each.id >= 0 for each in self._peers)
-        peer.channel.send(Kind.HELLO, hello | {"client_id": peer.id, "connections": connections})
+        self._send(peer.channel, Kind.HELLO, hello | {"client_id": peer.id, "connections": connections})
         log.info("%s joined: user %r, Python %s", peer.channel.name, peer.user, peer.python)
         if self._goodbye:
             peer.channel.finish(self._goodbye)
@@ -167,7 +176,7 @@ class Exchange:
             accepted, actions = self._scheduler.answer(node.id, body.job, body)
             job = self._jobs.get(body.job)
             if accepted is not None and job is not None:
-                job.owner.channel.send(Kind.RESULT, accepted.renumbered(job.body["job"]))
+                self._send(job.owner.channel, Kind.RESULT, accepted.renumbered(job.body["job"]))
             self._carry_out(actions)
         elif kind is Kind.RETURNED:
             self._carry_out(self._scheduler.returned(node.id, body.job, body.slices))
@@ -195,7 +204,7 @@ class Exchange:
         elif kind is Kind.CLOSE:
             self._close_contexts(peer, [body["context"]])
         elif kind is Kind.STATUS:
-            peer.channel.send(Kind.STATUS, self._status())
+            self._send(peer.channel, Kind.STATUS, self._status())
         elif kind is Kind.KILL:
             log.info("%s ends the cluster", peer.channel.name)
             self._kill()
@@ -247,7 +256,12 @@ class Exchange:
             for node in self._nodes.values():
                 if context in node.contexts:
                     node.contexts.discard(context)
-                    node.channel.send(Kind.CLOSE, {"context": context})
+                    self._send(node.channel, Kind.CLOSE, {"context": context})
+
+    def _send(self, link: Channel, kind: Kind, body: dict[str, Any] | Rows) -> None:
+        """Queue a frame, which `push` writes when all that this event gives rise to is queued."""
+        link.send(kind, body, wake=False)
+        self._unsent.add(link)
 
     # From actions to frames.
 
@@ -259,12 +273,12 @@ class Exchange:
                 if action.first:
                     self._tell(node, job)
                 for rows in action.rows:
-                    node.channel.send(Kind.TASK, rows)
+                    self._send(node.channel, Kind.TASK, rows)
             elif isinstance(action, Announce):
                 for start in range(0, len(action.packets), wire.MAX_ROWS):
                     packets = action.packets[start : start + wire.MAX_ROWS]
                     table = b"".join([wire.ROW.pack(first, count, 0, 0) for first, count in packets])
-                    job.owner.channel.send(Kind.PACKET, Rows(job.body["job"], table))
+                    self._send(job.owner.channel, Kind.PACKET, Rows(job.body["job"], table))
             elif isinstance(action, Recall):
                 self._nodes[action.node].channel.send_ahead(Kind.RECALL, {"job": job.number, "number": action.number})
             elif isinstance(action, Cancel):
@@ -275,21 +289,21 @@ class Exchange:
             elif isinstance(action, Dead):
                 note = b'{"position":-1,"phase":"node","lost":%d}' % action.lost
                 rows = Rows.single(job.body["job"], action.slice, action.attempt, Status.DIED, (note,))
-                job.owner.channel.send(Kind.RESULT, rows)
+                self._send(job.owner.channel, Kind.RESULT, rows)
 
     def _tell(self, node: Peer, job: _Job) -> None:
         """Declare a job to a node, after the functions that it has not."""
         for digest, letter in job.functions.items():
             if node.sent.use(digest, sum(map(len, letter))):
-                node.channel.send(Kind.FUNCTION, Rows.single(0, 0, 0, 0, letter, digest))
+                self._send(node.channel, Kind.FUNCTION, Rows.single(0, 0, 0, 0, letter, digest))
         node.contexts.add(job.body["context"])
-        node.channel.send(Kind.JOB, job.body | {"job": job.number})
+        self._send(node.channel, Kind.JOB, job.body | {"job": job.number})
 
     def _tell_end(self, node: Peer, job: _Job) -> None:
-        node.channel.send(Kind.END, {"job": job.number})
+        self._send(node.channel, Kind.END, {"job": job.number})
         for digest in job.functions:
             for dropped in node.sent.release(digest):
-                node.channel.send(Kind.FORGET, {"function": dropped.hex()})
+                self._send(node.channel, Kind.FORGET, {"function": dropped.hex()})
 
     def _announce_cluster(self) -> None:
         for peer in self._peers:
@@ -301,7 +315,7 @@ class Exchange:
         limits = [node.hello.get("letter_limit") or wire.LETTER_LIMIT_BYTES for node in self._nodes.values()]
         pythons = self._scheduler.pythons()
         body = {"nodes": sum(pythons.values()), "workers": workers, "largest": largest, "pythons": pythons}
-        controller.channel.send(Kind.CLUSTER, body | {"letter_limit": min([*limits, wire.LETTER_LIMIT_BYTES])})
+        self._send(controller.channel, Kind.CLUSTER, body | {"letter_limit": min([*limits, wire.LETTER_LIMIT_BYTES])})
 
     def _status(self) -> dict[str, Any]:
         nodes = [

@@ -67,7 +67,10 @@ class Link(Protocol):
     letter_limit: int
 
     def post(self, kind: Kind, body: dict[str, Any] | Rows) -> None:
-        """Send, or drop where there is no connection: the job is declared anew then. Needs `lock`."""
+        """Queue, or drop where there is no connection: the job is declared anew then. Needs `lock`."""
+
+    def push(self) -> None:
+        """Send what was posted. Without `lock`."""
 
     def check_size(self, what: str, size: int) -> None:
         """LetterTooLarge if `what`, of `size` bytes, is over the limit."""
@@ -424,15 +427,18 @@ class Job:
         trouble = self._trouble(number)
         with self.link.lock:
             self._waiting.add(number)
-            if self._left(number):
+            left = self._left(number)
+            if left:
                 if skip:
                     slice_ = self.slices[number]
                     self.slices[number] = slice_.with_letter(join(payload.with_skips([slice_.letter], trouble.lost)))
                 trouble.attempt += 1
                 trouble.parts = []
                 self._post(Kind.TASK, self._rows([number]))
-                return
-        self._put([number], [()])
+        if left:
+            self.link.push()
+        else:
+            self._put([number], [()])
 
     # What the Feeder needs of its job.
 
@@ -448,6 +454,7 @@ class Job:
                 self.buffer.add(Unit(place, 1, numbers))
             for start, stop in _frames(batch):
                 self._post(Kind.TASK, self._rows(numbers[start:stop]))
+        self.link.push()
 
     def flush(self) -> None:
         """Packets need not be full up to here."""
@@ -455,6 +462,7 @@ class Job:
             if self._packed < self._next and self._flushed < self._next and not (self._flat or self._lists):
                 self._flushed = self._next
                 self._post(Kind.FLUSH, {"job": self.number, "upto": self._next})
+        self.link.push()
 
     def flush_if_stuck(self) -> None:
         """The window is full: if what is out makes no packet, and will never make a full one, that need not be full."""
@@ -499,7 +507,7 @@ class Job:
         self.link.check_size(what, size)
 
     def _post(self, kind: Kind, body: dict[str, Any] | Rows) -> None:
-        """Send, unless the job is over. Needs `link.lock`."""
+        """Queue, unless the job is over; `link.push` sends. Needs `link.lock`."""
         if not self.ended:
             self.link.post(kind, body)
 

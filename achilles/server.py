@@ -212,7 +212,7 @@ class Server(socketserver.ThreadingTCPServer):
         link.start_writer()
         self._exchange.enter(peer, _most_connections())
         try:
-            why = link.run(lambda frame: self._exchange.handle(peer, frame))
+            why = link.run(lambda frame: self._exchange.handle(peer, frame), self._exchange.push)
         finally:
             self._exchange.leave(peer)
             link.close()

@@ -27,7 +27,10 @@ class FakeChannel:
         self.dropped = []
         self.finished = False
 
-    def send(self, kind, body):
+    def push(self):
+        pass
+
+    def send(self, kind, body, wake=True):
         if not self.finished:
             wire.decode(kind, len(body) if isinstance(body, Rows) else 0, wire.encode(kind, body)[1])
             self.said.append((kind, body))

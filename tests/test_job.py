@@ -32,6 +32,9 @@ class Link:
         self.context = payload.Context(caller=False)
         self.changed = threading.Condition()
 
+    def push(self):
+        pass
+
     def post(self, kind, body):
         assert self.lock.locked()
         with self.changed:
