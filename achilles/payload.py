@@ -163,6 +163,8 @@ class Context:
 
     def _dump(self, value: Any, prefix: bytes, what: str | None, plain: bool = True) -> list[Buffer]:
         if type(value) is list and len(value) <= FEW_ITEMS and set(map(type, value)) <= ATOMS:
+            if len(value) == 1 and type(value[0]) is bytes and len(value[0]) > JOINED_BYTES:
+                return [_dump_behind(prefix + b"\0", value)]
             return _letter(PLAIN, prefix, pickle.dumps(value, PROTOCOL), ())
         buffers = _Buffers()
         try:
@@ -509,6 +511,14 @@ def _letter(form: int, prefix: bytes, data: Buffer, buffers: Sequence[memoryview
         parts += [bytes(padding), view] if padding else [view]
         at += padding + view.nbytes
     return parts
+
+
+def _dump_behind(prefix: bytes, value: Any) -> Buffer:
+    """A plain letter of large bytes: copied once, by the file that both are written to, and not once more to join."""
+    file = io.BytesIO()
+    file.write(prefix)
+    pickle.Pickler(file, PROTOCOL).dump(value)
+    return file.getvalue()
 
 
 def _padding(at: int) -> int:
