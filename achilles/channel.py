@@ -48,6 +48,7 @@ __all__ = [
 
 HEARTBEAT_SECONDS = 5.0  # a quarter of the silence: three may be lost
 SILENCE_SECONDS = 20.0  # longer than a garbage collection, a suspended laptop's lid or a route's flap
+TRICKLE_BYTES = 1024  # in the middle of a frame fewer than this in SILENCE_SECONDS are silence: heartbeats are 168
 GOODBYE_SECONDS = 2.0  # how long a closing side reads on after it has shut down writing
 TICK_SECONDS = 1.0  # how often a blocked thread looks up from its socket
 CONNECT_SECONDS = 10.0  # for the connection and the handshake together
@@ -74,6 +75,7 @@ class Channel:
         checker = auth.Checker(keys[1]).check if keys else None
         self._tagger = auth.Tagger(keys[0]) if keys else None  # the writer's own
         self._reader = FrameReader(link, checker, letter_limit)  # the reader's own
+        self._trickled = 0  # bytes since last_heard; the reader's own
         self._parts: list[memoryview] = []  # encoded and not written yet; the writer's own
         self._ready = threading.Condition(threading.Lock())  # guards all below
         self._ahead: deque[tuple[Kind, dict[str, Any]]] = deque()  # PING, CANCEL, RECALL
@@ -256,12 +258,19 @@ class Channel:
             return []
         if not count:
             return None
-        self.last_heard = time.monotonic()
         frames = self._reader.received(count)
+        self._hear(count)
         if log.isEnabledFor(logging.DEBUG):
             for frame in frames:
                 log.debug("%s < %s", self.name, wire.describe(*frame))
         return frames
+
+    def _hear(self, count: int) -> None:
+        """Bytes came: a sign of life, unless they may be heartbeats that a length altered on the way swallows."""
+        self._trickled += count
+        if self._reader.at_boundary or self._trickled >= TRICKLE_BYTES:
+            self._trickled = 0
+            self.last_heard = time.monotonic()
 
     def run(self, handle: Callable[[Frame], object]) -> str:
         """Read frames and hand each to `handle` until the connection ends; returns why, in a few words.
