@@ -365,6 +365,33 @@ def altered_function(bench: Bench) -> None:
         assert proxy.accepted == 2, proxy.accepted
 
 
+# Heads of frames with one row and a short envelope: kind, flags, count, and a length under 65,536.
+TASK_HEAD, RESULT_HEAD = b"\x09\x00\x00\x01\x00\x00", b"\x0c\x00\x00\x01\x00\x00"
+
+
+@fault(6, "one bit of a frame's length is turned, idle after it")
+def altered_length(bench: Bench) -> None:
+    """Its receiver waits for a mebibyte that never comes; heartbeats that fill it are no sign of life.
+
+    On each link and each way at the same time, each with a cluster of its own, whose one task is all that goes there.
+    """
+    began, calls = time.monotonic(), []
+    for at_node, up in ((False, True), (False, False), (True, True), (True, False)):
+        cluster, oracle = bench.cluster(), bench.oracle()
+        proxy = bench.proxy(cluster.port)
+        cluster.start_node(1, *(["--port", str(proxy.port)] if at_node else []))
+        rule = proxy.up if up else proxy.down
+        rule.spoil, rule.place, rule.bit = TASK_HEAD if at_node is not up else RESULT_HEAD, 5, 0x10
+        rule.times = 1
+        port = {} if at_node else {"port": proxy.port}
+        calls.append((bench.call(cluster, "map", Work(oracle.path), range(1), **port), oracle, proxy, rule))
+    for call, oracle, proxy, rule in calls:
+        oracle.check(call.result(SILENCE_SECONDS + SLACK_SECONDS + 5), 1, repeats=1)
+        assert not rule.times, "nothing was altered"
+        assert proxy.accepted == 2, f"{proxy.accepted} connections"
+        bench.note(recover=time.monotonic() - began, repeated=oracle.repeated())
+
+
 # Cuts at each byte of a session.
 
 

@@ -36,7 +36,9 @@ class Rule:
     held: bool = False  # nothing is forwarded; what comes is kept
     reset: bool = False  # a cut is a reset, and no end of file
     spoil: bytes = b""  # where this comes by, one bit of it is turned ...
-    times: int = 0  # ... so often
+    times: int = 0  # ... so often ...
+    place: int = 0  # ... in this byte of it ...
+    bit: int = 1  # ... this one
 
 
 @dataclass
@@ -63,7 +65,8 @@ class _Way:
             data = self.source.recv(SOCKET_BYTES)
             if self.rule.times and (at := data.find(self.rule.spoil)) >= 0:
                 self.rule.times -= 1
-                data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+                at += self.rule.place
+                data = data[:at] + bytes([data[at] ^ self.rule.bit]) + data[at + 1 :]
             if data:
                 self.queue.append((time.monotonic() + self.rule.delay, memoryview(data)))
                 self.waiting += len(data)
