@@ -362,9 +362,8 @@ def connect(
                 ) from None
             if isinstance(e, ProtocolError):
                 raise ProtocolError(f"{host}:{port}: {e}") from None
-            if time.monotonic() + RETRY_SECONDS > deadline:
+            if not _pause(deadline):
                 raise ServerUnreachable(f"{host}:{port} accepts connections but does not answer: {e}") from e
-            threading.Event().wait(RETRY_SECONDS * (0.5 + random.random()))
             continue
         sock.settimeout(TICK_SECONDS)
         link = "SC" if role == auth.CONTROLLER else "SN"
@@ -401,12 +400,23 @@ def receive_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
 
 
 def _open(host: str, port: int, deadline: float) -> socket.socket:
-    try:
-        sock = socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001))
-    except OSError as e:
-        raise ServerUnreachable(f"no achilles server answers at {host}:{port} ({_reason(e)})") from e
-    set_options(sock)
-    return sock
+    while True:
+        try:
+            sock = socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001))
+        except OSError as e:
+            if isinstance(e, ConnectionResetError) and _pause(deadline):  # it was accepted, and lost at once
+                continue
+            raise ServerUnreachable(f"no achilles server answers at {host}:{port} ({_reason(e)})") from e
+        set_options(sock)
+        return sock
+
+
+def _pause(deadline: float) -> bool:
+    """Wait before another try; False if there is no time for one."""
+    if time.monotonic() + RETRY_SECONDS > deadline:
+        return False
+    threading.Event().wait(RETRY_SECONDS * (0.5 + random.random()))
+    return True
 
 
 def set_options(sock: socket.socket) -> None:

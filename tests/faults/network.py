@@ -1,8 +1,7 @@
-"""The network: quiet failures, slow links, small pieces, and cuts at each byte."""
+"""The network: quiet failures, slow links, small pieces, and bytes that are altered on the way."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 from cluster import SECRET, USER, Cluster, Process
 from conftest import wait_until
 
-from achilles import LetterAltered, ServerUnreachable, config
+from achilles import LetterAltered, config
 from achilles.controller import Controller
 
 from .bench import Bench, Call, fault
 from .netns import Link
-from .oracle import Oracle
-from .proxy import Proxy
 from .work import Work, echo, length
 
 SILENCE_SECONDS = 20.0
@@ -390,92 +387,3 @@ def altered_length(bench: Bench) -> None:
         assert not rule.times, "nothing was altered"
         assert proxy.accepted == 2, f"{proxy.accepted} connections"
         bench.note(recover=time.monotonic() - began, repeated=oracle.repeated())
-
-
-# Cuts at each byte of a session.
-
-
-def _session(cluster: Cluster, oracle: Oracle, port: int) -> Call:
-    return Call("imap", Work(oracle.path), range(12), chunksize=2, **cluster.address | {"port": port})
-
-
-def _cut_everywhere(bench: Bench, limit: int, threads: int = 4) -> None:
-    """A caller's first connection ends after n bytes, up or down, for each n that a whole session has.
-
-    Where that is before the server's first word, the caller may be told so at once.
-    """
-    cluster = bench.cluster(1)
-    with Proxy(cluster.port) as proxy:
-        _session(cluster, bench.oracle(), proxy.port).result()
-        wait_until(lambda: not proxy.open, "the end of the session")
-        totals = proxy.passed
-    points = [(way, n) for way in (0, 1) for n in range(totals[way] + 1)]
-    bench.rng.shuffle(points)
-    points, refused, repeats = points[:limit], [], []
-    errors: list[str] = []
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                if not points or errors:
-                    return
-                way, n = points.pop()
-                oracle = bench.oracle()
-            try:
-                _cut_at(cluster, oracle, way, n, refused, repeats)
-            except BaseException as e:
-                errors.append(f"cut {('up', 'down')[way]} after {n} bytes: {type(e).__name__}: {e}")
-
-    crew = [threading.Thread(target=work, name="cutter") for _ in range(threads)]
-    for thread in crew:
-        thread.start()
-    for thread in crew:
-        thread.join()
-    assert not errors, errors
-    bench.note(remark=f"{len(repeats)} of {sum(totals) + 2} places, {len(refused)} before the server's first word")
-    for count in repeats:
-        bench.note(repeated=count)
-
-
-def _cut_at(
-    cluster: Cluster, oracle: Oracle, way: int, n: int, refused: list[int], repeats: list[int]
-) -> None:
-    with Proxy(cluster.port) as proxy:
-        proxy.once = True
-        rule = (proxy.up, proxy.down)[way]
-        rule.cut_after, rule.reset = n, n % 2 == 0
-        call = _session(cluster, oracle, proxy.port)
-        try:
-            oracle.check(call.result(30), 12, repeats=12)
-        except ServerUnreachable as e:
-            if "lost the server" in str(e) or call.found:
-                raise
-            refused.append(n)
-        repeats.append(oracle.repeated())
-
-
-@fault(6, "caller cut after the n-th byte, each n", short=True)
-def cut_caller(bench: Bench) -> None:
-    _cut_everywhere(bench, 40 if bench.short else 1 << 20)
-
-
-@fault(6, "node cut after the n-th byte", short=True)
-def cut_node(bench: Bench) -> None:
-    """A node whose first connection ends after n bytes, under one job; n goes in uneven steps through its session."""
-    cluster = bench.cluster()
-    step, most = (211, 1500) if bench.short else (17, 4000)
-    places = range(bench.rng.randrange(step), most, step)
-    for n in places:
-        oracle = bench.oracle()
-        proxy = bench.proxy(cluster.port)
-        proxy.once = True
-        (proxy.up, proxy.down)[n % 2].cut_after = n
-        node = cluster.start_node(1, "--port", str(proxy.port), wait=False)
-        call = bench.call(cluster, "map", Work(oracle.path), range(20))
-        oracle.check(call.result(30), 20, repeats=20)
-        bench.note(repeated=oracle.repeated())
-        node.kill()
-    bench.note(remark=f"{len(places)} places")
-
-

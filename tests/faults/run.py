@@ -19,7 +19,8 @@ from .soak import soak
 __all__ = ["MODULES", "load", "main", "run_once"]
 
 MODULES = (
-    "worker", "poison", "node", "server", "caller", "exceptions", "drain", "callbacks", "network", "windows", "load",
+    "worker", "poison", "node", "server", "network", "cuts", "caller", "exceptions", "windows", "drain", "load",
+    "callbacks",
 )
 HEAD = ("fault", "runs", "to detect", "to recover", "repeated", "")
 
