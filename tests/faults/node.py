@@ -133,6 +133,23 @@ def ten_nodes(bench: Bench) -> None:
     bench.note(repeated=oracle.repeated())
 
 
+@fault(3, "ten nodes SIGKILLed, others wait behind that argument")
+def ten_nodes_of_one(bench: Bench) -> None:
+    """What the nodes held and no worker had begun is not charged."""
+    cluster, oracle = bench.cluster(), bench.oracle()
+    call = bench.call(cluster, "map", Work(oracle.path, 0, (0,), "hang"), range(6))
+    for number in range(1, 11):
+        node = cluster.start_node(1)
+        wait_until(lambda: oracle.counts()[0] == number, f"attempt {number}")  # noqa: B023
+        node.kill()
+    assert set(oracle.counts()) == {0}
+    cluster.start_node(1)
+    found = call.result()
+    assert set(call.errors) == {0}, call.errors
+    oracle.check(found, 6, repeats=9, lost=call.errors)
+    bench.note(repeated=oracle.repeated())
+
+
 @fault(3, "all workers of a node hold the GIL in C for 25 s")
 def node_in_c(bench: Bench) -> None:
     """Heartbeats are the node's own, and no process's that runs user code: nobody is taken for dead."""
