@@ -56,6 +56,17 @@ class Work:
         return (index * index, bytes(self.pad)) if self.pad else index * index
 
 
+class WorkHere(Work):
+    """Work that takes as long as this machine is slow: the variable SLOW of its node, or 50 ms."""
+
+    def __call__(self, argument: Any) -> Any:
+        """Note, wait, note."""
+        note(self.path, argument, "begin")
+        never.wait(float(os.environ.get("SLOW", "0.05")))
+        note(self.path, argument, "end")
+        return argument * argument
+
+
 class Deadly:
     """A value that kills whoever dumps it."""
 
