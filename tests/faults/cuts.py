@@ -80,14 +80,14 @@ def cut_caller(bench: Bench) -> None:
             oracle = bench.oracle()
             _check(bench, _session(cluster, oracle, port=proxy.port), oracle)
 
-    _at_each(places, [cut] * 4)
+    _at_each(places, [cut] * 8)
     bench.note(remark=f"{len(places)} places")
 
 
 @fault(6, "node cut after the n-th byte of a session, each n", short=True)
 def cut_node(bench: Bench) -> None:
     """Under a job that only it can do. It comes back by itself, for that job and for the next place."""
-    lanes = [_Lane(bench) for _ in range(1 if bench.short else 6)]
+    lanes = [_Lane(bench) for _ in range(1 if bench.short else 8)]
     lanes[0].run(0, 1 << 20)
     passed = list(lanes[0].proxy.passed)
     lanes[0].run(0, 1 << 20)

@@ -83,7 +83,7 @@ def _black_hole(bench: Bench, sides: tuple[int, ...], busy: bool) -> None:
     with link.inside(0), _Watch(cluster) as nodes:
         call = None
         if busy:
-            call = bench.call(cluster, "imap", Work(oracle.path, 0.02, pad=2000), iter(range(3000)))
+            call = bench.call(cluster, "imap", Work(oracle.path, 0.02, pad=2000), iter(range(1500)))
             oracle.wait_for(30)
         else:
             quiet_until = time.monotonic() + 1
@@ -101,7 +101,7 @@ def _black_hole(bench: Bench, sides: tuple[int, ...], busy: bool) -> None:
         bench.note(recover=time.monotonic() - at)
         if call is not None:
             call.result(120)
-            oracle.check(call.found, 3000, repeats=2 * 3 + 64, value=lambda n: (n * n, bytes(2000)))
+            oracle.check(call.found, 1500, repeats=2 * 3 + 64, value=lambda n: (n * n, bytes(2000)))
             bench.note(repeated=oracle.repeated())
 
 
@@ -157,23 +157,24 @@ def black_hole_caller(bench: Bench) -> None:
     bench.note(repeated=oracle.repeated())
 
 
-@fault(5, "black hole for 5 s")
+@fault(5, "black hole for 5 s", short=True)
 def black_hole_short(bench: Bench) -> None:
     """Nothing happens."""
     link, cluster = _far(bench, 2)
     oracle = bench.oracle()
+    count, seconds = (200, 1) if bench.short else (1500, 5)
     with link.inside(0), _Watch(cluster) as nodes:
-        call = bench.call(cluster, "imap", Work(oracle.path, 0.02), iter(range(1500)))
+        call = bench.call(cluster, "imap", Work(oracle.path, 0.02), iter(range(count)))
         oracle.wait_for(30)
         before = nodes()
         link.swallow(0, 1)
-        pause = time.monotonic() + 5
+        pause = time.monotonic() + seconds
         wait_until(lambda: time.monotonic() > pause, "the end of the pause")
         link.heal()
         at = time.monotonic()
         oracle.wait_for(len(oracle.counts()) + 1)
         bench.note(recover=time.monotonic() - at)
-        oracle.check(call.result(), 1500, repeats=0)
+        oracle.check(call.result(), count, repeats=0)
         assert nodes() == before, "the node has joined anew"
         bench.note(repeated=oracle.repeated())
 

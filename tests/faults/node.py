@@ -26,7 +26,7 @@ def _start(bench: Bench, *nodes: int, seconds: float = 0.1, count: int = 60) -> 
     return cluster, oracle, bench.call(cluster, "map", Work(oracle.path, seconds), range(count))
 
 
-@fault(3, "node SIGKILLed", runs=10)
+@fault(3, "node SIGKILLed", runs=5)
 def node_killed(bench: Bench) -> None:
     cluster, oracle, call = _start(bench, 2, 3)
     oracle.wait_for(8)

@@ -201,8 +201,8 @@ def cancelled(bench: Bench) -> None:
     wait_until(lambda: any(job["queued"] > 900 for job in cluster.status()["jobs"]), "the whole job in the queue")
     at = time.monotonic()
     packets.close()
-    other = bench.oracle()  # four at once: every worker is free
-    other.check(bench.call(cluster, "map", Work(other.path, 0.2), range(4)).result(), 4, repeats=0)
+    other = bench.oracle()  # longer than a worker may hang: four at once, or it is too late
+    other.check(bench.call(cluster, "map", Work(other.path, 1.5), range(4)).result(), 4, repeats=0)
     times = [event.at for event in other.events() if event.word == "begin"]
     assert len({event.pid for event in other.events()}) == 4
     bench.note(recover=max(times) - at)

@@ -47,15 +47,15 @@ def worker_among_busy_ones(bench: Bench) -> None:
     bench.note(oracle.hit(at, {victim}), repeated=oracle.repeated())
 
 
-@fault(1, "worker SIGKILLed, its own child lives on", runs=20)
+@fault(1, "worker SIGKILLed in a task, its own child lives on", runs=20, limit=("detect", 0.1))
 def worker_with_a_child(bench: Bench) -> None:
-    """The child holds the worker's end of the socket pair and its sentinel."""
-    cluster, oracle = bench.cluster(2), bench.oracle()
-    work = Work(oracle.path, 0.02, (7,), "child", times=1)
-    call = bench.call(cluster, "map", work, range(COUNT))
-    oracle.check(call.result(), COUNT, repeats=1)
-    assert oracle.counts()[7] == 2
-    times = [event for event in oracle.events() if event.index == 7]
+    """The child holds the worker's end of the socket pair and its sentinel. There are idle workers."""
+    cluster, oracle = bench.cluster(2, 2), bench.oracle()
+    work = Work(oracle.path, 0.02, (1,), "child", times=1)
+    call = bench.call(cluster, "map", work, range(3))
+    oracle.check(call.result(), 3, repeats=1)
+    assert oracle.counts()[1] == 2
+    times = [event for event in oracle.events() if event.index == 1]
     bench.note(detect=times[1].at - times[0].at, recover=times[-1].at - times[0].at, repeated=oracle.repeated())
     for process in tree.orphans("sleep 60"):
         tree.kill(process)
