@@ -381,7 +381,7 @@ def altered_length(bench: Bench) -> None:
 
     On each link and each way at the same time, each with a cluster of its own, whose one task is all that goes there.
     """
-    began, calls = time.monotonic(), []
+    calls = []
     for at_node, up in ((False, True), (False, False), (True, True), (True, False)):
         cluster, oracle = bench.cluster(), bench.oracle()
         proxy = bench.proxy(cluster.port)
@@ -390,9 +390,10 @@ def altered_length(bench: Bench) -> None:
         rule.spoil, rule.place, rule.bit = TASK_HEAD if at_node is not up else RESULT_HEAD, 5, 0x10
         rule.times = 1
         port = {} if at_node else {"port": proxy.port}
-        calls.append((bench.call(cluster, "map", Work(oracle.path), range(1), **port), oracle, proxy, rule))
-    for call, oracle, proxy, rule in calls:
+        at = time.monotonic()
+        calls.append((bench.call(cluster, "map", Work(oracle.path), range(1), **port), oracle, proxy, rule, at))
+    for call, oracle, proxy, rule, at in calls:
         oracle.check(call.result(SILENCE_SECONDS + SLACK_SECONDS + 5), 1, repeats=1)
         assert not rule.times, "nothing was altered"
         assert proxy.accepted == 2, f"{proxy.accepted} connections"
-        bench.note(recover=time.monotonic() - began, repeated=oracle.repeated())
+        bench.note(recover=oracle.events()[-1].at - at, repeated=oracle.repeated())
