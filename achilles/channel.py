@@ -51,6 +51,7 @@ __all__ = [
 
 HEARTBEAT_SECONDS = 5.0  # a quarter of the silence: three may be lost
 SILENCE_SECONDS = 20.0  # longer than a garbage collection, a suspended laptop's lid or a route's flap
+TRICKLE_BYTES = 1024  # in the middle of a frame fewer than this in SILENCE_SECONDS are silence: heartbeats are 168
 GOODBYE_SECONDS = 2.0  # how long a closing side reads on after it has shut down writing
 TICK_SECONDS = 1.0  # how often a blocked thread looks up from its socket
 CONNECT_SECONDS = 10.0  # for the connection and the handshake together
@@ -76,10 +77,11 @@ class Channel:
         self.name = ""  # in the log; the role gives it
         self.last_heard = self.last_written = time.monotonic()
         checker = auth.Checker(keys[1]).check if keys else None
-        self._writing = threading.Lock()  # held by who writes; guards the next two
-        self._tagger = auth.Tagger(keys[0]) if keys else None
+        self._writing = threading.Lock()  # held by who writes
+        self._tagger = auth.Tagger(keys[0]) if keys else None  # with `_writing`
         self._reader = FrameReader(link, checker, letter_limit)  # the reader's own
-        self._parts: list[memoryview] = []  # encoded and not written yet
+        self._trickled = 0  # bytes since last_heard; the reader's own
+        self._parts: list[memoryview] = []  # encoded and not written yet; with `_writing`
         self._ready = threading.Condition(threading.Lock())  # guards all below
         self._ahead: deque[tuple[Kind, dict[str, Any]]] = deque()  # PING, CANCEL, RECALL
         self._queue: deque[tuple[Kind, dict[str, Any] | list[Rows]]] = deque()
@@ -292,12 +294,19 @@ class Channel:
             return []
         if not count:
             return None
-        self.last_heard = time.monotonic()
         frames = self._reader.received(count)
+        self._hear(count)
         if log.isEnabledFor(logging.DEBUG):
             for frame in frames:
                 log.debug("%s < %s", self.name, wire.describe(*frame))
         return frames
+
+    def _hear(self, count: int) -> None:
+        """Bytes came: a sign of life, unless they may be heartbeats that a length altered on the way swallows."""
+        self._trickled += count
+        if self._reader.at_boundary or self._trickled >= TRICKLE_BYTES:
+            self._trickled = 0
+            self.last_heard = time.monotonic()
 
     def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = bool) -> str:
         """Read frames and hand each to `handle` until the connection ends; returns why, in a few words.
@@ -392,9 +401,8 @@ def connect(
                 ) from None
             if isinstance(e, ProtocolError):
                 raise ProtocolError(f"{host}:{port}: {e}") from None
-            if time.monotonic() + RETRY_SECONDS > deadline:
+            if not _pause(deadline):
                 raise ServerUnreachable(f"{host}:{port} accepts connections but does not answer: {e}") from e
-            threading.Event().wait(RETRY_SECONDS * (0.5 + random.random()))
             continue
         sock.settimeout(TICK_SECONDS)
         link = "SC" if role == auth.CONTROLLER else "SN"
@@ -431,12 +439,23 @@ def receive_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
 
 
 def _open(host: str, port: int, deadline: float) -> socket.socket:
-    try:
-        sock = socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001))
-    except OSError as e:
-        raise ServerUnreachable(f"no achilles server answers at {host}:{port} ({_reason(e)})") from e
-    set_options(sock)
-    return sock
+    while True:
+        try:
+            sock = socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.001))
+        except OSError as e:
+            if isinstance(e, ConnectionResetError) and _pause(deadline):  # it was accepted, and lost at once
+                continue
+            raise ServerUnreachable(f"no achilles server answers at {host}:{port} ({_reason(e)})") from e
+        set_options(sock)
+        return sock
+
+
+def _pause(deadline: float) -> bool:
+    """Wait before another try; False if there is no time for one."""
+    if time.monotonic() + RETRY_SECONDS > deadline:
+        return False
+    threading.Event().wait(RETRY_SECONDS * (0.5 + random.random()))
+    return True
 
 
 def set_options(sock: socket.socket) -> None:

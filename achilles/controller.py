@@ -34,6 +34,7 @@ from .channel import PYTHON, Channel, SentFunctions
 from .config import Settings
 from .errors import (
     AchillesError,
+    AuthenticationError,
     ClusterKilled,
     ConfigurationError,
     LetterTooLarge,
@@ -74,7 +75,8 @@ class Controller:
         self._jobs: dict[int, Job] = {}
         self._numbers = 0
         self._cluster: dict[str, Any] | None = None  # the last CLUSTER of this connection
-        self._met = False  # a server has sent one, ever
+        self._met = False  # a server has sent one, ever ...
+        self._meet_by = 0.0  # ... or until then (monotonic) a lost connection is made anew
         self._status: dict[str, Any] | None = None  # the answer to a STATUS
         self._lost: AchillesError | None = None  # why there will be no connection again
         self._closing = threading.Event()
@@ -83,6 +85,8 @@ class Controller:
     def open(self) -> None:
         """Connect, authenticate, and wait for the server's first word; blocks for 20 s at most.
 
+        Where nobody listens, and where the proof is refused, that is said at once; a connection
+        that is lost before the first word is made anew, for 10 s.
         Raises ServerUnreachable, AuthenticationError, ProtocolError.
         """
         try:
@@ -92,6 +96,7 @@ class Controller:
                 f"{e}. Is a server running, and is this its address? Start one: python -m {__package__}.server"
             ) from e
         _forget_after_fork(self)
+        self._meet_by = time.monotonic() + REPLY_SECONDS
         self._reader = threading.Thread(target=self._read, name="achilles-reader", daemon=True)
         self._reader.start()
         try:
@@ -215,10 +220,10 @@ class Controller:
 
     # The connection.
 
-    def _connect(self) -> None:
+    def _connect(self, timeout: float = channel.CONNECT_SECONDS) -> None:
         settings = self.settings
         key = derive_key(settings.username, settings.secret.reveal())
-        link = channel.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key)
+        link = channel.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key, timeout)
         link.name = f"server {settings.host}:{settings.port}"
         link.send(Kind.HELLO, channel.hello())
         with self._changed:
@@ -268,32 +273,34 @@ class Controller:
                 break
             log.info("lost the connection to the server: %s", why)
             with self.lock:
-                met, self._cluster = self._met, None
-            if not met:
-                self._lost = ServerUnreachable(f"the server at {self._where()} ended the connection at once: {why}")
-            if not (met and self._reconnect(why)):
+                self._cluster = None
+            if not self._reconnect(why):
                 break
             if link is not None:
                 link.close()
 
     def _reconnect(self, why: str) -> bool:
-        deadline = time.monotonic() + self._reconnect_seconds
+        deadline = time.monotonic() + self._reconnect_seconds if self._met else self._meet_by
         wait, longest = BACKOFF_SECONDS
         while not self._closing.wait(wait * (0.5 + random.random())):
             wait = min(2 * wait, longest)
             try:
                 with contextlib.suppress(ConfigurationError):  # half written, or gone: what there was may still do
                     self.settings = self._resolve()
-                self._connect()
+                self._connect(min(max(deadline - time.monotonic(), 0.1), channel.CONNECT_SECONDS))
                 log.info("connected to the server again")
                 return True
             except (AchillesError, OSError) as e:
                 why = str(e)
+                if isinstance(e, AuthenticationError) and not self._met:
+                    self._lost = e
+                    return False
             if time.monotonic() > deadline:
                 break
         self._lost = ServerUnreachable(
             f"lost the server at {self._where()}, and could not connect to it again for {self._reconnect_seconds:g} s "
-            f"(reconnect_seconds): {why}"
+            f"(reconnect_seconds): {why}" if self._met else
+            f"the server at {self._where()} ends each connection before its first word: {why}"
         )
         return False
 
@@ -335,6 +342,8 @@ class Controller:
             self._lost = ClusterKilled("the cluster was ended by kill_cluster")
             raise self._lost
         elif kind is Kind.ERROR:
+            if not self._met:
+                self._lost = ServerUnreachable(f"the server at {self._where()} says: {body['message']}")
             raise ProtocolError(f"the server says: {body['message']}")
 
     def _handle_results(self, rows: Rows) -> None:

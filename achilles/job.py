@@ -47,6 +47,7 @@ from .wire import (
 __all__ = ["ATTEMPTS", "Function", "Job", "Link", "Taken"]
 
 ATTEMPTS = 3  # deaths of an argument, or alterations of a slice in a row, before it is given up
+UNNAMED = -1  # in place of a position: deaths while all values of the slice were dumped together
 WINDOW_SLICES = 64  # out beyond two for each worker: what is under way between here and there
 SLICE_US = 50_000  # of work in a slice of a job that chooses by itself: far over what a slice costs ...
 SLICE_BYTES = 1 << 20  # ... and bytes of it, or of its results: beyond, more of them save nothing
@@ -398,10 +399,7 @@ class Job:
             self._deaths += 1
             if self._deaths >= ATTEMPTS:
                 self.fail(_lost("workers died while they loaded the function", note))
-        here = 0 <= position < self.slices[number].number
-        charged = [position] if here else self._left(number) if phase in ("load", "node") else []
-        trouble = self._trouble(number)
-        trouble.deaths.update(charged)
+        charged, trouble = self._charge(number, position, phase), self._trouble(number)
         for p in charged:
             where = self.slices[number].name(p)
             if kind is Status.TIMEOUT:
@@ -412,6 +410,24 @@ class Job:
             elif trouble.deaths[p] >= ATTEMPTS:
                 trouble.lost[p] = _lost(f"{where}: {ATTEMPTS} workers died under it (phase {phase})", note)
         self._retry(number, skip=bool(trouble.lost))
+
+    def _charge(self, number: int, position: int, phase: str) -> list[int]:
+        """Count a death; the positions that it is charged to.
+
+        Values are dumped together at first: whose dump killed is named by the next death, which counts for both.
+        """
+        deaths, left = self._trouble(number).deaths, self._left(number)
+        if 0 <= position < self.slices[number].number:
+            deaths[position] += 1 + (deaths.pop(UNNAMED, 0) if phase == "dump" else 0)
+            return [position]
+        if phase == "dump":
+            deaths[UNNAMED] += 1
+            left = left if deaths[UNNAMED] >= ATTEMPTS else []  # each can be dumped, but not all of them
+            deaths.update(dict.fromkeys(left, ATTEMPTS))
+            return left
+        charged = left if phase in ("load", "node") else []
+        deaths.update(charged)
+        return charged
 
     def _alter(self, number: int) -> None:
         """A slice or its answer was altered on its way: send it anew, for some times."""

@@ -27,7 +27,7 @@ lock, and carries out the actions of each call in their order.
 5. A limit is a quota of all jobs of one owner and context. Who finds it used up waits there, and gets
    in line again when slices come back.
 6. An answer counts while that node holds that slice under that attempt. Losing a node
-   raises the attempt; a slice that was lost with ten nodes is dead.
+   raises the attempt; a slice that ten nodes may have begun before they were lost is dead.
 
 A frame costs a constant, whatever the number of nodes. A slice costs a few operations
 in C, and no object of its own as long as there are no faults.
@@ -148,7 +148,7 @@ class Scheduler:
         dead: list[Action] = []
         for job, held in lost.held.items():
             job.let_go(len(held))
-            dead += job.count_loss(held) if counted else []
+            dead += job.count_loss(held, lost.cpu_count) if counted else []
             job.requeue(held, steps=1)
         return dead + lost.group.assign()
 
@@ -425,10 +425,14 @@ class _Job:
         worth = min(max(1, MESSAGE_US // self.pace_us), MAX_QUICK)
         self.quick = 1 << worth.bit_length() - 1
 
-    def count_loss(self, held: dict[int, Rows]) -> list[Dead]:
-        """A node went down with `held`: take out those that it was one too many for."""
-        self.losses.update(held.keys())
-        slices = [slice_ for slice_ in held if self.losses[slice_] >= MAX_LOSSES]
+    def count_loss(self, held: dict[int, Rows], workers: int) -> list[Dead]:
+        """A node went down with `held`, in this order: take out those that it was one too many for.
+
+        What waited there behind a message for each worker had not begun, and is not to blame.
+        """
+        begun = list(islice(held, workers * self.quick))
+        self.losses.update(begun)
+        slices = [slice_ for slice_ in begun if self.losses[slice_] >= MAX_LOSSES]
         dead = [Dead(self.number, n, self.attempts.get(n, 0), self.losses[n]) for n in slices]
         _drop(held, slices)
         self._settle(slices)

@@ -214,6 +214,7 @@ class Runner:
             for self._status[POSITION], value in enumerate(values):
                 with contextlib.suppress(Exception):
                     context.dump(value)
+            self._status[POSITION] = WHOLE
 
     def _dump(self, context: Context, values: list[Any], errors: dict[int, BaseException]) -> list[Answer]:
         """The answer, cut in two as often as it takes to keep each letter under the limit."""

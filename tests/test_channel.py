@@ -367,6 +367,31 @@ def test_a_silent_peer_is_gone(closing, monkeypatch):
     assert "no byte came" in read_all(link)[1]
 
 
+@pytest.mark.parametrize("altered", [False, True])
+def test_heartbeats_in_a_frame_that_never_ends_are_silence(closing, altered):
+    """A head whose length was altered on the way waits for what never comes; an idle peer's heartbeats are no such."""
+    link, peer = linked()
+    closing.callback(link.close)
+    closing.callback(peer.close)
+    peer.send(Kind.STATUS, {})
+    peer._gather()
+    data = bytearray(b"".join(peer._parts))
+    data[5] ^= 0x10 * altered  # of the length, four bytes from the fourth on: a mebibyte more
+    peer._parts.clear()
+    peer.socket.sendall(data)
+    assert link.receive() == ([] if altered else [Frame(Kind.STATUS, {})])
+    link.last_heard = before = time.monotonic() - channel.SILENCE_SECONDS / 2
+    for _ in range(4):
+        peer.send(Kind.PING, {})
+        assert peer.flush()
+        link.receive()
+    assert (link.last_heard == before) is altered
+    peer.socket.sendall(bytes(channel.TRICKLE_BYTES))  # whoever still writes is alive, however slow the way
+    if altered:
+        link.receive()
+        assert link.last_heard > before
+
+
 def test_a_worker_may_be_silent(closing, monkeypatch):
     monkeypatch.setattr(channel, "SILENCE_SECONDS", 0.0)
     link, peer = linked(("WN", "NW"), None)

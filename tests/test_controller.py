@@ -12,9 +12,10 @@ import threading
 import pytest
 from conftest import wait_until
 from fakes import SECONDS, SECRET, Node, serving, settings
+from faults.proxy import Proxy
 
+from achilles import auth, payload
 from achilles import controller as controller_module
-from achilles import payload
 from achilles.controller import Controller
 from achilles.errors import AuthenticationError, ClusterKilled, ServerUnreachable, VersionError
 from achilles.job import Function, Job
@@ -88,6 +89,39 @@ def test_an_unreachable_server_is_named_with_the_command_that_starts_one(free_po
     with pytest.raises(ServerUnreachable) as caught:
         Controller(lambda: settings(free_port)).open()
     assert f"127.0.0.1:{free_port}" in str(caught.value) and "python -m achilles.server" in str(caught.value)
+
+
+FIRST_WORD = auth.GREETING_BYTES + auth.PROOF_BYTES + 20  # bytes of the server's: within its HELLO
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_connection_lost_before_the_first_word_is_made_anew(server, connect, reset):
+    with Proxy(server.address[1]) as proxy:
+        proxy.once = True
+        proxy.down.cut_after, proxy.down.reset = FIRST_WORD, reset
+        assert connect(proxy.port).connected
+        assert proxy.accepted == 2
+
+
+def test_who_never_gets_to_the_first_word_is_told_so(server, monkeypatch):
+    monkeypatch.setattr(controller_module, "REPLY_SECONDS", 0.5)
+    with Proxy(server.address[1]) as proxy:
+        proxy.down.cut_after = FIRST_WORD
+        controller = Controller(lambda: settings(proxy.port))
+        with pytest.raises(ServerUnreachable, match="first word"):
+            controller.open()
+        assert proxy.accepted > 1
+
+
+def test_a_refusal_is_told_at_once_after_a_connection_was_lost_too(server, monkeypatch):
+    monkeypatch.setattr("achilles.server.REFUSAL_SECONDS", 0.01)
+    said = itertools.chain([SECRET], itertools.repeat("another secret, long"))
+    with Proxy(server.address[1]) as proxy:
+        proxy.once, proxy.down.cut_after = True, FIRST_WORD
+        controller = Controller(lambda: settings(proxy.port, next(said)))
+        with pytest.raises(AuthenticationError):
+            controller.open()
+        assert proxy.accepted == 2
 
 
 def test_a_full_server_says_so_at_once(server, monkeypatch, connect):

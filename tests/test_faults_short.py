@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import wait_until
@@ -41,6 +43,23 @@ def test_a_round_of_the_soak(seed):
         this = Round(bench, rng, jobs=2, long=False)
         this.run()
     assert this.calls == 2
+
+
+def test_the_short_table_names_cases_that_are_there():
+    for names in run.GROUPS.values():
+        for name in names:
+            assert [case for case in CASES if case == name or (name.endswith("_") and case.startswith(name))], name
+
+
+def test_the_readme_quotes_the_short_table():
+    """Its figures are those of some machine on some day; its rows are those that the command prints."""
+    lines = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("| fault "))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])]
+    assert tuple(cells[0]) == run.HEAD[:-1]
+    rows = [row[0] for row in cells[2:]]
+    assert rows and rows == [what for what in run.GROUPS if what in rows], rows
 
 
 # What judges must be judged.

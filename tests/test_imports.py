@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import achilles
+from achilles.wire import DIRECTIONS, Kind
 
 PACKAGE = Path(achilles.__file__).parent
 # A module imports from those before it alone. The last one names the others' public names, and loads them when used.
@@ -183,6 +184,32 @@ def test_proofs_are_compared_in_constant_time():
                 assert not words & set(PROOFS), (name, ast.unparse(node))
     compared = [ast.unparse(call) for call in calls_of("auth") if ast.unparse(call.func).endswith("compare_digest")]
     assert len(compared) == 3 and all(call.startswith("hmac.compare_digest(") for call in compared)
+
+
+def test_clocks_are_monotonic():
+    """The wall clock may be set while we wait. It is asked for what people read alone: since when a peer is there."""
+    asked = []
+    for name in SOURCES:
+        assert not {"datetime", "sched"} & set(outside_imports(name)), name
+        for node in ast.walk(TREES[name]):
+            if isinstance(node, ast.ImportFrom) and node.module == "time" and not node.level:
+                asked += [(name, alias.name) for alias in node.names]
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
+                asked += [(name, node.attr)]
+    others = [pair for pair in asked if pair[1] not in ("monotonic", "monotonic_ns")]
+    assert sorted(others) == [("console", "gmtime"), ("exchange", "time")]
+    (statement,) = [node for node in ast.walk(TREES["exchange"])
+                    if isinstance(node, ast.Assign) and "time.time()" in ast.unparse(node.value)]
+    assert ast.unparse(statement.targets[0]) == "(peer.hello, peer.since)"
+    uses = [node for node in ast.walk(TREES["exchange"]) if isinstance(node, ast.Attribute) and node.attr == "since"]
+    assert len(uses) == 3  # set, set again, and told
+
+
+def test_heartbeats_are_never_a_workers():
+    """They come of a Channel's owner: a process that runs user code has no tick, no writer thread and no such kind."""
+    words = {node.attr for node in ast.walk(TREES["worker"]) if isinstance(node, ast.Attribute)}
+    assert not words & {"tick", "start_writer", "send_ahead", "PING"}
+    assert not {"NW", "WN"} & set(DIRECTIONS[Kind.PING])
 
 
 def words_of(expression):

@@ -397,6 +397,27 @@ def test_a_death_in_loading_charges_all_of_the_slice(start):
     assert [type(errors[n]) for n in (0, 1)] == [WorkerLost] * 2 and errors[1].index == 1
 
 
+def test_a_death_in_dumping_counts_for_whom_the_next_one_names(start):
+    job = start(range(4), chunksize=4, flat=True)
+    job.link.wait_fed(job)
+    for position in (-1, 2, 2):  # together at first, then one by one: three attempts in all
+        assert job.link.slices()[-1] == [0, 1, 2, 3]
+        died(job, 0, position, phase="dump")
+    assert job.link.slices()[-1] == [0, 1, None, 3]
+    for _ in range(2):  # the first one was told already: nobody else is charged for it
+        died(job, 0, 1, phase="dump")
+    assert job.link.slices()[-1] == [0, 1, None, 3]
+
+
+def test_values_that_kill_only_together_lose_the_slice(start):
+    job = start(range(2), chunksize=2, flat=True)
+    job.link.wait_fed(job)
+    for _ in range(3):
+        died(job, 0, -1, phase="dump")
+    errors = job.take(SECONDS)[2]
+    assert [type(errors[n]) for n in (0, 1)] == [WorkerLost] * 2 and "phase dump" in str(errors[1])
+
+
 def test_a_death_in_loading_the_function_charges_the_job(start):
     job = start(range(3), flat=True)
     job.link.wait_fed(job)

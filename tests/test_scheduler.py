@@ -304,6 +304,17 @@ def test_a_slice_that_was_lost_with_ten_nodes_is_dead() -> None:
     assert scheduler.join(99, "3.11", 1) == [] and scheduler.job_states()[0]["done"] == 1
 
 
+def test_what_no_worker_can_have_begun_is_not_charged_with_a_lost_node() -> None:
+    scheduler = cluster()
+    scheduler.add(100, tasks(0, 3))
+    scheduler.flush(100, 3)
+    for node in range(MAX_LOSSES):
+        assert given(scheduler.join(node, "3.11", 1)) == {node: [0, 1]}  # one runs, one waits there
+        actions = scheduler.lose(node)
+    assert of(Dead, actions) == [Dead(100, 0, 9, 10)]
+    assert given(scheduler.join(99, "3.11", 3)) == {99: [1, 2]}
+
+
 def test_a_node_that_drains_is_given_nothing_and_what_it_returns_goes_to_others() -> None:
     scheduler = cluster(2)
     scheduler.add(100, tasks(0, 6))
@@ -693,9 +704,12 @@ class Machine(RuleBasedStateMachine):
     def lose(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.nodes)))
         node = self.nodes.pop(number)
+        place: Counter[int] = Counter()
         for (job, slice_), attempt in node.held.items():
             self.jobs[job].attempts[slice_] += 1
-            self.jobs[job].losses[slice_] += not node.draining
+            place[job] += 1
+            begun = place[job] <= node.cpu_count * WORKER // self.jobs[job].weight
+            self.jobs[job].losses[slice_] += begun and not node.draining
             self.late.append((number, job, (slice_, attempt, 0)))
         self.carry_out(self.scheduler.lose(number))
 

@@ -42,16 +42,19 @@ class Case(NamedTuple):
     run: Callable[[Bench], None]
     runs: int
     short: bool  # whether pytest runs it, too; what tests/test_faults.py has it need not
+    limit: tuple[str, float] | None  # what is promised: "detect" or "recover", and within how many seconds
 
 
 CASES: dict[str, Case] = {}
 
 
-def fault(point: int, what: str, *, runs: int = 1, short: bool = False) -> Callable[[Any], Any]:
-    """Register a case. `runs`: how often where nothing else is said."""
+def fault(
+    point: int, what: str, *, runs: int = 1, short: bool = False, limit: tuple[str, float] | None = None
+) -> Callable[[Any], Any]:
+    """Register a case. `runs`: how often where nothing else is said. The table tells how many kept `limit`."""
     def register(run: Callable[[Bench], None]) -> Callable[[Bench], None]:
         name = run.__name__
-        CASES[name] = Case(name, point, what, run, runs, short)
+        CASES[name] = Case(name, point, what, run, runs, short, limit)
         return run
 
     return register

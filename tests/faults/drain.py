@@ -41,6 +41,20 @@ def node_drained_tiny(bench: Bench) -> None:
     bench.note(repeated=oracle.repeated())
 
 
+@fault(10, "SIGTERM to a node, under a task of 40 s")
+def node_drained_late(bench: Bench) -> None:
+    """It waits for 30 s, then leaves all the same; the task goes to another, and is not charged."""
+    cluster, oracle = bench.cluster(1), bench.oracle()
+    call = bench.call(cluster, "map", Work(oracle.path, 0, (0,), "hang", times=1), range(5))
+    oracle.wait_for(1)
+    at = time.monotonic()
+    cluster.nodes[0].signal(signal.SIGTERM)
+    assert cluster.nodes[0].wait(40) == 0
+    bench.note(recover=time.monotonic() - at)
+    cluster.start_node(1)
+    oracle.check(call.result(), 5, repeats=1)
+
+
 @fault(10, "SIGTERM to a node, its server SIGKILLed", runs=3, short=True)
 def node_drained_alone(bench: Bench) -> None:
     """Nobody waits for what it runs any more: it ends, exit status 0, and does not look for its server."""
@@ -71,6 +85,8 @@ def server_restarts(bench: Bench) -> None:
     oracle.check(call.result(), 300, repeats=2 * 3 + 64)
     first = min(event.at for event in oracle.events() if event.at > begun)
     bench.note(recover=first - at, repeated=oracle.repeated())
+    for node in cluster.nodes:  # it was told BYE, and took that for no fault
+        assert "closed the connection" not in node.err.read_text(), node.err.read_text()
     wait_until(lambda: len(cluster.status()["nodes"]) == 2, "both nodes")
 
 

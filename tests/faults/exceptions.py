@@ -65,6 +65,12 @@ def raises_undumpable(bench: Bench) -> None:
     _check(bench, _raise_undumpable, {4: (RemoteError,)}, chunksize=4)
 
 
+@fault(8, "a MemoryError at RLIMIT_AS", short=True)
+def raises_memory(bench: Bench) -> None:
+    """Python's own: it is an exception like any other, and its worker lives."""
+    _check(bench, Work(bench.oracle().path, 0, (5,), "memory-error"), {5: (MemoryError,)}, chunksize=4)
+
+
 @fault(8, "a result that cannot be dumped")
 def returns_undumpable(bench: Bench) -> None:
     _check(bench, tasks.return_generator, {2: (multiprocessing.pool.MaybeEncodingError,)}, chunksize=4)
@@ -73,6 +79,7 @@ def returns_undumpable(bench: Bench) -> None:
 @fault(8, "a generator of arguments that raises")
 def arguments_raise(bench: Bench) -> None:
     cluster = bench.cluster(2)
+    before = set(cluster.nodes[0].workers(2))
 
     def broken() -> object:
         yield from range(10)
@@ -84,8 +91,9 @@ def arguments_raise(bench: Bench) -> None:
             call.result()
             raise AssertionError("nothing was raised")
         except LookupError:
-            assert way == "map" or len(call.found) == 10, call.found
+            assert way == "map" or call.found == {n: n * n for n in range(10)}, call.found
     cluster.wait_idle(5)
+    assert set(cluster.nodes[0].workers(2)) == before, "a worker was replaced"
 
 
 @fault(8, "an argument that cannot be dumped", short=True)

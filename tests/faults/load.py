@@ -22,13 +22,18 @@ from .bench import Bench, fault
 from .work import Work
 
 MIB = 1 << 20
+CLOSED = """
+import os, sys
+os.close(2)
+os.execv(sys.executable, [sys.executable, '-W', 'error', '-m', 'achilles.server'])
+"""
 
 
 def _controller(cluster: Cluster) -> Controller:
     return Controller(lambda: config.Settings("127.0.0.1", cluster.port, USER, config.Secret(SECRET)))
 
 
-@fault(12, "150 clients at once", runs=3, short=True)
+@fault(12, "150 clients at once", runs=3, short=True, limit=("recover", 2.0))
 def many_clients(bench: Bench) -> None:
     """Threads that share one K: all are in within two seconds."""
     cluster = bench.cluster(1)
@@ -137,15 +142,18 @@ def few_files_callers(bench: Bench) -> None:
     bench.note(remark=f"{50 - len(errors)} of 50 were in, {len(errors)} were told")
 
 
-def _mute(bench: Bench, stderr: int) -> None:
-    """The server's stderr takes nothing: it goes on all the same."""
+def _mute(bench: Bench, stderr: int | None = None) -> None:
+    """The server's stderr takes nothing, or (None) is not there at all: it goes on all the same."""
     folder = bench.folder / "mute"
     folder.mkdir()
 
     class Mute(Cluster):
         def start_server(self) -> Process:
             self._write_settings()
-            self.server = self._run("server", "-m", "achilles.server", stderr=stderr)
+            if stderr is None:
+                self.server = self._run("server", "-c", CLOSED)
+            else:
+                self.server = self._run("server", "-m", "achilles.server", stderr=stderr)
             pattern = r"initiated at 127\.0\.0\.1:(\d+)\nListening for connections\.\.\."
             self.port = int(self.server.wait_for(pattern)[1])
             self._write_settings()
@@ -173,6 +181,12 @@ def full_disk(bench: Bench) -> None:
 
 @fault(12, "the server's stderr is closed", short=True)
 def closed_stderr(bench: Bench) -> None:
+    """The next file or socket that it opens has the descriptor 2."""
+    _mute(bench)
+
+
+@fault(12, "nobody reads the server's stderr any more", short=True)
+def broken_stderr(bench: Bench) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:

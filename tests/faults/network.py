@@ -1,7 +1,8 @@
-"""The network: quiet failures, slow links, small pieces, and cuts at each byte."""
+"""The network: quiet failures, slow links, small pieces, and bytes that are altered on the way."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -10,13 +11,11 @@ from typing import Any
 from cluster import SECRET, USER, Cluster, Process
 from conftest import wait_until
 
-from achilles import LetterAltered, ServerUnreachable, config
+from achilles import LetterAltered, config
 from achilles.controller import Controller
 
 from .bench import Bench, Call, fault
 from .netns import Link
-from .oracle import Oracle
-from .proxy import Proxy
 from .work import Work, echo, length
 
 SILENCE_SECONDS = 20.0
@@ -84,7 +83,7 @@ def _black_hole(bench: Bench, sides: tuple[int, ...], busy: bool) -> None:
     with link.inside(0), _Watch(cluster) as nodes:
         call = None
         if busy:
-            call = bench.call(cluster, "imap", Work(oracle.path, 0.02, pad=2000), iter(range(3000)))
+            call = bench.call(cluster, "imap", Work(oracle.path, 0.02, pad=2000), iter(range(1500)))
             oracle.wait_for(30)
         else:
             quiet_until = time.monotonic() + 1
@@ -102,7 +101,7 @@ def _black_hole(bench: Bench, sides: tuple[int, ...], busy: bool) -> None:
         bench.note(recover=time.monotonic() - at)
         if call is not None:
             call.result(120)
-            oracle.check(call.found, 3000, repeats=2 * 3 + 64, value=lambda n: (n * n, bytes(2000)))
+            oracle.check(call.found, 1500, repeats=2 * 3 + 64, value=lambda n: (n * n, bytes(2000)))
             bench.note(repeated=oracle.repeated())
 
 
@@ -158,44 +157,51 @@ def black_hole_caller(bench: Bench) -> None:
     bench.note(repeated=oracle.repeated())
 
 
-@fault(5, "black hole for 5 s")
+@fault(5, "black hole for 5 s", short=True)
 def black_hole_short(bench: Bench) -> None:
     """Nothing happens."""
     link, cluster = _far(bench, 2)
     oracle = bench.oracle()
+    count, seconds = (200, 1) if bench.short else (1500, 5)
     with link.inside(0), _Watch(cluster) as nodes:
-        call = bench.call(cluster, "imap", Work(oracle.path, 0.02), iter(range(1500)))
+        call = bench.call(cluster, "imap", Work(oracle.path, 0.02), iter(range(count)))
         oracle.wait_for(30)
         before = nodes()
         link.swallow(0, 1)
-        pause = time.monotonic() + 5
+        pause = time.monotonic() + seconds
         wait_until(lambda: time.monotonic() > pause, "the end of the pause")
         link.heal()
         at = time.monotonic()
         oracle.wait_for(len(oracle.counts()) + 1)
         bench.note(recover=time.monotonic() - at)
-        oracle.check(call.result(), 1500, repeats=0)
+        oracle.check(call.result(), count, repeats=0)
         assert nodes() == before, "the node has joined anew"
         bench.note(repeated=oracle.repeated())
 
 
 @fault(5, "black hole for 3 s out of 6, for two minutes")
 def black_hole_flapping(bench: Bench) -> None:
-    """No livelock."""
+    """No livelock: in the good half of the time work gets done."""
     link, cluster = _far(bench, 2)
-    oracle = bench.oracle()
+    oracle, over = bench.oracle(), threading.Event()
     with link.inside(0), _Watch(cluster) as nodes:
         before = nodes()
-        call = bench.call(cluster, "imap", Work(oracle.path, 0.05), iter(range(2400)))
+        numbers = itertools.takewhile(lambda _: not over.is_set(), itertools.count())
+        call = bench.call(cluster, "imap", Work(oracle.path, 0.05), numbers)
         for _ in range(20):
-            for change in (link.swallow, link.heal):
-                change(*((0, 1) if change == link.swallow else ()))
-                if call.ended.wait(3):
-                    break
+            link.swallow(0, 1)
+            call.ended.wait(3)
+            link.heal()
+            call.ended.wait(3)
+        assert not call.ended.is_set(), call.error
         done = len(oracle.counts("end"))
-        oracle.check(call.result(120), 2400, repeats=0)
-        assert nodes() == before, "the node has joined anew"
-        bench.note(repeated=oracle.repeated(), remark=f"{done} of 2400 tasks done meanwhile")
+        over.set()
+        found = call.result(60)
+        assert not call.errors
+        joined = nodes()[0] - before[0]  # TCP sends again at times that may fall into the bad half for 20 s
+        oracle.check(found, len(found), repeats=joined * 2 * 3)
+        assert done > 200, f"{done} tasks in two minutes"
+        bench.note(repeated=oracle.repeated(), remark=f"{done} tasks done, {joined} times lost")
 
 
 # Slow links, by the proxy.
@@ -239,9 +245,9 @@ def _large(bench: Bench, mib: int, *, argument: bool, nodes: bool) -> None:
     assert proxy.accepted == 1, f"{proxy.accepted} connections: somebody was taken for dead"
 
 
-@fault(6, "CANCEL behind a 64 MiB argument over 2 MB/s")
+@fault(6, "CANCEL behind 64 MiB of arguments over 2 MB/s")
 def cancel_between(bench: Bench) -> None:
-    """It gets through between frames: the frames are of 8 MiB, or of one letter."""
+    """It gets through between frames, of which none is broken off: they have 8 MiB, or one letter."""
     cluster = bench.cluster()
     proxy = bench.proxy(cluster.port)
     proxy.up.rate = 2e6
@@ -365,90 +371,29 @@ def altered_function(bench: Bench) -> None:
         assert proxy.accepted == 2, proxy.accepted
 
 
-# Cuts at each byte of a session.
+# Heads of frames with one row and a short envelope: kind, flags, count, and a length under 65,536.
+TASK_HEAD, RESULT_HEAD = b"\x09\x00\x00\x01\x00\x00", b"\x0c\x00\x00\x01\x00\x00"
 
 
-def _session(cluster: Cluster, oracle: Oracle, port: int) -> Call:
-    return Call("imap", Work(oracle.path), range(12), chunksize=2, **cluster.address | {"port": port})
+@fault(6, "one bit of a frame's length is turned, idle after it")
+def altered_length(bench: Bench) -> None:
+    """Its receiver waits for a mebibyte that never comes; heartbeats that fill it are no sign of life.
 
-
-def _cut_everywhere(bench: Bench, limit: int, threads: int = 4) -> None:
-    """A caller's first connection ends after n bytes, up or down, for each n that a whole session has.
-
-    Where that is before the server's first word, the caller may be told so at once.
+    On each link and each way at the same time, each with a cluster of its own, whose one task is all that goes there.
     """
-    cluster = bench.cluster(1)
-    with Proxy(cluster.port) as proxy:
-        _session(cluster, bench.oracle(), proxy.port).result()
-        wait_until(lambda: not proxy.open, "the end of the session")
-        totals = proxy.passed
-    points = [(way, n) for way in (0, 1) for n in range(totals[way] + 1)]
-    bench.rng.shuffle(points)
-    points, refused, repeats = points[:limit], [], []
-    errors: list[str] = []
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                if not points or errors:
-                    return
-                way, n = points.pop()
-                oracle = bench.oracle()
-            try:
-                _cut_at(cluster, oracle, way, n, refused, repeats)
-            except BaseException as e:
-                errors.append(f"cut {('up', 'down')[way]} after {n} bytes: {type(e).__name__}: {e}")
-
-    crew = [threading.Thread(target=work, name="cutter") for _ in range(threads)]
-    for thread in crew:
-        thread.start()
-    for thread in crew:
-        thread.join()
-    assert not errors, errors
-    bench.note(remark=f"{len(repeats)} of {sum(totals) + 2} places, {len(refused)} before the server's first word")
-    for count in repeats:
-        bench.note(repeated=count)
-
-
-def _cut_at(
-    cluster: Cluster, oracle: Oracle, way: int, n: int, refused: list[int], repeats: list[int]
-) -> None:
-    with Proxy(cluster.port) as proxy:
-        proxy.once = True
-        rule = (proxy.up, proxy.down)[way]
-        rule.cut_after, rule.reset = n, n % 2 == 0
-        call = _session(cluster, oracle, proxy.port)
-        try:
-            oracle.check(call.result(30), 12, repeats=12)
-        except ServerUnreachable as e:
-            if "lost the server" in str(e) or call.found:
-                raise
-            refused.append(n)
-        repeats.append(oracle.repeated())
-
-
-@fault(6, "caller cut after the n-th byte, each n", short=True)
-def cut_caller(bench: Bench) -> None:
-    _cut_everywhere(bench, 40 if bench.short else 1 << 20)
-
-
-@fault(6, "node cut after the n-th byte", short=True)
-def cut_node(bench: Bench) -> None:
-    """A node whose first connection ends after n bytes, under one job; n goes in uneven steps through its session."""
-    cluster = bench.cluster()
-    step, most = (211, 1500) if bench.short else (17, 4000)
-    places = range(bench.rng.randrange(step), most, step)
-    for n in places:
-        oracle = bench.oracle()
+    calls = []
+    for at_node, up in ((False, True), (False, False), (True, True), (True, False)):
+        cluster, oracle = bench.cluster(), bench.oracle()
         proxy = bench.proxy(cluster.port)
-        proxy.once = True
-        (proxy.up, proxy.down)[n % 2].cut_after = n
-        node = cluster.start_node(1, "--port", str(proxy.port), wait=False)
-        call = bench.call(cluster, "map", Work(oracle.path), range(20))
-        oracle.check(call.result(30), 20, repeats=20)
-        bench.note(repeated=oracle.repeated())
-        node.kill()
-    bench.note(remark=f"{len(places)} places")
-
-
+        cluster.start_node(1, *(["--port", str(proxy.port)] if at_node else []))
+        rule = proxy.up if up else proxy.down
+        rule.spoil, rule.place, rule.bit = TASK_HEAD if at_node is not up else RESULT_HEAD, 5, 0x10
+        rule.times = 1
+        port = {} if at_node else {"port": proxy.port}
+        at = time.monotonic()
+        calls.append((bench.call(cluster, "map", Work(oracle.path), range(1), **port), oracle, proxy, rule, at))
+    for call, oracle, proxy, rule, at in calls:
+        oracle.check(call.result(SILENCE_SECONDS + SLACK_SECONDS + 5), 1, repeats=1)
+        assert not rule.times, "nothing was altered"
+        assert proxy.accepted == 2, f"{proxy.accepted} connections"
+        bench.note(recover=oracle.events()[-1].at - at, repeated=oracle.repeated())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
+import threading
 import time
+from collections.abc import Iterator
 
 from cluster import Cluster, Process
 from conftest import wait_until
@@ -23,7 +26,7 @@ def _start(bench: Bench, *nodes: int, seconds: float = 0.1, count: int = 60) -> 
     return cluster, oracle, bench.call(cluster, "map", Work(oracle.path, seconds), range(count))
 
 
-@fault(3, "node SIGKILLed", runs=10)
+@fault(3, "node SIGKILLed", runs=5)
 def node_killed(bench: Bench) -> None:
     cluster, oracle, call = _start(bench, 2, 3)
     oracle.wait_for(8)
@@ -81,8 +84,8 @@ def nodes_each_second(bench: Bench) -> None:
     """For a minute (short: five seconds)."""
     seconds = 5 if bench.short else 60
     cluster, oracle = bench.cluster(2, 2, 2), bench.oracle()
-    count = seconds * 50
-    call = bench.call(cluster, "imap_unordered", Work(oracle.path, 0.1), iter(range(count)))
+    over = threading.Event()
+    call = bench.call(cluster, "imap_unordered", Work(oracle.path, 0.1), _numbers_until(over))
     oracle.wait_for(6)
     nodes, kills = list(cluster.nodes), 0
     began = time.monotonic()
@@ -94,8 +97,16 @@ def nodes_each_second(bench: Bench) -> None:
         kills += 1
         nodes.append(cluster.start_node(2, wait=False))
         wait_until(lambda: not tree.left(pids), "the end of its workers", GONE_SECONDS)  # noqa: B023
-    oracle.check(call.result(120), count, repeats=kills * 2 * 3)
-    bench.note(repeated=oracle.repeated(), remark=f"{kills} nodes killed")
+    assert not call.ended.is_set(), call.error
+    over.set()
+    found = call.result(120)
+    oracle.check(found, len(found), repeats=kills * 2 * 3)
+    bench.note(repeated=oracle.repeated(), remark=f"{kills} nodes killed, {len(found)} tasks")
+
+
+def _numbers_until(over: threading.Event) -> Iterator[int]:
+    """0, 1, ... as long as it takes."""
+    yield from itertools.takewhile(lambda _: not over.is_set(), itertools.count())
 
 
 def _workers_of(process: Process) -> list[int]:
@@ -119,6 +130,33 @@ def ten_nodes(bench: Bench) -> None:
     assert "10 nodes" in str(error)
     assert set(call.errors) == {0}
     oracle.check(found, 6, repeats=9 + 10, lost=call.errors)
+    bench.note(repeated=oracle.repeated())
+
+
+@fault(3, "ten nodes SIGKILLed, others wait behind that argument")
+def ten_nodes_of_one(bench: Bench) -> None:
+    """What the nodes held and no worker had begun is not charged."""
+    cluster, oracle = bench.cluster(), bench.oracle()
+    call = bench.call(cluster, "map", Work(oracle.path, 0, (0,), "hang"), range(6))
+    for number in range(1, 11):
+        node = cluster.start_node(1)
+        wait_until(lambda: oracle.counts()[0] == number, f"attempt {number}")  # noqa: B023
+        node.kill()
+    assert set(oracle.counts()) == {0}
+    cluster.start_node(1)
+    found = call.result()
+    assert set(call.errors) == {0}, call.errors
+    oracle.check(found, 6, repeats=9, lost=call.errors)
+    bench.note(repeated=oracle.repeated())
+
+
+@fault(3, "all workers of a node hold the GIL in C for 25 s")
+def node_in_c(bench: Bench) -> None:
+    """Heartbeats are the node's own, and no process's that runs user code: nobody is taken for dead."""
+    cluster, oracle = bench.cluster(2), bench.oracle()
+    call = bench.call(cluster, "map", Work(oracle.path, 0, (0, 1), "long-c-call"), range(20))
+    oracle.check(call.result(), 20, repeats=0)
+    assert [node["id"] for node in cluster.status()["nodes"]] == [0], "the node has joined anew"
     bench.note(repeated=oracle.repeated())
 
 

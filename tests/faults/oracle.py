@@ -1,7 +1,8 @@
 """The oracle: what was run, where and when, and whether the answer is right.
 
-Each task appends `index begin|end pid nanoseconds` to one file, in one write (`work.note`). All processes of a
-machine share the monotonic clock, so times of workers, and of whoever does them harm, can be compared.
+Each task appends `index begin|end pid nanoseconds` to one file, in one write (`work.note`). Which attempt that was
+a task is not told: it is counted where the file is read. All processes of a machine share the monotonic clock, so
+times of workers, and of whoever does them harm, can be compared.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Event(NamedTuple):
     word: str
     pid: int
     at: float  # monotonic, in seconds
+    attempt: int  # of this index, from 1; an end has the latest one that this process began
 
 
 class Again(NamedTuple):
@@ -45,8 +47,16 @@ class Oracle:
 
     def events(self) -> list[Event]:
         """Everything that happened, in its order."""
-        lines = [line.split() for line in Path(self.path).read_text().splitlines()]
-        return [Event(int(index), word, int(pid), int(at) / 1e9) for index, word, pid, at in lines]
+        begun: Counter[int] = Counter()
+        attempts: dict[tuple[int, int], int] = {}
+        events = []
+        for line in Path(self.path).read_text().splitlines():
+            word, (index, pid, at) = line.split()[1], map(int, line.split()[::2] + line.split()[3:])
+            if word == "begin":
+                begun[index] += 1
+                attempts[index, pid] = begun[index]
+            events.append(Event(index, word, pid, at / 1e9, attempts.get((index, pid), 0)))
+        return events
 
     def counts(self, word: str = "begin") -> Counter[int]:
         """index -> how often it was begun, or ended."""

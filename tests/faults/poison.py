@@ -77,6 +77,21 @@ def poison_memory_tiny(bench: Bench) -> None:
     _poison(bench, 5000, 1, "memory", -signal.SIGABRT, seconds=0)
 
 
+@fault(2, "poison: SIGKILL, as the kernel's for want of memory", runs=3)
+def poison_kill(bench: Bench) -> None:
+    _poison(bench, 60, 1, "kill", -signal.SIGKILL)
+
+
+@fault(2, "poison: a value that kills who dumps it, chunksize 1", runs=3)
+def poison_dump(bench: Bench) -> None:
+    _poison(bench, 60, 1, "dump", 1)
+
+
+@fault(2, "poison: a value that kills who dumps it, chunksize 64", runs=3, short=True)
+def poison_dump_in_a_slice(bench: Bench) -> None:
+    _poison(bench, 200, 64, "dump", 1, seconds=0.001)
+
+
 @fault(2, "poison in every eighth argument", runs=1)
 def poison_everywhere(bench: Bench) -> None:
     cluster, oracle = bench.cluster(2, 2), bench.oracle()

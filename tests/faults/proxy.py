@@ -36,7 +36,9 @@ class Rule:
     held: bool = False  # nothing is forwarded; what comes is kept
     reset: bool = False  # a cut is a reset, and no end of file
     spoil: bytes = b""  # where this comes by, one bit of it is turned ...
-    times: int = 0  # ... so often
+    times: int = 0  # ... so often ...
+    place: int = 0  # ... in this byte of it ...
+    bit: int = 1  # ... this one
 
 
 @dataclass
@@ -63,7 +65,8 @@ class _Way:
             data = self.source.recv(SOCKET_BYTES)
             if self.rule.times and (at := data.find(self.rule.spoil)) >= 0:
                 self.rule.times -= 1
-                data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+                at += self.rule.place
+                data = data[:at] + bytes([data[at] ^ self.rule.bit]) + data[at + 1 :]
             if data:
                 self.queue.append((time.monotonic() + self.rule.delay, memoryview(data)))
                 self.waiting += len(data)
@@ -110,6 +113,7 @@ class Proxy:
         self.up, self.down = Rule(), Rule()
         self.accepted = 0  # connections, ever
         self.passed = [0, 0]  # bytes up and down, of all connections that are over
+        self.cut_at: int | None = None  # bytes that had passed when a rule cut a connection last
         self.once = False  # the rules are for the first connection alone; the others are let through
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self._listener.setblocking(False)
@@ -147,6 +151,14 @@ class Proxy:
         self.down.held = held and down
         self._waker.send(b"x")
 
+    def cut_next(self, way: int, after: int, *, reset: bool = False) -> None:
+        """End all connections now, and the next one when so many bytes went up (0) or down (1); no later one."""
+        self.heal()
+        self.once, self.accepted, self.cut_at = True, 0, None
+        rule = (self.up, self.down)[way]
+        rule.reset, rule.cut_after = reset, after
+        self.cut()
+
     def heal(self) -> None:
         """Forward as a good network does. Connections keep what they have."""
         for rule in (self.up, self.down):
@@ -159,14 +171,14 @@ class Proxy:
                 waiting = self._register(selector)
                 events = selector.select(TURN_SECONDS if waiting else 1.0)
                 ready = {key.fileobj for key, mask in events if mask & selectors.EVENT_READ}
-            if self._listener in ready:
-                self._accept()
             if self._wake in ready:
                 self._wake.recv(4096)
-            if self._cut_now.is_set():
+            if self._cut_now.is_set():  # before what came later is accepted
                 self._cut_now.clear()
                 for pair in list(self._pairs):
                     self._close(pair)
+            if self._listener in ready:
+                self._accept()
             now = time.monotonic()
             for pair in list(self._pairs):
                 self._turn(pair, ready, now)
@@ -217,7 +229,8 @@ class Proxy:
             for way in pair:
                 if way.source in ready:
                     way.read()
-                cut |= way.write(now)
+                if way.write(now):
+                    cut, self.cut_at = True, way.passed
             if cut or all(way.shut for way in pair):
                 self._close(pair)
         except OSError:

@@ -31,6 +31,7 @@ from achilles import TaskTimeout, WorkerLost
 
 from . import tree
 from .bench import Bench, Call
+from .network import RESULT_HEAD, TASK_HEAD
 from .oracle import Oracle, square
 from .proxy import Proxy
 from .work import Work
@@ -266,6 +267,15 @@ class Round:
         rule = self._a_proxy(rng).up if rng.random() < 0.5 else self.for_nodes.down
         rule.spoil, rule.times = MARK * 300, 2
 
+    def misleading_network(self, oracle: Oracle, rng: random.Random) -> None:
+        """A bit of the length in a frame's head: its receiver sees it at once, with the next frame, or at 20 s."""
+        if self.long:
+            self._node_faults += 1
+            proxy, task = rng.choice([(self.for_callers, True), (self.for_nodes, False)])
+            rule = rng.choice([proxy.up, proxy.down])
+            rule.spoil = TASK_HEAD if (rule is proxy.up) is task else RESULT_HEAD
+            rule.place, rule.bit, rule.times = rng.choice([5, 6, 7]), 1 << rng.randrange(8), 1
+
     def drain_node_and_kill_server(self, oracle: Oracle, rng: random.Random) -> None:
         if node := self._a_node(rng):
             node.wait_for("CLIENT_ID")
@@ -325,7 +335,7 @@ FAULTS: list[Callable[[Round, Oracle, random.Random], None]] = [
     Round.kill_worker, Round.kill_worker, Round.kill_worker, Round.stop_worker, Round.kill_node, Round.kill_node,
     Round.drain_node, Round.stop_node, Round.kill_server, Round.restart_server, Round.kill_server_and_node,
     Round.stop_server, Round.cut_network, Round.cut_network, Round.cut_network_mid_frame, Round.hold_network,
-    Round.slow_network, Round.bytewise_network, Round.altering_network,
+    Round.slow_network, Round.bytewise_network, Round.altering_network, Round.misleading_network,
     Round.drain_node_and_kill_server, Round.drop_a_call, Round.another_caller, Round.stranger,
 ]
 

@@ -47,11 +47,31 @@ class Work:
         index = argument if isinstance(argument, int) else argument[0]
         note(self.path, index, "begin")
         if index in self.bad and noted(self.path, index) <= self.times:
+            if self.how == "dump":
+                return Deadly()
             misbehave(self.how, index)
         if self.seconds:
             never.wait(self.seconds)
         note(self.path, index, "end")
         return (index * index, bytes(self.pad)) if self.pad else index * index
+
+
+class WorkHere(Work):
+    """Work that takes as long as this machine is slow: the variable SLOW of its node, or 50 ms."""
+
+    def __call__(self, argument: Any) -> Any:
+        """Note, wait, note."""
+        note(self.path, argument, "begin")
+        never.wait(float(os.environ.get("SLOW", "0.05")))
+        note(self.path, argument, "end")
+        return argument * argument
+
+
+class Deadly:
+    """A value that kills whoever dumps it."""
+
+    def __reduce__(self) -> Any:
+        os._exit(1)
 
 
 def misbehave(how: str, index: int) -> None:
@@ -69,10 +89,15 @@ def misbehave(how: str, index: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "raise":
         raise ValueError(f"no {index}")
+    elif how == "memory-error":
+        run_into_memory_error()
     elif how == "hang":
         never.wait(3600)
     elif how == "c-call":  # with the GIL held: no thread of Python's runs meanwhile
         ctypes.PyDLL(None).sleep(3600)
+    elif how == "long-c-call":  # longer than the limit of silence
+        ctypes.PyDLL(None).sleep(25)
+        return
     never.wait(60)
 
 
@@ -87,6 +112,23 @@ def run_out_of_memory() -> None:
     while libc.malloc(1 << 20):
         pass
     os.abort()
+
+
+def run_into_memory_error() -> None:
+    """Hit RLIMIT_AS in Python, which raises; the limit is as it was, then."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), before[1]))
+    try:
+        bytearray(256 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def leave_a_child(index: int) -> tuple[int, int, int]:
+    """Start a process that lives on, and return: (index, this process, the child)."""
+    return index, os.getpid(), os.posix_spawn("/bin/sleep", ["sleep", "60"], os.environ)
 
 
 def sleep(argument: tuple[int, float]) -> int:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import signal
 import time
 
-from cluster import alive
+from cluster import Cluster, alive
 from conftest import wait_until
 
 from . import tree
 from .bench import Bench, fault
-from .work import Work, length, unit
+from .work import Work, leave_a_child, length, unit
 
 COUNT = 40
 SOON_SECONDS = 2.0  # what tells a requeue from a hang; the table has the exact time
 
 
-@fault(1, "worker SIGKILLed in a task", runs=20, short=True)
+@fault(1, "worker SIGKILLed in a task", runs=20, short=True, limit=("detect", 0.1))
 def worker_in_a_task(bench: Bench) -> None:
     """There are idle workers: so it is begun again as soon as its death is known."""
     cluster, oracle = bench.cluster(2, 2), bench.oracle()
@@ -47,25 +47,53 @@ def worker_among_busy_ones(bench: Bench) -> None:
     bench.note(oracle.hit(at, {victim}), repeated=oracle.repeated())
 
 
-@fault(1, "worker SIGKILLed, its own child lives on", runs=20)
+@fault(1, "worker SIGKILLed in a task, its own child lives on", runs=20, limit=("detect", 0.1))
 def worker_with_a_child(bench: Bench) -> None:
-    """The child holds the worker's end of the socket pair and its sentinel."""
-    cluster, oracle = bench.cluster(2), bench.oracle()
-    work = Work(oracle.path, 0.02, (7,), "child", times=1)
-    call = bench.call(cluster, "map", work, range(COUNT))
-    oracle.check(call.result(), COUNT, repeats=1)
-    assert oracle.counts()[7] == 2
-    times = [event for event in oracle.events() if event.index == 7]
+    """The child holds the worker's end of the socket pair and its sentinel. There are idle workers."""
+    cluster, oracle = bench.cluster(2, 2), bench.oracle()
+    work = Work(oracle.path, 0.02, (1,), "child", times=1)
+    call = bench.call(cluster, "map", work, range(3))
+    oracle.check(call.result(), 3, repeats=1)
+    assert oracle.counts()[1] == 2
+    times = [event for event in oracle.events() if event.index == 1]
     bench.note(detect=times[1].at - times[0].at, recover=times[-1].at - times[0].at, repeated=oracle.repeated())
     for process in tree.orphans("sleep 60"):
         tree.kill(process)
 
 
+@fault(1, "worker SIGKILLed in a task, three arguments of a slice, twice each", runs=20, short=True)
+def worker_charges_one(bench: Bench) -> None:
+    """Six deaths of one slice: that argument alone is charged each time, so none of them is given up."""
+    cluster, oracle = bench.cluster(1), bench.oracle()
+    bad = tuple(bench.rng.sample(range(8), 3))
+    call = bench.call(cluster, "map", Work(oracle.path, 0, bad, "kill", times=2), range(8), chunksize=8)
+    oracle.check(call.result(), 8, repeats=6 * 8)
+    assert not call.errors
+    assert oracle.counts()[bad[0]] > 2
+    bench.note(repeated=oracle.repeated())
+
+
 @fault(1, "worker SIGKILLed while idle", runs=20)
 def worker_idle(bench: Bench) -> None:
-    cluster, oracle = bench.cluster(2), bench.oracle()
+    cluster = bench.cluster(2)
+    _kill_idle(bench, cluster, set(cluster.nodes[0].workers(2)))
+
+
+@fault(1, "worker SIGKILLed while idle, its own children live on", runs=20)
+def worker_idle_with_a_child(bench: Bench) -> None:
+    cluster = bench.cluster(2)
+    call = bench.call(cluster, "map", leave_a_child, range(12))
+    found = call.result()
+    cluster.wait_idle(5)
+    _kill_idle(bench, cluster, set(cluster.nodes[0].workers(2)))
+    for _, _, child in found.values():
+        assert alive(child)
+        tree.kill(child)
+
+
+def _kill_idle(bench: Bench, cluster: Cluster, before: set[int]) -> None:
+    oracle = bench.oracle()
     (node,) = cluster.nodes
-    before = set(node.workers(2))
     at = time.monotonic()
     for victim in before:
         tree.kill(victim)
@@ -77,19 +105,33 @@ def worker_idle(bench: Bench) -> None:
 
 @fault(1, "worker SIGKILLed while it receives", runs=20, short=True)
 def worker_receiving(bench: Bench) -> None:
-    """It is stopped, so that a message of some MB fills its socket; then it is killed. Nothing is charged."""
+    """It is stopped until a message of some MB fills its socket, then the node is, while the worker reads that much.
+
+    So it dies in the middle of a frame. Nothing is charged: it was idle.
+    """
     cluster = bench.cluster(1)
     (node,) = cluster.nodes
     (victim,) = node.workers(1)
     tree.kill(victim, signal.SIGSTOP)
     call = bench.call(cluster, "map", length, [b"x" * (4 << 20)] * 5)
     wait_until(lambda: any(job["running"] for job in cluster.status()["jobs"]), "slices at the node")
-    threshold = time.monotonic() + 0.2
-    wait_until(lambda: time.monotonic() > threshold, "a message half way")
+    _wait(0.2)  # for the socket to be full
+    node.signal(signal.SIGSTOP)
+    used = tree.seconds_used(victim)
+    tree.kill(victim, signal.SIGCONT)
+    _wait(0.2)  # for it to have read that; it sleeps then
+    assert tree.seconds_used(victim) - used < 0.2
     at = time.monotonic()
     tree.kill(victim)
+    node.signal(signal.SIGCONT)
     assert call.result() == dict.fromkeys(range(5), 4 << 20)
     bench.note(recover=time.monotonic() - at, repeated=0)
+    assert f"worker {victim} ended with -9 in phase idle" in node.err.read_text(), node.err.read_text()
+
+
+def _wait(seconds: float) -> None:
+    at = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() >= at, "some time", seconds + 5)
 
 
 @fault(1, "workers SIGKILLed again and again", runs=3)
