@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from . import payload
-from .errors import LetterAltered, ProtocolError, TaskTimeout, WorkerLost
+from .errors import LetterAltered, LetterTooLarge, ProtocolError, TaskTimeout, WorkerLost
 from .feeder import CANCELLED, Feeder, Slice, join, mark
 from .results import ResultBuffer, Unit, Window
 from .wire import (
@@ -69,13 +69,16 @@ class Link(Protocol):
         """Send, or drop where there is no connection: the job is declared anew then. Needs `lock`."""
 
     def check_size(self, what: str, size: int) -> None:
-        """LetterTooLarge if `what`, of `size` bytes, is over the limit."""
+        """LetterTooLarge if `what`, of `size` bytes, may not travel to every node."""
+        if size > self.letter_limit:
+            raise LetterTooLarge(f"{what} has {size:,} bytes, no more than {self.letter_limit:,} travel in one piece")
 
     def workers(self) -> tuple[int, int]:
         """Workers of the cluster that can run this caller's functions, and those of the largest node."""
 
     def wait_for_workers(self, timeout: float) -> None:
-        """Block until the cluster changes, at most `timeout` seconds."""
+        """Block until the cluster changes, at most `timeout` seconds. Here: it never does."""
+        return
 
 
 class Function:
@@ -184,6 +187,16 @@ class Job:
         """Let everything out: nobody will take before all is done."""
         self._buffersize, self._beyond = None, math.inf
         self.resize()
+
+    def functions(self) -> dict[str, Function]:
+        """What must be there before it runs, by what it is to the job."""
+        both = {"function": self.function, "initializer": self.initializer}
+        return {role: function for role, function in both.items() if function is not None}
+
+    def declaration(self) -> dict[str, Any]:
+        """The body of its JOB, but for what the connection knows."""
+        digests = {role: function.digest.hex() for role, function in self.functions().items()}
+        return {"job": self.number, "context": self.context_id.hex(), "options": self.options, **digests}
 
     def outstanding(self) -> list[Rows]:
         """Every slice without an answer, for a new connection. Needs `link.lock`; no slice is charged."""

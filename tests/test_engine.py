@@ -17,7 +17,7 @@ from conftest import SECONDS
 
 import achilles
 from achilles import Pool
-from achilles.engine import CONTEXTS_KEPT
+from achilles.worker import CONTEXTS_KEPT
 
 
 def square(x):
