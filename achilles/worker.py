@@ -396,7 +396,7 @@ def _wrapped(function: Function, call: str | None, seed: int | None) -> Function
 
 
 def _call_star(function: Callable[..., Any], x: Any) -> Any:
-    return function(*x)
+    return function(*tuple(x))  # as itertools.starmap, of what is no iterable, too
 
 
 def _call_apply(function: Callable[..., Any], x: Any) -> Any:
