@@ -44,7 +44,7 @@ from .wire import (
     Status,
 )
 
-__all__ = ["ATTEMPTS", "Function", "Job", "Link", "Taken"]
+__all__ = ["ATTEMPTS", "SLICE_US", "Function", "Job", "Link", "Taken"]
 
 ATTEMPTS = 3  # deaths of an argument, or alterations of a slice in a row, before it is given up
 WINDOW_SLICES = 64  # out beyond two for each worker: what is under way between here and there
@@ -108,7 +108,7 @@ class Job:
     packets, which the server cuts, or lists, where the first argument is a list.
     `ordered`: `take` follows the order of `args`. `eager`: an error of the iterable
     is raised at once, not in its place. `largest`: let slices grow up to so many
-    arguments, as they turn out to be quick. `ready`: is called, without any lock held,
+    arguments, or to `slice_us` of work, as they turn out to be quick. `ready`: is called, without any lock held,
     when there may be something to take; from any thread, must not block.
     """
 
@@ -117,7 +117,7 @@ class Job:
         args: Iterable[Any] | Callable[[], Any], *, chunksize: int = 1, ordered: bool = True,
         flat: bool = False, eager: bool = False, buffersize: int | None = None,
         options: Mapping[str, Any] | None = None, initializer: Function | None = None,
-        largest: int | None = None, ready: Callable[[], object] | None = None,
+        largest: int | None = None, slice_us: int = SLICE_US, ready: Callable[[], object] | None = None,
     ) -> None:
         self.link = link
         self.number = number
@@ -142,12 +142,14 @@ class Job:
         self._ready: deque[Unit] = deque()  # taken out of the buffer, not by the caller yet; the caller's thread alone
         self._given: list[Unit] = []  # ... and those that were; their room is given back together
         self._largest = largest if buffersize is None or largest is None else min(largest, buffersize)
+        self._least, self._slice_us = chunksize, slice_us
+        self._least, self._slice_us = min(chunksize, buffersize or chunksize), slice_us
         self._buffersize = buffersize
         self._beyond: float = WINDOW_SLICES
         self._worth = 1  # slices that make a message, by the slowest of late
         self._window = Window(buffersize or self._window_slices())
         self._feeder = Feeder(
-            self, context, self._window, args, size=min(chunksize, buffersize or chunksize),
+            self, context, self._window, args, size=self._least,
             by_argument=buffersize is not None, lists=not flat, name=str(number),
         )
 
@@ -320,14 +322,14 @@ class Job:
             self._adapt(rows, self._largest)
 
     def _adapt(self, rows: Rows, largest: int) -> None:
-        """Choose how many arguments the next slices have: as many as take SLICE_US, by these ones' pace and size."""
+        """Choose how many arguments the next slices have: as many as take `slice_us`, by these ones' pace and size."""
         with self.link.lock:
             slices = [slice_ for n in rows.slices if (slice_ := self.slices.get(n))]
         if slices:
             number = min(slice_.number for slice_ in slices)
             size = max(1, *(slice_.size for slice_ in slices), *rows.lengths)
-            good = number * min(SLICE_US / rows.pace, SLICE_BYTES / size)
-            self._feeder.size = max(1, min(int(good), GROWTH * self._feeder.size, largest))
+            good = number * min(self._slice_us / rows.pace, SLICE_BYTES / size)
+            self._feeder.size = max(self._least, min(int(good), GROWTH * self._feeder.size, largest))
 
     def answer(self, number: int, attempt: int, status: int, digest: bytes, letter: Buffer) -> None:
         """One row, out of the ordinary or in the company of such a one. Ignored if nobody waits for it."""

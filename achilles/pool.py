@@ -30,9 +30,10 @@ from .config import SecretKey
 from .controller import RECONNECT_SECONDS, Controller
 from .errors import DumpError
 from .feeder import join
-from .job import Function, Job
+from .job import SLICE_US, Function, Job
 from .payload import own_error
 from .takers import AsyncResult, Callback, Dispatcher, PoolIterator, Taker
+from .wire import MESSAGE_US
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -82,7 +83,8 @@ class Pool:
             raise TypeError("initializer must be a callable")
         check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
         self._given = processes
-        self._options = {"processes": processes, "maxtasksperchild": maxtasksperchild}
+        options = {"processes": processes, "maxtasksperchild": maxtasksperchild}
+        self._options = {name: value for name, value in options.items() if value is not None}
         self._context, self._context_id = payload.Context(caller=True), secrets.token_bytes(16)
         self._initializer = None
         if initializer is not None:
@@ -236,11 +238,15 @@ class Pool:
             args = _numbered(args)
         function = self._dump(func)
 
+        # Of few slices at a time none waits at a node for its turn: quick ones go together, as in a message there.
+        grows = chunksize is None or (self._given is not None and "maxtasksperchild" not in self._options)
+        slice_us = SLICE_US if chunksize is None else MESSAGE_US
+
         def make(link: Controller, number: int) -> Job:
             taker.job = Job(
                 link, number, self._context, self._context_id, function, args, chunksize=chunksize or 1,
                 ordered=ordered, flat=True, buffersize=buffersize, options=options, initializer=self._initializer,
-                largest=self._largest_slice(args) if chunksize is None else None, ready=ready,
+                largest=self._largest_slice(args) if grows else None, slice_us=slice_us, ready=ready,
             )
             return taker.job
 
