@@ -57,6 +57,13 @@ def after(seconds, value=None):
     return value
 
 
+def until(path):
+    """Ends when there is such a file."""
+    while not path.exists():
+        threading.Event().wait(0.01)
+    return "done"
+
+
 def leave(x):
     if x == 3:
         raise SystemExit(7)
@@ -504,10 +511,10 @@ def test_a_pool_that_is_dropped_warns_and_closes(cluster, no_leftovers):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_in_a_child_of_the_caller_nothing_hangs(make):
+def test_in_a_child_of_the_caller_nothing_hangs(make, tmp_path):
     """What is there is returned; what is not is an error, and the parent's pool goes on."""
-    pool = make()
-    there, open_, iterator = pool.map_async(square, [2]), pool.apply_async(after, (1, "done")), pool.imap(after, [1])
+    pool, path = make(), tmp_path / "go"
+    there, open_, iterator = pool.map_async(square, [2]), pool.apply_async(until, (path,)), pool.imap(until, [path])
     assert there.get(SECONDS) == [4]
     reading, writing = os.pipe()
     child = os.fork()
@@ -523,7 +530,8 @@ def test_in_a_child_of_the_caller_nothing_hangs(make):
         found = pipe.read().split()
     lost = "ServerUnreachable"
     assert found == ["value", lost, lost, lost, lost, lost, "value", lost, "value"]
-    assert open_.get(SECONDS) == "done" and pool.map(square, [3]) == [9]
+    path.touch()
+    assert open_.get(SECONDS) == iterator.next(SECONDS) == "done" and pool.map(square, [3]) == [9]
 
 
 def test_nothing_is_kept_alive_after_it_is_delivered(make):
