@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import test_pool
 from conftest import SECONDS
 
 import achilles
@@ -106,6 +108,14 @@ def test_a_pool_has_all_its_methods(pool):
     assert pool.map_async(square, range(3)).get(SECONDS) == [0, 1, 4] and pool.size == 2
     with pytest.raises(ZeroDivisionError):
         pool.map(inverse, [1, 0])
+
+
+def test_a_pool_on_other_processes_ends_as_the_standard_librarys():
+    """All the cases of a cluster's."""
+    with processes() as executor, Pool(executor=executor) as ours, multiprocessing.get_context("spawn").Pool(2) as mp:
+        for name, case in test_pool.CASES.items():
+            found = [test_pool.outcome(functools.partial(case, pool)) for pool in (ours, mp)]
+            assert found[0] == found[1], name
 
 
 def test_a_seed_gives_the_same_numbers_in_other_processes():

@@ -28,7 +28,17 @@ from fakes import SECRET, USER, address, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from achilles import ClusterKilled, LocalCluster, Pool, TaskTimeout, WorkerLost, cluster_status, kill_cluster, payload
+from achilles import (
+    ClusterKilled,
+    LocalCluster,
+    NoNodesError,
+    Pool,
+    TaskTimeout,
+    WorkerLost,
+    cluster_status,
+    kill_cluster,
+    payload,
+)
 from achilles.channel import Channel
 from achilles.takers import AsyncResult, PoolIterator, ResultTimeout
 from achilles.wire import Kind
@@ -55,6 +65,15 @@ def pair(*args, **kwds):
 def after(seconds, value=None):
     threading.Event().wait(seconds)
     return value
+
+
+def set_start(value):
+    global start
+    start = value
+
+
+def add_start(x):
+    return start + x
 
 
 def until(path):
@@ -89,12 +108,20 @@ def note(path, name):
         file.write(f"{name} {os.getpid()}\n")
 
 
-def busy(path, x):
+def busy(path, x, seconds=0.02):
     """Notes when it begins and when it ends."""
     note(path, "+")
-    threading.Event().wait(0.02)
+    threading.Event().wait(seconds)
     note(path, "-")
     return x
+
+
+def die_first(path, x):
+    """Takes its worker along, the first time that anybody calls it with 3."""
+    if x == 3 and not os.path.exists(path):
+        open(path, "w").close()
+        os._exit(1)
+    return random.random()
 
 
 def numbers(_):
@@ -573,11 +600,12 @@ def test_processes_bounds_what_runs_of_all_calls_together(make, tmp_path):
     pool, path = make(processes=2), str(tmp_path / "oracle")
     results = [pool.starmap_async(busy, [(path, n) for n in range(6)], 1) for _ in range(3)]
     results += [pool.apply_async(busy, (path, n)) for n in range(4)]
+    results += [pool.starmap_async(busy, [(path, n, 0.001) for n in range(100)], chunksize) for chunksize in (1, None)]
     for result in results:
         result.get(SECONDS)
     with open(path) as file:
         running = [*itertools.accumulate(1 if line[0] == "+" else -1 for line in file)]
-    assert len(running) == 44 and max(running) == 2
+    assert len(running) == 444 and max(running) == 2
 
 
 def test_quick_slices_of_few_processes_go_together(make, cluster):
@@ -601,6 +629,26 @@ def test_the_number_of_workers_is_that_of_the_cluster_as_it_grows_and_shrinks(tm
         second.kill()
         wait_until(lambda: pool.size == 1, "the loss of the second node")
         assert pool.map(tasks.square, range(5)) == [0, 1, 4, 9, 16] and three.size == 3
+
+
+def test_a_pool_outlives_its_server(tmp_path):
+    """What was asked is done, and initializer and functions are there again."""
+    with Cluster(tmp_path, 2) as cluster, Pool(initializer=set_start, initargs=(5,), **cluster.address) as pool:
+        assert pool.map(add_start, range(3)) == [5, 6, 7]
+        result = pool.map_async(functools.partial(after, 0.05), range(40), 1)
+        iterator = pool.imap(add_start, range(100))
+        cluster.server.kill()
+        cluster.start_server()
+        assert result.get(SECONDS) == [*range(40)] and list(iterator) == [*range(5, 105)]
+        assert pool.map(add_start, range(3)) == [5, 6, 7]
+
+
+def test_a_pool_that_waits_for_nodes_in_vain_says_so():
+    with serving() as server, Pool(wait_for_nodes=0.1, **address(server.address[1])) as pool:
+        result, iterator = pool.apply_async(square, (1,)), pool.imap(square, [1])
+        for call in (result.get, result.wait, iterator.next, lambda: pool.map(square, [1])):
+            with pytest.raises(NoNodesError, match="no node joined the server"):
+                call()
 
 
 def test_an_initializer_runs_once_in_each_worker_before_its_first_task(make, tmp_path):
@@ -665,6 +713,11 @@ def test_a_seed_gives_the_same_numbers_however_the_work_is_cut(ours, make):
     assert ours.starmap(power, [(2, 3)], seed=1) == [8]
 
 
+def test_a_seed_gives_the_same_numbers_after_a_worker_was_lost(ours, tmp_path):
+    twice = [ours.map(functools.partial(die_first, str(tmp_path / "died")), range(10), 5, seed=1) for _ in range(2)]
+    assert twice[0] == twice[1] == ours.map(numbers, range(10), seed=1)
+
+
 @pytest.mark.parametrize("more, error", [
     (dict(seed=1.5), TypeError), (dict(buffersize=0), ValueError), (dict(timeout=0), ValueError),
     (dict(chunksize=0), ValueError), (dict(unknown=1), TypeError),
@@ -679,11 +732,13 @@ def test_wrong_options_are_refused(ours, more, error):
 
 def test_a_large_function_crosses_each_link_once(tmp_path, monkeypatch, unconfigured):
     """From the caller to the server, and from there to the node, over a hundred maps."""
-    sent, send = [], Channel.send
+    sent, greeted, send = [], [], Channel.send
 
     def counting(self, kind, body):
         if kind is Kind.FUNCTION:
             sent.append((self.name.split()[0], body.size()))
+        elif kind is Kind.HELLO:
+            greeted.append(self.name.split()[0])
         send(self, kind, body)
 
     monkeypatch.setattr(Channel, "send", counting)
@@ -699,6 +754,7 @@ def test_a_large_function_crosses_each_link_once(tmp_path, monkeypatch, unconfig
             node.signal(signal.SIGTERM)
             assert node.wait() == 0
     assert sorted(where for where, _ in sent) == ["node", "server"]
+    assert greeted.count("server") == 1, "one connection serves the pool's life"
     assert all(len(data) < size < len(data) + 10_000 for _, size in sent)
 
 
