@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import test_pool
-from conftest import SECONDS
+from conftest import SECONDS, wait_until
 
 import achilles
 from achilles import Pool
@@ -161,6 +161,23 @@ def test_processes_bounds_what_is_out():
     with Counting(8) as executor, Pool(2, executor=executor) as pool:
         assert [pool.map_async(square, range(20), 1) for _ in range(3)][2].get(SECONDS) == [*map(square, range(20))]
     assert max(most) == 2
+
+
+def test_what_has_not_begun_is_cancelled_with_its_job(tmp_path):
+    def wait_there(n):
+        (tmp_path / f"begun {n}").touch()
+        while not (tmp_path / "go").exists():
+            threading.Event().wait(0.01)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as executor, Pool(executor=executor) as pool:
+        results = pool.imap(wait_there, range(5))
+        wait_until((tmp_path / "begun 0").exists, "the first call")
+        wait_until(lambda: executor._work_queue.qsize(), "a second one behind it")
+        results.cancel()
+        wait_until(lambda: not pool._controller._jobs, "the end of the job")
+        assert pool._controller._events.empty() or wait_until(pool._controller._events.empty)
+        (tmp_path / "go").touch()
+    assert [*tmp_path.glob("begun *")] == [tmp_path / "begun 0"]
 
 
 def test_what_breaks_the_executor_is_the_error_of_the_call():

@@ -11,7 +11,7 @@ import os
 import threading
 
 import pytest
-from conftest import SECONDS, wait_until
+from conftest import SECONDS, in_a_child, wait_until
 
 from achilles import Executor, LocalCluster, ServerUnreachable
 
@@ -238,21 +238,16 @@ def test_a_with_block_and_shutdown_may_follow_each_other(make):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_in_a_child_of_the_caller_submit_raises_and_shutdown_returns(make, tmp_path):
     executor = make()
     futures = [executor.submit(wait_for, str(tmp_path / "go")) for _ in range(8)]
-    child = os.fork()
-    if child == 0:
-        try:
+
+    def use():
+        with executor, pytest.raises(ServerUnreachable, match="belongs to the parent process"):
             executor.submit(square, 1)
-        except ServerUnreachable:
-            executor.shutdown()
-            os._exit(7)
-        os._exit(1)
-    found = []
-    wait_until(lambda: found.append(os.waitpid(child, os.WNOHANG)) or found[-1][0] == child, "the end of the child")
-    assert os.waitstatus_to_exitcode(found[-1][1]) == 7
+        return "as promised"
+
+    assert in_a_child(use) == "as promised"
     release(str(tmp_path / "go"))
     assert [future.result(SECONDS) for future in futures] == [None] * 8
 

@@ -23,7 +23,7 @@ from multiprocessing.pool import MaybeEncodingError, RemoteTraceback, ThreadPool
 import pytest
 import tasks
 from cluster import PYTHON, Cluster, Process, environment
-from conftest import SECONDS, wait_until
+from conftest import SECONDS, in_a_child, wait_until
 from fakes import SECRET, USER, address, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -537,28 +537,30 @@ def test_a_pool_that_is_dropped_warns_and_closes(cluster, no_leftovers):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_in_a_child_of_the_caller_nothing_hangs(make, tmp_path):
     """What is there is returned; what is not is an error, and the parent's pool goes on."""
     pool, path = make(), tmp_path / "go"
     there, open_, iterator = pool.map_async(square, [2]), pool.apply_async(until, (path,)), pool.imap(until, [path])
     assert there.get(SECONDS) == [4]
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        calls = (there.get, open_.get, open_.wait, iterator.next, lambda: pool.map(square, [1]),
-                 lambda: pool.apply_async(square, (1,)), pool.close, pool.join, pool.terminate)
-        names = [kind if kind == "value" else kind.__name__ for kind, *_ in map(outcome, calls)]
-        os.write(writing, " ".join(names).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        wait_until(lambda: os.waitpid(child, os.WNOHANG)[0] == child, "the end of the child")
-        found = pipe.read().split()
+    calls = (there.get, open_.get, open_.wait, iterator.next, lambda: pool.map(square, [1]),
+             lambda: pool.apply_async(square, (1,)), pool.close, pool.join, pool.terminate)
+    found = in_a_child(lambda: [kind if kind == "value" else kind.__name__ for kind, *_ in map(outcome, calls)])
     lost = "ServerUnreachable"
-    assert found == ["value", lost, lost, lost, lost, lost, "value", lost, "value"]
+    assert found == str(["value", lost, lost, lost, lost, lost, "value", lost, "value"])
     path.touch()
     assert open_.get(SECONDS) == iterator.next(SECONDS) == "done" and pool.map(square, [3]) == [9]
+
+
+def test_a_result_keeps_its_pool_until_it_is_there(cluster, no_leftovers, tmp_path):
+    pool, path = Pool(**where(cluster)), tmp_path / "go"
+    result, seen = pool.apply_async(until, (path,)), weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert seen() is not None
+    with pytest.warns(ResourceWarning, match="unclosed running multiprocessing pool") as told:
+        path.touch()
+        assert result.get(SECONDS) == "done"
+        wait_until(lambda: gc.collect() is not None and len(told), "the end of the pool")
 
 
 def test_nothing_is_kept_alive_after_it_is_delivered(make):
