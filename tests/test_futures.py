@@ -247,8 +247,10 @@ def test_in_a_child_of_the_caller_submit_raises_and_shutdown_returns(make, tmp_p
             executor.submit(square, 1)
         return "as promised"
 
-    assert in_a_child(use) == "as promised"
-    release(str(tmp_path / "go"))
+    try:
+        assert in_a_child(use) == "as promised"
+    finally:
+        release(str(tmp_path / "go"))
     assert [future.result(SECONDS) for future in futures] == [None] * 8
 
 
