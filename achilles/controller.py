@@ -37,12 +37,11 @@ from .errors import (
     AuthenticationError,
     ClusterKilled,
     ConfigurationError,
-    LetterTooLarge,
     ProtocolError,
     ServerUnreachable,
     VersionError,
 )
-from .job import Job
+from .job import Job, Link
 from .wire import LETTER_LIMIT_BYTES, Frame, Kind, Rows
 
 __all__ = ["RECONNECT_SECONDS", "Controller"]
@@ -56,7 +55,7 @@ log = logging.getLogger(__name__)
 derive_key = functools.lru_cache(maxsize=8)(auth.derive_key)  # 40 ms, and each of the three calls connects anew
 
 
-class Controller:
+class Controller(Link):
     """A connection to the server that `resolve` names, kept until `close`.
 
     `resolve` returns Settings; it is asked again for every reconnection, so that a changed
@@ -140,8 +139,8 @@ class Controller:
                     self._channel.send_ahead(Kind.CANCEL, {"job": job.number})
             if known:
                 self.post(Kind.END, {"job": job.number}, wake=True)  # nobody waits: it may go with the next job
-                for function in (job.function, job.initializer):
-                    for digest in self._sent.release(function.digest) if function else ():
+                for function in job.functions().values():
+                    for digest in self._sent.release(function.digest):
                         self.post(Kind.FORGET, {"function": digest.hex()}, wake=True)
         job.stop()
 
@@ -203,11 +202,6 @@ class Controller:
         """Whether the server has spoken on the connection there is."""
         return self._cluster is not None
 
-    def check_size(self, what: str, size: int) -> None:
-        """LetterTooLarge if something of `size` bytes may not travel to every node; `what` names it."""
-        if size > self.letter_limit:
-            raise LetterTooLarge(f"{what} has {size:,} bytes, the cluster takes {self.letter_limit:,} in one piece")
-
     def workers(self) -> tuple[int, int]:
         """Workers of nodes with this Python, and those of the largest node."""
         cluster = self._cluster
@@ -241,13 +235,10 @@ class Controller:
 
     def _declare(self, job: Job, resumed: bool) -> None:
         """FUNCTION where the server has it not, then JOB. Needs `lock`."""
-        body = {"job": job.number, "context": job.context_id.hex(), "function": job.function.digest.hex()}
-        for name, function in (("function", job.function), ("initializer", job.initializer)):
-            if function is not None:
-                body[name] = function.digest.hex()
-                if self._sent.use(function.digest, len(function.letter)):
-                    self.post(Kind.FUNCTION, Rows.single(0, 0, 0, 0, (function.letter,), function.digest))
-        self.post(Kind.JOB, body | {"resumed": resumed, "options": job.options})
+        for function in job.functions().values():
+            if self._sent.use(function.digest, len(function.letter)):
+                self.post(Kind.FUNCTION, Rows.single(0, 0, 0, 0, (function.letter,), function.digest))
+        self.post(Kind.JOB, job.declaration() | {"resumed": resumed})
 
     def _read(self) -> None:
         """The reader thread; however it ends, everybody who waits is told."""

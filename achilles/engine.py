@@ -6,71 +6,60 @@ processes: what is promised of lost workers, time limits and cancelling is their
 
 ::
 
-    Job ─post─▶ events ─▶ engine thread: Scheduler ─▶ submit(run_slice, …)       … run_slice: Runner
+    Job ─post─▶ events ─▶ engine thread: Scheduler ─▶ submit(run_alone, …)       … worker.run_alone: Runner
      ▲ answers ◀───────────────┘  ▲───────────────── Future.add_done_callback ◀──────────┘
 
-Threads: the engine's alone touches the scheduler and submits; any thread posts. `lock` guards the jobs.
+An event is a method that returns what is to be done next: the scheduler's own, but for answers. Threads: the
+engine's alone touches the scheduler and submits; any thread posts, an executor's while it holds who knows
+which locks. `lock` guards the jobs.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import itertools
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Executor, Future
+from typing import Any
 
 from .channel import PYTHON
-from .errors import LetterTooLarge, ServerUnreachable
-from .job import Job
+from .job import Job, Link
 from .scheduler import Action, Announce, Give, Scheduler
 from .wire import LETTER_LIMIT_BYTES, Kind, Rows
+from .worker import run_alone
 
-if TYPE_CHECKING:
-    from .worker import Runner
-
-__all__ = ["Engine", "run_slice"]
+__all__ = ["Engine"]
 
 NODE = 0  # the scheduler's number for all of the executor
-JOB = 0  # a slice's, in the process that runs it: each slice brings what is to be known of its job
-CONTEXTS_KEPT = 8  # in a process of the executor: nobody tells it which are closed
-UNSUPPORTED = "an executor that is not ours cannot end a call or a worker: {} is not possible there"
-
-_here = threading.local()  # a Runner and its contexts for each thread that runs slices: some engines have several
 
 
-class Engine:
+class Engine(Link):
     """What a Controller is to its jobs, on somebody else's `executor`, which stays open."""
 
     connected = True
-    letter_limit = LETTER_LIMIT_BYTES
 
-    def __init__(self, executor: concurrent.futures.Executor) -> None:
-        self.lock = threading.Lock()
-        self._executor = executor
-        self._count = _count_workers(executor)
+    def __init__(self, executor: Executor) -> None:
+        self.lock, self.letter_limit = threading.Lock(), LETTER_LIMIT_BYTES
+        self._executor, self._workers = executor, _count_workers(executor)
         self._jobs: dict[int, Job] = {}
         self._numbers = itertools.count(1)
-        self._scheduler = Scheduler()  # the engine thread's, like the next two
-        self._futures: dict[int, set[concurrent.futures.Future[Any]]] = {}  # by job
-        self._specs: dict[int, tuple[Any, ...]] = {}  # what a process needs to know of each job
-        self._events: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._scheduler = Scheduler()
+        self._out: dict[Future[Any], int] = {}  # what the executor has, and of which job
+        self._events: queue.SimpleQueue[Callable[[], Iterable[Action] | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="achilles-engine", daemon=True)
-        self._put(self._join)
+        self._put(self._scheduler.join, NODE, PYTHON, self._workers)
         self._thread.start()
 
     def start(self, make: Callable[[Any, int], Job]) -> Job:
         """As `Controller.start`. ValueError for an option that only our own nodes can keep."""
         job = make(self, next(self._numbers))
-        for name in ("timeout", "maxtasksperchild"):
-            if name in job.options:
-                raise ValueError(UNSUPPORTED.format(name))
+        for name in {"timeout", "maxtasksperchild"} & job.options.keys():
+            raise ValueError(f"only our own nodes can end a call or a worker: {name} is not possible there")
         self._jobs[job.number] = job
-        self._put(self._declare, job)
+        self._put(self._scheduler.declare, job.number, self, PYTHON, job.options.get("processes"), job.context_id)
         job.start()
         return job
 
@@ -85,7 +74,6 @@ class Engine:
     def close(self) -> None:
         """Cancel what is open, and join the thread. Idempotent."""
         for job in list(self._jobs.values()):
-            job.fail(ServerUnreachable("this engine was closed by its owner"))
             self.end(job, cancel=True)
         self._events.put(None)
         if threading.current_thread() is not self._thread:
@@ -93,89 +81,47 @@ class Engine:
 
     # What a Job needs of its link.
 
-    def push(self) -> None:
-        """What was posted is with the engine's thread already."""
-
     def post(self, kind: Kind, body: dict[str, Any] | Rows) -> None:
         """TASK and FLUSH are the scheduler's; there is nobody to tell anything else."""
         if isinstance(body, Rows):
-            self._put(self._add, body)
+            self._put(self._scheduler.add, body.job, body)
         elif kind is Kind.FLUSH:
-            self._put(self._flush, body["job"], body["upto"])
-
-    def check_size(self, what: str, size: int) -> None:
-        """LetterTooLarge for more than a letter may have."""
-        if size > self.letter_limit:
-            raise LetterTooLarge(f"{what} has {size:,} bytes; the limit is {self.letter_limit:,} in one piece")
+            self._put(self._scheduler.flush, body["job"], body["upto"])
 
     def workers(self) -> tuple[int, int]:
         """The executor's, as of one node."""
-        return self._count, self._count
-
-    def wait_for_workers(self, timeout: float) -> None:
-        """They are there."""
+        return self._workers, self._workers
 
     # The engine thread.
 
-    def _put(self, event: Callable[..., None], *args: Any) -> None:
-        self._events.put((event, args))
+    def _put(self, event: Callable[..., Iterable[Action] | None], *args: Any) -> None:
+        self._events.put(functools.partial(event, *args))
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
-            event[0](*event[1])
+            for action in event() or ():
+                job = self._jobs.get(action.job)
+                if job and isinstance(action, Announce):
+                    for packet in action.packets:
+                        job.packet(*packet)
+                elif job and isinstance(action, Give):
+                    self._give(job, action.rows)
 
-    def _join(self) -> None:
-        self._scheduler.join(NODE, PYTHON, self._count)
+    def _give(self, job: Job, batches: list[Rows]) -> None:
+        functions = {each.digest.hex(): each.letter for each in job.functions().values()}
+        run = functools.partial(run_alone, job.declaration(), functions)
+        for rows in batches:
+            for number, attempt, (_, parts) in zip(rows.slices, rows.attempts, rows.letters()):
+                try:
+                    future = self._executor.submit(run, number, attempt, b"".join(parts))
+                except Exception as error:  # it is broken, or shut down
+                    job.fail(error)
+                    return
+                self._out[future] = job.number
+                future.add_done_callback(functools.partial(self._put, self._answer, job, number, attempt))
 
-    def _declare(self, job: Job) -> None:
-        self._futures[job.number] = set()
-        functions = {each.digest.hex(): bytes(each.letter) for each in (job.initializer, job.function) if each}
-        body = {
-            "context": job.context_id.hex(), "function": job.function.digest.hex(), "options": job.options,
-            "initializer": job.initializer.digest.hex() if job.initializer else None,
-        }
-        self._specs[job.number] = body, functions
-        self._scheduler.declare(job.number, self, PYTHON, job.options.get("processes"), job.context_id)
-
-    def _add(self, rows: Rows) -> None:
-        self._carry_out(self._scheduler.add(rows.job, rows))
-
-    def _flush(self, job: int, upto: int) -> None:
-        self._carry_out(self._scheduler.flush(job, upto))
-
-    def _end(self, job: int) -> None:
-        self._scheduler.end(job)
-        del self._specs[job]
-        for future in self._futures.pop(job):
-            future.cancel()
-
-    def _carry_out(self, actions: Iterable[Action]) -> None:
-        for action in actions:
-            job = self._jobs.get(action.job)
-            if job is None:
-                continue
-            if isinstance(action, Announce):
-                for first, count in action.packets:
-                    job.packet(first, count)
-            elif isinstance(action, Give):
-                for rows in action.rows:
-                    self._submit(job, rows)
-
-    def _submit(self, job: Job, rows: Rows) -> None:
-        for number, attempt, (_, parts) in zip(rows.slices, rows.attempts, rows.letters()):
-            try:
-                letter = b"".join(parts)
-                future = self._executor.submit(run_slice, self._specs[job.number], number, attempt, letter)
-            except Exception as error:  # it is broken, or shut down
-                job.fail(error)
-                return
-            self._futures[job.number].add(future)
-            future.add_done_callback(functools.partial(self._put, self._answer, job, number, attempt))
-
-    def _answer(self, job: Job, number: int, attempt: int, future: concurrent.futures.Future[Any]) -> None:
-        if job.number not in self._futures:
-            return
-        self._futures[job.number].discard(future)
+    def _answer(self, job: Job, number: int, attempt: int, future: Future[Any]) -> Iterable[Action]:
+        del self._out[future]
         try:
             pace, answers = future.result()
         except BaseException as error:  # not of the user's function: those are in the answers
@@ -183,49 +129,18 @@ class Engine:
             return
         for status, letter in answers:
             rows = Rows.single(job.number, number, attempt, status, (letter,), pace=pace)
-            _, actions = self._scheduler.answer(NODE, job.number, rows)
             job.answers(rows)
-            self._carry_out(actions)
+            yield from self._scheduler.answer(NODE, job.number, rows)[1]
 
-
-def run_slice(spec: tuple[Any, ...], number: int, attempt: int, letter: bytes) -> tuple[int, list[tuple[int, bytes]]]:
-    """In a process of the executor: a slice's pace in µs, and its answers as (status, letter)."""
-    body, functions = spec
-    runner = _runner(body["context"])
-    for digest, function in functions.items():
-        if not runner.knows(body["context"], digest):
-            runner.keep(function)
-    runner.declare({"job": JOB, **body})
-    began = time.monotonic_ns()
-    failure = runner.prepare(JOB)
-    answers = [failure] if failure else runner.attempt(JOB, number, attempt, b"", letter)
-    pace = max(1, (time.monotonic_ns() - began) // 1000)
-    runner.end(JOB)
-    return pace, [(int(status), b"".join(parts)) for status, parts in answers]
-
-
-def _runner(context: str) -> Runner:
-    """This thread's, with room for this context."""
-    from .worker import Runner
-
-    if not hasattr(_here, "runner"):
-        _here.runner, _here.contexts = Runner([0, 0, 0]), {}
-    contexts: dict[str, None] = _here.contexts
-    contexts[context] = contexts.pop(context, None)
-    while len(contexts) > CONTEXTS_KEPT:
-        oldest = next(iter(contexts))
-        del contexts[oldest]
-        _here.runner.close_context(oldest)
-    runner: Runner = _here.runner
-    return runner
+    def _end(self, job: int) -> None:
+        self._scheduler.end(job)
+        for future in [each for each, its_job in self._out.items() if its_job == job]:
+            future.cancel()
 
 
 def _count_workers(executor: Any) -> int:
     """How many slices it can run at a time, if it tells."""
-    nthreads = getattr(getattr(executor, "_client", None), "nthreads", None)  # Dask's
-    if nthreads is not None:
+    if (nthreads := getattr(getattr(executor, "_client", None), "nthreads", None)) is not None:  # Dask's
         return max(1, int(sum(nthreads().values())))
-    for name in ("num_workers", "max_workers", "_max_workers"):
-        if isinstance(number := getattr(executor, name, None), int) and number > 0:
-            return number
-    return os.cpu_count() or 1
+    told = [getattr(executor, name, None) for name in ("num_workers", "max_workers", "_max_workers")]
+    return next((number for number in told if isinstance(number, int) and number > 0), os.cpu_count() or 1)

@@ -22,8 +22,9 @@ from typing import Any
 
 from .config import SecretKey
 from .controller import RECONNECT_SECONDS
+from .payload import own_error
 from .pool import CLOSE, Pool
-from .takers import Dispatcher, PoolIterator, ResultTimeout, Taker, own_error
+from .takers import Dispatcher, PoolIterator, ResultTimeout, Taker
 
 __all__ = ["Executor", "Future"]
 
@@ -122,6 +123,7 @@ class Executor(concurrent.futures.Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Have a worker call `fn(*args, **kwargs)`; returns its future at once. RuntimeError after `shutdown`."""
+        self._pool._dispatcher.check_process()
         call = _Call(self, self._pool._dispatcher, (fn, args, kwargs))
         with self._changed:
             self._check_up()
@@ -141,7 +143,7 @@ class Executor(concurrent.futures.Executor):
         """
         if chunksize is not None and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
-        if "submit" in vars(self):  # somebody counts the calls by a submit of his own
+        if getattr(self.submit, "__func__", None) is not Executor.submit:  # somebody counts the calls by his own
             return super().map(fn, *iterables, timeout=timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -153,6 +155,8 @@ class Executor(concurrent.futures.Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take nothing more; end when all is done, and with `wait` block until then."""
+        if self._pool._dispatcher.forked():
+            return
         with self._changed:
             self._down = True
             queued = [*self._queue] if cancel_futures else []

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from . import payload
-from .errors import LetterAltered, ProtocolError, TaskTimeout, WorkerLost
+from .errors import LetterAltered, LetterTooLarge, ProtocolError, TaskTimeout, WorkerLost
 from .feeder import CANCELLED, Feeder, Slice, join, mark
 from .results import SliceBuffer, Unit, UnitBuffer, Window
 from .wire import (
@@ -44,7 +44,7 @@ from .wire import (
     Status,
 )
 
-__all__ = ["ATTEMPTS", "Function", "Job", "Link", "Taken"]
+__all__ = ["ATTEMPTS", "SLICE_US", "Function", "Job", "Link", "Taken"]
 
 ATTEMPTS = 3  # deaths of an argument, or alterations of a slice in a row, before it is given up
 UNNAMED = -1  # in place of a position: deaths while all values of the slice were dumped together
@@ -71,16 +71,20 @@ class Link(Protocol):
         """Queue, or drop where there is no connection: the job is declared anew then. Needs `lock`."""
 
     def push(self) -> None:
-        """Send what was posted. Without `lock`."""
+        """Send what was posted. Without `lock`. Here: it is under way already."""
+        return
 
     def check_size(self, what: str, size: int) -> None:
-        """LetterTooLarge if `what`, of `size` bytes, is over the limit."""
+        """LetterTooLarge if `what`, of `size` bytes, may not travel to every node."""
+        if size > self.letter_limit:
+            raise LetterTooLarge(f"{what} has {size:,} bytes, no more than {self.letter_limit:,} travel in one piece")
 
     def workers(self) -> tuple[int, int]:
         """Workers of the cluster that can run this caller's functions, and those of the largest node."""
 
     def wait_for_workers(self, timeout: float) -> None:
-        """Block until the cluster changes, at most `timeout` seconds."""
+        """Block until the cluster changes, at most `timeout` seconds. Here: it never does."""
+        return
 
 
 class Function:
@@ -110,7 +114,7 @@ class Job:
     packets, which the server cuts, or lists, where the first argument is a list.
     `ordered`: `take` follows the order of `args`. `eager`: an error of the iterable
     is raised at once, not in its place. `largest`: let slices grow up to so many
-    arguments, as they turn out to be quick. `ready`: is called, without any lock held,
+    arguments, or to `slice_us` of work, as they turn out to be quick. `ready`: is called, without any lock held,
     when there may be something to take; from any thread, must not block.
     """
 
@@ -119,7 +123,7 @@ class Job:
         args: Iterable[Any] | Callable[[], Any], *, chunksize: int = 1, ordered: bool = True,
         flat: bool = False, eager: bool = False, buffersize: int | None = None,
         options: Mapping[str, Any] | None = None, initializer: Function | None = None,
-        largest: int | None = None, ready: Callable[[], object] | None = None,
+        largest: int | None = None, slice_us: int = SLICE_US, ready: Callable[[], object] | None = None,
     ) -> None:
         self.link = link
         self.number = number
@@ -144,12 +148,13 @@ class Job:
         self._ready: deque[Any] = deque()  # taken out of the buffer, not by the caller yet; the caller's thread alone
         self._given: list[int] = []  # slices that were; their room is given back together
         self._largest = largest if buffersize is None or largest is None else min(largest, buffersize)
+        self._least, self._slice_us = min(chunksize, buffersize or chunksize), slice_us
         self._buffersize = buffersize
         self._beyond: float = WINDOW_SLICES
         self._worth = 1  # slices that make a message, by the slowest of late
         self._window = Window(buffersize or self._window_slices())
         self._feeder = Feeder(
-            self, context, self._window, args, size=min(chunksize, buffersize or chunksize),
+            self, context, self._window, args, size=self._least,
             by_argument=buffersize is not None, lists=not flat, name=str(number),
         )
 
@@ -189,6 +194,16 @@ class Job:
         """Let everything out: nobody will take before all is done."""
         self._buffersize, self._beyond = None, math.inf
         self.resize()
+
+    def functions(self) -> dict[str, Function]:
+        """What must be there before it runs, by what it is to the job."""
+        both = {"function": self.function, "initializer": self.initializer}
+        return {role: function for role, function in both.items() if function is not None}
+
+    def declaration(self) -> dict[str, Any]:
+        """The body of its JOB, but for what the connection knows."""
+        digests = {role: function.digest.hex() for role, function in self.functions().items()}
+        return {"job": self.number, "context": self.context_id.hex(), "options": self.options, **digests}
 
     def outstanding(self) -> list[Rows]:
         """Every slice without an answer, for a new connection. Needs `link.lock`; no slice is charged."""
@@ -357,14 +372,14 @@ class Job:
             self._adapt(rows, self._largest)
 
     def _adapt(self, rows: Rows, largest: int) -> None:
-        """Choose how many arguments the next slices have: as many as take SLICE_US, by these ones' pace and size."""
+        """Choose how many arguments the next slices have: as many as take `slice_us`, by these ones' pace and size."""
         with self.link.lock:
             slices = [slice_ for n in rows.slices if (slice_ := self.slices.get(n))]
         if slices:
             number = min(slice_.number for slice_ in slices)
             size = max(1, *(slice_.size for slice_ in slices), *rows.lengths)
-            good = number * min(SLICE_US / rows.pace, SLICE_BYTES / size)
-            self._feeder.size = max(1, min(int(good), GROWTH * self._feeder.size, largest))
+            good = number * min(self._slice_us / rows.pace, SLICE_BYTES / size)
+            self._feeder.size = max(self._least, min(int(good), GROWTH * self._feeder.size, largest))
 
     def answer(self, number: int, attempt: int, status: int, digest: bytes, letter: Buffer) -> None:
         """One row, out of the ordinary or in the company of such a one. Ignored if nobody waits for it."""

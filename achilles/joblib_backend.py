@@ -15,49 +15,52 @@ from .futures import Executor
 __all__ = ["register_joblib_backend"]
 
 
+class _Batches:
+    """What is ours of the backend: each batch of calls is a future."""
+
+    supports_retrieve_callback = True
+    default_n_jobs = -1
+
+    def __init__(self, nesting_level: int | None = None, inner_max_num_threads: int | None = None, **cluster: Any):
+        super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)  # type: ignore
+        self.cluster = cluster  # how to reach it
+        self.executor: Executor | None = None
+
+    def _open(self) -> Executor:
+        self.executor = self.executor or Executor(**self.cluster)
+        return self.executor
+
+    def effective_n_jobs(self, n_jobs: int | None) -> int:
+        if n_jobs == 0:
+            raise ValueError("n_jobs == 0 in Parallel has no meaning")
+        workers = self._open()._max_workers
+        return max(workers + 1 + n_jobs, 1) if n_jobs is not None and n_jobs < 0 else n_jobs or 1
+
+    def submit(self, func: Callable[[], Any], callback: Callable[[Any], object] | None = None) -> Any:
+        future = self._open().submit(func)
+        if callback is not None:
+            future.add_done_callback(callback)
+        return future
+
+    def retrieve_result_callback(self, out: Any) -> Any:
+        return out.result()
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        self.terminate()
+
+    def terminate(self) -> None:
+        executor, self.executor = self.executor, None
+        if executor is not None:
+            executor.shutdown(wait=False, cancel_futures=True)
+            executor._pool.terminate()
+
+    def get_nested_backend(self) -> tuple[Any, None]:
+        backends, level = importlib.import_module("joblib._parallel_backends"), getattr(self, "nesting_level", None)
+        return backends.SequentialBackend(nesting_level=(level or 0) + 1), None
+
+
 def register_joblib_backend() -> None:
     """Make `joblib.parallel_config(backend="achilles")` work; it takes host, port, username and secret_key, too."""
     joblib, backends = importlib.import_module("joblib"), importlib.import_module("joblib._parallel_backends")
-
-    class AchillesBackend(backends.AutoBatchingMixin, backends.ParallelBackendBase):  # type: ignore[name-defined,misc]
-        """Batches of calls, each a future."""
-
-        supports_retrieve_callback = True
-        default_n_jobs = -1
-
-        def __init__(self, nesting_level: int | None = None, inner_max_num_threads: int | None = None,
-                     **cluster: Any) -> None:
-            super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
-            self.cluster = cluster  # how to reach it
-            self.executor: Executor | None = None
-
-        def effective_n_jobs(self, n_jobs: int | None) -> int:
-            if n_jobs == 0:
-                raise ValueError("n_jobs == 0 in Parallel has no meaning")
-            self.executor = self.executor or Executor(**self.cluster)
-            workers = self.executor._max_workers
-            return max(workers + 1 + n_jobs, 1) if n_jobs is not None and n_jobs < 0 else n_jobs or 1
-
-        def submit(self, func: Callable[[], Any], callback: Callable[[Any], object] | None = None) -> Any:
-            self.executor = self.executor or Executor(**self.cluster)
-            future = self.executor.submit(func)
-            if callback is not None:
-                future.add_done_callback(callback)
-            return future
-
-        def retrieve_result_callback(self, out: Any) -> Any:
-            return out.result()
-
-        def abort_everything(self, ensure_ready: bool = True) -> None:
-            self.terminate()
-
-        def terminate(self) -> None:
-            executor, self.executor = self.executor, None
-            if executor is not None:
-                executor.shutdown(wait=False, cancel_futures=True)
-                executor._pool.terminate()
-
-        def get_nested_backend(self) -> tuple[Any, None]:
-            return backends.SequentialBackend(nesting_level=(self.nesting_level or 0) + 1), None
-
-    joblib.register_parallel_backend("achilles", AchillesBackend)
+    bases = _Batches, backends.AutoBatchingMixin, backends.ParallelBackendBase
+    joblib.register_parallel_backend("achilles", type("AchillesBackend", bases, {}))

@@ -74,7 +74,7 @@ from .byvalue import (
 from .errors import DumpError, RemoteError, VersionError
 
 __all__ = ["Buffer", "Context", "dump_outcomes", "dump_slice", "encoding_error", "letter_digest",
-           "letter_length", "load_outcomes", "load_slice", "with_skips"]
+           "letter_length", "load_outcomes", "load_slice", "own_error", "with_skips"]
 
 PROTOCOL = 5  # the first with buffers out of band, and what 3.10 to 3.13 all have
 ATOMS = frozenset({int, float, str, bytes, bool, type(None)})  # cannot name a module, whatever they hold
@@ -378,7 +378,8 @@ def dump_outcomes(context: Context, values: list[Any],
         try:
             kept.append(None if position in entries else b"".join(context.dump(value)))
         except (DumpError, VersionError) as error:
-            entries[position] = _error_entry(context, encoding_error(error, value))
+            letter, text, _ = _error_entry(context, encoding_error(own_error(error), value))
+            entries[position] = letter, text, ""  # of no code of the user's
             kept.append(None)
     return True, context.dump([kept, entries, context.node])
 
@@ -404,6 +405,13 @@ def encoding_error(error: BaseException, value: Any) -> BaseException:
     made.value = text = _text_of(value)  # type: ignore[attr-defined]
     made.args = (repr(error), text)
     return made
+
+
+def own_error(error: Any) -> Any:
+    """What the user knows of: of something that cannot be dumped, the dumper's own error."""
+    if not isinstance(error, DumpError) or error.__cause__ is None:
+        return error
+    return error.__cause__.__cause__ or error.__cause__  # the first is that of C pickle, before dill tried
 
 
 def letter_digest(parts: Iterable[Buffer]) -> bytes:
@@ -552,7 +560,8 @@ def _error_of(
         error = loaded if isinstance(loaded, BaseException) else error
     except Exception:
         pass  # a module or class that only the node has: the text stands
-    error.__cause__ = importlib.import_module("multiprocessing.pool").RemoteTraceback(remote_traceback)
+    if remote_traceback:
+        error.__cause__ = importlib.import_module("multiprocessing.pool").RemoteTraceback(remote_traceback)
     with contextlib.suppress(AttributeError, TypeError):  # a class that has no room for it
         error.node = node  # type: ignore[attr-defined]
     return error

@@ -16,7 +16,7 @@ guards the state.
 
 from __future__ import annotations
 
-import os
+import operator
 import secrets
 import threading
 import types
@@ -29,8 +29,11 @@ from .calls import Lookout, check_counts, check_seconds, connect
 from .config import SecretKey
 from .controller import RECONNECT_SECONDS, Controller
 from .errors import DumpError
-from .job import Function, Job
-from .takers import AsyncResult, Callback, Dispatcher, PoolIterator, Taker, own_error
+from .feeder import join
+from .job import SLICE_US, Function, Job
+from .payload import own_error
+from .takers import AsyncResult, Callback, Dispatcher, PoolIterator, Taker
+from .wire import MESSAGE_US
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -73,18 +76,20 @@ class Pool:
         self._state = TERMINATE  # until it runs, for __del__
         if processes is not None and processes < 1:
             raise ValueError("Number of processes must be at least 1")
+        processes = None if processes is None else operator.index(processes)
         if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0):
             raise ValueError("maxtasksperchild must be a positive int or None")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
-        self._pid = os.getpid()
         self._given = processes
-        self._options = {"processes": processes, "maxtasksperchild": maxtasksperchild}
+        options = {"processes": processes, "maxtasksperchild": maxtasksperchild}
+        self._options = {name: value for name, value in options.items() if value is not None}
         self._context, self._context_id = payload.Context(caller=True), secrets.token_bytes(16)
         self._initializer = None
         if initializer is not None:
             self._initializer = Function(self._context.dump((initializer, tuple(initargs)), "the initializer"))
+        self._last: Function | None = None  # the function of the last call, which many callers give again
         self._lock = threading.Lock()  # guards `_state`
         self._controller: Controller = connect(host, port, username, secret_key, reconnect_seconds, executor)
         self._dispatcher = Dispatcher(self._controller, Lookout(self._controller, wait_for_nodes))
@@ -120,14 +125,14 @@ class Pool:
 
         `more`: `buffersize`, `timeout`, `seed`, see the class.
         """
-        return self._run(self._result(False), func, _sequence(iterable), chunksize, **more)
+        return self._run(self._result(False), func, self._sequence(iterable), chunksize, **more)
 
     def starmap(
         self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None, **more: Any
     ) -> Any:
         """As `map`, of `func(*x)`."""
         result = self._result(False)
-        return self._run(result, func, _sequence(iterable), chunksize, call="star", **more)
+        return self._run(result, func, self._sequence(iterable), chunksize, call="star", **more)
 
     def map_async(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None,
@@ -135,7 +140,7 @@ class Pool:
     ) -> AsyncResult:
         """As `map`, at once; the callbacks get the whole list, or the first error."""
         result = self._result(False, callback, error_callback)
-        return self._run_async(result, func, _sequence(iterable), chunksize, **more)
+        return self._run_async(result, func, self._sequence(iterable), chunksize, **more)
 
     def starmap_async(
         self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None,
@@ -143,7 +148,7 @@ class Pool:
     ) -> AsyncResult:
         """As `starmap`, at once."""
         result = self._result(False, callback, error_callback)
-        return self._run_async(result, func, _sequence(iterable), chunksize, call="star", **more)
+        return self._run_async(result, func, self._sequence(iterable), chunksize, call="star", **more)
 
     # One result after the other.
 
@@ -171,11 +176,14 @@ class Pool:
         """Stop what runs, and close the connection: some seconds at most. Results not there are InterruptedError."""
         with self._lock:
             self._state = TERMINATE
+        if self._dispatcher.forked():
+            return
         self._dispatcher.fail(InterruptedError(TERMINATED))
         self._dispatcher.stop()
 
     def join(self) -> None:
         """Block until all that was asked is done. ValueError before `close` or `terminate`."""
+        self._dispatcher.check_process()
         with self._lock:
             if self._state == RUN:
                 raise ValueError("Pool is still running")
@@ -200,13 +208,13 @@ class Pool:
         return types.SimpleNamespace, (), dict.fromkeys(METHODS, _absent())
 
     def __del__(self) -> None:
-        if self._state != TERMINATE and self._pid == os.getpid():
+        if self._state != TERMINATE and not self._dispatcher.forked():
             if self._state == RUN:
                 warnings.warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, 2, source=self)
             self._dispatcher.work.put(None)
 
-
     def _check_running(self) -> None:
+        self._dispatcher.check_process()
         if self._state != RUN:
             raise ValueError("Pool not running")
 
@@ -228,16 +236,17 @@ class Pool:
         options = {**self._options, "call": call, "seed": seed, "timeout": timeout}
         if seed is not None:
             args = _numbered(args)
-        self._context.refresh()
-        name = f"function {getattr(func, '__qualname__', type(func).__name__)}"
-        function = Function(self._context.dump((func, None), name))
-        self._controller.check_size(name, len(function.letter))
+        function = self._dump(func)
+
+        # Of few slices at a time none waits at a node for its turn: quick ones go together, as in a message there.
+        grows = chunksize is None or (self._given is not None and "maxtasksperchild" not in self._options)
+        slice_us = SLICE_US if chunksize is None else MESSAGE_US
 
         def make(link: Controller, number: int) -> Job:
             taker.job = Job(
                 link, number, self._context, self._context_id, function, args, chunksize=chunksize or 1,
                 ordered=ordered, flat=True, buffersize=buffersize, options=options, initializer=self._initializer,
-                largest=self._largest_slice(args) if chunksize is None else None, ready=ready,
+                largest=self._largest_slice(args) if grows else None, slice_us=slice_us, ready=ready,
             )
             return taker.job
 
@@ -248,6 +257,21 @@ class Pool:
             self._dispatcher.forget(taker)
             taker.job = None
             raise
+
+    def _dump(self, func: Callable[..., Any]) -> Function:
+        """It may have changed since the last call, so it is dumped anew; to compare is cheaper than a digest."""
+        name = f"function {getattr(func, '__qualname__', type(func).__name__)}"
+        self._context.refresh()
+        letter, last = join(self._context.dump((func, None), name)), self._last
+        self._controller.check_size(name, len(letter))
+        if last is None or last.letter != letter:
+            self._last = last = Function([letter])
+        return last
+
+    def _sequence(self, iterable: Iterable[Any]) -> Any:
+        """Something of a known length; the iterable's own error is raised here."""
+        self._check_running()
+        return iterable if type(iterable) in (list, tuple, range) else list(iterable)
 
     def _largest_slice(self, args: Any) -> int:
         """Of a sequence, what multiprocessing would take."""
@@ -281,11 +305,6 @@ class Pool:
         except DumpError as error:
             taker.finish(error)
         return taker
-
-
-def _sequence(iterable: Iterable[Any]) -> Any:
-    """Something of a known length; the iterable's own error is raised here."""
-    return iterable if type(iterable) in (list, tuple, range) else list(iterable)
 
 
 def _numbered(args: Any) -> Any:

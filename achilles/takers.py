@@ -18,6 +18,7 @@ import builtins
 import multiprocessing
 import os
 import queue
+import sys
 import threading
 import time
 import types
@@ -28,11 +29,14 @@ from typing import Any
 
 from .calls import Lookout
 from .controller import Controller
-from .errors import DumpError
+from .errors import ServerUnreachable
 from .job import Job
+from .payload import own_error
 from .results import NotYet
 
-__all__ = ["AsyncResult", "Dispatcher", "PoolIterator", "ResultTimeout", "Taker", "own_error"]
+__all__ = ["AsyncResult", "Dispatcher", "PoolIterator", "ResultTimeout", "Taker"]
+
+FORKED = "this pool belongs to the parent process; open one after the fork"
 
 Callback = Callable[[Any], object]
 
@@ -55,6 +59,15 @@ class Dispatcher:
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
         self._thread.start()
+
+    def forked(self) -> bool:
+        """Whether this is a child of the caller: its threads and its connection are the parent's. Takes no lock."""
+        return os.getpid() != self.pid
+
+    def check_process(self) -> None:
+        """ServerUnreachable in a child of the caller, where nothing will ever come."""
+        if self.forked():
+            raise ServerUnreachable(FORKED)
 
     def add(self, taker: Taker, keep: bool) -> None:
         """A job begins."""
@@ -108,7 +121,10 @@ class Dispatcher:
 
     def _run(self) -> None:
         while (taker := self.work.get()) is not None:
-            taker.dispatch()
+            try:
+                taker.dispatch()
+            except BaseException:  # of a callback: the next one is called all the same
+                threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), self._thread]))
             del taker
         self.controller.close()
 
@@ -215,6 +231,8 @@ class AsyncResult(Taker):
     def wait(self, timeout: float | None = None) -> None:
         """Block until the call has ended, or for `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        if not self.ready():
+            self._dispatcher.check_process()
         while not self._done.wait(_left(self._dispatcher.lookout.seconds, deadline)):
             if deadline is not None and time.monotonic() >= deadline:
                 return
@@ -304,6 +322,7 @@ class PoolIterator(Taker, Iterator[Any]):
 
     def _wait(self, deadline: float | None) -> bool:
         """Whether there is, or may be, another value."""
+        self._dispatcher.check_process()
         try:
             return self._take(_left(self._dispatcher.lookout.seconds, deadline)) or bool(self._values)
         except NotYet:
@@ -339,18 +358,11 @@ class PoolIterator(Taker, Iterator[Any]):
 
     def __del__(self) -> None:
         job, dispatcher = getattr(self, "job", None), self._dispatcher
-        if job is not None and os.getpid() == dispatcher.pid:
+        if job is not None and not dispatcher.forked():
             heir = _Discarder(dispatcher, self._owner)  # takes no lock: this runs in any thread at any moment
             heir.job, job.ready = job, heir.call
             dispatcher.kept.add(heir)
             heir.call()
-
-
-def own_error(error: Any) -> Any:
-    """What the caller knows of: of something that cannot be dumped, the dumper's own error."""
-    if not isinstance(error, DumpError) or error.__cause__ is None:
-        return error
-    return error.__cause__.__cause__ or error.__cause__  # the first is that of C pickle, before dill tried
 
 
 def _left(most: float, deadline: float | None) -> float:

@@ -44,7 +44,7 @@ from .payload import Context, dump_outcomes, encoding_error, letter_digest, lett
 from .wire import MAX_ROWS, MAX_SHORT_BYTES, MORE, ROW, SHORT_LETTER_BYTES, Buffer, Kind, Rows, Status
 
 __all__ = [
-    "Closeable", "Runner", "Worker", "main",
+    "Closeable", "Runner", "Worker", "main", "run_alone",
     "CALL", "DUMP", "FUNCTION", "IDLE", "LOAD", "PHASES", "START", "WHOLE",
 ]
 
@@ -53,10 +53,13 @@ PHASES = ("start", "idle", "function", "load", "call", "dump")
 START, IDLE, FUNCTION, LOAD, CALL, DUMP = range(6)
 WHOLE = -1  # a position: every argument of the slice
 FLUSH_NS = 5_000_000  # so long a result may wait for company: what a message to a worker is worth, too
+CONTEXTS_KEPT = 8  # in a process that is not ours: nobody tells it which are closed
 GUARD_SECONDS = 1.0  # how often the guard looks
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
            "VECLIB_MAXIMUM_THREADS", "BLIS_NUM_THREADS")  # each worker has one core, not all of them
+
+_alone = threading.local()  # `runner` and `contexts`, of each thread that `run_alone` is called in
 
 Function = Callable[[Any], Any]
 Answer = tuple[int, Sequence[Buffer]]  # the status of a RESULT row, and its letter
@@ -351,6 +354,42 @@ def main(
         Worker(sock, status, letter_limit, node).serve()
 
 
+def run_alone(
+    job: dict[str, Any], functions: dict[str, Buffer], number: int, attempt: int, letter: Buffer
+) -> tuple[int, list[tuple[int, bytes]]]:
+    """Run one slice in a process that is no worker of ours, and is told nothing else (engine.py).
+
+    :param job: the body of its JOB.
+    :param functions: the letters of the function and the initializer, by their digests in hex.
+    :returns: its pace in microseconds, and its answers: each a status and a letter.
+    """
+    runner = _lone_runner(job["context"])
+    for digest, function in functions.items():
+        if not runner.knows(job["context"], digest):
+            runner.keep(function)
+    runner.declare(job)
+    began = time.monotonic_ns()
+    failure = runner.prepare(job["job"])
+    answers = [failure] if failure else runner.attempt(job["job"], number, attempt, b"", letter)
+    pace = max(1, (time.monotonic_ns() - began) // 1000)
+    runner.end(job["job"])
+    return pace, [(int(status), b"".join(parts)) for status, parts in answers]
+
+
+def _lone_runner(context: str) -> Runner:
+    """This thread's, with room for this context; some engines run slices in several threads of a process."""
+    if not hasattr(_alone, "runner"):
+        _alone.runner, _alone.contexts = Runner([0, 0, 0]), {}
+    runner: Runner = _alone.runner
+    contexts: dict[str, None] = _alone.contexts
+    contexts[context] = contexts.pop(context, None)
+    while len(contexts) > CONTEXTS_KEPT:
+        oldest = next(iter(contexts))
+        del contexts[oldest]
+        runner.close_context(oldest)
+    return runner
+
+
 def _wrapped(job: _Job, function: Function, callback: Function | None) -> Function:
     """As it is called with an argument as that travels: PROTOCOL.md, section 6."""
     if job.call in _CALLS:
@@ -365,7 +404,7 @@ def _call_back(function: Function, callback: Function, x: Any) -> Any:
 
 
 def _call_star(function: Callable[..., Any], x: Any) -> Any:
-    return function(*x)
+    return function(*tuple(x))  # as itertools.starmap, of what is no iterable, too
 
 
 def _call_apply(function: Callable[..., Any], x: Any) -> Any:

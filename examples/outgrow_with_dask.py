@@ -4,7 +4,8 @@
     python examples/outgrow_with_dask.py --dask                        # on two processes of Dask on this machine
     python examples/outgrow_with_dask.py --dask tcp://scheduler:8786   # on a Dask cluster (Slurm's, Kubernetes', ...)
 
-Estimates pi with the same random numbers wherever it runs. Dask is installed with `pip install distributed`.
+Estimates pi with the same random numbers wherever it runs: each call has a generator of its own, since the
+threads of Dask in the same process draw from the one of the module `random`. Dask is installed with `pip install distributed`.
 """
 
 import argparse
@@ -15,14 +16,15 @@ from achilles import Pool
 DARTS = 20_000  # a call
 
 
-def throw(_):
+def throw(call):
     """How many of so many darts hit the quarter of a circle."""
-    return sum(random.random() ** 2 + random.random() ** 2 < 1 for _ in range(DARTS))
+    dice = random.Random(call)
+    return sum(dice.random() ** 2 + dice.random() ** 2 < 1 for _ in range(DARTS))
 
 
 def estimate(pool, calls):
     """Pi, from the hits of all calls."""
-    hits = sum(pool.imap_unordered(throw, range(calls), chunksize=None, seed=2026))
+    hits = sum(pool.imap_unordered(throw, range(calls), chunksize=None))
     return 4 * hits / (calls * DARTS)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,27 @@ def children() -> set[int]:
         with contextlib.suppress(OSError):  # a thread that has ended meanwhile
             found.update(map(int, file.read_text().split()))
     return found
+
+
+def in_a_child(function: Callable[[], object]) -> str:
+    """What `function` returns, as text, in a forked child, which is ended if it takes too long."""
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # this process has threads: that is what is tried
+        child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, str(function()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        try:
+            wait_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), "the end of the child")
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        return pipe.read()
 
 
 @pytest.fixture

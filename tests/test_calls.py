@@ -390,7 +390,7 @@ def test_an_argument_that_cannot_be_dumped_is_named(where, node):
 def test_a_function_over_the_limit(where, monkeypatch):
     monkeypatch.setattr("achilles.wire.LETTER_LIMIT_BYTES", 5000)
     data = bytes(6000)
-    with pytest.raises(errors.LetterTooLarge, match=r"function .* has 6,.* bytes, the cluster takes 5,000"):
+    with pytest.raises(errors.LetterTooLarge, match=r"function .* has 6,.* bytes, no more than 5,000"):
         map_(lambda x: data, [1], **where)
 
 

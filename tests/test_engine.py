@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 import multiprocessing
 import os
@@ -13,11 +14,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import SECONDS
+import test_pool
+from conftest import SECONDS, wait_until
 
 import achilles
 from achilles import Pool
-from achilles.engine import CONTEXTS_KEPT
+from achilles.worker import CONTEXTS_KEPT
 
 
 def square(x):
@@ -108,6 +110,14 @@ def test_a_pool_has_all_its_methods(pool):
         pool.map(inverse, [1, 0])
 
 
+def test_a_pool_on_other_processes_ends_as_the_standard_librarys():
+    """All the cases of a cluster's."""
+    with processes() as executor, Pool(executor=executor) as ours, multiprocessing.get_context("spawn").Pool(2) as mp:
+        for name, case in test_pool.CASES.items():
+            found = [test_pool.outcome(functools.partial(case, pool)) for pool in (ours, mp)]
+            assert found[0] == found[1], name
+
+
 def test_a_seed_gives_the_same_numbers_in_other_processes():
     """Threads of one process would share one generator."""
     with processes() as executor, Pool(executor=executor) as pool:
@@ -151,6 +161,23 @@ def test_processes_bounds_what_is_out():
     with Counting(8) as executor, Pool(2, executor=executor) as pool:
         assert [pool.map_async(square, range(20), 1) for _ in range(3)][2].get(SECONDS) == [*map(square, range(20))]
     assert max(most) == 2
+
+
+def test_what_has_not_begun_is_cancelled_with_its_job(tmp_path):
+    def wait_there(n):
+        (tmp_path / f"begun {n}").touch()
+        while not (tmp_path / "go").exists():
+            threading.Event().wait(0.01)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as executor, Pool(executor=executor) as pool:
+        results = pool.imap(wait_there, range(5))
+        wait_until((tmp_path / "begun 0").exists, "the first call")
+        wait_until(lambda: executor._work_queue.qsize(), "a second one behind it")
+        results.cancel()
+        wait_until(lambda: not pool._controller._jobs, "the end of the job")
+        assert pool._controller._events.empty() or wait_until(pool._controller._events.empty)
+        (tmp_path / "go").touch()
+    assert [*tmp_path.glob("begun *")] == [tmp_path / "begun 0"]
 
 
 def test_what_breaks_the_executor_is_the_error_of_the_call():

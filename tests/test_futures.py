@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import inspect
 import itertools
 import os
 import threading
 
 import pytest
-from conftest import SECONDS, wait_until
+from conftest import SECONDS, in_a_child, wait_until
 
-from achilles import Executor, LocalCluster
+from achilles import Executor, LocalCluster, ServerUnreachable
 
 
 def square(x):
@@ -97,7 +98,8 @@ def test_map_is_that_of_the_standard_library(make):
         for case in (
             lambda e: list(e.map(square, range(50))), lambda e: list(e.map(square, range(50), chunksize=7)),
             lambda e: list(e.map(add, [1, 2, 3], (n for n in range(2)))), lambda e: list(e.map(square, [])),
-            lambda e: next(e.map(inverse, [0, 1])), lambda e: list(e.map(inverse, [1, 0], timeout=SECONDS)),
+            lambda e: next(e.map(inverse, [0, 1])), lambda e: list(e.map(square)),
+            lambda e: list(e.map(square, 5)), lambda e: list(e.map(inverse, [1, 0], timeout=SECONDS)),
         ):
             assert outcome(case, executor) == outcome(case, theirs)
 
@@ -201,9 +203,77 @@ def test_an_initializer_runs_before_the_first_call(make):
     assert make(2, initializer=set_state, initargs=(7,)).submit(get_state).result(SECONDS) == 7
 
 
+def refuse():
+    raise RuntimeError("this worker refuses")
+
+
+def test_an_initializer_that_fails_is_the_error_of_every_call(make):
+    executor = make(initializer=refuse)
+    futures = [executor.submit(square, n) for n in range(5)]
+    assert {str(future.exception(SECONDS)) for future in futures} == {"this worker refuses"}
+    with pytest.raises(RuntimeError, match="this worker refuses"):
+        list(executor.map(square, [1]))
+
+
+def test_every_method_takes_what_that_of_the_standard_library_takes():
+    theirs = concurrent.futures.ProcessPoolExecutor
+    for name in ("__init__", "submit", "map", "shutdown"):
+        here, there = (inspect.signature(getattr(each, name)).parameters for each in (Executor, theirs))
+        base = inspect.signature(getattr(concurrent.futures.Executor, name)).parameters if name != "__init__" else there
+        for parameter in base.values():
+            assert (parameter.name == "max_tasks_per_child" and parameter.default is here[parameter.name].default
+                    or parameter.replace(annotation=inspect.Parameter.empty)
+                    == here[parameter.name].replace(annotation=inspect.Parameter.empty))
+    assert not [name for name in vars(concurrent.futures.Executor) if not hasattr(Executor, name)]
+
+
+def test_a_with_block_and_shutdown_may_follow_each_other(make):
+    with make() as executor:
+        futures = [executor.submit(square, n) for n in range(20)]
+    assert all(future.done() for future in futures)
+    executor.shutdown()
+    executor.shutdown(wait=False, cancel_futures=True)
+    with executor, pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        executor.submit(square, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_in_a_child_of_the_caller_submit_raises_and_shutdown_returns(make, tmp_path):
+    executor = make()
+    futures = [executor.submit(wait_for, str(tmp_path / "go")) for _ in range(8)]
+
+    def use():
+        with executor, pytest.raises(ServerUnreachable, match="belongs to the parent process"):
+            executor.submit(square, 1)
+        return "as promised"
+
+    try:
+        assert in_a_child(use) == "as promised"
+    finally:
+        release(str(tmp_path / "go"))
+    assert [future.result(SECONDS) for future in futures] == [None] * 8
+
+
+def test_a_submit_of_a_class_of_somebodys_own_sees_the_calls_of_map(cluster, no_leftovers):
+    seen = []
+
+    class Counting(Executor):
+        def submit(self, fn, /, *args, **kwargs):
+            seen.append(args)
+            return super().submit(fn, *args, **kwargs)
+
+    with Counting(host=cluster.host, port=cluster.port, username=cluster.username,
+                  secret_key=cluster.secret_key) as executor:
+        assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16] and len(seen) == 5
+
+
 def test_wrong_arguments_are_refused(make):
     with pytest.raises(ValueError, match="max_workers must be greater than 0"):
         make(0)
+    with pytest.raises(TypeError, match="initializer must be a callable"):
+        make(initializer=5)
+    with pytest.raises(ValueError, match="positive int"):
+        make(max_tasks_per_child=0)
     with pytest.raises(ValueError, match="chunksize must be >= 1."):
         make().map(square, [1], chunksize=0)
 

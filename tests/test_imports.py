@@ -27,7 +27,7 @@ LONG_MODULES = {
     "payload": (600, "dumping and loading are read side by side"),
     "scheduler": (620, "one state machine, whose invariants span all of it"),
     "channel": (500, "the handshake and the two ways to drive a connection"),
-    "worker": (420, "all that runs in a worker's process, and nothing else does"),
+    "worker": (470, "all that runs in a worker's process, or in one that is somebody else's"),
     "workers": (560, "the life of a worker, seen from its node: start, feed, watch, end"),
     "node": (430, "one loop, and the reasons to leave it"),
     "feeder": (400, "one thread, and all that may keep it waiting"),
@@ -35,7 +35,7 @@ LONG_MODULES = {
     "server": (370, "listening, places, and the command with its questions"),
     "controller": (430, "a connection, what it declares again, and how it is lost"),
     "local": (400, "a cluster of processes, and the command that runs a script on one"),
-    "takers": (360, "all that waits for results"),
+    "takers": (380, "all that waits for results"),
     "calls": (400, "the documented calls and their one table of options"),
 }
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import itertools
 import multiprocessing
+import operator
 import os
 import pickle
 import random
+import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from multiprocessing.pool import MaybeEncodingError, RemoteTraceback
+from multiprocessing.pool import MaybeEncodingError, RemoteTraceback, ThreadPool
 
 import pytest
-from cluster import environment
-from conftest import SECONDS, wait_until
+import tasks
+from cluster import PYTHON, Cluster, Process, environment
+from conftest import SECONDS, in_a_child, wait_until
+from fakes import SECRET, USER, address, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from achilles import ClusterKilled, LocalCluster, Pool, TaskTimeout, WorkerLost, kill_cluster, payload
+from achilles import (
+    ClusterKilled,
+    LocalCluster,
+    NoNodesError,
+    Pool,
+    TaskTimeout,
+    WorkerLost,
+    cluster_status,
+    kill_cluster,
+    payload,
+)
 from achilles.channel import Channel
-from achilles.takers import ResultTimeout
+from achilles.takers import AsyncResult, PoolIterator, ResultTimeout
 from achilles.wire import Kind
 
 # Run in workers.
@@ -48,6 +65,22 @@ def pair(*args, **kwds):
 def after(seconds, value=None):
     threading.Event().wait(seconds)
     return value
+
+
+def set_start(value):
+    global start
+    start = value
+
+
+def add_start(x):
+    return start + x
+
+
+def until(path):
+    """Ends when there is such a file."""
+    while not path.exists():
+        threading.Event().wait(0.01)
+    return "done"
 
 
 def leave(x):
@@ -75,12 +108,20 @@ def note(path, name):
         file.write(f"{name} {os.getpid()}\n")
 
 
-def busy(path, x):
+def busy(path, x, seconds=0.02):
     """Notes when it begins and when it ends."""
     note(path, "+")
-    threading.Event().wait(0.02)
+    threading.Event().wait(seconds)
     note(path, "-")
     return x
+
+
+def die_first(path, x):
+    """Takes its worker along, the first time that anybody calls it with 3."""
+    if x == 3 and not os.path.exists(path):
+        open(path, "w").close()
+        os._exit(1)
+    return random.random()
 
 
 def numbers(_):
@@ -91,9 +132,34 @@ def refuse():
     raise RuntimeError("this worker refuses")
 
 
+class Several(Exception):
+    """An exception of two arguments."""
+
+    def __init__(self, a, b):
+        super().__init__(a, b)
+        self.b = b
+
+
+def raise_it(n):
+    if n == 2:
+        try:
+            inverse(0)
+        except ZeroDivisionError as error:
+            raise ValueError("outer") from error
+    assert n != 3, "three"
+    raise {1: Several(1, 2), 4: KeyError("four"), 5: TimeoutError("five"), 6: StopIteration(6)}[n]
+
+
 def breaking():
     yield from (1, 2)
     raise OSError("the disk")
+
+
+class Result:
+    """A result that says when it is gone."""
+
+    def __init__(self, x):
+        self.x = x
 
 
 class Odd:
@@ -173,6 +239,51 @@ CASES = {
     "a chunksize of nothing": lambda p: p.imap(square, [1], 0),
     "BaseException of the iterable's worker": lambda p: p.map(unsendable, [1], 1),
     "successful, and not": lambda p: [finished(p.apply_async(inverse, (n,))).successful() for n in (1, 0)],
+    "apply of lists and strings": lambda p: [p.apply(pair, [1, 2]), p.apply(pair, "ab"), p.apply(abs, (-1,))],
+    "apply by keywords": lambda p: p.apply(func=pair, args=(1,), kwds={"a": 2}),
+    "apply of what are no arguments": lambda p: p.apply(pair, 5),
+    "apply of what are no keywords": lambda p: p.apply(pair, (), None),
+    "apply of a key that is no name": lambda p: p.apply(pair, (), {1: 2}),
+    "apply of too many arguments": lambda p: p.apply(square, (1, 2)),
+    "map of what is no function": lambda p: p.map(5, [1]),
+    "imap of what is no function": lambda p: outcomes(p.imap(None, [1])),
+    "map of a string": lambda p: p.map(str.upper, "abc"),
+    "map of bytes": lambda p: p.map(square, b"abc"),
+    "map of a partial": lambda p: p.map(functools.partial(power, y=3), [1, 2]),
+    "map of a method": lambda p: p.map("abc".startswith, ["a", "b"]),
+    "map of a class": lambda p: p.map(complex, ["1", "2"]),
+    "map of an object": lambda p: p.map(operator.itemgetter(0), ["ab"]),
+    "map by keywords": lambda p: p.map(func=square, iterable=[1], chunksize=1),
+    "map without arguments": lambda p: p.map(square),
+    "map in chunks of a word": lambda p: type(outcome(lambda: p.map(square, [1], "a"))[0]),
+    "map that returns exceptions": lambda p: list(map(repr, p.map(ValueError, [5]))),
+    "starmap of what are no arguments": lambda p: p.starmap(pair, [1]),
+    "starmap of strings and generators": lambda p: p.starmap(pair, (each for each in ("ab", [1, 2]))),
+    "starmap_async raises": lambda p: p.starmap_async(inverse, [(0,)]).get(SECONDS),
+    "an exception of several arguments": lambda p: p.map(raise_it, [1]),
+    "an exception with a cause": lambda p: p.map(raise_it, [2]),
+    "an assertion": lambda p: p.map(raise_it, [3]),
+    "a KeyError": lambda p: p.map(raise_it, [4]),
+    "a TimeoutError of the function's own": lambda p: p.map(raise_it, [5]),
+    "a StopIteration of the function's": lambda p: p.apply(raise_it, (6,)),
+    "a result that cannot be sent": lambda p: p.apply(unsendable, (2,)),
+    "results of which one cannot be sent": lambda p: outcomes(p.imap(unsendable, range(4))),
+    "callbacks of a map": lambda p: told(p.map_async, square, [1, 2]),
+    "callbacks of a map that raises": lambda p: told(p.map_async, inverse, [1, 0], 1),
+    "callbacks of a starmap": lambda p: told(p.starmap_async, power, [(1, 2)]),
+    "callbacks of a call": lambda p: told(p.apply_async, square, (3,)),
+    "callbacks of a call that raises": lambda p: told(p.apply_async, inverse, (0,)),
+    "callbacks of a call that cannot be dumped": lambda p: told(p.apply_async, square, ((n for n in ()),)),
+    "callbacks of a map that cannot be dumped": lambda p: told(p.map_async, square, [(n for n in ())]),
+    "a negative wait": lambda p: p.apply_async(after, (0.05,)).wait(-1),
+    "imap in chunks of less than nothing": lambda p: p.imap(square, [1], -1),
+    "imap_unordered in chunks of less than nothing": lambda p: p.imap_unordered(square, [1], -2),
+    "imap in chunks of a word": lambda p: p.imap(square, [1], "a"),
+    "imap by keywords": lambda p: list(p.imap(func=square, iterable=[1], chunksize=1)),
+    "imap of a dict": lambda p: list(p.imap(square, {2: 1})),
+    "imap_unordered of what breaks": lambda p: sorted(map(str, outcomes(p.imap_unordered(square, breaking())))),
+    "an iterator is its own": lambda p: [iter(i) is i for i in [p.imap(square, [1]), p.imap_unordered(square, [1])]],
+    "AsyncResult of something": lambda p: str(type(p.apply_async(square, (1,)))[int]).rpartition("[")[2],
     "next after the end": lambda p: outcomes(itertools.chain(p.imap(square, [1]), p.imap(square, []))),
 }
 
@@ -193,16 +304,90 @@ def outcomes(iterator):
     return found
 
 
+def told(method, *args):
+    """What comes of an async call, and what its callbacks were called with."""
+    heard = []
+    result = method(*args, callback=lambda value: heard.append(("value", value)),
+                    error_callback=lambda error: heard.append((type(error), str(error))))
+    return outcome(lambda: result.get(SECONDS)), heard, result.ready(), result.successful()
+
+
 def outcome(call):
     try:
         return "value", call()
     except Exception as error:
-        return type(error), str(error), type(error.__cause__)
+        return type(error), re.sub("0x[0-9a-f]+", "0x", str(error)), type(error.__cause__)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_case_ends_as_in_the_standard_library(ours, theirs, case):
     assert outcome(lambda: CASES[case](ours)) == outcome(lambda: CASES[case](theirs))
+
+
+def test_every_method_takes_what_that_of_the_standard_library_takes():
+    """The same arguments in the same order, with the same defaults; ours come behind them, by keyword alone."""
+    theirs = multiprocessing.pool.Pool
+    names = {name for name in vars(theirs) if not name.startswith("_")} - {"Process"}
+    assert names == {"apply", "apply_async", "map", "map_async", "imap", "imap_unordered", "starmap",
+                     "starmap_async", "close", "terminate", "join"}
+    for name in names | {"__init__"}:
+        here, there = (list(inspect.signature(getattr(pool, name)).parameters.values()) for pool in (Pool, theirs))
+        assert [(p.name, p.default) for p in here[:len(there)]] == [(p.name, p.default) for p in there]
+        more = {p.kind for p in here[len(there):]}
+        assert more <= {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+    of_results = (AsyncResult, multiprocessing.pool.AsyncResult), (PoolIterator, multiprocessing.pool.IMapIterator)
+    for classes in of_results:
+        for name in {name for name in vars(classes[1]) if not name.startswith("_")}:
+            here, there = (inspect.signature(getattr(each, name)).parameters for each in classes)
+            assert [(p.name, p.default) for p in here.values()] == [(p.name, p.default) for p in there.values()]
+
+
+LIVES = {
+    "join while it runs": lambda p: [p.join],
+    "map after close": lambda p: [p.close, lambda: p.map(square, [1])],
+    "nothing is pulled after close": lambda p: [p.close, lambda: p.map(square, breaking())],
+    "imap after close": lambda p: [p.close, lambda: p.imap(square, [1])],
+    "apply_async after close": lambda p: [p.close, lambda: p.apply_async(square)],
+    "starmap_async after close": lambda p: [p.close, lambda: p.starmap_async(pow, [(1, 2)])],
+    "with after close": lambda p: [p.close, p.__enter__],
+    "close, join, and again": lambda p: [p.close, p.close, p.join, p.join, p.terminate],
+    "terminate, join, and again": lambda p: [p.terminate, p.join, p.terminate, p.join, p.close],
+    "map after terminate": lambda p: [p.terminate, lambda: p.map(square, [1])],
+    "results after join": lambda p: [p.close, p.join, *closed(p.map_async(abs, [-1]), p.imap(abs, [-1, -2]))],
+    "with": lambda p: [lambda: p.__enter__() is p, lambda: p.__exit__(None, None, None), lambda: p.map(abs, [1])],
+    "with, and an error": lambda p: [lambda: p.__exit__(KeyError, KeyError("x"), None), lambda: p._state],
+    "states": lambda p: [lambda: p._state, p.close, lambda: p._state, p.terminate, lambda: p._state],
+    "repr": lambda p: [lambda: repr(p).partition(" ")[2], p.close, lambda: repr(p).partition(" ")[2]],
+}
+
+
+def closed(result, iterator):
+    """Steps that look at what was asked before the pool was closed."""
+    return [result.ready, result.successful, result.get, iterator.next, lambda: iterator.next(1), iterator.__next__]
+
+
+@pytest.mark.parametrize("case", LIVES)
+def test_a_pool_lives_and_ends_as_in_the_standard_library(make, case):
+    """ThreadPool is its Pool but for the processes; what `close`, `terminate` and `join` allow is the same."""
+    ended = []
+    for pool in (make(2), ThreadPool(2)):
+        ended.append([outcome(step) for step in LIVES[case](pool)])
+        pool.terminate()
+    assert ended[0] == ended[1]
+
+
+def test_where_the_standard_library_hangs_or_loses_what_it_was_given_this_one_does_not(ours):
+    """Each of these is silent, or waits for ever, in multiprocessing.Pool."""
+    with pytest.raises(ValueError, match="Chunksize must be 1[+], not 0"):
+        ours.map(square, [1], 0)  # there: [None]
+    with pytest.raises(StopIteration):
+        ours.map(raise_it, [6])  # there: []
+    with pytest.raises(TypeError, match="not iterable"):
+        ours.map(square, type("Sized", (), {"__len__": lambda _: 3})())  # there it hangs
+    heard = []
+    assert ours.map_async(square, [], callback=heard.append).get(SECONDS) == [] == heard[0]  # there it is not called
+    found = outcomes(ours.imap(square, breaking(), 7))  # there the first two are lost
+    assert [kind for kind, *_ in found] == ["value", "value", OSError, StopIteration]
 
 
 @settings(max_examples=30, deadline=None)
@@ -241,6 +426,20 @@ def test_callbacks_run_before_the_result_is_ready_and_one_at_a_time(ours):
     assert threads == {"achilles-dispatcher"}
 
 
+def test_a_callback_that_raises_is_told_and_the_next_one_is_called(make, monkeypatch):
+    pool, heard, complaints = make(), [], []
+    monkeypatch.setattr(threading, "excepthook", complaints.append)
+    assert pool.apply_async(square, (3,), callback=inverse_of_nothing).get(SECONDS) == 9
+    assert pool.map_async(square, [4], callback=heard.append).get(SECONDS) == heard[0] == [16]
+    assert [each.exc_type for each in complaints] == [ZeroDivisionError]
+    pool.close()
+    pool.join()
+
+
+def inverse_of_nothing(_):
+    return 6 // 0
+
+
 def test_a_timeout_is_both_kinds_of_timeout(ours):
     result, iterator = ours.apply_async(after, (0.3,)), ours.imap(after, [0.3])
     for call in (result.get, iterator.next):
@@ -257,7 +456,8 @@ def test_a_timeout_is_both_kinds_of_timeout(ours):
 @pytest.mark.parametrize("wrong, error", [
     (dict(processes=0), "Number of processes must be at least 1"), (dict(processes=-1), "Number of processes"),
     (dict(maxtasksperchild=0), "maxtasksperchild must be a positive int or None"),
-    (dict(maxtasksperchild=1.5), "maxtasksperchild must be"), (dict(initializer=5), "initializer must be a callable"),
+    (dict(maxtasksperchild=1.5), "maxtasksperchild must be"), (dict(processes=1.5), "'float' object cannot be interp"),
+    (dict(processes="2"), "'<' not supported between"), (dict(initializer=5), "initializer must be a callable"),
 ])
 def test_wrong_arguments_are_refused_with_the_standard_librarys_words(wrong, error):
     kinds = []
@@ -336,6 +536,33 @@ def test_a_pool_that_is_dropped_warns_and_closes(cluster, no_leftovers):
         gc.collect()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_in_a_child_of_the_caller_nothing_hangs(make, tmp_path):
+    """What is there is returned; what is not is an error, and the parent's pool goes on."""
+    pool, path = make(), tmp_path / "go"
+    there, open_, iterator = pool.map_async(square, [2]), pool.apply_async(until, (path,)), pool.imap(until, [path])
+    assert there.get(SECONDS) == [4]
+    calls = (there.get, open_.get, open_.wait, iterator.next, lambda: pool.map(square, [1]),
+             lambda: pool.apply_async(square, (1,)), pool.close, pool.join, pool.terminate)
+    found = in_a_child(lambda: [kind if kind == "value" else kind.__name__ for kind, *_ in map(outcome, calls)])
+    lost = "ServerUnreachable"
+    assert found == str(["value", lost, lost, lost, lost, lost, "value", lost, "value"])
+    path.touch()
+    assert open_.get(SECONDS) == iterator.next(SECONDS) == "done" and pool.map(square, [3]) == [9]
+
+
+def test_a_result_keeps_its_pool_until_it_is_there(cluster, no_leftovers, tmp_path):
+    pool, path = Pool(**where(cluster)), tmp_path / "go"
+    result, seen = pool.apply_async(until, (path,)), weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert seen() is not None
+    with pytest.warns(ResourceWarning, match="unclosed running multiprocessing pool") as told:
+        path.touch()
+        assert result.get(SECONDS) == "done"
+        wait_until(lambda: gc.collect() is not None and len(told), "the end of the pool")
+
+
 def test_nothing_is_kept_alive_after_it_is_delivered(make):
     pool = make()
     arguments = [Odd() for _ in range(4)]
@@ -347,6 +574,15 @@ def test_nothing_is_kept_alive_after_it_is_delivered(make):
     del arguments
     wait_until(lambda: gc.collect() is not None and not any(ref() for ref in seen), "the end of the arguments")
     assert not pool._dispatcher.kept and not pool._controller._jobs
+
+
+def test_a_result_is_gone_when_the_caller_lets_go_of_it(make):
+    pool = make()
+    seen = [weakref.ref(each) for each in pool.imap(Result, range(5))]
+    result = pool.apply_async(Result, (1,))
+    seen += [weakref.ref(result.get(SECONDS)), *map(weakref.ref, pool.map(Result, range(5)))]
+    del result
+    wait_until(lambda: gc.collect() is not None and not any(ref() for ref in seen), "the end of the results")
 
 
 def test_many_threads_may_use_one_pool(make):
@@ -366,11 +602,69 @@ def test_processes_bounds_what_runs_of_all_calls_together(make, tmp_path):
     pool, path = make(processes=2), str(tmp_path / "oracle")
     results = [pool.starmap_async(busy, [(path, n) for n in range(6)], 1) for _ in range(3)]
     results += [pool.apply_async(busy, (path, n)) for n in range(4)]
+    results += [pool.starmap_async(busy, [(path, n, 0.001) for n in range(100)], chunksize) for chunksize in (1, None)]
     for result in results:
         result.get(SECONDS)
     with open(path) as file:
         running = [*itertools.accumulate(1 if line[0] == "+" else -1 for line in file)]
-    assert len(running) == 44 and max(running) == 2
+    assert len(running) == 444 and max(running) == 2
+
+
+def test_quick_slices_of_few_processes_go_together(make, cluster):
+    def done():
+        return sum(node["done"] for node in cluster_status(**where(cluster))["nodes"])
+
+    pool, before = make(processes=1), done()
+    assert pool.map(square, range(3000), 1) == list(pool.imap(square, range(3000))) == [*map(square, range(3000))]
+    assert done() - before < 1500
+
+
+def test_the_number_of_workers_is_that_of_the_cluster_as_it_grows_and_shrinks(tmp_path):
+    with Cluster(tmp_path) as cluster, Pool(**cluster.address) as pool, Pool(3, **cluster.address) as three:
+        assert [pool.size, pool._processes, pool._max_workers, three.size] == [1, 1, 1, 3]
+        result = pool.map_async(tasks.square, range(5))
+        cluster.start_node(1)
+        assert result.get(SECONDS) == [0, 1, 4, 9, 16]
+        second = cluster.start_node(2)
+        wait_until(lambda: pool.size == 3, "the second node")
+        assert len(set(pool.map(functools.partial(tasks.pid_after, 0.2), range(6), 1))) == 3
+        second.kill()
+        wait_until(lambda: pool.size == 1, "the loss of the second node")
+        assert pool.map(tasks.square, range(5)) == [0, 1, 4, 9, 16] and three.size == 3
+
+
+def test_a_pool_outlives_its_server(tmp_path):
+    """What was asked is done, and initializer and functions are there again."""
+    with Cluster(tmp_path, 2) as cluster, Pool(initializer=set_start, initargs=(5,), **cluster.address) as pool:
+        assert pool.map(add_start, range(3)) == [5, 6, 7]
+        result = pool.map_async(functools.partial(after, 0.05), range(40), 1)
+        iterator = pool.imap(add_start, range(100))
+        cluster.server.kill()
+        cluster.start_server()
+        assert result.get(SECONDS) == [*range(40)] and list(iterator) == [*range(5, 105)]
+        assert pool.map(add_start, range(3)) == [5, 6, 7]
+
+
+def test_a_pool_that_waits_for_nodes_in_vain_says_so():
+    with serving() as server, Pool(wait_for_nodes=0.1, **address(server.address[1])) as pool:
+        result, iterator = pool.apply_async(square, (1,)), pool.imap(square, [1])
+        for call in (result.get, result.wait, iterator.next, lambda: pool.map(square, [1])):
+            with pytest.raises(NoNodesError, match="no node joined the server"):
+                call()
+
+
+def test_an_initializer_runs_once_in_each_worker_before_its_first_task(make, tmp_path):
+    path = str(tmp_path / "oracle")
+    pool = make(None, note, (path, "init"))
+    for _ in range(3):
+        assert len(pool.map(functools.partial(after, 0.02), range(20), 1)) == 20
+    pool.starmap(note, [(path, "task")] * 20, 1)
+    with open(path) as file:
+        lines = [line.split() for line in file]
+    begun = [worker for name, worker in lines if name == "init"]
+    assert 1 <= len(begun) == len(set(begun)) <= 4
+    for number, (name, worker) in enumerate(lines):
+        assert name == "init" or ["init", worker] in lines[:number]
 
 
 def test_maxtasksperchild_replaces_workers(make):
@@ -421,6 +715,11 @@ def test_a_seed_gives_the_same_numbers_however_the_work_is_cut(ours, make):
     assert ours.starmap(power, [(2, 3)], seed=1) == [8]
 
 
+def test_a_seed_gives_the_same_numbers_after_a_worker_was_lost(ours, tmp_path):
+    twice = [ours.map(functools.partial(die_first, str(tmp_path / "died")), range(10), 5, seed=1) for _ in range(2)]
+    assert twice[0] == twice[1] == ours.map(numbers, range(10), seed=1)
+
+
 @pytest.mark.parametrize("more, error", [
     (dict(seed=1.5), TypeError), (dict(buffersize=0), ValueError), (dict(timeout=0), ValueError),
     (dict(chunksize=0), ValueError), (dict(unknown=1), TypeError),
@@ -433,20 +732,45 @@ def test_wrong_options_are_refused(ours, more, error):
 # What is sent.
 
 
-def test_a_large_function_crosses_the_link_once(make, monkeypatch):
-    sent = []
-    send = Channel.send
+def test_a_large_function_crosses_each_link_once(tmp_path, monkeypatch, unconfigured):
+    """From the caller to the server, and from there to the node, over a hundred maps."""
+    sent, greeted, send = [], [], Channel.send
 
     def counting(self, kind, body):
         if kind is Kind.FUNCTION:
-            sent.append(body.size())
+            sent.append((self.name.split()[0], body.size()))
+        elif kind is Kind.HELLO:
+            greeted.append(self.name.split()[0])
         send(self, kind, body)
 
     monkeypatch.setattr(Channel, "send", counting)
-    pool, data = make(), bytes(20 << 20)
-    for _ in range(100):
-        assert pool.map(lambda x: len(data) + x, range(8)) == [*range(len(data), len(data) + 8)]
-    assert len(sent) == 1 and sent[0] > len(data)
+    data = os.urandom(20 << 20)
+    with serving() as server, Pool(**address(server.address[1])) as pool:
+        env = environment(ACHILLES_HOST="127.0.0.1", ACHILLES_PORT=str(server.address[1]), ACHILLES_USERNAME=USER,
+                          ACHILLES_SECRET_KEY=SECRET)
+        node = Process(tmp_path, "node", [*PYTHON, "-m", "achilles.node", "--cpu-count", "2"], env)
+        try:
+            for _ in range(100):
+                assert pool.map(lambda x: len(data) + x, range(8)) == [*range(len(data), len(data) + 8)]
+        finally:
+            node.signal(signal.SIGTERM)
+            assert node.wait() == 0
+    assert sorted(where for where, _ in sent) == ["node", "server"]
+    assert greeted.count("server") == 1, "one connection serves the pool's life"
+    assert all(len(data) < size < len(data) + 10_000 for _, size in sent)
+
+
+def test_a_function_that_has_changed_is_sent_anew(ours):
+    held = [1]
+
+    def add(x):
+        return x + held[0]
+
+    found = []
+    for held[0] in (1, 2, 2, 1):
+        found.append(ours.map(add, [10, 20]))
+    held.append(5)
+    assert found == [[11, 21], [12, 22], [12, 22], [11, 21]] and ours.map(lambda x: x + sum(held), [1]) == [7]
 
 
 def test_a_pool_may_be_captured_by_what_is_sent_and_raises_when_it_is_used_there(make):
@@ -497,8 +821,6 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("shared", ["", "shared = None"])
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_what_an_initializer_sets_is_there_for_the_function(tmp_path, method, shared):
-    from cluster import Cluster
-
     with Cluster(tmp_path, 2, 2, start_method=method) as cluster:
         script = cluster.start_script(SCRIPT.format(shared))
         assert script.wait() == 0, script.err.read_text()

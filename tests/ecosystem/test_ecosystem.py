@@ -6,6 +6,8 @@ Run by `tox -e ecosystem`; a package that is not installed is skipped.
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,66 @@ def where(cluster):
 def pool(where):
     with Pool(**where) as made:
         yield made
+
+
+def lines_of_the_readme():
+    """Package -> what the page of one-line changes says for it."""
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("| one core | the cluster |")[1]
+    return dict(re.findall(r"^\| (\w+) \| `[^`]+` \| `([^`]+)` \|$", page.split("\n\n")[0], re.MULTILINE))
+
+
+def test_each_line_of_the_readme_works_as_written(pool, where):
+    lines, numpy = lines_of_the_readme(), pytest.importorskip("numpy")
+    assert lines.keys() == {"scipy", "emcee", "dynesty", "DEAP", "adaptive", "tqdm"}
+    scipy, emcee = pytest.importorskip("scipy.optimize"), pytest.importorskip("emcee")
+    dynesty, adaptive = pytest.importorskip("dynesty"), pytest.importorskip("adaptive")
+    toolbox, tqdm = pytest.importorskip("deap.base").Toolbox(), pytest.importorskip("tqdm").tqdm
+
+    def minus(x):
+        return -0.5 * (x ** 2).sum()
+
+    names = {"pool": pool, "differential_evolution": scipy.differential_evolution, "f": scipy.rosen}
+    assert eval(lines["scipy"], names | {"bounds": [(0, 2)] * 2}).fun < 0.01
+    sampler = eval(lines["emcee"], vars(emcee) | names | {"n": 8, "d": 2, "log_prob": minus})
+    assert numpy.isfinite(sampler.run_mcmc(numpy.random.default_rng(1).normal(size=(8, 2)), 5).log_prob).all()
+    sampler = eval(lines["dynesty"], vars(dynesty) | names | {"like": minus, "prior": lambda u: 4 * u - 2, "d": 2})
+    sampler.run_nested(maxiter=50, print_progress=False)
+    assert len(sampler.results.logl) > 50
+    eval(lines["DEAP"], names | {"toolbox": toolbox})
+    assert toolbox.map(abs, [-1, 2]) == [1, 2]
+    learner = adaptive.Learner1D(lambda x: x * x, bounds=(-1, 1))
+    with Executor(**where) as executor:
+        eval(lines["adaptive"], vars(adaptive) | {
+            "learner": learner, "executor": executor, "goal": lambda learner: learner.npoints >= 10})
+    assert all(y == x * x for x, y in learner.data.items()) and learner.npoints >= 10
+    assert list(eval(lines["tqdm"], names | {"tqdm": tqdm, "f": abs, "args": [-1, 2], "n": 2})) == [1, 2]
+
+
+def test_the_readmes_lines_for_joblib_work_as_written(where, monkeypatch):
+    pytest.importorskip("joblib")
+    search = pytest.importorskip("sklearn.model_selection").GridSearchCV
+    from sklearn.datasets import load_iris
+    from sklearn.tree import DecisionTreeClassifier
+
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code, = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "parallel_config" in code]
+    for name in ("host", "port", "username"):
+        monkeypatch.setenv(f"ACHILLES_{name.upper()}", str(where[name]))
+    monkeypatch.setenv("ACHILLES_SECRET_KEY", where["secret_key"].reveal())
+    X, y = load_iris(return_X_y=True)
+    search = search(DecisionTreeClassifier(random_state=0), {"max_depth": [1, 2]})
+    exec(code, {"search": search, "X": X, "y": y})
+    assert search.best_params_ == {"max_depth": 2}
+
+
+def test_a_seed_is_numpys_too(pool):
+    numpy = pytest.importorskip("numpy")
+
+    def draw(_):
+        return float(numpy.random.random())
+
+    first = pool.map(draw, range(20), 1, seed=3)
+    assert first == pool.map(draw, range(20), 7, seed=3) and len(set(first)) == 20
 
 
 def test_scipy_differential_evolution(pool):
@@ -160,6 +222,23 @@ def test_scikit_learn(where):
             scores = cross_val_score(DecisionTreeClassifier(random_state=0), X, y, cv=5)
         found.append((search.best_params_, search.cv_results_["mean_test_score"].tolist(), scores.tolist()))
     assert found[0] == found[1]
+
+
+def test_tqdm_over_the_calls_of_an_executor(where, capsys):
+    """Bars that count calls put a submit of their own into the executor."""
+    tqdm = pytest.importorskip("tqdm").tqdm
+    with Executor(**where) as executor, tqdm(total=20) as bar:
+        submit = executor.submit
+
+        def counted(*args, **more):
+            future = submit(*args, **more)
+            future.add_done_callback(lambda _: bar.update())
+            return future
+
+        executor.submit = counted
+        assert [*executor.map(abs, range(-20, 0), chunksize=7)] == [*range(20, 0, -1)]
+        del executor.submit
+    assert "20/20" in capsys.readouterr().err
 
 
 def test_tqdm(pool, capsys):
