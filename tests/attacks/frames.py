@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from conftest import wait_until
 from faults.work import Work
@@ -16,9 +16,9 @@ from faults.work import Work
 from achilles.errors import AchillesError
 
 from . import raw
-from .bench import KEY, SECRET, USER_BYTES, WRONG, Bench, attack
+from .bench import Bench, attack
 from .raw import Row
-from .victims import LONG, NodeVictim, attack_controller, attack_server, first_difference, session_up
+from .victims import LONG, NodeVictim, attack_controller, attack_server, first_difference, job
 
 WAYS = ("flipped", "duplicated", "dropped", "swapped", "sent in the other direction")
 Case = tuple[int, str, int]  # a place, what is done there, and with what
@@ -73,14 +73,14 @@ def bytes_to_server(bench: Bench) -> None:
         told = attack_server(cluster.port, change)
         if told is None:
             return
-        heard, asked = told
+        heard, asked, at = told
         assert heard.statuses <= asked, f"{heard.statuses} answers to {asked} honest questions"
         assert heard.welcomed or not heard.statuses
-        if place < ends[0]:
+        if at < ends[0]:
             assert not heard.welcomed and heard.rest in (0, raw.PROOF_BYTES), heard
-        elif len(ends) and what in ("flipped", "swapped"):
-            start = max(end for end in ends if end <= place)
-            assert not heard.errors or place < start + 8, f"an answer to what has no good tag: {heard.errors}"
+        elif what in ("flipped", "swapped"):
+            start = max(end for end in ends if end <= at)
+            assert not heard.errors or at < start + 8, f"an answer to what has no good tag: {heard.errors}"
 
     bench.each(work, cases(bench, sum(lengths), 150), threads=40)
     cluster.check_alive()
@@ -176,40 +176,6 @@ def bytes_to_node(bench: Bench) -> None:
         victims.get().check_honest()
 
 
-def _tampered(bench: Bench, tamper: Callable[[list[raw.Frame], int, raw.Link], bytes], number: int) -> None:
-    """To a server: something that does not belong there stands before the n-th frame of a session, for each n."""
-    cluster = bench.cluster()
-
-    def work(place: int) -> None:
-        sock, m1 = raw.knock(cluster.port)
-        with sock:
-            signed = raw.signed_auth(b"C", USER_BYTES)
-            keys = raw.session(KEY, m1, signed)
-            sock.sendall(signed + keys.client_proof)
-            raw.read(sock, raw.PROOF_BYTES)
-            link = raw.Link(sock, keys, raw.UP)
-            frames = session_up(link)
-            for frame in frames[:place]:
-                sock.sendall(frame.raw)
-            asked = sum(frame.kind == "STATUS" for frame in frames[:place])
-            reader = raw.Link(sock, keys, raw.UP)
-            heard = []
-            while sum(frame.kind == "STATUS" for frame in heard) < asked:
-                heard.append(reader.read())
-            if place and not heard:
-                heard.append(reader.read())
-            reader.sequence[raw.UP] = place
-            try:
-                sock.sendall(tamper(heard or frames, place, reader) + b"".join(f.raw for f in frames[place:]))
-            except ConnectionError:
-                pass
-            after = reader.rest()
-        assert all(frame.kind in ("CLUSTER", "HELLO", "PING") for frame in after), [frame.kind for frame in after]
-
-    bench.each(work, list(range(1, 10)) * number, threads=9)
-    cluster.check_alive()
-
-
 @attack("path", "a frame of the server's sent back to it")
 def reflected_frames(bench: Bench) -> None:
     """Each direction has a key of its own: what one end said is no frame that it accepts.
@@ -229,6 +195,7 @@ def reflected_frames(bench: Bench) -> None:
             link.sock.sendall(raw.tag(link.keys.data[raw.DOWN], own + 1, forged).raw)
             after = link.rest()
             assert not [frame for frame in after if frame.kind in ("STATUS", "ERROR")], after
+
     bench.each(work, [0, 1] * (2 if bench.short else 10))
 
     def victim(place: int) -> None:
@@ -251,18 +218,28 @@ def reflected_frames(bench: Bench) -> None:
 @attack("path", "a frame replayed, at once or later")
 def replayed_frames(bench: Bench) -> None:
     """A frame has one number, its tag holds for it alone: repeated, it ends the connection, and is not carried out."""
-    def tamper(heard: list[raw.Frame], place: int, link: raw.Link) -> bytes:
-        again = session_up(raw.Link(link.sock, link.keys, raw.UP))[bench.rng.randrange(place)]
-        return again.raw
+    cluster = bench.cluster()
 
-    _tampered(bench, tamper, 1 if bench.short else 10)
+    def to_server(case: tuple[int, int]) -> None:
+        place, again = case
 
-    def victim(place: int) -> None:
+        def change(messages: list[bytes], _: list[bytes]) -> bytes:
+            return b"".join([*messages[:place], messages[again], *messages[place:]])
+
+        told = attack_server(cluster.port, change)
+        assert told is not None and told[0].statuses <= told[1] and not told[0].errors, told
+
+    every = [(place, again) for place in range(2, 11) for again in range(1, place)]
+    bench.each(to_server, bench.some(every, 12), threads=12)
+
+    def to_caller(case: tuple[int, int]) -> None:
+        place, again = case
         called = attack_controller(
-            lambda m: m if len(m) == 1 else [*m[:place], m[place] + m[2 + place % (place - 1)], *m[place + 1 :]])
+            lambda m: m if len(m) == 1 else [*m[:place], m[again] + m[place], *m[place + 1 :]])
         assert isinstance(called.error, AchillesError), called
 
-    bench.each(victim, range(2, 5))
+    bench.each(to_caller, [(place, again) for place in range(3, 6) for again in range(2, place)])
+    cluster.check_alive()
 
 
 @attack("path", "frames exchanged, left out")
@@ -361,8 +338,6 @@ def node_ends_at_a_boundary(bench: Bench) -> None:
     for answered in range(3):
         with cluster.join(b"N", 3) as leaver, cluster.join() as caller:
             caller.send("FUNCTION", rows=[Row(0, letter=b"f")])
-            from .victims import job
-
             caller.send("JOB", job(1, b"f"))
             caller.send("TASK", rows=[Row(n, status=1, letter=b"s%d" % n) for n in range(3)], job=1)
             rows: list[Row] = []
@@ -425,4 +400,3 @@ def lengths(bench: Bench) -> None:
         for link in links:
             link.close()
     bench.count(len(links))
-    assert SECRET not in cluster.log() and WRONG != KEY

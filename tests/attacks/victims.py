@@ -67,9 +67,10 @@ def session_up(link: raw.Link) -> list[Frame]:
 
 def attack_server(
     port: int, change: Callable[[list[bytes], list[bytes]], bytes | None], patience: float = 0.25,
-) -> tuple[Told, int] | None:
+) -> tuple[Told, int, int] | None:
     """One session; `change` gets its messages (AUTH and frames), and those of the server so far, and returns the
-    stream to send, or None to leave it. Returns what the server said, and how many questions were before the change.
+    stream to send, or None to leave it. Returns what the server said, how many questions were before the
+    change, and where that was.
 
     A server that waits for the rest of a frame is told that there is none after `patience` seconds of its silence:
     not at once, since it drops what it has not said yet when it sees the end.
@@ -91,7 +92,7 @@ def attack_server(
         for frame, message in zip([None, *frames], messages):
             end += len(message)
             asked += end <= at and frame is not None and frame.kind == "STATUS"
-        return _heard(said, keys), asked
+        return _heard(said, keys), asked, at
 
 
 def _read_until_quiet(sock: socket.socket, patience: float) -> bytes:
