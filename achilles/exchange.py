@@ -202,7 +202,7 @@ class Exchange:
         elif kind is Kind.FORGET:
             peer.functions.pop(bytes.fromhex(body["function"]), None)
         elif kind is Kind.CLOSE:
-            self._close_contexts(peer, [body["context"]])
+            self._close_contexts(peer, {body["context"]} & peer.contexts)  # another controller's is none of its
         elif kind is Kind.STATUS:
             self._send(peer.channel, Kind.STATUS, self._status())
         elif kind is Kind.KILL:

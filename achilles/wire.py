@@ -137,7 +137,8 @@ class Field(NamedTuple):
     printable: bool = False
 
 
-_NAME, _TEXT, _U32 = Field(str, 1, NAME_CHARS, printable=True), Field(str, 0, TEXT_CHARS), Field(int)
+_NAME, _TEXT = Field(str, 1, NAME_CHARS, printable=True), Field(str, 0, TEXT_CHARS, printable=True)
+_U32 = Field(int)
 _DIGEST, _CONTEXT, _JOB = Field(str, 64, 64, hex=True), Field(str, 32, 32, hex=True), {"job": Field(int)}
 _LETTER_LIMIT = Field(int, SHORT_LETTER_BYTES + 1, U32)
 FIELDS: dict[Kind, dict[str, Field]] = {
