@@ -91,7 +91,7 @@ def greeting(nonce: bytes) -> bytes:
 
 def read_greeting(message: bytes) -> None:
     """ProtocolError unless `message` is an M1 of this version. All of M1 is signed, so there is nothing to keep."""
-    magic, version, _ = GREETING.unpack(message)
+    magic, version, _ = GREETING.unpack(message) if len(message) == GREETING_BYTES else (b"", 0, b"")
     if magic != MAGIC or message[6:8] != bytes(2):
         raise ProtocolError("what listens there is not an achilles server: check host and port")
     if version != VERSION:
@@ -108,6 +108,8 @@ def claim(role: bytes, username: str, nonce: bytes) -> bytes:
 
 def read_claim(message: bytes) -> Claim:
     """M2 taken apart; ProtocolError if it is malformed, in which case it gets no answer."""
+    if len(message) != AUTH_BYTES:
+        raise ProtocolError(f"an AUTH has {AUTH_BYTES} bytes, this one has {len(message)}")
     signed, proof = message[: CLAIM.size], message[CLAIM.size :]
     magic, version, role, _, padded = CLAIM.unpack(signed)
     user = padded.rstrip(b"\0")

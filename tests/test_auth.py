@@ -121,6 +121,16 @@ def test_a_malformed_greeting_is_a_protocol_error(at, value):
         auth.read_greeting(bytes(message))
 
 
+@pytest.mark.parametrize("cut", [slice(0), slice(-1), slice(7)])
+def test_a_message_of_another_length_is_a_protocol_error(cut):
+    for message in ((signed() + KEYS.client_proof)[cut], signed() + KEYS.client_proof + b"x"):
+        with pytest.raises(ProtocolError, match="104 bytes"):
+            auth.read_claim(message)
+    for message in (m1()[cut], m1() + bytes(1)):
+        with pytest.raises(ProtocolError, match="not an achilles server"):
+            auth.read_greeting(message)
+
+
 @pytest.mark.parametrize("name", ["", "a\0b", "é" * 17, "x" * 33])
 def test_a_username_is_refused_not_cut(name):
     with pytest.raises(ValueError, match="username"):
