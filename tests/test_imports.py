@@ -22,7 +22,7 @@ LONGEST_MODULE_LINES = 330
 LONG_MODULES = {
     "wire": (520, "the protocol in one place: a third of it is the tables of PROTOCOL.md"),
     "byvalue": (520, "what travels by value, for every kind of object that has a case"),
-    "config": (520, "each way to a setting, each with a message of its own"),
+    "config": (550, "each way to a setting, each with a message of its own"),
     "payload": (600, "dumping and loading are read side by side"),
     "scheduler": (620, "one state machine, whose invariants span all of it"),
     "channel": (500, "the handshake and the two ways to drive a connection"),
@@ -31,7 +31,7 @@ LONG_MODULES = {
     "node": (430, "one loop, and the reasons to leave it"),
     "feeder": (400, "one thread, and all that may keep it waiting"),
     "job": (620, "one job in its controller: cut, send, collect"),
-    "server": (370, "listening, places, and the command with its questions"),
+    "server": (400, "listening, places, secrets, and the command with its questions"),
     "controller": (430, "a connection, what it declares again, and how it is lost"),
     "local": (400, "a cluster of processes, and the command that runs a script on one"),
     "takers": (360, "all that waits for results"),
