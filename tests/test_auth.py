@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import traceback
 
 import pytest
 
@@ -139,3 +140,13 @@ def test_a_username_is_refused_not_cut(name):
 
 def test_nothing_of_a_key_is_printed():
     assert repr(KEYS) == "Keys(***)" and "***" in repr(auth.Tagger(KEYS.client_data))
+
+
+def test_no_local_variable_shows_a_key_or_what_it_is_made_from():
+    """A traceback of one who connects may show the variables of ours."""
+    key = auth.derive_key("ann", "correct horse battery staple")
+    assert key == KEY and str(key) == repr(key) == "Key(***)" and "***" in repr(tuple(auth.session_keys(key, b"", b"")))
+    with pytest.raises(ValueError, match="username") as caught:
+        auth.derive_key("x" * 33, "correct horse battery staple")
+    found = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert "Key(***)" in found and "'correct horse" not in found
