@@ -303,6 +303,18 @@ def test_who_loses_its_place_while_it_is_refused_has_no_thread_any_more(running,
         running.end("restart")
 
 
+def test_refusals_of_a_user_do_not_keep_that_user_out(running, monkeypatch):
+    """Failures are delayed and bounded by place, not by name: whoever fails as ann does not lock ann out."""
+    monkeypatch.setattr(server, "REFUSAL_SECONDS", SECONDS)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * server.PLACES):
+            sock = stack.enter_context(silent(running.address[1]))
+            sock.sendall(auth.claim(auth.CONTROLLER, "ann", bytes(32)) + bytes(32))
+        for _ in range(3):
+            controller(running.address[1]).close()
+        running.end("restart")
+
+
 @pytest.mark.parametrize(("user", "secret"), [("bob", SECRET), ("ann", "another secret, long")])
 def test_an_unknown_user_and_a_wrong_secret_get_the_same(running, monkeypatch, user, secret):
     monkeypatch.setattr(server, "REFUSAL_SECONDS", 0.01)
