@@ -29,8 +29,8 @@ from .errors import AuthenticationError, ProtocolError
 from .wire import Buffer
 
 __all__ = [
-    "CONTROLLER", "NODE", "Checker", "Claim", "Keys", "Tagger", "accept_claim", "check_user", "claim", "derive_key",
-    "greeting", "is_proof", "read_claim", "read_greeting", "session_keys",
+    "CONTROLLER", "NODE", "Checker", "Claim", "Key", "Keys", "Tagger", "accept_claim", "check_user", "claim",
+    "derive_key", "greeting", "is_proof", "read_claim", "read_greeting", "session_keys",
     "AUTH_BYTES", "GREETING_BYTES", "NONCE_BYTES", "PROOF_BYTES", "REFUSAL",
 ]
 
@@ -47,6 +47,15 @@ BINDING = bytes(32)  # room for the hash of a TLS certificate
 LABEL = b"achilles/1 "
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1  # 16 MiB and 40 ms a guess; paid once a process
 SEQUENCE = struct.Struct(">Q")
+
+
+class Key(bytes):
+    """Key material, which prints as ``Key(***)``, in a traceback that shows local variables too."""
+
+    def __repr__(self) -> str:
+        return "Key(***)"
+
+    __str__ = __repr__
 
 
 class Keys(NamedTuple):
@@ -72,8 +81,9 @@ class Claim(NamedTuple):
 
 def derive_key(username: str, secret: str) -> bytes:
     """K: 32 bytes from the username and the secret (scrypt, RFC 7914). Takes some 40 ms of one core."""
+    hidden, secret = Key(secret.encode()), ""
     user = check_user(username)
-    return hashlib.scrypt(secret.encode(), salt=LABEL + user, n=SCRYPT_N, r=SCRYPT_R, p=SCRYPT_P, dklen=32)
+    return Key(hashlib.scrypt(hidden, salt=LABEL + user, n=SCRYPT_N, r=SCRYPT_R, p=SCRYPT_P, dklen=32))
 
 
 def check_user(username: str) -> bytes:
@@ -91,7 +101,7 @@ def greeting(nonce: bytes) -> bytes:
 
 def read_greeting(message: bytes) -> None:
     """ProtocolError unless `message` is an M1 of this version. All of M1 is signed, so there is nothing to keep."""
-    magic, version, _ = GREETING.unpack(message)
+    magic, version, _ = GREETING.unpack(message) if len(message) == GREETING_BYTES else (b"", 0, b"")
     if magic != MAGIC or message[6:8] != bytes(2):
         raise ProtocolError("what listens there is not an achilles server: check host and port")
     if version != VERSION:
@@ -108,6 +118,8 @@ def claim(role: bytes, username: str, nonce: bytes) -> bytes:
 
 def read_claim(message: bytes) -> Claim:
     """M2 taken apart; ProtocolError if it is malformed, in which case it gets no answer."""
+    if len(message) != AUTH_BYTES:
+        raise ProtocolError(f"an AUTH has {AUTH_BYTES} bytes, this one has {len(message)}")
     signed, proof = message[: CLAIM.size], message[CLAIM.size :]
     magic, version, role, _, padded = CLAIM.unpack(signed)
     user = padded.rstrip(b"\0")
@@ -120,9 +132,9 @@ def read_claim(message: bytes) -> Claim:
 def session_keys(key: bytes, m1: bytes, signed: bytes) -> Keys:
     """The four keys of one connection from K and what both sides said (HKDF, RFC 5869)."""
     transcript = hashlib.sha256(BINDING + m1 + signed).digest()
-    prk = hmac.digest(transcript, key, "sha256")
+    prk = Key(hmac.digest(transcript, key, "sha256"))
     labels = (b"client proof", b"server proof", b"client data", b"server data")
-    return Keys(*(hmac.digest(prk, LABEL + label + b"\x01", "sha256") for label in labels))
+    return Keys(*(Key(hmac.digest(prk, LABEL + label + b"\x01", "sha256")) for label in labels))
 
 
 def accept_claim(keys: Sequence[bytes], m1: bytes, claimed: Claim) -> Keys | None:

@@ -26,7 +26,8 @@ mode 0600 from the first byte, and then moved into place.
 
 Knows no socket, no frame and no key derivation. Reads no environment at import, starts no thread, holds no
 state and no lock: any thread may call anything here. Only disks and prompts block. Prompts go to stderr,
-for stdout is the caller's; a secret is never echoed, logged, pickled or put into a message.
+for stdout is the caller's; a secret is never echoed, logged, pickled or put into a message. What may raise holds
+it as a Secret, since there are tracebacks that show local variables.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import secrets
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -48,8 +49,8 @@ from .errors import ConfigurationError
 __all__ = [
     "DEFAULT_HOST", "DEFAULT_PORT", "DEFAULT_USERNAME", "EnvFile", "Role", "Secret", "SecretKey", "Settings",
     "ask_config", "check_host", "check_port", "check_secret", "check_username", "env_path", "gen_config", "is_loopback",
-    "make_secret", "next_step", "read_file", "read_secret_file", "remove_from_environment", "resolve", "update_config",
-    "write_config",
+    "make_secret", "next_step", "read_again", "read_file", "read_secret_file", "remove_from_environment", "resolve",
+    "update_config", "write_config",
 ]
 
 DEFAULT_HOST = "127.0.0.1"  # what the prompt proposes; never assumed where nobody answers
@@ -81,16 +82,18 @@ class Secret:
     """A shared secret that prints as ``***`` wherever it turns up, and cannot be pickled.
 
     :param text: the secret, or another Secret.
+    :param source: where it came from, for messages; "" where whoever asks knows better.
     :raises ConfigurationError: for anything but text.
     """
 
-    __slots__ = ("_text",)
+    __slots__ = ("_text", "source")
 
-    def __init__(self, text: object) -> None:
+    def __init__(self, text: object, source: str = "") -> None:
         value = text.reveal() if isinstance(text, Secret) else text
         if not isinstance(value, str):
             raise ConfigurationError(f"the secret must be text, not {type(value).__name__}")
-        self._text = value
+        self._text: str = value
+        self.source: str = source or (text.source if isinstance(text, Secret) else "")
 
     def reveal(self) -> str:
         """The secret itself: for deriving keys, and for the file."""
@@ -138,19 +141,21 @@ class Settings:
 class _Given(NamedTuple):
     """A setting that somebody gave, and in words who did."""
 
-    value: Any
+    value: Any  # of a secret: a Secret
     source: str
 
 
 def resolve(
     host: str | None = None, port: int | None = None, username: str | None = None,
     secret_key: SecretKey = None, *, env_file: EnvFile = None, ask: bool = True, role: Role = "controller",
+    bind: str | None = None,
 ) -> Settings:
     """Find the four settings, each by itself, in the order that the head of this module shows.
 
     :param ask: whether a person at a terminal may be asked for what is missing (this blocks, and saves).
     :param role: who needs them. A server has a `previous` secret too, where there is one: in the
         environment, or in the file that its secret is in; with a `secret_key` argument there is none.
+    :param bind: another address at which a server listens; its secrets must be good enough for that one, too.
     :raises ConfigurationError: something is missing, malformed or unsafe.
     """
     path = env_path(env_file)
@@ -160,14 +165,29 @@ def resolve(
     if not found.keys() >= set(REQUIRED):
         if not (ask and _at_terminal()):
             raise ConfigurationError(_missing(found, path, role))
-        ask_config(**{name.lower(): v for name, v in _checked(found).items() if name in NAMES},
+        ask_config(**{name.lower(): v for name, v in _checked(found, bind).items() if name in NAMES},
                    env_file=path, role=role)
         found = _with_file(found, path)
     if role != "server" or secret_key is not None:
         found.pop(PREVIOUS, None)
-    values, own = {"PORT": DEFAULT_PORT} | _checked(found), found["SECRET_KEY"].source.endswith(f" {path}")
+    values, own = {"PORT": DEFAULT_PORT} | _checked(found, bind), found["SECRET_KEY"].source.endswith(f" {path}")
     return Settings(values["HOST"], values["PORT"], values["USERNAME"], values["SECRET_KEY"],
                     env_file=path if own else None, previous=values.get(PREVIOUS))
+
+
+def read_again(settings: Settings, role: Role, bind: str | None = None) -> Settings:
+    """The same settings with the secrets that their file has now; all else stays what it was.
+
+    :raises ConfigurationError: they came from no file; or it cannot be read, is open to others, or has no secret
+        that would do. The message is one line.
+    """
+    path = settings.env_file
+    if path is None:
+        raise ConfigurationError("the secret did not come from a configuration file, so that there is none to read")
+    if "SECRET_KEY" not in read_file(path):
+        raise ConfigurationError(f"{path} has no SECRET_KEY")
+    return resolve(
+        settings.host, settings.port, settings.username, env_file=path, ask=False, role=role, bind=bind)
 
 
 def is_loopback(host: str) -> bool:
@@ -215,11 +235,12 @@ def check_username(value: object, source: str = "username") -> str:
 def check_secret(secret: object, host: str, source: str = "secret_key") -> Secret:
     """Return `secret`, wrapped, which is good enough for a cluster at `host`.
 
-    A server that binds another address than its host calls this with that one too.
+    Messages name `source`, or what the secret itself says of where it came from.
 
     :raises ConfigurationError: empty; not UTF-8; or shorter than 16 characters where others can connect.
     """
     secret = Secret(secret)
+    source = secret.source or source
     if not secret.reveal() or _UNFIT.search(secret.reveal()):
         raise ConfigurationError(f"{source} is empty, or has a NUL or broken UTF-8 in it. {MAKE_ONE}")
     if len(secret.reveal()) < SECRET_CHARACTERS and not is_loopback(host):
@@ -245,20 +266,16 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, str]:
     :raises ConfigurationError: it cannot be read, group or others have a right to it (where the system has
         POSIX modes), or a line cannot be understood. The message never shows the line: it may hold a secret.
     """
-    values = {}
-    for number, line in enumerate(_lines(path, private=True), 1):
-        if setting := _SETTING.fullmatch(line):
-            value = _VALUE.fullmatch(setting[2])
-            if value is None:
-                raise ConfigurationError(f"{path}, line {number}: the value of {setting[1]} cannot be read; "
-                                         f"put it between single quotes")
-            values[setting[1]] = _plain(value)
+    values, wrong = _parse(_lines(path, private=True))
+    if wrong:
+        values.clear()
+        raise ConfigurationError(f"{path}, {wrong} cannot be read; put it between single quotes")
     return values
 
 
 def read_secret_file(path: str | os.PathLike[str]) -> Secret:
     """The secret in a file's first line, unchecked; ConfigurationError if it cannot be read, or others can."""
-    return Secret((_lines(path, private=True) or [""])[0].rstrip("\r"))
+    return Secret((_lines(path, private=True) or [""])[0].rstrip("\r"), f"the first line of {os.fspath(path)}")
 
 
 def write_config(
@@ -299,17 +316,16 @@ def ask_config(
     An answer that will not do is asked for again. Enter alone makes a secret for a server; a node and a
     controller must know the server's.
 
-    :raises ConfigurationError: the input ended, and nothing is saved; or as :func:`update_config`.
+    :raises ConfigurationError: the input ended, and nothing is saved, with every other way to give what is
+        missing; or as :func:`update_config`.
     """
-    address = _ask(f"host [{DEFAULT_HOST}]: ", check_host, DEFAULT_HOST) if host is None else host
-    if port is None:
-        port = _ask(f"port [{DEFAULT_PORT}]: ", lambda text: check_port(text, text=True), str(DEFAULT_PORT))
-    if username is None:
-        username = _ask("username: ", check_username)
-    if secret_key is None:
-        prompt, made = ("secret [Enter: make one]: ", make_secret()) if role == "server" else ("secret: ", "")
-        secret_key = _ask(prompt, lambda text: check_secret(text, address), made, hidden=True)
-    path = update_config(address, port, username, secret_key, env_file=env_file)
+    try:
+        answers = _answers(host, port, username, secret_key, role)
+    except EOFError as end:
+        found = _of_arguments(host, port, username, secret_key)
+        raise ConfigurationError(
+            f"the input ended at {str(end)!r}; nothing is saved: {_missing(found, env_path(env_file), role)}") from None
+    path = update_config(*answers, env_file=env_file)
     sys.stderr.write(f"Saved in {path}\n{next_step(path) if role == 'server' else ''}")
     return path
 
@@ -345,21 +361,37 @@ def remove_from_environment() -> None:
         os.environ.pop(PREFIX + name, None)
 
 
+def _given(name: str, value: object, source: str) -> _Given:
+    return _Given(Secret(value) if name in (NAMES[-1], PREVIOUS) else value, source)
+
+
 def _of_arguments(*values: object) -> dict[str, _Given]:
     """The settings that a caller gave: host, port, username, secret; None for those that were not."""
-    return {n: _Given(value, n.lower()) for n, value in zip(NAMES, values, strict=True) if value is not None}
+    return {n: _given(n, value, n.lower()) for n, value in zip(NAMES, values, strict=True) if value is not None}
 
 
 def _of_environment() -> dict[str, _Given]:
     """The settings in this process's environment, empty ones too."""
     names = [name for name in (*NAMES, PREVIOUS) if PREFIX + name in os.environ]
-    return {name: _Given(os.environ[PREFIX + name], PREFIX + name) for name in names}
+    return {name: _given(name, os.environ[PREFIX + name], PREFIX + name) for name in names}
 
 
 def _of_file(path: str) -> dict[str, _Given]:
     """The settings in the file; none where it does not exist."""
     values = read_file(path) if os.path.exists(path) else {}
-    return {name: _Given(value, f"{name} in {path}") for name, value in values.items()}
+    return {name: _given(name, value, f"{name} in {path}") for name, value in values.items()}
+
+
+def _parse(lines: Sequence[str]) -> tuple[dict[str, str], str]:
+    """The settings among the lines of a file; and which value cannot be understood, "" if all can."""
+    values: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if setting := _SETTING.fullmatch(line):
+            value = _VALUE.fullmatch(setting[2])
+            if value is None:
+                return values, f"line {number}: the value of {setting[1]}"
+            values[setting[1]] = _plain(value)
+    return values, ""
 
 
 def _with_file(found: Mapping[str, _Given], path: str) -> dict[str, _Given]:
@@ -370,10 +402,11 @@ def _with_file(found: Mapping[str, _Given], path: str) -> dict[str, _Given]:
     return {**file, **found}
 
 
-def _checked(found: Mapping[str, _Given]) -> dict[str, Any]:
+def _checked(found: Mapping[str, _Given], bind: str | None = None) -> dict[str, Any]:
     """The values of what was found, each checked under the name of its source."""
     values: dict[str, Any] = {}
     host = found["HOST"].value if "HOST" in found else DEFAULT_HOST
+    addresses = [str(host)] if bind is None else [str(host), check_host(bind, "bind")]
     for name, (value, source) in found.items():
         if name == "HOST":
             values[name] = check_host(value, source)
@@ -381,14 +414,15 @@ def _checked(found: Mapping[str, _Given]) -> dict[str, Any]:
             values[name] = check_port(value, source, text=source != "port")
         elif name == "USERNAME":
             values[name] = check_username(value, source)
-        elif name == "SECRET_KEY" or value:  # an empty previous secret is none at all
-            values[name] = check_secret(value, str(host), source)
+        elif name == "SECRET_KEY" or value.reveal():  # an empty previous secret is none at all
+            for address in addresses:
+                values[name] = check_secret(value, address, source)
     return values
 
 
 def _missing(found: Mapping[str, _Given], path: str, role: Role) -> str:
     """What is not in `found`, and every way to give it."""
-    names = [name for name in REQUIRED if name not in found]
+    names = [name for name in REQUIRED if name not in found] or ["PORT"]
     too = " Nodes authenticate too: give this one what the server has." if role == "node" else ""
     state = "" if os.path.exists(path) else " (it does not exist)"
     return (f"no {', '.join(names).lower()} for this {role}.{too} Any of these will do:\n"
@@ -399,8 +433,23 @@ def _missing(found: Mapping[str, _Given], path: str, role: Role) -> str:
             f"python -m {__package__}.server --write-config makes such a file; copy it to each machine.")
 
 
+def _answers(
+    host: str | None, port: int | None, username: str | None, secret_key: SecretKey, role: Role
+) -> tuple[str, int, str, SecretKey]:
+    """The four, each asked for where it is None; EOFError, with the question, where nobody answers."""
+    address = _ask(f"host [{DEFAULT_HOST}]: ", check_host, DEFAULT_HOST) if host is None else host
+    if port is None:
+        port = _ask(f"port [{DEFAULT_PORT}]: ", lambda text: check_port(text, text=True), str(DEFAULT_PORT))
+    if username is None:
+        username = _ask("username: ", check_username)
+    if secret_key is None:
+        prompt, made = ("secret [Enter: make one]: ", make_secret()) if role == "server" else ("secret: ", "")
+        secret_key = _ask(prompt, lambda text: check_secret(text, address), made, hidden=True)
+    return address, port, username, secret_key
+
+
 def _ask(prompt: str, check: Callable[[str], T], default: str = "", *, hidden: bool = False) -> T:
-    """Ask until `check` accepts the answer, or the default for an empty one; return what it returns."""
+    """Ask until `check` accepts the answer, or the default for an empty one; return what it returns, or EOFError."""
     while True:
         sys.stderr.write("" if hidden else prompt)
         sys.stderr.flush()
@@ -409,7 +458,7 @@ def _ask(prompt: str, check: Callable[[str], T], default: str = "", *, hidden: b
         except ConfigurationError as error:
             sys.stderr.write(f"{error}\n")
         except EOFError:
-            raise ConfigurationError(f"the input ended at {prompt!r}; nothing is saved") from None
+            raise EOFError(prompt) from None
 
 
 def _is_encodable(host: str) -> bool:
@@ -428,22 +477,25 @@ def _at_terminal() -> bool:
 def _save(found: Mapping[str, _Given], path: str) -> str:
     """Check what is given, and put it into the file in place of the settings it had; return the path."""
     lines = [line for line in (_lines(path) if os.path.exists(path) else []) if not _SETTING.fullmatch(line)]
-    for name, value in _checked(found).items():
-        lines.append(f"{name}={_quoted(value.reveal() if isinstance(value, Secret) else str(value), name)}")
+    values = {name: Secret(str(v) if isinstance(v, int) else v) for name, v in _checked(found).items()}
+    for name, value in values.items():
+        if set(value.reveal()) & set("\r\n"):
+            raise ConfigurationError(f"{name} cannot be kept in a file: it has a line break in it")
     try:
-        _replace(path, "".join(f"{line}\n" for line in lines))
+        _replace(path, Secret("".join([*(f"{line}\n" for line in lines), *(
+            f"{name}={_quoted(value.reveal())}\n" for name, value in values.items())])))
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}); "
                                  f"{PREFIX}ENV_FILE=FILE names another") from error
     return path
 
 
-def _replace(path: str, text: str) -> None:
+def _replace(path: str, text: Secret) -> None:
     """Put `text` at `path`, all or nothing, readable by its owner alone from the first byte."""
     descriptor, fresh = tempfile.mkstemp(prefix=".env-", dir=os.path.dirname(path))  # O_EXCL, mode 0600
     try:
         with open(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
+            file.write(text.reveal())
         os.replace(fresh, path)
     except BaseException:
         os.unlink(fresh)
@@ -454,12 +506,13 @@ def _lines(path: str | os.PathLike[str], *, private: bool = False) -> list[str]:
     """The lines of a file; refused, if it must be `private`, where others have a right to it."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            mode, text = os.fstat(file.fileno()).st_mode & 0o777, file.read()
+            mode = os.fstat(file.fileno()).st_mode & 0o777
+            if private and os.name == "posix" and mode & OTHERS_MODE:
+                raise ConfigurationError(f"{path} holds a secret and is open to others (mode {mode:04o}): "
+                                         f"chmod 600 {shlex.quote(os.fspath(path))}")
+            text = file.read()
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
-    if private and os.name == "posix" and mode & OTHERS_MODE:
-        raise ConfigurationError(f"{path} holds a secret and is open to others (mode {mode:04o}): "
-                                 f"chmod 600 {shlex.quote(os.fspath(path))}")
     return text.removesuffix("\n").split("\n") if text else []
 
 
@@ -470,8 +523,6 @@ def _plain(value: re.Match[str]) -> str:
     return value["literal"] or value["bare"] or ""
 
 
-def _quoted(text: str, name: str) -> str:
-    """`text` as a file's value, which :func:`read_file` and a POSIX shell read back as it is."""
-    if set(text) & set("\r\n"):
-        raise ConfigurationError(f"{name} cannot be kept in a file: it has a line break in it")
+def _quoted(text: str) -> str:
+    """`text`, which has no line break, as a file's value: :func:`read_file` and a POSIX shell read it back as it is."""
     return f"'{text}'" if "'" not in text else '"' + re.sub(r'([\\"$`])', r"\\\1", text) + '"'

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -90,14 +91,24 @@ def errors_to_exit_status() -> Iterator[ExitStatus]:
 
 
 @contextlib.contextmanager
-def signal_handlers(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle SIGINT, SIGTERM and SIGHUP so for a while; in the main thread alone."""
+def signal_handlers(
+    handler: Callable[[int, Any], None], read_again: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Handle SIGINT, SIGTERM and SIGHUP so for a while; in the main thread alone. What is ignored stays ignored.
+
+    With `read_again`, SIGHUP calls that, as daemons have it, even where it was ignored: who says nohup does not want
+    an end. Where the terminal in which this process was started has gone, SIGHUP says just that, and is `handler`'s.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's wish stands
-    before = {number: signal.signal(number, handler) for number in heard}
+    handlers = {number: handler for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
+    if read_again is not None and hasattr(signal, "SIGHUP"):
+        ends_with_terminal = signal.SIGHUP in handlers and _has_terminal()
+        handlers[signal.SIGHUP] = lambda number, frame: (
+            handler(number, frame) if ends_with_terminal and not _has_terminal() else read_again())
+    before = {number: signal.signal(number, each) for number, each in handlers.items()}
     try:
         yield
     finally:
@@ -120,6 +131,15 @@ def status_table(state: dict[str, Any]) -> str:
             cells = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
             lines += ["  ".join(row).rstrip() for row in cells]
     return "\n".join(lines)
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal (POSIX): it has none any more once that was closed."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+    except OSError:
+        return False
+    return True
 
 
 def _drop_broken_streams() -> None:

@@ -81,7 +81,7 @@ class LocalCluster:
         try:
             self.server = _spawn()
             self.nodes = [_spawn() for _ in range(self._count)]
-            about = {"username": self.username, "secret": self.secret_key.reveal()}
+            about = {"username": self.username, "secret": self.secret_key}
             _hand_over(self.server, about | {"role": "server", "port": 0})
             self.port = _wait_ready(self.server, deadline)["port"]
             for node, cpu_count in zip(self.nodes, self._shares()):
@@ -202,7 +202,7 @@ def _spawn() -> subprocess.Popen[bytes]:
 def _hand_over(process: subprocess.Popen[bytes], about: dict[str, Any]) -> None:
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):  # it died: _wait_ready says so
-            process.stdin.write(json.dumps(about).encode() + b"\n")
+            process.stdin.write(json.dumps(about, default=Secret.reveal).encode() + b"\n")
             process.stdin.flush()
 
 
@@ -258,7 +258,7 @@ def _child() -> int:
                 report.write(json.dumps(what) + "\n")
                 report.close()
 
-    settings = Settings(HOST, about["port"], about["username"], Secret(about["secret"]))
+    settings = Settings(HOST, about["port"], about["username"], Secret(about.pop("secret")))
     if about["role"] == "server":
         _serve(settings, ready, parent)
     else:

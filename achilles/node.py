@@ -205,12 +205,12 @@ class Node:
 
     def _read_anew(self) -> None:
         """The secret may have been replaced meanwhile: take it from the file it came from."""
-        now = self.settings
-        if now.env_file is not None:
-            with contextlib.suppress(ConfigurationError):  # half written: the next time, then
-                self.settings = config.resolve(
-                    now.host, now.port, now.username, env_file=now.env_file, ask=False, role="node")
-                self._key = auth.derive_key(now.username, self.settings.secret.reveal())
+        if self.settings.env_file is not None:
+            try:
+                self.settings = config.read_again(self.settings, "node")
+                self._key = auth.derive_key(self.settings.username, self.settings.secret.reveal())
+            except ConfigurationError as e:  # perhaps half written: the next time, then
+                log.warning("the secret stays what it was: %s", e)
 
     def _on_wake(self, events: int) -> None:
         self.woken = True

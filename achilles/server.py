@@ -52,6 +52,7 @@ REFUSAL_SECONDS = 1.0  # a guess costs the guesser this, and its place meanwhile
 PLACE_SECONDS = 0.02  # ... and how often who waits so looks whether it still has a place
 NO_NODES_STATUS = 3  # exit status of --status where no node is there
 KILLED_SECONDS = 10.0  # how long those who come back after `kill_cluster` are told
+READ_AGAIN = "read again"  # among the reasons to end: this one is none
 JOIN_SECONDS = 2.0  # for a connection's threads, when the server ends
 NO_FILES_SECONDS = 0.2  # a pause where accept has no descriptor left: it would be called again at once
 CONNECTIONS, SPARE_FILES = 10_000, 8  # at most, and what the process needs besides connections
@@ -74,6 +75,7 @@ class Server(socketserver.ThreadingTCPServer):
         from . import __version__
 
         self.settings = settings
+        self._bind = bind
         self._user = settings.username.encode()
         self._keys = _derive(settings)
         self._decoys = [secrets.token_bytes(32), secrets.token_bytes(32)]  # for unknown users: the same work
@@ -113,9 +115,14 @@ class Server(socketserver.ThreadingTCPServer):
         """Let `run` return. `restart`: peers come back. `killed`: they end, and for ten seconds so does who comes."""
         self._reasons.put(reason)
 
+    def read_again(self) -> None:
+        """Take the secrets that the configuration file has now, soon; connections stay. A signal handler may call."""
+        self._reasons.put(READ_AGAIN)
+
     def _end_when_told(self) -> None:
         """The ender thread: `shutdown` would wait for ever in the thread that serves, and in a signal handler."""
-        reason = self._reasons.get()
+        while (reason := self._reasons.get()) == READ_AGAIN:
+            self._read_again()
         peers = self._exchange.say_goodbye(reason)
         self._ending.set()
         if reason == "killed":
@@ -132,11 +139,24 @@ class Server(socketserver.ThreadingTCPServer):
         for reader in list(self._readers):
             reader.join(max(deadline - time.monotonic(), 0))
 
+    def _read_again(self) -> None:
+        """Whatever is wrong with the file, the secrets of before are good still, and the server serves."""
+        try:
+            settings = config.read_again(self.settings, "server", self._bind)
+            self._keys = _derive(settings)  # at once for who comes next; a handshake under way has the old ones
+        except Exception as e:
+            log.error("the secrets stay what they were: %s", e)
+            return
+        what = "as it was" if settings.secret == self.settings.secret else "a new one"
+        more = ", the previous one good as well" if settings.previous else ", no other one good"
+        self.settings = settings
+        log.info("%s was read again: the secret is %s%s", settings.env_file, what, more)
+
     def _wait_for_another_reason(self, seconds: float) -> None:
         """Whoever has killed the cluster may be in a hurry to end this process, too."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(queue.Empty):
-            while self._reasons.get(timeout=max(deadline - time.monotonic(), 0)) == "killed":
+            while self._reasons.get(timeout=max(deadline - time.monotonic(), 0)) in ("killed", READ_AGAIN):
                 pass
 
     # Accepting, in the serving thread.
@@ -228,6 +248,9 @@ def run_server(
 ) -> int:
     """Run a server in this thread until SIGTERM, Ctrl-C, or `kill_cluster`; returns its exit status.
 
+    On SIGHUP it takes the secrets anew from the file they came from, and goes on. It ends on SIGHUP where that says
+    that the terminal in which it was started was closed.
+
     :param host: the address under which nodes and callers reach it, and at which it listens.
     :param port: 0..65535, 9999 where none is given; 0 takes any free one.
     :param bind: listen at this address instead, such as 0.0.0.0.
@@ -236,9 +259,7 @@ def run_server(
     :raises ConfigurationError: something is missing or malformed.
     :raises AddressError: it cannot listen there.
     """
-    settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="server")
-    if bind:
-        config.check_secret(settings.secret, config.check_host(bind, "bind"))
+    settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="server", bind=bind)
     server = Server(settings, bind)
     told: list[int] = []
 
@@ -248,7 +269,8 @@ def run_server(
         told.append(number)
         server.end("restart")
 
-    with console.signal_handlers(on_signal):  # before the lines: whoever waits for them may signal at once
+    # Before the lines: whoever waits for them may signal at once.
+    with console.signal_handlers(on_signal, server.read_again):
         console.say("ALERT: achilles_server initiated at {}:{}".format(*server.address))
         console.say("Listening for connections...")
         server.run()
@@ -286,8 +308,10 @@ def _write_config(
         raise ConfigurationError(f"nobody can connect to {host}: give the address at which nodes reach this machine, "
                                  f"and start the server with --bind {host}")
     path = config.env_path(env_file)
-    kept = config.read_file(path).get("SECRET_KEY") if os.path.exists(path) else None
-    return config.write_config(host, port, username, secret or kept, env_file=path)
+    there = config.read_file(path).items() if os.path.exists(path) else ()
+    kept = [config.Secret(value) for name, value in there if name == "SECRET_KEY"]
+    del there  # a traceback may show the locals
+    return config.write_config(host, port, username, secret or (kept[0] if kept else None), env_file=path)
 
 
 def _print_status(settings: Settings, as_json: bool) -> int:
@@ -339,8 +363,8 @@ def _shut_down(sock: socket.socket) -> None:
 
 def _derive(settings: Settings) -> list[bytes]:
     """K of the secret, and of the previous one, or of one that nobody has: two proofs are computed always."""
-    previous = settings.previous.reveal() if settings.previous else secrets.token_urlsafe()
-    return [auth.derive_key(settings.username, secret) for secret in (settings.secret.reveal(), previous)]
+    previous = settings.previous or config.Secret(secrets.token_urlsafe())
+    return [auth.derive_key(settings.username, secret.reveal()) for secret in (settings.secret, previous)]
 
 
 def _most_connections() -> int:

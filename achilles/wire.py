@@ -42,7 +42,7 @@ TAG_BYTES = 32  # HMAC-SHA256
 DIGEST_BYTES = 32  # SHA-256
 SHORT_LETTER_BYTES = 1024  # up to here a letter rides in the envelope: hashing it twice is cheaper than a digest
 MAX_ENVELOPE_BYTES = 4 << 20  # no sender of ours comes near; bounds what an unread frame can hold
-MAX_JOB_BYTES = 64 << 10  # of a JOB, which the server writes anew, and other JSON of it may be five times as long
+MAX_JOB_BYTES = 64 << 10  # of a controller's JOB: the server writes it anew for nodes, perhaps three times as long
 MAX_ROWS = 1024  # beyond, a frame saves nothing more and others wait longer behind it
 MAX_SHORT_BYTES = 1 << 20  # MAX_ROWS letters of SHORT_LETTER_BYTES
 MAX_LONG_BYTES = 8 << 20  # a heartbeat waits for at most this much of queued letters (or for one long one)
@@ -356,8 +356,6 @@ def decode(kind: Kind, count: int, envelope: bytes) -> tuple[dict[str, Any] | Ro
         return _decode_rows(kind, count, envelope)
     if count:
         raise ProtocolError(f"{kind.name} has no rows, this one has {count}")
-    if kind is Kind.JOB and len(envelope) > MAX_JOB_BYTES:
-        raise ProtocolError(f"a JOB of {len(envelope)} bytes; the limit is {MAX_JOB_BYTES}")
     try:
         body = json.loads(envelope.decode(), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as e:
@@ -505,6 +503,8 @@ class FrameReader:
         kind = _KINDS[number]
         if self._link not in DIRECTIONS[kind]:
             raise ProtocolError(f"{kind.name} may not travel here ({self._link})")
+        if kind is Kind.JOB and self._link == "CS" and len(envelope) > MAX_JOB_BYTES:
+            raise ProtocolError(f"a JOB of {len(envelope)} bytes; the limit is {MAX_JOB_BYTES}")
         body, lengths = decode(kind, count, envelope)
         if lengths and max(lengths) > self.letter_limit:
             raise ProtocolError(f"a letter of {max(lengths)} bytes; the limit is {self.letter_limit}")

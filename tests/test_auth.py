@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import traceback
 
 import pytest
 
@@ -121,6 +122,16 @@ def test_a_malformed_greeting_is_a_protocol_error(at, value):
         auth.read_greeting(bytes(message))
 
 
+@pytest.mark.parametrize("cut", [slice(0), slice(-1), slice(7)])
+def test_a_message_of_another_length_is_a_protocol_error(cut):
+    for message in ((signed() + KEYS.client_proof)[cut], signed() + KEYS.client_proof + b"x"):
+        with pytest.raises(ProtocolError, match="104 bytes"):
+            auth.read_claim(message)
+    for message in (m1()[cut], m1() + bytes(1)):
+        with pytest.raises(ProtocolError, match="not an achilles server"):
+            auth.read_greeting(message)
+
+
 @pytest.mark.parametrize("name", ["", "a\0b", "é" * 17, "x" * 33])
 def test_a_username_is_refused_not_cut(name):
     with pytest.raises(ValueError, match="username"):
@@ -129,3 +140,13 @@ def test_a_username_is_refused_not_cut(name):
 
 def test_nothing_of_a_key_is_printed():
     assert repr(KEYS) == "Keys(***)" and "***" in repr(auth.Tagger(KEYS.client_data))
+
+
+def test_no_local_variable_shows_a_key_or_what_it_is_made_from():
+    """A traceback of one who connects may show the variables of ours."""
+    key = auth.derive_key("ann", "correct horse battery staple")
+    assert key == KEY and str(key) == repr(key) == "Key(***)" and "***" in repr(tuple(auth.session_keys(key, b"", b"")))
+    with pytest.raises(ValueError, match="username") as caught:
+        auth.derive_key("x" * 33, "correct horse battery staple")
+    found = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert "Key(***)" in found and "'correct horse" not in found

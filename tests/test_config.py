@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 
 import dill
 import pytest
@@ -517,3 +518,102 @@ def test_a_secret_file_has_the_secret_in_its_first_line(tmp_path):
     path.chmod(0o644)
     with pytest.raises(ConfigurationError, match="chmod 600"):
         config.read_secret_file(path)
+
+
+def test_a_short_secret_is_named_by_where_it_came_from(tmp_path, monkeypatch):
+    file = write(tmp_path / "secret", "bar\n")
+    with pytest.raises(ConfigurationError, match=f"^the first line of {file} is shorter than 16.*token_urlsafe"):
+        config.resolve("10.0.0.1", 1, "u", config.read_secret_file(file))
+    monkeypatch.setenv("ACHILLES_SECRET_KEY", "bar")
+    monkeypatch.setenv("ACHILLES_PREVIOUS_SECRET_KEY", "old")
+    with pytest.raises(ConfigurationError, match="^ACHILLES_SECRET_KEY is shorter .* not at 0.0.0.0"):
+        config.resolve("127.0.0.1", 1, "u", role="server", bind="0.0.0.0")
+    monkeypatch.setenv("ACHILLES_SECRET_KEY", LONG)
+    with pytest.raises(ConfigurationError, match="^ACHILLES_PREVIOUS_SECRET_KEY is shorter .* not at 0.0.0.0"):
+        config.resolve("127.0.0.1", 1, "u", role="server", bind="0.0.0.0")
+    with pytest.raises(ConfigurationError, match="^bind must be"):
+        config.resolve("127.0.0.1", 1, "u", role="server", bind="a b")
+
+
+# Reading the secrets again
+
+
+def test_only_the_secrets_are_read_again(monkeypatch, other_file):
+    monkeypatch.setenv("ACHILLES_PORT", "7")
+    config.write_config(**FULL, env_file=other_file)
+    before = config.resolve(env_file=other_file, role="server")
+    write(other_file, f"HOST=other\nPORT=1\nUSERNAME=other\nSECRET_KEY={LONG[::-1]!r}\nPREVIOUS_SECRET_KEY={LONG!r}\n")
+    after = config.read_again(before, "server")
+    assert after == config.Settings("10.0.0.1", 7, "ann", Secret(LONG[::-1]), other_file, Secret(LONG))
+    assert config.read_again(before, "node").previous is None
+
+
+@pytest.mark.parametrize("text, mode, why", [
+    (f"SECRET_KEY={LONG!r}\n", 0o644, "chmod 600"), ("", 0o600, "has no SECRET_KEY"), (None, 0, "cannot be read"),
+    ("SECRET_KEY=\n", 0o600, "is empty"), ("SECRET_KEY=short\n", 0o600, "is shorter"),
+    (f"SECRET_KEY='{LONG}\n", 0o600, "line 1: the value of SECRET_KEY cannot be read"),
+    (f"SECRET_KEY={LONG!r}\nPREVIOUS_SECRET_KEY=short\n", 0o600, "PREVIOUS_SECRET_KEY in .* is shorter"),
+])
+def test_a_file_that_is_no_good_when_it_is_read_again_says_why_in_one_line(other_file, text, mode, why):
+    config.write_config(**FULL, env_file=other_file)
+    before = config.resolve(env_file=other_file, role="server")
+    os.remove(other_file)
+    if text is not None:
+        write(other_file, text, mode)
+    with pytest.raises(ConfigurationError, match=why) as error:
+        config.read_again(before, "server")
+    assert "\n" not in str(error.value) and LONG not in str(error.value)
+
+
+def test_a_secret_that_came_from_no_file_is_not_looked_for_in_one():
+    with pytest.raises(ConfigurationError, match="did not come from a configuration file"):
+        config.read_again(config.resolve(**FULL), "server")
+
+
+# Tracebacks that show local variables
+
+
+def shown(call, *args, **options):
+    """The traceback of a call that fails, with the variables of our frames."""
+    try:
+        call(*args, **options)
+    except Exception as error:
+        found = traceback.TracebackException.from_exception(error, capture_locals=True)
+        return "".join(line for frame in found.stack[1:] for line in traceback.StackSummary.from_list([frame]).format())
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("place", ["argument", "environment", "file"])
+@pytest.mark.parametrize("wrong", ["host", "port", "nothing else", "unwritable"])
+def test_no_local_variable_of_ours_shows_a_secret(monkeypatch, tmp_path, other_file, place, wrong):
+    hidden = "abc-of-nine" if wrong == "nothing else" else "abc-of-more-than-sixteen"  # the former is too short
+    lines = {"HOST": "10.0.0.1", "USERNAME": "ann", "SECRET_KEY": hidden, "PREVIOUS_SECRET_KEY": hidden}
+    lines |= {"HOST": "a b"} if wrong == "host" else {"PORT": "x"} if wrong == "port" else {}
+    if place != "file":
+        del lines["SECRET_KEY"], lines["PREVIOUS_SECRET_KEY"]
+    write(other_file, "".join(f"{name}='{value}'\n" for name, value in lines.items()))
+    secret = Secret(hidden) if place == "argument" else None
+    if place == "environment":
+        monkeypatch.setenv("ACHILLES_SECRET_KEY", hidden)
+    if wrong == "unwritable":
+        monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left")))
+        found = shown(config.update_config, secret_key=secret or Secret(hidden), env_file=other_file)
+    else:
+        found = shown(config.resolve, secret_key=secret, env_file=other_file, role="server")
+    assert "***" in found and hidden not in found
+
+
+def test_a_refused_files_text_is_in_no_local_variable(other_file):
+    for text, mode in ((f"SECRET_KEY={LONG!r}\n", 0o644), (f"SECRET_KEY={LONG!r}\nPREVIOUS_SECRET_KEY='abc\n", 0o600)):
+        assert LONG not in (found := shown(config.read_file, write(other_file, text, mode))) and "other.env" in found
+    assert LONG not in shown(config.read_secret_file, write(other_file, LONG, 0o644))
+
+
+def test_gen_config_without_anybody_to_ask_names_every_way(own_file):
+    with pytest.raises(ConfigurationError, match="input ended at 'host.*nothing is saved") as error:
+        config.gen_config(username="ann")
+    for way in ("no host, secret_key", "host=..., secret_key=...", "ACHILLES_SECRET_KEY", own_file, "--write-config"):
+        assert way in str(error.value)
+    with pytest.raises(ConfigurationError, match="no port"):
+        config.gen_config("h", None, "ann", LONG)
+    assert not os.path.exists(own_file)

@@ -144,3 +144,36 @@ def test_a_stream_that_takes_nothing_does_not_become_the_exit_status(monkeypatch
     with console.errors_to_exit_status() as status:
         pass
     assert sys.stderr is None and status.code == 0
+
+
+needs_hangup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+
+
+@needs_hangup
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_hangup_is_a_word_to_read_again_even_under_nohup(monkeypatch, before):
+    monkeypatch.setattr(console, "_has_terminal", lambda: False)
+    came = []
+    own = signal.signal(signal.SIGHUP, before)
+    try:
+        with console.signal_handlers(lambda number, frame: came.append(number), lambda: came.append("again")):
+            signal.raise_signal(signal.SIGHUP)
+        assert came == ["again"] and signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, own)
+
+
+@needs_hangup
+@pytest.mark.parametrize(("before", "last"), [(signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, "again")])
+def test_a_hangup_of_the_terminal_itself_ends_unless_under_nohup(monkeypatch, before, last):
+    there, came = [True], []
+    monkeypatch.setattr(console, "_has_terminal", lambda: there[0])
+    own = signal.signal(signal.SIGHUP, before)
+    try:
+        with console.signal_handlers(lambda number, frame: came.append(number), lambda: came.append("again")):
+            signal.raise_signal(signal.SIGHUP)
+            there[0] = False
+            signal.raise_signal(signal.SIGHUP)
+        assert came == ["again", last]
+    finally:
+        signal.signal(signal.SIGHUP, own)

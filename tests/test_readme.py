@@ -224,6 +224,20 @@ def test_the_table_of_the_command_line_is_that_of_the_parsers(capsys):
     assert everywhere == {row[0].strip("`") for row in rows}
 
 
+def test_every_claim_about_attackers_names_its_tests():
+    """Those of `tests/attacks` aside, which are looked for there."""
+    text = section("Who can do what")
+    cells = " ".join(cell for row in table("Who can do what", "who") for cell in row)
+    named = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
+    assert set(re.findall(r"\[(\d+)\]", cells)) == named.keys()
+    for line in named.values():
+        module = ""
+        for found in re.findall(r"`(?:(test_\w+)\.)?(test_\w+)`", line):
+            module = found[0] or module
+            if not (ROOT / "tests" / f"{found[1]}.py").exists():
+                assert f"def {found[1]}(" in (ROOT / "tests" / f"{module}.py").read_text(), found
+
+
 def slug(heading):
     """GitHub's anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

@@ -303,6 +303,18 @@ def test_who_loses_its_place_while_it_is_refused_has_no_thread_any_more(running,
         running.end("restart")
 
 
+def test_refusals_of_a_user_do_not_keep_that_user_out(running, monkeypatch):
+    """Failures are delayed and bounded by place, not by name: whoever fails as ann does not lock ann out."""
+    monkeypatch.setattr(server, "REFUSAL_SECONDS", SECONDS)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * server.PLACES):
+            sock = stack.enter_context(silent(running.address[1]))
+            sock.sendall(auth.claim(auth.CONTROLLER, "ann", bytes(32)) + bytes(32))
+        for _ in range(3):
+            controller(running.address[1]).close()
+        running.end("restart")
+
+
 @pytest.mark.parametrize(("user", "secret"), [("bob", SECRET), ("ann", "another secret, long")])
 def test_an_unknown_user_and_a_wrong_secret_get_the_same(running, monkeypatch, user, secret):
     monkeypatch.setattr(server, "REFUSAL_SECONDS", 0.01)
@@ -321,6 +333,79 @@ def test_a_previous_secret_is_good_while_it_is_replaced():
     finally:
         made.end("restart")
         thread.join(SECONDS)
+
+
+# The secrets, read again.
+
+
+needs_hangup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+
+
+def next_line(process, text):
+    """The next line of its log that holds this."""
+    while text not in (line := process.stderr.readline()):
+        assert line, f"it ended without a word of {text!r}"
+    return line
+
+
+@needs_hangup
+def test_a_file_that_is_no_good_changes_nothing_and_drops_nobody(run, unconfigured):
+    new = "another secret, long"
+
+    def write(text, mode=0o600):
+        unconfigured.write_text(text)
+        unconfigured.chmod(mode)
+
+    write(f"SECRET_KEY='{SECRET}'\n")
+    process = run("--port", 0, secret=None)
+    port = listening(process)
+    stays = controller(port)
+    for text, mode, why in [(f"SECRET_KEY='{new}'\n", 0o644, "chmod 600"), ("", 0o600, "no SECRET_KEY"),
+                            (f"SECRET_KEY='{new}\n", 0o600, "line 1"), ("SECRET_KEY=\n", 0o600, "is empty")]:
+        write(text, mode)
+        process.send_signal(signal.SIGHUP)
+        line = next_line(process, "the secrets stay what they were")
+        assert why in line and new not in line and " ERROR " in line
+        controller(port).close()
+    write(f"SECRET_KEY='{new}'\n")
+    process.send_signal(signal.SIGHUP)
+    line = next_line(process, "was read again")
+    assert "a new one, no other one good" in line and new not in line and str(unconfigured) in line
+    controller(port, new).close()
+    with pytest.raises(AuthenticationError):
+        controller(port)
+    assert stays.status()["server"]["version"] and process.poll() is None
+    stays.close()
+
+
+@needs_hangup
+def test_a_secret_from_elsewhere_is_not_read_again(run, unconfigured):
+    unconfigured.write_text("SECRET_KEY='another secret, long'\n")
+    unconfigured.chmod(0o600)
+    process = run("--port", 0)
+    port = listening(process)
+    process.send_signal(signal.SIGHUP)
+    assert "did not come from a configuration file" in next_line(process, "the secrets stay what they were")
+    controller(port).close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there a session's leader gets the terminal that it opens first")
+def test_a_server_in_a_terminal_reads_again_and_ends_when_that_is_closed(unconfigured):
+    unconfigured.write_text(f"HOST=127.0.0.1\nPORT=0\nUSERNAME=ann\nSECRET_KEY='{SECRET}'\n")
+    unconfigured.chmod(0o600)
+    ours, theirs = os.openpty()
+    name = os.ttyname(theirs)
+    with subprocess.Popen(["sh", "-c", f'exec "$0" "$@" <{name}', *COMMAND], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            listening(process)
+            os.close(theirs)
+            process.send_signal(signal.SIGHUP)
+            assert next_line(process, "was read again") and process.poll() is None
+            os.close(ours)
+            assert finish(process)[0] == 0
+        finally:
+            process.kill()
 
 
 def test_beyond_the_most_connections_a_peer_is_told_so(running, monkeypatch):

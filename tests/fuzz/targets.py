@@ -1,0 +1,126 @@
+"""What must hold of any bytes that a peer may send: for `test_fuzz.py` (hypothesis) and `frames.py` (atheris).
+
+Each function takes bytes, returns how far they got, and raises nothing unless something is wrong: what a parser
+may raise (ProtocolError, AuthenticationError for a wrong tag) is caught here, all else is a find.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from achilles import auth, wire
+from achilles.errors import AuthenticationError, ProtocolError
+from achilles.wire import HEAD, FrameReader, Kind, Rows
+
+KEY = bytes(range(32))
+LETTER_LIMIT_BYTES = 1 << 20
+GREETING = auth.greeting(bytes(32))
+
+
+def memory_bytes(reader: FrameReader) -> int:
+    """What a reader holds for what has not come whole."""
+    return len(reader._buffer) + len(reader._letter)
+
+
+def read(reader: FrameReader, data: bytes, step: int) -> tuple[list[wire.Frame], int]:
+    """Feed it `step` bytes at a time; the frames up to the first error, and how many bytes were taken until then."""
+    frames: list[wire.Frame] = []
+    taken = 0
+    while taken < len(data):
+        with reader.space() as space:
+            assert len(space), "no room: recv_into would take that for the end of file"
+            count = min(len(space), step, len(data) - taken)
+            space[:count] = data[taken : taken + count]
+        taken += count
+        try:
+            frames += reader.received(count)
+        except (ProtocolError, AuthenticationError):
+            return frames, taken
+        bound = wire.BUFFER_BYTES + wire.LETTER_STEP_BYTES + 2 * taken
+        assert memory_bytes(reader) <= bound, "memory was taken from a length field"
+    return frames, taken
+
+
+def plain(frame: wire.Frame) -> Any:
+    """What there is to compare of a frame."""
+    kind, body = frame
+    if not isinstance(body, Rows):
+        return kind, body
+    letters = [(digest, b"".join(parts)) for digest, parts in body.letters()]
+    return kind, body.job, body.pace, body.table, body.digests, letters
+
+
+def encoded(frame: wire.Frame) -> bytes:
+    """A frame as it travels where there is no tag."""
+    head, envelope, letters = wire.encode(*frame)
+    return b"".join([head, envelope, *letters])
+
+
+def check_stream(link: str, data: bytes, step: int) -> int:
+    """A worker's link, without tags: whatever the pieces, the same frames; each is what its bytes were; how many."""
+    frames, _ = read(FrameReader(link, None, LETTER_LIMIT_BYTES), data, step)
+    whole, _ = read(FrameReader(link, None, LETTER_LIMIT_BYTES), data, len(data) or 1)
+    # A whole piece may bring good frames together with the error that ends the connection: then they are dropped.
+    assert list(map(plain, whole)) == list(map(plain, frames))[: len(whole)]
+    at = 0
+    for frame in frames:
+        assert link in wire.DIRECTIONS[frame.kind]
+        written = encoded(frame)
+        if isinstance(frame.body, Rows):
+            assert data[at : at + len(written)] == written
+            check_rows(frame.kind, frame.body)
+            at += len(written)
+        else:
+            again, lengths = wire.decode(frame.kind, 0, written[HEAD.size :])
+            assert (again, lengths) == (frame.body, [])
+            at += HEAD.size + HEAD.unpack_from(data, at)[3]
+        assert "\n" not in wire.describe(*frame)
+    return len(frames)
+
+
+def check_rows(kind: Kind, rows: Rows) -> None:
+    """What the server and a node do with rows, without a look at their letters."""
+    assert rows.size() == sum(sum(map(len, parts)) for _, parts in rows.letters())
+    middle = len(rows) // 2
+    pieces = [piece for piece in (rows.cut(0, middle), rows.cut(middle, len(rows))) if len(piece)]
+    if pieces:
+        assert plain(wire.Frame(kind, wire.merge(pieces))) == plain(wire.Frame(kind, rows))
+    assert rows.renumbered(7).again().slices == rows.slices
+
+
+def check_signed_stream(link: str, data: bytes, step: int) -> int:
+    """A signed link: bytes of one who has not the key never become a frame."""
+    frames, _ = read(FrameReader(link, auth.Checker(KEY).check, LETTER_LIMIT_BYTES), data, step)
+    assert not frames, "a frame with a wrong tag was read"
+    return 0
+
+
+def check_control(kind: Kind, envelope: bytes) -> bool:
+    """A payload by itself, under each number of rows that it could have; whether it is one."""
+    for count in {0, 1, max(len(envelope) - wire.ADDRESS.size, 0) // wire.ROW.size & wire.U16}:
+        try:
+            body, lengths = wire.decode(kind, count, envelope)
+        except ProtocolError:
+            continue
+        assert sum(lengths) <= max(wire.MAX_LONG_BYTES, wire.U32)
+        if not isinstance(body, Rows):
+            again = json.dumps(body)  # the server writes JSON of its peers anew
+            assert wire.decode(kind, 0, again.encode())[0] == body
+        return True
+    return False
+
+
+def check_handshake(message: bytes) -> bool:
+    """M1 and M2 of whoever connects: parsed or refused, and never accepted."""
+    try:
+        auth.read_greeting(message)
+    except ProtocolError:
+        pass
+    try:
+        claim = auth.read_claim(message)
+    except ProtocolError:
+        return False
+    assert auth.accept_claim([KEY, KEY[::-1]], GREETING, claim) is None
+    claim.user.decode(errors="replace")
+    return True
