@@ -35,7 +35,7 @@ class Peer:
         self.workers = workers
 
     def __init_subclass__(cls) -> None:
-        if cls.name:
+        if "name" in vars(cls):
             PEERS[cls.name] = cls
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -12,13 +13,14 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import table
 from .peers import PEERS, absent
 from .rows import ROWS, Row
+from .sections import SECTIONS
 from .timing import Meter, Sample
 
 __all__ = ["drive", "main"]
@@ -26,7 +28,9 @@ __all__ = ["drive", "main"]
 OURS = ("achilles", "achilles.imap_unordered")
 USUAL = "multiprocessing,multiprocess,dask,ray,joblib,loky,mpi4py,scoop"
 DRIVE_SECONDS = 180.0  # for one peer and one row: tells a hang from a wait
-SECTIONS: dict[str, tuple[str, Callable[[argparse.Namespace], str]]] = {}
+PATHS = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]  # of the tests, and of the package
+for _name in ("floors", "chunks", "links", "memory", "simulate", "swarm"):
+    importlib.import_module(f".{_name}", __package__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,8 +130,9 @@ def drive(name: str, rows: Sequence[str], args: argparse.Namespace) -> dict[str,
         asked = {"peer": name, "rows": list(rows), "workers": args.workers, "seconds": args.seconds,
                  "times": args.times, "small": args.small, "out": str(out), "began": time.monotonic()}
         with open(Path(folder) / "said", "w+") as said:
-            process = subprocess.Popen([*PEERS[name].command(args.workers), json.dumps(asked)], stdout=said, stderr=said,
-                                       stdin=subprocess.DEVNULL, start_new_session=True, env=_environment(name))
+            command = [*PEERS[name].command(args.workers), json.dumps(asked)]
+            process = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL,
+                                       start_new_session=True, env=_environment(name))
             try:
                 process.wait(DRIVE_SECONDS)
             except subprocess.TimeoutExpired:
@@ -143,4 +148,5 @@ def drive(name: str, rows: Sequence[str], args: argparse.Namespace) -> dict[str,
 def _environment(name: str) -> dict[str, str]:
     """Warnings are errors in what is ours; what others warn of is theirs."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("ACHILLES_")}
-    return own | {"PYTHONWARNINGS": "error" if name in OURS else "ignore"}
+    path = os.pathsep.join([*PATHS, *filter(None, [own.get("PYTHONPATH")])])
+    return own | {"PYTHONPATH": path, "PYTHONWARNINGS": "error" if name in OURS else "ignore"}
