@@ -17,6 +17,8 @@ from typing import Any
 
 from cluster import descendants
 
+from .work import Chunks
+
 __all__ = ["PEERS", "Peer", "absent"]
 
 DRIVE = Path(__file__).with_name("drive.py")
@@ -183,25 +185,14 @@ class RayPool(Multiprocessing):
         ray.shutdown()
 
 
-class Chunks:
-    """A function of a chunk, for peers that have no chunks: their documentations advise to make one."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
-
-    def __call__(self, chunk: Sequence[Any]) -> list[Any]:
-        """The results of one chunk."""
-        return [self.function(argument) for argument in chunk]
-
-    @classmethod
-    def map(cls, run: Callable[[Any, list[Any]], Iterable[Any]], function: Callable[[Any], Any], args: Iterable[Any],
-            chunksize: int | None) -> list[Any]:
-        """By `run`, a map without chunks."""
-        if chunksize in (None, 1):
-            return list(run(function, list(args)))
-        waiting = iter(args)
-        chunks = list(iter(lambda: list(itertools.islice(waiting, chunksize)), []))
-        return [value for chunk in run(cls(function), chunks) for value in chunk]
+def map_chunks(run: Callable[[Any, list[Any]], Iterable[Any]], function: Callable[[Any], Any], args: Iterable[Any],
+               chunksize: int | None) -> list[Any]:
+    """By `run`, a map without chunks; the documentations of those that have none advise to make them."""
+    if chunksize in (None, 1):
+        return list(run(function, list(args)))
+    waiting = iter(args)
+    chunks = list(iter(lambda: list(itertools.islice(waiting, chunksize)), []))
+    return [value for chunk in run(Chunks(function), chunks) for value in chunk]
 
 
 class Dask(Peer):
@@ -222,7 +213,7 @@ class Dask(Peer):
                 items = self.client.scatter(items, hash=False)  # as it warns to do with large arguments
             return self.client.gather(self.client.map(call, items, pure=False))  # type: ignore[no-any-return]
 
-        return Chunks.map(run, function, args, chunksize)
+        return map_chunks(run, function, args, chunksize)
 
     def end(self) -> None:
         self.client.close()
@@ -306,4 +297,4 @@ class Scoop(Peer):
     def map(self, function: Callable[[Any], Any], args: Iterable[Any], chunksize: int | None) -> list[Any]:
         from scoop import futures
 
-        return Chunks.map(lambda call, items: futures.map(call, items), function, args, chunksize)
+        return map_chunks(lambda call, items: futures.map(call, items), function, args, chunksize)

@@ -80,8 +80,9 @@ class Meter:
 
 
 def enough(run: Callable[[int], object], seconds: float, least: int = 1, most: int = 1 << 26) -> int:
-    """The number for which `run(number)` takes some `seconds`, found by trying."""
+    """The number for which `run(number)` takes some `seconds`, found by trying, after one that warms up."""
     number = least
+    run(number)
     while True:
         began = time.perf_counter()
         run(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -19,6 +20,17 @@ def ends_of(data: Any) -> tuple[int, int, int]:
 def incremented(array: Any) -> Any:
     """As large as what came, and new, so that nobody can answer with a reference."""
     return array + 1
+
+
+class Chunks:
+    """A function of a chunk, for peers that have no chunks."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __call__(self, chunk: Sequence[Any]) -> list[Any]:
+        """The results of one chunk."""
+        return [self.function(argument) for argument in chunk]
 
 
 def nap(seconds: float) -> float:
