@@ -175,7 +175,8 @@ class RayPool(Multiprocessing):
         import ray
         from ray.util.multiprocessing import Pool
 
-        ray.init(num_cpus=self.workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(num_cpus=self.workers, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+                 _node_ip_address="127.0.0.1")
         self.pool = Pool(self.workers)
 
     def end(self) -> None:

@@ -35,7 +35,7 @@ __all__ = ["Cluster", "Found", "ProtocolError", "simulate"]
 
 PYTHON = "3.11"
 CPU_COUNT = 16
-JOBS = 32
+JOBS, MANY_JOBS = 32, 1_000
 LETTER_BYTES = 24  # of a slice: a small argument
 FRAME_ROWS = 64  # of one TASK
 SLICES = 1_000_000
@@ -249,10 +249,11 @@ def scale(args: argparse.Namespace) -> str:
     """All sizes, in turns."""
     slices = SLICES // 100 if args.small else SLICES * 10 if args.long else SLICES
     sizes = NODES[:2] if args.small else NODES
-    repeats = 1 if args.small or args.long else args.repeats
+    repeats = 1 if args.small or args.long else min(args.repeats, 3)
     kinds: dict[str, Callable[[int], Found]] = {
         "16 slices an answer": lambda nodes: simulate(nodes, 16, slices),
         "16, and nodes die and join": lambda nodes: simulate(nodes, 16, slices, DEATHS),
+        "16, of 1,000 jobs": lambda nodes: simulate(nodes, 16, slices, jobs=MANY_JOBS),
         "1 slice an answer": lambda nodes: simulate(nodes, 1, slices // 4),
         "same memory, 16 an answer": lambda nodes: together(
             [Cluster(10, 16, jobs=4) for _ in range(nodes // 10)], slices),
