@@ -124,7 +124,10 @@ class Scheduler:
         if cpu_count < 1:
             raise ProtocolError("a node without workers")
         group = self._group(python)
-        group.sizes[cpu_count] += 1
+        if group.resize(cpu_count, 1):
+            for job in self._jobs.values():  # a packet for the others' sizes may have been too much to wait for
+                if job.group is group and job.pending():
+                    group.waiting.setdefault(job)
         self._nodes[node] = new = _Node(node, group, cpu_count)
         group.place(new)
         return group.assign()
@@ -134,7 +137,7 @@ class Scheduler:
         leaver = self._nodes.get(node)
         if leaver is not None and not leaver.draining:
             leaver.draining = True
-            leaver.group.sizes[leaver.cpu_count] -= 1
+            leaver.group.resize(leaver.cpu_count, -1)
             leaver.group.place(leaver)
 
     def lose(self, node: int) -> list[Action]:
@@ -180,6 +183,7 @@ class Scheduler:
         if known is None:
             return []
         known.flushed = max(known.flushed, upto)
+        known.group.waiting.setdefault(known)
         return known.group.assign()
 
     def answer(self, node: int, job: int, rows: Rows) -> tuple[Rows | None, list[Action]]:
@@ -508,11 +512,19 @@ class _Group:
     def __init__(self, python: str) -> None:
         self.python = python
         self.sizes: Counter[int] = Counter()  # cpu_count to nodes that do not drain
-        self.waiting: OrderedDict[_Job, None] = OrderedDict()  # jobs with room, whose turn it is first
+        self.smallest = 0  # of those sizes
+        self.waiting: OrderedDict[_Job, None] = OrderedDict()  # jobs with work for some node, whose turn it is first
         self.idle: OrderedDict[_Node, int] = OrderedDict()  # to its idle workers; the longest waiting first
         self.roomy: OrderedDict[_Node, int] = OrderedDict()  # to the workers for whom it could hold more
         self.surplus: OrderedDict[_Node, int] = OrderedDict()  # to 0: who could be asked to give back
         self.recalls = 0  # under way
+
+    def resize(self, cpu_count: int, nodes: int) -> bool:
+        """So many nodes of this size more, or less; whether the others are all larger, or none is there."""
+        before = self.smallest
+        self.sizes[cpu_count] += nodes
+        self.smallest = min(+self.sizes, default=0)
+        return not before or self.smallest < before
 
     def place(self, node: _Node, *, last: bool = False) -> None:
         """Put a node in the lines that its load says, behind all others if it is `last` or was not there."""
@@ -541,6 +553,8 @@ class _Group:
             if job.room() <= 0:
                 if job.quota is not None and job.pending():
                     job.quota.starved[job] = None
+                continue
+            if not job.fits(self.smallest):  # until more of it comes: who passes by must not look at it each time
                 continue
             self.waiting[job] = None
             node = self._choose(line, job)

@@ -156,10 +156,10 @@ class Cluster:
         """What the calls take."""
         return {"host": "127.0.0.1", "port": self.port, "username": USER, "secret_key": SECRET}
 
-    def start_server(self) -> Process:
+    def start_server(self, *options: str) -> Process:
         """On any free port the first time, on the same one later."""
         self._write_settings()
-        self.server = self._run("server", "-m", "achilles.server")
+        self.server = self._run("server", "-m", "achilles.server", *options)
         self.port = int(self.server.wait_for(r"initiated at 127\.0\.0\.1:(\d+)\nListening for connections\.\.\.")[1])
         self._write_settings()
         return self.server

@@ -25,6 +25,7 @@ from achilles.scheduler import (
     Give,
     Recall,
     Scheduler,
+    _Job,
 )
 from achilles.wire import MORE, PACKED, ROW, Rows
 
@@ -116,6 +117,28 @@ def test_a_small_node_works_while_a_large_one_waits_for_more() -> None:
     assert given(scheduler.add(100, tasks(0, 3))) == {1: [0, 1]}
     assert scheduler.add(100, tasks(3, 6)) == []  # the rest is the large one's
     assert given(scheduler.add(100, tasks(6, 10))) == {0: list(range(2, 10))}
+
+
+def test_jobs_that_wait_for_a_full_packet_are_not_looked_at_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand callers with slow generators must not cost every event a look at all of them."""
+    scheduler = cluster(8, 8, jobs=50)
+    for job in range(50):
+        scheduler.add(100 + job, tasks(0, 3))
+    looks: list[object] = []
+    fits = _Job.fits
+    monkeypatch.setattr(_Job, "fits", lambda self, cpu_count: looks.append(self) or fits(self, cpu_count))
+    assert given(scheduler.add(120, tasks(3, 4))) == {}
+    assert len(looks) < 5
+    assert given(scheduler.flush(120, 4)) == {0: [0, 1, 2, 3]}
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_is_too_little_for_the_others_is_enough_for_a_small_node_that_comes(leaves: bool) -> None:
+    scheduler = cluster(8)
+    assert given(scheduler.add(100, tasks(0, 3))) == {}
+    if leaves:
+        scheduler.lose(0)
+    assert given(scheduler.join(1, "3.11", 3)) == {1: [0, 1, 2]}
 
 
 def test_packed_slices_are_given_at_once_and_never_announced() -> None:
