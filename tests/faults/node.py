@@ -32,6 +32,7 @@ def node_killed(bench: Bench) -> None:
     oracle.wait_for(8)
     workers = set(cluster.nodes[1].workers(3))
     at = time.monotonic()
+    tree.kill(cluster.nodes[1].pid)
     cluster.nodes[1].kill()
     wait_until(lambda: not tree.left(workers), "the end of its workers", GONE_SECONDS)
     oracle.check(call.result(), 60, repeats=3)  # type: ignore[attr-defined]
