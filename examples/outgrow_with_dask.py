@@ -5,7 +5,8 @@
     python examples/outgrow_with_dask.py --dask tcp://scheduler:8786   # on a Dask cluster (Slurm's, Kubernetes', ...)
 
 Estimates pi with the same random numbers wherever it runs: each call has a generator of its own, since the
-threads of Dask in the same process draw from the one of the module `random`. Dask is installed with `pip install distributed`.
+threads of Dask in the same process draw from the one of the module `random`. Dask is installed with
+`pip install distributed`.
 """
 
 import argparse
