@@ -238,6 +238,10 @@ def test_a_refusal_after_a_join_is_tried_again_with_the_file_read_anew(
     it.read(4)
     server.peer.close()  # type: ignore[union-attr]
     assert server.accept(secret="n" * 20) == {}
+    file.chmod(0o644)
+    assert server.accept(secret="n" * 20) == {}
+    wait_until(lambda: any("stays what it was" in line and "chmod 600" in line for line in it.errors))
+    file.chmod(0o600)
     file.write_text(f"SECRET_KEY={'n' * 20}\n")
     for _ in range(3):
         if server.accept(client_id=1, secret="n" * 20):
