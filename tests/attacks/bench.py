@@ -152,11 +152,10 @@ class Bench(FaultBench):
                     future.cancel()
 
     def some(self, cases: Sequence[T], number: int) -> Sequence[T]:
-        """All of them, or in the short form about so many, taken evenly from a random one on."""
+        """All of them, or in the short form so many, at random: even steps could step over a kind of them."""
         if not self.short or len(cases) <= number:
             return cases
-        step = -(-len(cases) // number)
-        return cases[self.rng.randrange(step) :: step]
+        return [cases[n] for n in sorted(self.rng.sample(range(len(cases)), number))]
 
     def growth(self, pid: int) -> Callable[[], int]:
         """Measures how much a process has grown from now on, and keeps the most."""
