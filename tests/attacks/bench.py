@@ -128,19 +128,20 @@ class Bench(FaultBench):
         self.refused += number
 
     def each(self, work: Callable[[T], Any], cases: Iterable[T], threads: int = 8) -> None:
-        """Try each case, several at a time; the first that is not refused ends it."""
+        """Try each case, several at a time; the first that is not refused ends it. What returns False was no try."""
         lock = threading.Lock()
 
         def run(case: T) -> None:
+            refused = 0
+            tried = 1
             try:
-                work(case)
+                tried = refused = int(work(case) is not False)
             except Exception as e:
                 raise AssertionError(f"{case!r:.300}: {type(e).__name__}: {e}") from e
             finally:
                 with lock:
-                    self.tries += 1
-            with lock:
-                self.refused += 1
+                    self.tries += tried
+                    self.refused += refused
 
         with ThreadPoolExecutor(threads, "attacker") as pool:
             futures = [pool.submit(run, case) for case in cases]
