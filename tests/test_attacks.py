@@ -69,9 +69,10 @@ def test_a_try_that_is_not_refused_ends_the_attack_and_is_counted():
         assert bench.tries > bench.refused
 
 
-def test_the_short_form_takes_even_parts():
+def test_the_short_form_takes_some_of_every_kind():
     with Bench(random.Random(1), short=True) as bench:
-        assert 90 <= len(bench.some(range(1000), 100)) <= 100
+        some = bench.some(range(1000), 100)
+        assert len(set(some)) == 100 and {n % 5 for n in some} == set(range(5))
         assert list(bench.some(range(5), 10)) == list(range(5))
 
 

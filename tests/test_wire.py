@@ -285,7 +285,8 @@ BAD_FIELDS = [
     *[(Kind.HELLO, "cpu_count", bad) for bad in (-1, 65536, True, "8", 8.0)],
     *[(Kind.HELLO, "pid", bad) for bad in (-1, 2**32)],
     (Kind.BYE, "reason", 1), (Kind.BYE, "reason", ""),
-    *[(kind, name, bad) for kind, name in ((Kind.HELLO, "python"), (Kind.HELLO, "version"), (Kind.ERROR, "code"))
+    *[(kind, name, bad) for kind, name in (
+        (Kind.HELLO, "python"), (Kind.HELLO, "version"), (Kind.ERROR, "code"), (Kind.ERROR, "message"))
       for bad in ("3.11\nnode 7 joined", "\x1b[2J", "\ud800")],
     (Kind.ERROR, "message", "x" * 4097), (Kind.ERROR, "code", "x" * 65),
     *[(Kind.CLUSTER, name, bad) for name in ("nodes", "workers", "largest") for bad in (-1, 2**32, "1", True, None)],

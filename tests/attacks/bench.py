@@ -128,19 +128,20 @@ class Bench(FaultBench):
         self.refused += number
 
     def each(self, work: Callable[[T], Any], cases: Iterable[T], threads: int = 8) -> None:
-        """Try each case, several at a time; the first that is not refused ends it."""
+        """Try each case, several at a time; the first that is not refused ends it. What returns False was no try."""
         lock = threading.Lock()
 
         def run(case: T) -> None:
+            refused = 0
+            tried = 1
             try:
-                work(case)
+                tried = refused = int(work(case) is not False)
             except Exception as e:
                 raise AssertionError(f"{case!r:.300}: {type(e).__name__}: {e}") from e
             finally:
                 with lock:
-                    self.tries += 1
-            with lock:
-                self.refused += 1
+                    self.tries += tried
+                    self.refused += refused
 
         with ThreadPoolExecutor(threads, "attacker") as pool:
             futures = [pool.submit(run, case) for case in cases]
@@ -152,11 +153,10 @@ class Bench(FaultBench):
                     future.cancel()
 
     def some(self, cases: Sequence[T], number: int) -> Sequence[T]:
-        """All of them, or in the short form about so many, taken evenly from a random one on."""
+        """All of them, or in the short form so many, at random: even steps could step over a kind of them."""
         if not self.short or len(cases) <= number:
             return cases
-        step = -(-len(cases) // number)
-        return cases[self.rng.randrange(step) :: step]
+        return [cases[n] for n in sorted(self.rng.sample(range(len(cases)), number))]
 
     def growth(self, pid: int) -> Callable[[], int]:
         """Measures how much a process has grown from now on, and keeps the most."""

@@ -43,6 +43,19 @@ def _let_in(cluster: Watched) -> float:
     return took
 
 
+def _is_open(sock: socket.socket) -> bool:
+    """Whether the server has not closed it yet."""
+    sock.setblocking(False)
+    try:
+        while sock.recv(4096):
+            pass
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        pass
+    return False
+
+
 def _told(times: list[float], cluster: Watched) -> str:
     return f"honest callers in after {1000 * max(times):.0f} ms at most; {tree.threads(cluster.server.pid)} threads"
 
@@ -97,14 +110,18 @@ def slow_clients(bench: Bench) -> None:
 
 @attack("port", "a thousand silent connections")
 def silent_connections(bench: Bench) -> None:
-    """Of those that say nothing 64 are kept, for 5 s; a good client gets in while they are there."""
+    """Of those that say nothing the last 64 are kept, and a good client is let in at its first try."""
     cluster = bench.cluster()
     times = [_let_in(cluster)]
     grown = bench.growth(cluster.server.pid)
     with _many_files(4096), contextlib.ExitStack() as stack:
+        silent: list[socket.socket] = []
         for number in range(1000):
-            stack.enter_context(raw.dial(cluster.port))
+            silent.append(stack.enter_context(raw.dial(cluster.port)))
             if number % 250 == 249:
+                cluster.join().close()  # it was accepted behind all of them, and does not try again
+                left = sum(map(_is_open, silent))
+                assert left <= PLACES, f"{left} have a place"
                 times.append(_let_in(cluster))
                 grown()
         wait_until(lambda: tree.threads(cluster.server.pid) <= PLACES + 8, "as many threads as places")
@@ -113,6 +130,28 @@ def silent_connections(bench: Bench) -> None:
         bench.note(remark=_told(times, cluster))
     assert grown() < 64 << 20
     bench.count(1000)
+
+
+@attack("port", "slow clients that leave places free")
+def patient_clients(bench: Bench) -> None:
+    """A byte each 0.2 s makes an AUTH in 21 s: after 5 s in all the connection is closed, whatever arrived."""
+    cluster = bench.cluster()
+    auth = raw.signed_auth(b"C", USER_BYTES) + bytes(32)
+    number = 10 if bench.short else 50
+
+    def dribble(_: int) -> None:
+        sock, _m1 = raw.knock(cluster.port)
+        with sock, contextlib.suppress(ConnectionError):
+            for place in range(raw.AUTH_BYTES - 1):
+                sock.send(auth[place : place + 1])
+                sock.settimeout(0.2)
+                with contextlib.suppress(TimeoutError):
+                    assert sock.recv(1) == b"", "an answer to half an AUTH"
+                    return
+            raise AssertionError("it took all the time of the world")
+
+    bench.each(dribble, range(number), threads=number)
+    cluster.check_alive()
 
 
 @attack("port", "a lock-out turned against an honest user: 1,000 failures under its name")

@@ -136,6 +136,31 @@ def reflected_proofs(bench: Bench) -> None:
     cluster.check_alive()
 
 
+@attack("path", "role, user or nonce of an honest AUTH exchanged on the way")
+def exchanged_claims(bench: Bench) -> None:
+    """All of M1 and M2 is in what the proof proves: a controller does not become a node, nor one user another."""
+    cluster = bench.cluster()
+
+    def work(change: Callable[[bytes], bytes]) -> None:
+        def auth(m1: bytes) -> bytes:
+            honest = raw.proving(b"C", USER_BYTES, KEY)(m1)
+            made = change(honest)
+            assert made != honest and len(made) == len(honest)
+            return made
+
+        refused(cluster, auth)
+
+    bench.each(work, [
+        lambda a: a[:6] + b"N" + a[7:], lambda a: a[:8] + os.urandom(32) + a[40:],
+        lambda a: a[:40] + b"root".ljust(32, b"\0") + a[72:], lambda a: a[:40] + a[40:71] + b"x" + a[72:],
+        lambda a: a[:72] + a[72:][::-1], lambda a: a[:72] + bytes([a[72] ^ 1]) + a[73:],
+        lambda a: a[:103] + bytes([a[103] ^ 0x80]),
+        lambda a: raw.proving(b"N", USER_BYTES, KEY)(bytes(40))[:72] + a[72:],
+    ])
+    cluster.join().close()  # what is not exchanged is let in
+    cluster.check_alive()
+
+
 @attack("listens", "a recorded AUTH replayed")
 def replayed_auth(bench: Bench) -> None:
     """The server's nonce is fresh each time, so that a proof is good once."""
