@@ -50,15 +50,15 @@ def report(args: argparse.Namespace) -> str:
     peer.start()
     try:
         for task_us in list(SPINS)[: 1 if args.small else None]:
-            ratios, last = [], {}
-            for _ in range(1 if args.small else args.repeats):
-                last = rates(peer, task_us, args.seconds * 2, 1 if args.small else args.times)
-                best = max((rate, size) for size, rate in last.items() if size is not None)
-                ratios.append(last[None] / best[0])
-            ratio = spread(ratios)
-            lines.append([f"{task_us:,}", number(last[None]), f"{best[1]}", number(best[0]), shown(ratio),
+            rounds = [rates(peer, task_us, args.seconds * 2, 1 if args.small else args.times)
+                      for _ in range(1 if args.small else args.repeats)]
+            sizes = [size for size in rounds[0] if all(size in each for each in rounds)]
+            found = {size: spread([each[size] for each in rounds]).median for size in sizes}
+            best = max((size for size in sizes if size is not None), key=found.__getitem__)
+            ratio = spread([each[None] / each[best] for each in rounds])
+            lines.append([f"{task_us:,}", number(found[None]), f"{best}", number(found[best]), shown(ratio),
                           "yes" if ratio.median >= ASKED else "NO",
-                          *(number(last[size]) if size in last else "–" for size in FIXED)])
+                          *(number(found[size]) if size in found else "–" for size in FIXED)])
     finally:
         peer.end()
     return markdown(lines)

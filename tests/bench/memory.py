@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from cluster import descendants
@@ -80,7 +82,9 @@ def report(args: argparse.Namespace) -> str:
     lines = [["input", "arguments", "role", "at a tenth", "at the end", "most", "growth, %"]]
     for what, (_, _, _, count, long) in INPUTS.items():
         count = count // 100 if args.small else long if args.long else count
-        for role, weights in weigh(what, count, args.workers).items():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:  # a caller that did nothing before
+            found = fresh.submit(weigh, what, count, args.workers).result()
+        for role, weights in found.items():
             first, last = weights[FIRST - 1], weights[-1]
             lines.append([what, f"{count:,}", role, *map(number, [first, last, max(weights)]),
                           f"{(last / first - 1) * 100 if first else 0:+.0f}"])
