@@ -162,7 +162,7 @@ def test_a_client_is_let_in_refused_or_dropped_and_nothing_else(data):
 class Outbox(FakeChannel):
     """What the server says must be right, whatever made it say that: only its peers break the protocol."""
 
-    def send(self, kind, body):
+    def send(self, kind, body, wake=True):
         if not self.finished:
             link = "SN" if self.name.startswith("node") else "SC"
             assert self.name.startswith("client") or link in DIRECTIONS[kind], f"{kind.name} to {self.name}"

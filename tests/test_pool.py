@@ -736,12 +736,12 @@ def test_a_large_function_crosses_each_link_once(tmp_path, monkeypatch, unconfig
     """From the caller to the server, and from there to the node, over a hundred maps."""
     sent, greeted, send = [], [], Channel.send
 
-    def counting(self, kind, body):
+    def counting(self, kind, body, **options):
         if kind is Kind.FUNCTION:
             sent.append((self.name.split()[0], body.size()))
         elif kind is Kind.HELLO:
             greeted.append(self.name.split()[0])
-        send(self, kind, body)
+        send(self, kind, body, **options)
 
     monkeypatch.setattr(Channel, "send", counting)
     data = os.urandom(20 << 20)
