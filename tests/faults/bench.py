@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import random
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
