@@ -113,6 +113,8 @@ class Channel:
 
         The rest is the writer thread's. Never blocks. Any thread, with no lock of its own that a writer needs.
         """
+        if not self.wants_write:
+            return
         if hasattr(os, "writev") and self._writing.acquire(blocking=False):  # not on Windows
             try:
                 if not self._parts:
