@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from attacks import run as attacks_run
 
 import achilles
 from achilles import errors
@@ -25,6 +26,7 @@ BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SCRIPT_SECONDS = 30  # below the test's own limit, so that what hangs is shown
 PYTHON = [sys.executable, "-W", "error"]
 COMMANDS = ("server", "node", "local")
+ATTACKS = attacks_run.load()
 
 
 def blocks():
@@ -225,7 +227,7 @@ def test_the_table_of_the_command_line_is_that_of_the_parsers(capsys):
 
 
 def test_every_claim_about_attackers_names_its_tests():
-    """Those of `tests/attacks` aside, which are looked for there."""
+    """Tests of the suite by module and name, attacks by the name that their command lists."""
     text = section("Who can do what")
     cells = " ".join(cell for row in table("Who can do what", "who") for cell in row)
     named = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
@@ -236,6 +238,9 @@ def test_every_claim_about_attackers_names_its_tests():
             module = found[0] or module
             if not (ROOT / "tests" / f"{found[1]}.py").exists():
                 assert f"def {found[1]}(" in (ROOT / "tests" / f"{module}.py").read_text(), found
+        attacks = re.findall(r"`attacks\.(\w+)`", line)
+        assert module or attacks, line
+        assert set(attacks) <= ATTACKS.keys(), line
 
 
 def slug(heading):
