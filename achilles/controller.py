@@ -85,7 +85,7 @@ class Controller(Link):
         """Connect, authenticate, and wait for the server's first word; blocks for 20 s at most.
 
         Where nobody listens, and where the proof is refused, that is said at once; a connection
-        that is lost before the first word is made anew, for 10 s.
+        that is lost before the first word is made anew, for 10 s or `reconnect_seconds`, whichever is less.
         Raises ServerUnreachable, AuthenticationError, ProtocolError.
         """
         try:
@@ -95,7 +95,7 @@ class Controller(Link):
                 f"{e}. Is a server running, and is this its address? Start one: python -m {__package__}.server"
             ) from e
         _forget_after_fork(self)
-        self._meet_by = time.monotonic() + REPLY_SECONDS
+        self._meet_by = time.monotonic() + min(REPLY_SECONDS, self._reconnect_seconds)
         self._reader = threading.Thread(target=self._read, name="achilles-reader", daemon=True)
         self._reader.start()
         try:

@@ -37,6 +37,11 @@ from typing import Any, NamedTuple, Protocol
 
 import multiprocess
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 from . import wire
 from .channel import Channel
 from .errors import LetterTooLarge
@@ -53,11 +58,14 @@ PHASES = ("start", "idle", "function", "load", "call", "dump")
 START, IDLE, FUNCTION, LOAD, CALL, DUMP = range(6)
 WHOLE = -1  # a position: every argument of the slice
 FLUSH_NS = 5_000_000  # so long a result may wait for company: what a message to a worker is worth, too
+DOUBTFUL_NS = 100_000  # a slice that took longer may have been kept from the processor: looking costs 1.5 us
 CONTEXTS_KEPT = 8  # in a process that is not ours: nobody tells it which are closed
 GUARD_SECONDS = 1.0  # how often the guard looks
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
            "VECLIB_MAXIMUM_THREADS", "BLIS_NUM_THREADS")  # each worker has one core, not all of them
+
+RUSAGE_THREAD: int | None = getattr(resource, "RUSAGE_THREAD", None)  # Linux
 
 _alone = threading.local()  # `runner` and `contexts`, of each thread that `run_alone` is called in
 
@@ -234,6 +242,40 @@ class Runner:
         return [(Status.RAISED if raised else Status.VALUES, parts)]
 
 
+class _Stopwatch:
+    """How long slices take, less the time for which the system gave the processor to others while they could run.
+
+    On a busy machine some slice of any sixty loses some milliseconds so. By that, a job of quick slices would be
+    judged slow, and each would travel alone. Linux tells; elsewhere it is the time on the clock.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """A first slice begins now."""
+        self.now = time.monotonic_ns()
+        self._mark = self._look()
+
+    def lap(self) -> int:
+        """A slice has ended, and the next one begins: nanoseconds of the one that has ended."""
+        before, self.now = self.now, time.monotonic_ns()
+        took = self.now - before
+        return took if took < DOUBTFUL_NS else max(1, took - self._lost())
+
+    def _lost(self) -> int:
+        (wall, own, waits), self._mark = self._mark, self._look()
+        waited = waits != self._mark[2]  # it slept, or read: that time is its own
+        return 0 if waited else max(0, self._mark[0] - wall - (self._mark[1] - own))
+
+    def _look(self) -> tuple[int, int, int]:
+        """Clock, own processor time, and how often this thread waited of itself."""
+        if RUSAGE_THREAD is None:
+            return 0, 0, 0
+        usage = resource.getrusage(RUSAGE_THREAD)
+        return self.now, time.thread_time_ns(), usage.ru_nvcsw
+
+
 class Worker:
     """One worker's state and its loop, for the thread that calls `serve`.
 
@@ -256,6 +298,7 @@ class Worker:
             Kind.CLOSE: lambda body: self._runner.close_context(body["context"]),
             Kind.FORGET: lambda body: self._runner.forget(body["function"]),
         }
+        self._watch = _Stopwatch()
         self._slowest_ns = 0  # the slowest slice of the next RESULT frame
         self._clear()
 
@@ -282,18 +325,18 @@ class Worker:
         runner = self._runner
         runner.mark(rows.slices[0], FUNCTION)
         failure = runner.prepare(rows.job)
-        began = self._flushed = time.monotonic_ns()
+        self._watch.restart()
+        self._flushed = self._watch.now
         for number, attempt, (digest, (letter,)) in zip(rows.slices, rows.attempts, rows.letters()):
             answers = [failure] if failure else runner.attempt(rows.job, number, attempt, digest, letter)
-            now = time.monotonic_ns()
+            took = self._watch.lap()
             for status, parts in answers:
-                self._gather(rows.job, number, attempt, status, parts, now - began)
+                self._gather(rows.job, number, attempt, status, parts, took)
             # Who dies between two parts is charged: sent again uncharged, the first came twice. And parts may be
             # views of a result that the function still holds, and may write to at its next call.
-            if now - self._flushed > FLUSH_NS or len(parts) > 1 or len(answers) > 1:
+            if self._watch.now - self._flushed > FLUSH_NS or len(parts) > 1 or len(answers) > 1:
                 self._flush(rows.job)
             self._status[PHASE] = IDLE
-            began = now
         self._flush(rows.job)
 
     def _gather(

@@ -529,3 +529,53 @@ def test_a_function_in_use_is_never_forgotten():
     assert sent.release(b"b") == [b"b"]
     assert sent.release(b"a") == []
     assert sent.release(b"a") == [b"a"]
+
+
+@pytest.mark.skipif(not hasattr(os, "writev"), reason="needs writev")
+def test_who_pushes_writes_what_is_queued_in_one_go_without_a_writer(closing):
+    ours, theirs = linked()
+    for end in (ours, theirs):
+        closing.callback(end.close)
+    ours.send(Kind.CANCEL, {"job": 1}, wake=False)
+    ours.send(Kind.CANCEL, {"job": 2}, wake=False)
+    ours.push()
+    assert not ours.wants_write
+    assert [frame.body["job"] for frame in theirs.receive()] == [1, 2]
+
+
+def test_what_is_queued_without_waking_anybody_waits_for_a_push(pair):
+    ours, theirs = pair
+    ours.send(Kind.END, {"job": 1}, wake=False)
+    assert ours.wants_write
+    ours.push()
+    assert [frame.body for frame in theirs.receive()] == [{"job": 1}]
+
+
+@pytest.mark.parametrize("size", [channel.PUSH_BYTES // 2, channel.PUSH_BYTES + 1, 4 << 20])
+def test_what_does_not_go_at_once_is_left_to_the_writer(closing, pair, size):
+    """A push never blocks, though nobody reads: the socket is full, or a letter is large."""
+    ours, theirs = pair
+    letters = [os.urandom(size) for _ in range(40 if size < channel.PUSH_BYTES else 1)]
+    for number, letter in enumerate(letters):
+        ours.send(Kind.TASK, Rows.single(1, number, 0, 0, (letter,), wire.digest([letter])), wake=False)
+        ours.push()
+    ours.finish()
+    frames, _ = in_thread(closing, read_all, theirs)()
+    assert [bytes(b"".join(parts)) for frame in frames for _, parts in frame.body.letters()] == letters
+
+
+def test_whoever_pushes_while_another_writes_does_not_wait(pair):
+    ours, theirs = pair
+    with ours._writing:
+        ours.send(Kind.END, {"job": 1}, wake=False)
+        ours.push()
+        assert ours.wants_write
+    assert [frame.body for frame in theirs.receive()] == [{"job": 1}]
+
+
+def test_a_closed_channel_pushes_nothing(pair):
+    ours, _ = pair
+    ours.send(Kind.END, {"job": 1}, wake=False)
+    ours.close()
+    ours.push()
+    assert ours.wants_write

@@ -406,3 +406,26 @@ def wait_until(true: Callable[[], bool], seconds: float = 10) -> bool:
     while not true() and time.monotonic() < deadline:
         threading.Event().wait(0.005)
     return true()
+
+
+def test_a_slice_is_not_slow_for_the_time_that_others_had_the_processor(monkeypatch):
+    """Of 8 ms on the clock, it ran 1 ms and did not wait of itself; then it slept."""
+    clock, own, waits = 0, 0, 0
+    monkeypatch.setattr(worker.time, "monotonic_ns", lambda: clock)
+    monkeypatch.setattr(worker._Stopwatch, "_look", lambda self: (clock, own, waits))
+    watch = worker._Stopwatch()
+    clock, own = clock + 20_000, own + 20_000
+    assert watch.lap() == 20_000
+    clock, own = clock + 8_000_000, own + 1_000_000
+    assert watch.lap() == 1_000_000
+    clock, own, waits = clock + 8_000_000, own + 1_000_000, waits + 1
+    assert watch.lap() == 8_000_000
+    clock, own = clock + 3_000_000, own + 3_000_000
+    assert watch.lap() == 3_000_000
+
+
+@pytest.mark.skipif(worker.RUSAGE_THREAD is None, reason="the system does not tell")
+def test_sleep_is_a_slices_own_time():
+    watch = worker._Stopwatch()
+    time.sleep(0.01)
+    assert watch.lap() >= 10_000_000
