@@ -557,7 +557,8 @@ class Job:
 
     def _window_slices(self) -> float:
         workers = self.link.workers()[0]
-        quick = min(2 * workers * self._worth, QUICK_SLICES) if self._worth > 1 else 0
+        many = self._worth > 1 and self._largest is None  # else they grow instead of becoming more
+        quick = min(2 * workers * self._worth, QUICK_SLICES) if many else 0
         return 2 * workers + quick + self._beyond
 
 
