@@ -207,12 +207,11 @@ class Runner:
         status[PHASE] = CALL
         while len(values) < count:
             try:
-                for position, argument in left:  # the cost of a tiny task; goes on behind an exception
-                    status[POSITION] = position
+                for status[POSITION], argument in left:  # the cost of a tiny task; goes on behind an exception
                     append(function(argument))
             except BaseException as error:
                 append(None)
-                errors[position] = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+                errors[status[POSITION]] = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
         for position in sorted(skipped):
             values.insert(position, None)
         return values, errors
