@@ -62,11 +62,16 @@ class Packets(Iterator[Packet]):
         self._callback_error = callback_error
         self._lookout = Lookout(controller, wait_for_nodes)
         self._closed = False
+        self._taking = threading.RLock()  # several threads may take from one iterator, each packet once
 
     def __iter__(self) -> Packets:
         return self
 
     def __next__(self) -> Packet:
+        with self._taking:
+            return self._next()
+
+    def _next(self) -> Packet:
         if self._closed:
             raise StopIteration
         try:

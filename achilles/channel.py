@@ -18,8 +18,8 @@ It is driven in one of two ways, by the same methods:
 
 `_ready`'s lock guards the outbox and the closing flags, and is held for no system
 call. `_writing` is held by whoever writes, between threads, and guards `_parts`,
-the tagger and the descriptor; nobody but the writer thread waits for it. `_reader`
-is the reader's own. Rows of the same
+the tagger and the descriptor; only the writer thread and `close` wait for it.
+`_reader` is the reader's own. Rows of the same
 kind and job that wait at the end of the outbox leave as one frame: this is what
 makes few frames of many slices (PROTOCOL.md, sections 7 and 9).
 """
@@ -111,20 +111,23 @@ class Channel:
     def push(self) -> None:
         """Write in this thread what is queued, if it is little and the socket takes it at once.
 
-        The rest is the writer thread's. Never blocks. Any thread, with no lock of its own that a writer needs.
+        The rest is the writer thread's. Never blocks, nor fails for what is the other side's. Any thread.
         """
         if not self.wants_write:
             return
-        if hasattr(os, "writev") and self._writing.acquire(blocking=False):  # not on Windows
-            try:
-                if not self._parts:
-                    self._gather()
-                if 0 < sum(map(len, self._parts)) <= PUSH_BYTES and not self._closed:
-                    _advance(self._parts, os.writev(self.socket.fileno(), self._parts))
-                    self.last_written = time.monotonic()
-            except OSError:  # full, or gone: the writer sees the same, and knows what to do
-                pass
-            finally:
+        held = False
+        try:
+            held = hasattr(os, "writev") and self._writing.acquire(blocking=False)  # not on Windows
+            if held:
+                self._write_little()
+        except Exception:  # as in the writer: half a frame, or one that is lost, must not be followed by others
+            log.exception("%s: writing failed", self.name)
+            self.abort()
+        except BaseException:  # Ctrl-C in the caller: the connection is made anew
+            self.abort()
+            raise
+        finally:
+            if held:
                 self._writing.release()
         if self.wants_write:
             with self._ready:
@@ -206,6 +209,15 @@ class Channel:
         self.last_written = time.monotonic()
         _advance(self._parts, written)
         return not self.wants_write
+
+    def _write_little(self) -> None:
+        """One writev, if that is enough. Needs `_writing`."""
+        if not self._parts:
+            self._gather()
+        if 0 < sum(map(len, self._parts)) <= PUSH_BYTES and not self._closed:
+            with contextlib.suppress(OSError):  # full, or gone: the writer sees the same, and knows what to do
+                _advance(self._parts, os.writev(self.socket.fileno(), self._parts))
+                self.last_written = time.monotonic()
 
     def tick(self) -> None:
         """Queue a heartbeat where one is due; ServerUnreachable after too long a silence of the peer."""
@@ -291,8 +303,7 @@ class Channel:
         try:
             count = self.socket.recv_into(self._reader.space())
         except (BlockingIOError, TimeoutError):
-            if time.monotonic() - self.last_heard > SILENCE_SECONDS and self._tagger:
-                raise ServerUnreachable(f"no byte came for {SILENCE_SECONDS:.0f} s") from None
+            self._check_heard()
             return []
         if not count:
             return None
@@ -309,8 +320,15 @@ class Channel:
         if self._reader.at_boundary or self._trickled >= TRICKLE_BYTES:
             self._trickled = 0
             self.last_heard = time.monotonic()
+        else:
+            self._check_heard()
 
-    def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = bool) -> str:
+    def _check_heard(self) -> None:
+        """ServerUnreachable after too long a silence."""
+        if time.monotonic() - self.last_heard > SILENCE_SECONDS and self._tagger:
+            raise ServerUnreachable(f"no byte came for {SILENCE_SECONDS:.0f} s")
+
+    def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = lambda: None) -> str:
         """Read frames and hand each to `handle` until the connection ends; returns why, in a few words.
 
         `done` is called when those that came together are handled: time to push what they gave rise to.
@@ -330,6 +348,7 @@ class Channel:
         except ProtocolError as e:
             self.send(Kind.ERROR, {"code": "protocol", "message": str(e)[: wire.TEXT_CHARS]})
             self.finish()
+            done()
             self.wait_written(GOODBYE_SECONDS)
             return str(e)
         except (OSError, AchillesError) as e:

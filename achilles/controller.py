@@ -124,7 +124,11 @@ class Controller(Link):
             self._raise_if_lost()
             self._jobs[number] = job
             self._declare(job, resumed=False)
-        job.start()
+        try:
+            job.start()
+        except BaseException:  # Ctrl-C, in what this thread fed
+            self.end(job, cancel=True)
+            raise
         self.push()
         return job
 
@@ -138,7 +142,7 @@ class Controller(Link):
                     self._channel.drop_tasks(job.number)
                     self._channel.send_ahead(Kind.CANCEL, {"job": job.number})
             if known:
-                self.post(Kind.END, {"job": job.number}, wake=True)  # nobody waits: it may go with the next job
+                self.post(Kind.END, {"job": job.number}, wake=True)
                 for function in job.functions().values():
                     for digest in self._sent.release(function.digest):
                         self.post(Kind.FORGET, {"function": digest.hex()}, wake=True)
@@ -317,7 +321,9 @@ class Controller(Link):
     def _handle(self, frame: Frame) -> None:
         kind, body = frame
         if kind is Kind.RESULT:
-            self._handle_results(body)
+            job = self._jobs.get(body.job)
+            if job is not None:
+                job.answers(body)
         elif kind is Kind.PACKET:
             job = self._jobs.get(body.job)
             if job is not None:
@@ -336,12 +342,6 @@ class Controller(Link):
             if not self._met:
                 self._lost = ServerUnreachable(f"the server at {self._where()} says: {body['message']}")
             raise ProtocolError(f"the server says: {body['message']}")
-
-    def _handle_results(self, rows: Rows) -> None:
-        job = self._jobs.get(rows.job)
-        if job is None:
-            return
-        job.answers(rows)
 
     def _handle_cluster(self, body: dict[str, Any]) -> None:
         with self._changed:

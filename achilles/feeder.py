@@ -9,10 +9,11 @@ caller's iterator.
 
 Threads: the *feeder* does all of this, from the call on. Where `args` is lazy, a second one, the
 *pacer*, sees that the feeder has been inside the iterator's `next` for 10 ms; then it sends what is
-there and says FLUSH, so that a generator may wait for earlier results. `_cutting` guards the open
-slice and the batch, between these two; while the feeder is inside the iterator it alone appends to
-the open slice, and the pacer takes what it finds there. Slices that are dumped quickly enter the
-window and are posted together: up to a millisecond's worth, or what the window had room for.
+there and says FLUSH, so that a generator may wait for earlier results. `_cutting` guards what is cut,
+between these two. The open slice is the feeder's: it alone appends to it, outside the lock while the
+iterator runs, and replaces it; the pacer sends what it finds there, and notes how much. Slices that are
+dumped quickly enter the window and are posted together: up to a millisecond's worth, or what the window
+had room for.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ PAUSE_SECONDS = 0.010  # so long inside the iterator's `next` is a pause: longer
 ROOM_SECONDS = 0.1  # how often a feeder without room looks whether what is out needs a FLUSH
 JOIN_SECONDS = 0.5  # for a feeder that is inside the caller's iterator: it cannot be interrupted there
 BATCH_SECONDS = 0.001  # slices wait so long to be posted together: little against a round trip
-INLINE_SLICES = 64  # at most are fed where the call is made: quicker than to start a thread
-BATCH_SLICES, BATCH_BYTES = 256, 1 << 20  # ... and no more of them: the others shall work meanwhile
+INLINE_SLICES = 64  # at most are fed where the call is made: quicker than to start a thread ...
+INLINE_SECONDS = 0.005  # ... unless they take longer
+BURST_SECONDS = 0.001  # so long may an iterator be at it before anybody looks whether the job was cancelled
+BURST_MOST = 1024  # arguments that it is asked for at once
+BATCH_SLICES, BATCH_BYTES = 256, 1 << 20  # no more of them go together: the others shall work meanwhile
 CANCELLED = "the job was cancelled"
 
 
@@ -63,7 +67,7 @@ Dumped: TypeAlias = "tuple[int, Buffer | BaseException]"  # how many arguments; 
 
 
 class _NoRoom(Exception):
-    """The window is full, and this thread must not wait."""
+    """The window is full, or time is over, and this thread must not wait."""
 
 
 class Sink(Protocol):
@@ -121,15 +125,17 @@ class Feeder:
         self._by_argument = by_argument
         self._lists = lists
         self._pulling = False  # the feeder is inside the iterator's next
-        self._open: list[Any] = []  # arguments of the slice that is not closed: appended to while `_pulling`
-        self._cutting = threading.Lock()  # guards all below, and taking from the open slice
+        self._open: list[Any] = []  # arguments of the slice that is not closed; the feeder's own
+        self._burst = 1  # how many of them the iterator is asked for at once: few, where it is slow
+        self._cutting = threading.Lock()  # guards all below
         self._gone = 0  # arguments at the head of the open slice that the pacer has sent
         self._places = 0  # places of args that are in slices
         self._room = 0.0  # of the window: what the batch may still take
         self._batch: list[Slice] = []  # closed, not posted
         self._batch_size = 0  # its bytes
         self._batch_since = 0.0
-        self._inline = False  # the caller's thread feeds, and must not wait for room
+        self._inline = False  # the caller's thread feeds, and must not wait for room, nor be kept long
+        self._inline_until = 0.0
         self._threads = [threading.Thread(target=self._feed, name=f"achilles-feeder {name}", daemon=True)]
         if not isinstance(args, (list, tuple, range)):
             self._threads.append(threading.Thread(target=self._pace, name=f"achilles-pacer {name}", daemon=True))
@@ -140,6 +146,7 @@ class Feeder:
         if isinstance(args, (list, tuple, range)) and len(args) <= INLINE_SLICES * self.size:
             self._inline = not (args and self._is_list(args[0]))
         if self._inline:
+            self._inline_until = time.monotonic() + INLINE_SECONDS
             self._feed()
         if not self.ended.is_set():
             for thread in self._threads:
@@ -166,6 +173,8 @@ class Feeder:
             self._inline = False
             return
         except BaseException as e:  # the caller's iterable may raise anything; it is raised where results are taken
+            if self._inline and not isinstance(e, Exception):
+                raise  # Ctrl-C, or the like, in the caller's own thread
             error = e
         with self._cutting:
             self._post()
@@ -186,6 +195,7 @@ class Feeder:
         head = list(islice(args, 1))
         if head and self._is_list(head[0]):
             for argument in chain(head, args):
+                self._raise_if_closed()
                 with self._cutting:
                     self._send_list(argument)
             return
@@ -194,20 +204,23 @@ class Feeder:
             while not self._window.closed and self._pull(args):
                 with self._cutting:
                     self._close_slice(self.size)
+                    if self._burst == 1:  # it is slow: what is cut need not wait for company
+                        self._post()
         finally:  # what came before an error of the iterator's is sent, too
             with self._cutting:
                 self._close_slice(1)
 
     def _pull(self, args: Iterator[Any]) -> bool:
-        """Let the iterator fill the open slice; False if it has ended. The pacer sees each argument as it comes."""
-        missing = max(0, self.size - len(self._open) + self._gone)
-        before = len(self._open)
+        """Let the iterator add to the open slice; False if it has ended. The pacer sees each argument as it comes."""
+        wanted = max(0, min(self._burst, self.size - len(self._open) + self._gone))
+        before, began = len(self._open), time.monotonic()
         self._pulling = True
         try:
-            self._open.extend(islice(args, missing))
+            self._open.extend(islice(args, wanted))
         finally:
             self._pulling = False
-        return len(self._open) - before == missing
+        self._burst = min(2 * self._burst, BURST_MOST) if time.monotonic() - began < BURST_SECONDS else 1
+        return len(self._open) - before == wanted
 
     def _pace(self) -> None:
         """The pacer thread: after 10 ms inside the caller's iterator, let what is there go."""
@@ -221,7 +234,10 @@ class Feeder:
     def _let_go(self) -> None:
         try:
             with self._cutting:
-                self._close_slice(1)
+                arguments = self._open[self._gone :]
+                self._gone += len(arguments)
+                if arguments:
+                    self._send(arguments)
                 self._post()
             self._sink.flush()
         except Exception as e:  # an argument that cannot be dumped; there is no other thread to say so
@@ -230,15 +246,11 @@ class Feeder:
     # All below needs `_cutting`.
 
     def _close_slice(self, size: int) -> None:
-        """Send the open slice if it has at least `size` arguments."""
-        arguments = self._open[self._gone :]
-        if len(arguments) < size:
-            return
-        if self._pulling:
-            self._gone += len(arguments)
-        else:
-            self._open, self._gone = [], 0
-        self._send(arguments)
+        """The feeder: send the open slice if it has at least `size` arguments."""
+        self._open, self._gone = self._open[self._gone :] if self._gone else self._open, 0
+        if len(self._open) >= size:
+            arguments, self._open = self._open, []
+            self._send(arguments)
 
     def _is_list(self, first: object) -> bool:
         return self._lists and isinstance(first, list)
@@ -252,6 +264,7 @@ class Feeder:
         if letter is not None and self._sink.fits(len(letter)):
             self._append(len(arguments), letter)
             return
+        letter = None  # its pieces are as large
         for number, piece in self._dump(arguments, self._places):
             if isinstance(piece, BaseException):
                 self._post()
@@ -275,6 +288,8 @@ class Feeder:
         full = len(self._batch) >= BATCH_SLICES or self._batch_size >= BATCH_BYTES
         if full or now - self._batch_since > BATCH_SECONDS:
             self._post()
+        if self._inline and now > self._inline_until:
+            raise _NoRoom
 
     def _post(self) -> None:
         if self._batch:

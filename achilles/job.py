@@ -7,9 +7,9 @@ Controller), which may be connected or not; and nothing of iterating, which is `
 ::
 
     feeder          Feeder ─▶ enter(): numbered, kept in `slices`, posted as TASK
-    reader thread   answers(): into the ResultBuffer; deaths are counted, and the slice is posted
+    reader thread   answers(): into the buffer; deaths are counted, and the slice is posted
                                again without the argument that kills
-    caller's thread take(): ResultBuffer.take ─▶ check digest ─▶ load ─▶ Window.leave
+    caller's thread take(): its take ─▶ check digest ─▶ load ─▶ Window.leave
 
 The caller's thread alone loads what came back; the reader runs no code of the user's. `link.lock` guards
 `slices` and `_next`, and is held while slices are entered and posted, so that a reconnection finds all of
@@ -236,7 +236,7 @@ class Job:
                 self._ready.clear()
                 continue
             if taken is not None:
-                if not self._ready:
+                if not self._ready or self._buffersize is not None:
                     self._release()
                 return taken
 

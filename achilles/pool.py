@@ -207,10 +207,10 @@ class Pool:
         """In a worker it has the same methods, which raise: samplers send functions that refer to their pool."""
         return types.SimpleNamespace, (), dict.fromkeys(METHODS, _absent())
 
-    def __del__(self) -> None:
-        if self._state != TERMINATE and not self._dispatcher.forked():
-            if self._state == RUN:
-                warnings.warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, 2, source=self)
+    def __del__(self, run: str = RUN, terminate: str = TERMINATE, warn: Callable[..., None] = warnings.warn) -> None:
+        if self._state != terminate and not self._dispatcher.forked():  # what a module holds may be gone by now
+            if self._state == run:
+                warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, 2, source=self)
             self._dispatcher.work.put(None)
 
     def _check_running(self) -> None:

@@ -60,9 +60,9 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
         self._thread.start()
 
-    def forked(self) -> bool:
+    def forked(self, getpid: Callable[[], int] = os.getpid) -> bool:
         """Whether this is a child of the caller: its threads and its connection are the parent's. Takes no lock."""
-        return os.getpid() != self.pid
+        return getpid() != self.pid
 
     def check_process(self) -> None:
         """ServerUnreachable in a child of the caller, where nothing will ever come."""

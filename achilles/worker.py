@@ -46,7 +46,7 @@ from . import wire
 from .channel import Channel
 from .errors import LetterTooLarge
 from .payload import Context, dump_outcomes, encoding_error, letter_digest, letter_length, load_slice
-from .wire import MAX_ROWS, MAX_SHORT_BYTES, MORE, ROW, SHORT_LETTER_BYTES, Buffer, Kind, Rows, Status
+from .wire import MAX_ROWS, MAX_SHORT_BYTES, MORE, ROW, SHORT_LETTER_BYTES, U32, Buffer, Kind, Rows, Status
 
 __all__ = [
     "Closeable", "Runner", "Worker", "main", "run_alone",
@@ -210,8 +210,10 @@ class Runner:
                 for status[POSITION], argument in left:  # the cost of a tiny task; goes on behind an exception
                     append(function(argument))
             except BaseException as error:
+                position = max(status[POSITION], 0)
+                del values[position - sum(other < position for other in skipped) :]  # it may have come a moment late
                 append(None)
-                errors[status[POSITION]] = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+                errors[position] = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
         for position in sorted(skipped):
             values.insert(position, None)
         return values, errors
@@ -271,8 +273,8 @@ class _Stopwatch:
         """Clock, own processor time, and how often this thread waited of itself."""
         if RUSAGE_THREAD is None:
             return 0, 0, 0
-        usage = resource.getrusage(RUSAGE_THREAD)
-        return self.now, time.thread_time_ns(), usage.ru_nvcsw
+        waits = resource.getrusage(RUSAGE_THREAD).ru_nvcsw
+        return (self.now, time.thread_time_ns(), waits) if waits else (0, 0, 0)  # who never waited is not counted
 
 
 class Worker:
@@ -316,8 +318,7 @@ class Worker:
 
     def _keep(self, rows: Rows) -> None:
         _, (letter,) = next(rows.letters())
-        short = len(letter) <= SHORT_LETTER_BYTES  # a view of the whole envelope, then
-        self._runner.keep(bytes(letter) if short else letter)
+        self._runner.keep(letter)
 
     def _run(self, rows: Rows) -> None:
         """Answer every slice of a TASK."""
@@ -359,7 +360,7 @@ class Worker:
         self._flushed = time.monotonic_ns()
         if self._table:
             table, digests, shorts = b"".join(self._table), b"".join(self._digests), b"".join(self._shorts)
-            pace = max(1, self._slowest_ns // 1000)
+            pace = min(max(1, self._slowest_ns // 1000), U32)
             self._channel.send(Kind.RESULT, Rows(job, table, digests, shorts, self._longs, pace))
             self._clear()
             while not self._channel.flush():
@@ -413,7 +414,7 @@ def run_alone(
     began = time.monotonic_ns()
     failure = runner.prepare(job["job"])
     answers = [failure] if failure else runner.attempt(job["job"], number, attempt, b"", letter)
-    pace = max(1, (time.monotonic_ns() - began) // 1000)
+    pace = min(max(1, (time.monotonic_ns() - began) // 1000), U32)
     runner.end(job["job"])
     return pace, [(int(status), b"".join(parts)) for status, parts in answers]
 

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import wait_until
@@ -479,3 +480,11 @@ def test_a_stop_iteration_of_the_users_does_not_pass_for_the_end(where, callback
 def test_a_stop_iteration_of_what_makes_the_arguments_does_not_either(where):
     with Node(where["port"]), pytest.raises(RuntimeError, match="StopIteration"):
         map_(square, lambda: next(iter(())), **where)
+
+
+def test_several_threads_take_each_packet_once():
+    with ThreadPoolExecutor(2) as engine, ThreadPoolExecutor(4) as callers:
+        packets = imap(abs, range(400), executor=engine)
+        parts = [callers.submit(list, packets) for _ in range(4)]
+        got = [value for part in parts for packet in part.result(SECONDS) for value in packet["RESULT"]]
+    assert sorted(got) == [*range(400)]

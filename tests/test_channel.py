@@ -579,3 +579,41 @@ def test_a_closed_channel_pushes_nothing(pair):
     ours.close()
     ours.push()
     assert ours.wants_write
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()])
+def test_a_push_that_fails_ends_its_connection_so_that_nothing_is_missing_in_between(pair, monkeypatch, error):
+    """What is no error of the connection's belongs to who pushes, but Ctrl-C alone is told to it."""
+    ours, theirs = pair
+
+    def fail(kind, body):
+        raise error
+
+    ours.send(Kind.END, {"job": 1}, wake=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(wire, "encode", fail)
+        with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else contextlib.nullcontext():
+            ours.push()
+    ours.send(Kind.END, {"job": 2})
+    assert read_all(theirs) == ([], "end of file")
+
+
+def test_a_peer_that_drips_is_silent(closing, monkeypatch):
+    """Bytes come all the time, in the middle of a frame that never ends."""
+    monkeypatch.setattr(channel, "SILENCE_SECONDS", 0.2)
+    ours, theirs = linked()
+    for end in (ours, theirs):
+        closing.callback(end.close)
+    head = wire.HEAD.pack(Kind.END, 0, 0, 4096)
+    theirs.socket.sendall(head)
+    over = threading.Event()
+
+    def drip():
+        with contextlib.suppress(OSError):
+            while not over.wait(0.01):
+                theirs.socket.sendall(b"x")
+
+    wait = in_thread(closing, drip)
+    assert "no byte came" in ours.run(lambda frame: None)
+    over.set()
+    wait()

@@ -773,3 +773,67 @@ def test_deaths_are_counted_over_a_reconnection(start):
 
 def test_attempts_is_what_the_design_says():
     assert job_module.ATTEMPTS == 3
+
+
+def test_what_the_pacer_sends_while_the_iterator_runs_is_sent_once_and_kept_no_longer(start):
+    """It may look at any moment between two arguments; a slow stream leaves nothing behind."""
+    job, kept = None, []
+
+    def stream():
+        for n in range(60):
+            if n % 7:
+                job._feeder._let_go()
+            kept.append(len(job._feeder._open))
+            yield n
+
+    job = make(Link((8, 8), 1 << 30), stream, chunksize=10, flat=True)
+    job.start()
+    sent = job.link.wait_fed(job)
+    job.stop()
+    assert [x for arguments in sent for x in arguments] == [*range(60)]
+    assert max(kept) <= 10
+
+
+def test_a_slow_iterator_is_not_pulled_on_after_the_end(start):
+    pulled = []
+
+    def stream():
+        for n in itertools.count():
+            pulled.append(n)
+            threading.Event().wait(0.005)
+            yield n
+
+    job = start(stream, chunksize=50, flat=True)
+    assert job.link.wait_slices(1)
+    assert len(pulled) < 90, "what is cut goes before the next slice is full"
+    job.stop()
+    before = len(pulled)
+    job._feeder._threads[0].join(SECONDS)
+    assert not job._feeder._threads[0].is_alive()
+    assert len(pulled) <= before + 1
+
+
+class Interrupting:
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit("asked to end")])
+def test_what_ends_the_caller_while_it_feeds_is_raised_there(start, error):
+    with pytest.raises(type(error)):
+        start([1, Interrupting(error), 3], flat=True)
+
+
+class Slow:
+    def __reduce__(self):
+        threading.Event().wait(0.02)
+        return int, ("1",)
+
+
+def test_a_caller_is_not_kept_long_by_what_it_feeds(start):
+    job = start([Slow() for _ in range(10)], flat=True)
+    assert not job.fed.is_set()
+    assert job.link.wait_fed(job) == [[1]] * 10

@@ -429,3 +429,10 @@ def test_sleep_is_a_slices_own_time():
     watch = worker._Stopwatch()
     time.sleep(0.01)
     assert watch.lap() >= 10_000_000
+
+
+def test_a_slice_of_hours_is_answered(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pace has 32 bits: 71 minutes, in microseconds."""
+    monkeypatch.setattr(worker._Stopwatch, "lap", lambda self: 5 * 3600 * 10**9)
+    node.declare(double)
+    assert node.outcomes(node.slice(0, [4])) == [([8], {})]
