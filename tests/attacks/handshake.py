@@ -339,9 +339,11 @@ def pickles(bench: Bench) -> None:
 
 @attack("port", "an unknown user, a wrong secret: which is it?")
 def refusals_are_alike(bench: Bench) -> None:
-    """The same bytes, after the same time: the medians of both are within 5 ms, by the table; a test allows 150.
+    """The same bytes, after the same time: the medians are within 5 ms, and what two halves of one kind differ by.
 
-    So is a right secret's proof under the wrong role byte's session. Backs "learn whether a username exists".
+    All kinds are tried in turn, in an order that is drawn anew each time, so that load falls on all alike. The short
+    form allows 25 ms. Where the machine was too busy for that many tries to tell, there are more of them, and the
+    medians are those of all. Backs "learn whether a username exists".
     """
     cluster = bench.cluster()
     claims = {
@@ -364,11 +366,17 @@ def refusals_are_alike(bench: Bench) -> None:
 
     work("a wrong secret")
     times["a wrong secret"].clear()
-    bench.each(work, list(claims) * (2 if bench.short else 40), threads=4)  # few at a time: what is measured is not us
-    medians = [statistics.median(each) for each in times.values()]
-    spread = max(medians) - min(medians)
-    bench.note(remark=f"medians {', '.join(f'{1000 * m:.1f}' for m in medians)} ms: {1000 * spread:.1f} ms apart")
-    assert spread < 0.15, times
+    rounds, threads, batches = (5, 10, 6) if bench.short else (40, 4, 3)  # few at a time: what is measured is not us
+    for _ in range(batches):
+        bench.each(work, [name for _ in range(rounds) for name in bench.rng.sample(list(claims), len(claims))], threads)
+        medians = [statistics.median(each) for each in times.values()]
+        spread = max(medians) - min(medians)
+        noise = max(abs(statistics.median(each[::2]) - statistics.median(each[1::2])) for each in times.values())
+        if spread < (bound := 0.025 if bench.short else 0.005 + noise):
+            break
+    bench.note(remark=f"medians {', '.join(f'{1000 * m:.1f}' for m in medians)} ms: {1000 * spread:.1f} ms apart, "
+                      f"halves of one kind {1000 * noise:.1f} ms")
+    assert spread < bound, times
 
 
 @attack("port", "user names that are equal in the first 32 bytes")
