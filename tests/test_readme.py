@@ -227,11 +227,20 @@ def test_the_table_of_the_command_line_is_that_of_the_parsers(capsys):
 
 
 def test_every_claim_about_attackers_names_its_tests():
-    """Tests of the suite by module and name, attacks by the name that their command lists."""
+    """Tests of the suite by module and name, attacks by the name that their command lists.
+
+    Each thing that somebody cannot do has a number of its own, and so has what is said of the secret's whereabouts.
+    """
     text = section("Who can do what")
-    cells = " ".join(cell for row in table("Who can do what", "who") for cell in row)
     named = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
-    assert set(re.findall(r"\[(\d+)\]", cells)) == named.keys()
+    prose = section("Trust").partition("\n### Hiding what travels")[0]
+    assert set(re.findall(r"\[(\d+)\]", prose)) == named.keys()
+    for who, _, cannot in table("Who can do what", "who"):
+        for claim in cannot.split("; "):
+            assert re.search(r" \[\d+\]$", claim), f"{who}: {claim}"
+    place, = re.findall(r"^The secret is in a file .*$", text, re.MULTILINE)
+    assert {"secret_in_processes", "secret_in_local_cluster", "secret_as_an_argument"} <= {
+        name for number in re.findall(r"\[(\d+)\]", place) for name in re.findall(r"`attacks\.(\w+)`", named[number])}
     for line in named.values():
         module = ""
         for found in re.findall(r"`(?:(test_\w+)\.)?(test_\w+)`", line):

@@ -1,7 +1,7 @@
 """Attacks on the handshake: who does not know the secret is refused, learns nothing, and has nothing loaded.
 
-They back the README's rows "reaches the port", "listens on the network" and "sits on the path": nobody gets
-anything parsed or run, or learns whether a username exists; nobody joins, replays or reflects.
+They back the README's rows "reaches the port", "listens on the network" and "sits on the path": nobody has
+more read than its claim, gets anything run, or learns whether a username exists; nobody joins, replays or reflects.
 """
 
 from __future__ import annotations
@@ -287,7 +287,8 @@ def strangers(bench: Bench) -> None:
 def pickles(bench: Bench) -> None:
     """What it would make never appears, and the server has imported neither pickle nor dill when it ends.
 
-    Backs "unpickles nothing in the server", and "get anything parsed or run" of who reaches the port.
+    Backs "unpickles nothing in the server", and of who reaches the port, "have more than those 104 bytes read, or
+    anything run".
     """
     cluster = bench.cluster()
     folder = bench._folder("pickles")
