@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import importlib
 import inspect
@@ -18,7 +19,7 @@ import pytest
 from attacks import run as attacks_run
 
 import achilles
-from achilles import errors
+from achilles import errors, server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -191,6 +192,43 @@ def test_the_two_commands_are_those_of_ci():
                     r"for example in .*word_count", r"^pip install (--quiet )?tox$", r"^tox$"):
         assert re.search(pattern, ci, re.MULTILINE), pattern
     assert "commands = pytest -n 3 {posargs}" in (ROOT / "tox.ini").read_text()
+
+
+def units():
+    """The [Service] of each unit for systemd, by what it runs."""
+    made = {}
+    for language, text in blocks():
+        if language == "ini" and "[Service]" in text:
+            unit = configparser.ConfigParser(interpolation=None)
+            unit.optionxform = str
+            unit.read_string(text)
+            service = dict(unit["Service"])
+            assert set(unit.sections()) == {"Unit", "Service", "Install"} and service["RestartPreventExitStatus"] == "2"
+            made[re.fullmatch(r"\S+/python -m (achilles\.\w+) --env-file \S+", service["ExecStart"])[1]] = service
+    return made
+
+
+def test_there_is_a_unit_for_the_server_and_one_for_nodes():
+    found = units()
+    assert found.keys() == {"achilles.node", "achilles.server"}
+    assert re.fullmatch(r"/bin/kill -HUP \$MAINPID", found["achilles.server"]["ExecReload"])
+    assert "ExecReload" not in found["achilles.node"], "SIGHUP ends a node"
+    assert "sudo systemctl reload achilles-server" in section("Changing the secret")
+
+
+def test_the_connections_that_a_server_takes_are_those_of_its_limit_of_files(monkeypatch):
+    resource = pytest.importorskip("resource")
+
+    def connections(files):
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+        return server._most_connections()
+
+    text = section("How fast, and how far")
+    files, most = re.search(r"`ulimit -n (\d+)` it takes (\d+)\b", text).groups()
+    assert connections(int(files)) == int(most)
+    enough, = {*re.findall(r"`ulimit -n (\d+)` or `LimitNOFILE=`", text), units()["achilles.server"]["LimitNOFILE"]}
+    assert f"it takes {connections(int(enough)):,} of them" in text
+    assert connections(int(enough)) == server.CONNECTIONS
 
 
 def test_the_table_of_options_is_the_signature_of_the_calls():
