@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 LEVELS = ("debug", "info", "warning", "error")
+NO_TERMINAL = (errno.ENXIO, errno.ENOENT, errno.ENODEV, errno.EIO)  # what opening /dev/tty fails with then
 USAGE_STATUS, UNREACHABLE_STATUS, INTERRUPTED_STATUS = 2, 1, 130  # of a process: argparse's, any failure's, a shell's
 
 
@@ -134,11 +136,15 @@ def status_table(state: dict[str, Any]) -> str:
 
 
 def _has_terminal() -> bool:
-    """Whether this process has a controlling terminal (POSIX): it has none any more once that was closed."""
+    """Whether this process has a controlling terminal (POSIX): it has none any more once that was closed.
+
+    Only what the system says of a terminal that is not there, or hung up (EIO), counts as none. With no descriptor
+    left nothing is known, and a server that would end because of that would end just when it has most peers.
+    """
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY))
-    except OSError:
-        return False
+    except OSError as e:
+        return e.errno not in NO_TERMINAL
     return True
 
 

@@ -202,7 +202,7 @@ class Exchange:
         elif kind is Kind.FORGET:
             peer.functions.pop(bytes.fromhex(body["function"]), None)
         elif kind is Kind.CLOSE:
-            self._close_contexts(peer, {body["context"]} & peer.contexts)  # another controller's is none of its
+            self._close_contexts(peer, {body["context"]} & peer.contexts)  # what it did not open is none of its
         elif kind is Kind.STATUS:
             self._send(peer.channel, Kind.STATUS, self._status())
         elif kind is Kind.KILL:
@@ -251,9 +251,11 @@ class Exchange:
         log.info("job %d ended", job.number)
 
     def _close_contexts(self, peer: Peer, contexts: Iterable[str]) -> None:
+        """The last to have it open closes it: this may be an old connection of a caller who is back, or an intruder."""
         for context in contexts:
             peer.contexts.discard(context)
-            for node in self._nodes.values():
+            is_open = any(context in other.contexts for other in self._peers if other.role == auth.CONTROLLER)
+            for node in () if is_open else self._nodes.values():
                 if context in node.contexts:
                     node.contexts.discard(context)
                     self._send(node.channel, Kind.CLOSE, {"context": context})
@@ -325,8 +327,7 @@ class Exchange:
         jobs = [state | {"owner": None, "user": state["owner"].user} for state in self._scheduler.job_states()]
         for job in jobs:
             del job["owner"]
-        uptime = time.monotonic() - self._started
-        server = {"version": self._version, "uptime": uptime, "memory": _memory()}
+        server = {"version": self._version, "uptime": time.monotonic() - self._started, "memory": _memory()}
         return {"nodes": nodes, "jobs": jobs, "server": server}
 
 

@@ -546,6 +546,9 @@ def test_only_the_secrets_are_read_again(monkeypatch, other_file):
     after = config.read_again(before, "server")
     assert after == config.Settings("10.0.0.1", 7, "ann", Secret(LONG[::-1]), other_file, Secret(LONG))
     assert config.read_again(before, "node").previous is None
+    monkeypatch.setenv("ACHILLES_PREVIOUS_SECRET_KEY", "one that is in the server's environment")
+    again = config.read_again(before, "server")
+    assert (again.secret, again.previous) == (Secret(LONG[::-1]), Secret("one that is in the server's environment"))
 
 
 @pytest.mark.parametrize("text, mode, why", [

@@ -177,3 +177,30 @@ def test_a_hangup_of_the_terminal_itself_ends_unless_under_nohup(monkeypatch, be
         assert came == ["again", last]
     finally:
         signal.signal(signal.SIGHUP, own)
+
+
+@needs_hangup
+@pytest.mark.parametrize(("number", "gone"), [
+    (errno.EMFILE, False), (errno.ENFILE, False), (errno.ENOMEM, False), (errno.EACCES, False),
+    (errno.ENXIO, True), (errno.ENOENT, True), (errno.ENODEV, True), (errno.EIO, True)])
+def test_a_terminal_that_cannot_be_opened_for_another_reason_is_not_gone(monkeypatch, number, gone):
+    """A server with no descriptor left must not take the word to read again for the end of its terminal."""
+    came, answers = [], [None, number]
+
+    def tty(path, flags):
+        assert path == "/dev/tty"
+        failure = answers.pop(0)
+        if failure is not None:
+            raise OSError(failure, os.strerror(failure))
+        return 4711
+
+    own = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(console.os, "open", tty)
+            patched.setattr(console.os, "close", lambda descriptor: None)
+            with console.signal_handlers(lambda number, frame: came.append(number), lambda: came.append("again")):
+                signal.raise_signal(signal.SIGHUP)
+        assert came == ([signal.SIGHUP] if gone else ["again"]) and not answers
+    finally:
+        signal.signal(signal.SIGHUP, own)

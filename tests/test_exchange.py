@@ -383,12 +383,32 @@ def test_a_context_is_closed_where_it_is_known(cluster):
     assert node.channel.take() == [(Kind.CLOSE, {"context": CONTEXT})] and idle.channel.take() == []
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_a_context_that_another_connection_has_open_is_closed_with_the_last(cluster, left):
+    """It is the same caller's, who came back before its old connection was missed, or an intruder's."""
+    node, old, new = cluster.node(4), cluster.controller(), cluster.controller()
+    for peer in (old, new):
+        cluster.declare(peer)
+        cluster.tasks(peer, 1, status=PACKED)
+    node.channel.take()
+
+    def close(peer):
+        if left:
+            cluster.exchange.leave(peer)
+        else:
+            cluster.say(peer, Kind.CLOSE, {"context": CONTEXT})
+        return of_kind(node.channel.take(), Kind.CLOSE)
+
+    assert close(old) == [] and len(cluster.exchange._jobs) == 2 - left
+    assert close(new) == [{"context": CONTEXT}]
+
+
 def test_a_lost_controllers_jobs_end_and_its_contexts_close(cluster):
     node, controller, other = cluster.node(4), cluster.controller(), cluster.controller()
     for number, context in ((3, CONTEXT), (4, OTHER_CONTEXT)):
         cluster.declare(controller, number, context=context)
         cluster.tasks(controller, 1, number, status=PACKED)
-    cluster.declare(other)
+    cluster.declare(other, context="0e" * 16)
     cluster.tasks(other, 1, status=PACKED)
     given = {rows.job for rows in of_kind(node.channel.take(), Kind.TASK)}
     cluster.exchange.leave(controller)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import importlib
 import inspect
@@ -18,7 +19,7 @@ import pytest
 from attacks import run as attacks_run
 
 import achilles
-from achilles import errors
+from achilles import errors, server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -193,6 +194,43 @@ def test_the_two_commands_are_those_of_ci():
     assert "commands = pytest -n 3 {posargs}" in (ROOT / "tox.ini").read_text()
 
 
+def units():
+    """The [Service] of each unit for systemd, by what it runs."""
+    made = {}
+    for language, text in blocks():
+        if language == "ini" and "[Service]" in text:
+            unit = configparser.ConfigParser(interpolation=None)
+            unit.optionxform = str
+            unit.read_string(text)
+            service = dict(unit["Service"])
+            assert set(unit.sections()) == {"Unit", "Service", "Install"} and service["RestartPreventExitStatus"] == "2"
+            made[re.fullmatch(r"\S+/python -m (achilles\.\w+) --env-file \S+", service["ExecStart"])[1]] = service
+    return made
+
+
+def test_there_is_a_unit_for_the_server_and_one_for_nodes():
+    found = units()
+    assert found.keys() == {"achilles.node", "achilles.server"}
+    assert re.fullmatch(r"/bin/kill -HUP \$MAINPID", found["achilles.server"]["ExecReload"])
+    assert "ExecReload" not in found["achilles.node"], "SIGHUP ends a node"
+    assert "sudo systemctl reload achilles-server" in section("Changing the secret")
+
+
+def test_the_connections_that_a_server_takes_are_those_of_its_limit_of_files(monkeypatch):
+    resource = pytest.importorskip("resource")
+
+    def connections(files):
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+        return server._most_connections()
+
+    text = section("How fast, and how far")
+    files, most = re.search(r"`ulimit -n (\d+)` it takes (\d+)\b", text).groups()
+    assert connections(int(files)) == int(most)
+    enough, = {*re.findall(r"`ulimit -n (\d+)` or `LimitNOFILE=`", text), units()["achilles.server"]["LimitNOFILE"]}
+    assert f"it takes {connections(int(enough)):,} of them" in text
+    assert connections(int(enough)) == server.CONNECTIONS
+
+
 def test_the_table_of_options_is_the_signature_of_the_calls():
     parameters = inspect.signature(achilles.map).parameters.values()
     wanted = {p.name: "required" if p.default is p.empty else f"`{p.default!r}`" for p in parameters}
@@ -227,11 +265,20 @@ def test_the_table_of_the_command_line_is_that_of_the_parsers(capsys):
 
 
 def test_every_claim_about_attackers_names_its_tests():
-    """Tests of the suite by module and name, attacks by the name that their command lists."""
+    """Tests of the suite by module and name, attacks by the name that their command lists.
+
+    Each thing that somebody cannot do has a number of its own, and so has what is said of the secret's whereabouts.
+    """
     text = section("Who can do what")
-    cells = " ".join(cell for row in table("Who can do what", "who") for cell in row)
     named = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
-    assert set(re.findall(r"\[(\d+)\]", cells)) == named.keys()
+    prose = section("Trust").partition("\n### Hiding what travels")[0]
+    assert set(re.findall(r"\[(\d+)\]", prose)) == named.keys()
+    for who, _, cannot in table("Who can do what", "who"):
+        for claim in cannot.split("; "):
+            assert re.search(r" \[\d+\]$", claim), f"{who}: {claim}"
+    place, = re.findall(r"^The secret is in a file .*$", text, re.MULTILINE)
+    assert {"secret_in_processes", "secret_in_local_cluster", "secret_as_an_argument"} <= {
+        name for number in re.findall(r"\[(\d+)\]", place) for name in re.findall(r"`attacks\.(\w+)`", named[number])}
     for line in named.values():
         module = ""
         for found in re.findall(r"`(?:(test_\w+)\.)?(test_\w+)`", line):

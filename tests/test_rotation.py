@@ -44,6 +44,36 @@ def steps():
     return [re.sub("^ *", "", text, flags=re.M) for text in re.findall(r"```sh\n(.*?)```", walk, re.S)]
 
 
+@pytest.mark.parametrize("file", [
+    "SECRET_KEY=the first of them\n", "HOST=127.0.0.1\nexport SECRET_KEY=the first of them\nPORT=9999\n",
+    " SECRET_KEY = 'the first of them'\nUSERNAME=ann\n", "\texport \tSECRET_KEY\t=\tthe first of them # mine\nPORT=1",
+    "PORT=1\nSECRET_KEY=the first of them", "MY_SECRET_KEY=x\n# SECRET_KEY=\nSECRET_KEY=the first of them\n",
+    "SECRET_KEY=the first of them\n export PREVIOUS_SECRET_KEY = one that was forgotten"])
+def test_the_walk_takes_whatever_a_file_may_say(tmp_path, file):
+    """Every form of a line that is read is changed, and nothing else is; without a line end after the last one, too."""
+    tmp_path.joinpath("python").symlink_to(sys.executable)
+    path = tmp_path / "cluster.env"
+    path.write_text(file)
+    path.chmod(0o600)
+    before = config.read_file(path)
+    before.pop("PREVIOUS_SECRET_KEY", None)
+
+    def do(step):
+        subprocess.run(["bash", "-ec", step.replace("kill -HUP PID", "true")], cwd=tmp_path, check=True, timeout=30,
+                       env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+        return config.read_file(path)
+
+    make_new, remove_old, _ = steps()
+    both = do(make_new)
+    assert both["PREVIOUS_SECRET_KEY"] == before["SECRET_KEY"] == "the first of them" != both["SECRET_KEY"]
+    assert len(both["SECRET_KEY"]) >= 43 and both.items() >= before.items() - {("SECRET_KEY", "the first of them")}
+    assert do(remove_old) == before | {"SECRET_KEY": both["SECRET_KEY"]}
+    assert "the first of them" not in path.read_text() and path.stat().st_mode & 0o777 == 0o600
+    kept = [line for line in file.splitlines() if "MY_" in line or line.startswith("#")]
+    assert [line for line in path.read_text().splitlines() if line in kept] == kept
+    assert {each.name for each in tmp_path.iterdir()} == {"python", "cluster.env"}
+
+
 def test_a_secret_is_changed_without_losing_a_job(tmp_path):
     tmp_path.joinpath("bin").mkdir()
     tmp_path.joinpath("bin", "python").symlink_to(sys.executable)

@@ -455,6 +455,20 @@ def table(number, which=0):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[which].splitlines()[2:]]
 
 
+def test_a_role_that_the_page_does_not_name_is_malformed_and_not_refused():
+    roles = [role.encode() for role in re.findall("`(.)`", dict((name, value) for name, _, value in table(2))["role"])]
+    for byte in range(256):
+        message = auth.claim(bytes([byte]), "ann", bytes(32)) + bytes(auth.PROOF_BYTES)
+        if bytes([byte]) in roles:
+            assert auth.read_claim(message).role in (auth.CONTROLLER, auth.NODE)
+        else:
+            with pytest.raises(ProtocolError):
+                auth.read_claim(message)
+    (refused,), (malformed,) = (re.findall(pattern, section(2)) for pattern in (
+        r"([^.]*) get the same 32 zero bytes", r"Anything malformed is closed without an answer([^.]*)"))
+    assert "role" not in refused and "role byte" in malformed
+
+
 def test_the_table_of_kinds_is_the_codes():
     rows = table(5)
     assert [(int(number), name) for number, name, *_ in rows] == [(kind.value, kind.name) for kind in Kind]

@@ -1,7 +1,7 @@
 """Attacks on the handshake: who does not know the secret is refused, learns nothing, and has nothing loaded.
 
-They back the README's rows "reaches the port", "listens on the network" and "sits on the path": nobody gets
-anything parsed or run, or learns whether a username exists; nobody joins, replays or reflects.
+They back the README's rows "reaches the port", "listens on the network" and "sits on the path": nobody has
+more read than its claim, gets anything run, or learns whether a username exists; nobody joins, replays or reflects.
 """
 
 from __future__ import annotations
@@ -287,7 +287,8 @@ def strangers(bench: Bench) -> None:
 def pickles(bench: Bench) -> None:
     """What it would make never appears, and the server has imported neither pickle nor dill when it ends.
 
-    Backs "unpickles nothing in the server", and "get anything parsed or run" of who reaches the port.
+    Backs "unpickles nothing in the server", and of who reaches the port, "have more than those 104 bytes read, or
+    anything run".
     """
     cluster = bench.cluster()
     folder = bench._folder("pickles")
@@ -339,9 +340,11 @@ def pickles(bench: Bench) -> None:
 
 @attack("port", "an unknown user, a wrong secret: which is it?")
 def refusals_are_alike(bench: Bench) -> None:
-    """The same bytes, after the same time: the medians of both are within 5 ms, by the table; a test allows 150.
+    """The same bytes, after the same time: the medians are within 5 ms, and what two halves of one kind differ by.
 
-    So is a right secret's proof under the wrong role byte's session. Backs "learn whether a username exists".
+    All kinds are tried in turn, in an order that is drawn anew each time, so that load falls on all alike. The short
+    form allows 25 ms. Where the machine was too busy for that many tries to tell, there are more of them, and the
+    medians are those of all. Backs "learn whether a username exists".
     """
     cluster = bench.cluster()
     claims = {
@@ -364,11 +367,18 @@ def refusals_are_alike(bench: Bench) -> None:
 
     work("a wrong secret")
     times["a wrong secret"].clear()
-    bench.each(work, list(claims) * (2 if bench.short else 40), threads=4)  # few at a time: what is measured is not us
-    medians = [statistics.median(each) for each in times.values()]
-    spread = max(medians) - min(medians)
-    bench.note(remark=f"medians {', '.join(f'{1000 * m:.1f}' for m in medians)} ms: {1000 * spread:.1f} ms apart")
-    assert spread < 0.15, times
+    rounds, threads, batches = (5, 10, 6) if bench.short else (40, 4, 3)  # few at a time: what is measured is not us
+    for _ in range(batches):
+        bench.each(work, [name for _ in range(rounds) for name in bench.rng.sample(list(claims), len(claims))], threads)
+        medians = [statistics.median(each) for each in times.values()]
+        spread = max(medians) - min(medians)
+        noise = max(abs(statistics.median(each[::2]) - statistics.median(each[1::2])) for each in times.values())
+        if spread < (bound := 0.025 if bench.short else 0.005 + noise):
+            break
+    found = (f"medians {', '.join(f'{1000 * m:.1f}' for m in medians)} ms: {1000 * spread:.1f} ms apart, "
+             f"halves of one kind {1000 * noise:.1f} ms")
+    bench.note(remark=found)
+    assert spread < bound, found
 
 
 @attack("port", "user names that are equal in the first 32 bytes")

@@ -198,7 +198,8 @@ def unknown_jobs(bench: Bench) -> None:
 def jobs_of_others(bench: Bench) -> None:
     """A job's number is its connection's own: what another controller says of it, it says of its own jobs alone.
 
-    Nor does it close another's context on the nodes, though it should have learnt which it is.
+    Nor does it close another's context on the nodes, though it should have learnt which it is, and has declared a job
+    in it: neither by CLOSE nor by its end.
     """
     cluster = bench.cluster()
     context = os.urandom(16).hex()
@@ -213,6 +214,15 @@ def jobs_of_others(bench: Bench) -> None:
                 intruder.send("STATUS")
                 answer = intruder.wait_for("STATUS", "ERROR").kind
                 assert answer == ("ERROR" if kind in ("END", "FLUSH") else "STATUS"), (kind, answer)
+            bench.count()
+        for closes in (True, False):
+            with cluster.join() as intruder:
+                intruder.send("FUNCTION", rows=[Row(0, letter=FUNCTION)])
+                intruder.send("JOB", job(1, FUNCTION, context=context))
+                if closes:
+                    intruder.send("CLOSE", {"context": context})
+                _sync(intruder)
+            eventually(lambda: len(cluster.status()["jobs"]) == 1, "the end of the intruder's job")
             bench.count()
         with cluster.join() as intruder:
             intruder.send("TASK", rows=[Row(2, status=1, letter=b"slipped in")], job=1)
