@@ -59,17 +59,23 @@ class _Call(Taker):
         self.future = Future()
         self.future._call = self
         self.claimed = False  # somebody sees to it that the future leaves PENDING; guarded by the executor's lock
+        self.out = False  # it counts among those that are out; likewise
         self._work = work  # func, args, kwds, until it is given out
         self._value: Any = None
         self._error: BaseException | None = None
 
     def begin(self, pool: Pool) -> None:
-        """Give it out."""
-        (func, args, kwds), self._work = self._work, (None, (), {})
+        """Give it out, unless it was cancelled."""
         try:
+            if not self.future.set_running_or_notify_cancel():
+                self.executor._ended(self)
+                return
+            (func, args, kwds), self._work = self._work, (None, (), {})
             pool._start(self, func, [(args, kwds)], call="apply", ready=self.call)
         except BaseException as error:  # whatever it is, the future has it
             self.finish(error)
+            if not isinstance(error, Exception):  # Ctrl-C, which is for who submits
+                raise
 
     def kill(self) -> bool:
         """Stop it; whether it was still running."""
@@ -86,12 +92,14 @@ class _Call(Taker):
         future, value, error = self.future, self._value, own_error(error or self._error)
         future._call = self._value = self._error = None
         try:
+            if future.done():  # Ctrl-C came when the job had begun
+                return
             if error is not None:
                 future.set_exception(error)
             else:
                 future.set_result(value)
         finally:
-            self.executor._ended()
+            self.executor._ended(self)
 
 
 class Executor(concurrent.futures.Executor):
@@ -175,25 +183,33 @@ class Executor(concurrent.futures.Executor):
 
     def _give_out(self) -> None:
         """Begin calls, in their order, as long as there is room."""
-        with self._changed:
-            if self._giving:
-                return
-            self._giving = True
-        while True:
+        mine, call = False, None
+        try:
             with self._changed:
-                if not self._queue or self._out >= AHEAD * self._max_workers:
+                if self._giving:
+                    return
+                mine = self._giving = True
+            while True:
+                with self._changed:
+                    if not self._queue or self._out >= AHEAD * self._max_workers:
+                        self._giving = mine = False
+                        self._changed.notify_all()
+                        return
+                    call = self._queue.popleft()
+                    if call.claimed:
+                        continue
+                    call.claimed = call.out = True
+                    self._out += 1
+                call.begin(self._pool)
+        except BaseException as error:  # Ctrl-C: what others have submitted must not wait for it
+            if mine:
+                with self._changed:
                     self._giving = False
                     self._changed.notify_all()
-                    return
-                call = self._queue.popleft()
-                if call.claimed:
-                    continue
-                call.claimed = True
-                self._out += 1
-            if call.future.set_running_or_notify_cancel():
-                call.begin(self._pool)
-            else:
-                self._ended()
+                if call is not None and call.out and call.job is None:
+                    call.finish(error)
+                self._give_out()
+            raise
 
     def _withdraw(self, call: _Call) -> None:
         """Its future was cancelled: whoever waits for that is told now."""
@@ -204,10 +220,11 @@ class Executor(concurrent.futures.Executor):
             call.future.set_running_or_notify_cancel()
             self._give_out()
 
-    def _ended(self) -> None:
+    def _ended(self, call: _Call) -> None:
         """A call that was given out is over."""
         with self._changed:
-            self._out -= 1
+            self._out -= call.out
+            call.out = False
         self._give_out()
         self._end_if_idle()
 

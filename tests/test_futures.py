@@ -14,6 +14,7 @@ import pytest
 from conftest import SECONDS, in_a_child, wait_until
 
 from achilles import Executor, LocalCluster, ServerUnreachable
+from achilles.futures import Future, _Call
 
 
 def square(x):
@@ -90,6 +91,25 @@ def test_many_calls_that_cannot_be_sent_fail_one_by_one(make):
     executor = make()
     futures = [executor.submit(square, (n for n in ())) for _ in range(2000)]
     assert all(isinstance(future.exception(SECONDS), TypeError) for future in futures)
+
+
+@pytest.mark.parametrize("where", ["the dump", "the first step", "the second step"])
+def test_ctrl_c_while_a_call_is_given_out_reaches_who_submits_and_breaks_nothing(make, monkeypatch, where):
+    executor, began = make(), []
+    steps = {"the dump": (executor._pool, "_start"), "the first step": (_Call, "begin"),
+             "the second step": (Future, "set_running_or_notify_cancel")}
+
+    def interrupt(*args, **more):
+        began.append(args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*steps[where], interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(square, 2)
+    assert len(began) == 1 and not executor._giving and executor._out == 0
+    assert executor.submit(square, 3).result(SECONDS) == 9
+    executor.shutdown()
 
 
 def test_map_is_that_of_the_standard_library(make):
