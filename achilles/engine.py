@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 import queue
 import threading
@@ -45,8 +46,7 @@ class Engine(Link):
         self.lock, self.letter_limit = threading.Lock(), LETTER_LIMIT_BYTES
         self._executor, self._workers = executor, _count_workers(executor)
         self._jobs: dict[int, Job] = {}
-        self._numbers = itertools.count(1)
-        self._scheduler = Scheduler()
+        self._numbers, self._scheduler = itertools.count(1), Scheduler()
         self._out: dict[Future[Any], int] = {}  # what the executor has, and of which job
         self._events: queue.SimpleQueue[Callable[[], Iterable[Action] | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="achilles-engine", daemon=True)
@@ -99,24 +99,24 @@ class Engine(Link):
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
-            for action in event() or ():
-                job = self._jobs.get(action.job)
-                if job and isinstance(action, Announce):
-                    for packet in action.packets:
-                        job.packet(*packet)
-                elif job and isinstance(action, Give):
-                    self._give(job, action.rows)
+            try:
+                for action in event() or ():
+                    job = self._jobs.get(action.job)
+                    if job and isinstance(action, Announce):
+                        for packet in action.packets:
+                            job.packet(*packet)
+                    elif job and isinstance(action, Give):
+                        self._give(job, action.rows)
+            except BaseException as error:  # nobody else would ever end the calls that wait
+                logging.getLogger(__name__).exception("the engine failed")
+                for each in [*self._jobs.values()]:
+                    each.fail(error)
 
     def _give(self, job: Job, batches: list[Rows]) -> None:
-        functions = {each.digest.hex(): each.letter for each in job.functions().values()}
-        run = functools.partial(run_alone, job.declaration(), functions)
+        run = functools.partial(run_alone, job.declaration(), {f.digest.hex(): f.letter for f in job.functions().values()})
         for rows in batches:
             for number, attempt, (_, parts) in zip(rows.slices, rows.attempts, rows.letters()):
-                try:
-                    future = self._executor.submit(run, number, attempt, b"".join(parts))
-                except Exception as error:  # it is broken, or shut down
-                    job.fail(error)
-                    return
+                future = self._executor.submit(run, number, attempt, b"".join(parts))  # raises if it is shut down
                 self._out[future] = job.number
                 future.add_done_callback(functools.partial(self._put, self._answer, job, number, attempt))
 

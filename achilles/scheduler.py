@@ -550,16 +550,17 @@ class _Group:
         misses = 0
         while misses < len(self.waiting) and (line := self.idle or self.roomy):
             job, _ = self.waiting.popitem(last=False)
-            if job.room() <= 0:
-                if job.quota is not None and job.pending():
-                    job.quota.starved[job] = None
+            fits = bool(job.pending()) and job.fits(self.smallest)
+            if fits and job.quota is not None and job.room() <= 0:
+                job.quota.starved[job] = None
                 continue
-            if not job.fits(self.smallest):  # until more of it comes: who passes by must not look at it each time
-                continue
-            self.waiting[job] = None
-            node = self._choose(line, job)
+            if fits:  # or else until more of it comes: who passes by must not look at it each time
+                self.waiting[job] = None
+            node = self._choose(line, job) if fits else None
             if node is None:
-                misses += 1
+                misses += fits
+                if job.quota is not None:  # the room it was woken for is for others
+                    job.quota.wake()
                 continue
             misses = 0
             first = node.number not in job.told

@@ -188,6 +188,21 @@ def test_what_breaks_the_executor_is_the_error_of_the_call():
             pool.map(square, [1])
 
 
+def test_an_error_in_the_engines_thread_ends_every_call_and_later_ones_work(monkeypatch, caplog):
+    go = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(1) as executor, Pool(executor=executor) as pool:
+        with monkeypatch.context() as patch:
+            first = pool.map_async(lambda n: go.wait(SECONDS), [1])
+            patch.setattr(pool._controller._scheduler, "add", lambda *args: 1 // 0)
+            second = pool.map_async(square, [1])
+            for result in (first, second):
+                with pytest.raises(ZeroDivisionError):
+                    result.get(SECONDS)
+        go.set()
+        assert pool.map(square, range(3)) == [0, 1, 4]
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_what_only_our_nodes_can_do_is_refused(executor):
     for call in (lambda: achilles.map(square, [1], timeout=1, executor=executor),
                  lambda: achilles.map(square, [1], host="127.0.0.1", executor=executor)):

@@ -223,6 +223,24 @@ def test_the_end_of_a_job_gives_its_part_of_the_limit_to_the_others() -> None:
     assert held_of(scheduler.end(1)) == {3: [0, 1]}
 
 
+@pytest.mark.parametrize("rest", [0, 1], ids=["has nothing", "has too little"])
+def test_room_that_a_job_does_not_take_is_for_the_next_of_its_quota(rest: int) -> None:
+    scheduler = Scheduler()
+    for job in (1, 2):
+        scheduler.declare(job, "ann", "3.11", 1, "a")
+    scheduler.add(1, tasks(0, 2))
+    scheduler.flush(1, 2)
+    scheduler.add(2, tasks(0, rest) if rest else tasks(0, 1, status=PACKED))
+    scheduler.join(0, "3.11", 2)
+    answered = []
+    for _ in range(3):
+        for state in scheduler.job_states():
+            if state["running"]:
+                scheduler.answer(0, state["id"], results([len([n for n in answered if n == state["id"]])]))
+                answered.append(state["id"])
+    assert answered.count(1) == 2 and answered.count(2) == (not rest)
+
+
 def held_of(actions: list[Action]) -> dict[int, list[int]]:
     """Job to the slices of it that are given."""
     found: dict[int, list[int]] = {}
@@ -626,11 +644,11 @@ class Machine(RuleBasedStateMachine):
         self.scheduler.declare(number, self, python, limit)
 
     @precondition(lambda self: len(self.jobs) < 6)
-    @rule(pace=st.sampled_from([SLOW_US, QUICK_US]), context=st.sampled_from(["two", "three"]))
+    @rule(pace=st.sampled_from([SLOW_US, QUICK_US]), context=st.sampled_from(["one", "one", "two", "three"]))
     def declare_of_a_pool(self, pace: int, context: str) -> None:
         """Jobs of one context share a quota, the same for each of them."""
         number = next(self.numbers)
-        limit = {"two": 2, "three": 3}[context]
+        limit = {"one": 1, "two": 2, "three": 3}[context]
         self.jobs[number] = Job("3.11", pace, limit, context)
         self.scheduler.declare(number, self, "3.11", limit, context)
 
