@@ -113,7 +113,8 @@ class Engine(Link):
                     each.fail(error)
 
     def _give(self, job: Job, batches: list[Rows]) -> None:
-        run = functools.partial(run_alone, job.declaration(), {f.digest.hex(): f.letter for f in job.functions().values()})
+        letters = {function.digest.hex(): function.letter for function in job.functions().values()}
+        run = functools.partial(run_alone, job.declaration(), letters)
         for rows in batches:
             for number, attempt, (_, parts) in zip(rows.slices, rows.attempts, rows.letters()):
                 future = self._executor.submit(run, number, attempt, b"".join(parts))  # raises if it is shut down
