@@ -16,7 +16,6 @@ which locks. `lock` guards the jobs.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import os
@@ -24,6 +23,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any
 
 from .channel import PYTHON
@@ -95,7 +95,7 @@ class Engine(Link):
     # The engine thread.
 
     def _put(self, event: Callable[..., Iterable[Action] | None], *args: Any) -> None:
-        self._events.put(functools.partial(event, *args))
+        self._events.put(partial(event, *args))
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
@@ -113,13 +113,12 @@ class Engine(Link):
                     each.fail(error)
 
     def _give(self, job: Job, batches: list[Rows]) -> None:
-        letters = {function.digest.hex(): function.letter for function in job.functions().values()}
-        run = functools.partial(run_alone, job.declaration(), letters)
+        run = partial(run_alone, job.declaration(), {f.digest.hex(): f.letter for f in job.functions().values()})
         for rows in batches:
             for number, attempt, (_, parts) in zip(rows.slices, rows.attempts, rows.letters()):
                 future = self._executor.submit(run, number, attempt, b"".join(parts))  # raises if it is shut down
                 self._out[future] = job.number
-                future.add_done_callback(functools.partial(self._put, self._answer, job, number, attempt))
+                future.add_done_callback(partial(self._put, self._answer, job, number, attempt))
 
     def _answer(self, job: Job, number: int, attempt: int, future: Future[Any]) -> Iterable[Action]:
         del self._out[future]

@@ -59,7 +59,22 @@ def test_the_readme_quotes_the_short_table():
              for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])]
     assert tuple(cells[0]) == run.HEAD[:-1]
     rows = [row[0] for row in cells[2:]]
-    assert rows and rows == [what for what in run.GROUPS if what in rows], rows
+    assert rows == [*run.GROUPS]
+
+
+@pytest.mark.parametrize("limit, values, kept", [
+    (("detect", 0.1), [0.05] * 18 + [0.2] * 2, True), (("detect", 0.1), [0.05] * 17 + [0.2] * 3, False),
+    (("detect", 1.0), [0.5, 0.5, 1.5], False), (("detect", 1.0), [0.5, 0.5, 0.5], True), (None, [9.0], True),
+    (("ratio", 1.1), [1.05, 1.3], True), (("ratio", 1.1), [1.15, 1.2], False),
+])
+def test_a_case_that_does_not_keep_its_limit_fails_but_in_the_short_form(limit, values, kept, capsys):
+    left = [*values]
+    case = run.Case("some", 1, "what", lambda bench: getattr(bench, limit[0] if limit else "detect").append(left.pop()),
+                    len(values), False, limit)
+    tally = run._run_case(case, len(values), 1, False)
+    assert (tally.failed == 0) is kept and ("FAILED" in capsys.readouterr().out) is not kept
+    left = [*values]
+    assert run._run_case(case, len(values), 1, True).failed == 0
 
 
 # What judges must be judged.

@@ -43,7 +43,7 @@ class Case(NamedTuple):
     run: Callable[[Bench], None]
     runs: int
     short: bool  # whether pytest runs it, too; what tests/test_faults.py has it need not
-    limit: tuple[str, float] | None  # what is promised: "detect" or "recover", and within how many seconds
+    limit: tuple[str, float] | None  # what is promised: "detect" or "recover" and seconds, or "ratio"
 
 
 CASES: dict[str, Case] = {}
@@ -52,7 +52,7 @@ CASES: dict[str, Case] = {}
 def fault(
     point: int, what: str, *, runs: int = 1, short: bool = False, limit: tuple[str, float] | None = None
 ) -> Callable[[Any], Any]:
-    """Register a case. `runs`: how often where nothing else is said. The table tells how many kept `limit`."""
+    """Register a case. `runs`: how often where nothing else is said. Nine in ten must keep `limit`, but when short."""
     def register(run: Callable[[Bench], None]) -> Callable[[Bench], None]:
         name = run.__name__
         CASES[name] = Case(name, point, what, run, runs, short, limit)
@@ -138,6 +138,7 @@ class Bench:
         self.short = short  # under pytest: a smaller form of the same
         self.detect: list[float] = []  # seconds
         self.recover: list[float] = []
+        self.ratio: list[float] = []  # what it took, to the ideal
         self.repeated: list[int] = []
         self.remarks: list[str] = []
         self.folder = folder or Path(tempfile.mkdtemp(prefix="achilles-faults-"))

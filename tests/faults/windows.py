@@ -142,13 +142,13 @@ def buffersize_one(bench: Bench) -> None:
     assert most <= 3, f"{most} were out: one, one that waits for room, one that is being delivered"
 
 
-@fault(14, "stragglers: nodes of 1, 3 and 8 workers", runs=3)
+@fault(14, "stragglers: nodes of 1, 3 and 8 workers", runs=3, limit=("ratio", 1.1))
 def stragglers(bench: Bench) -> None:
     """Uneven tasks: the makespan is near the ideal, through recall."""
     _stragglers(bench, [bench.rng.choice([0.02, 0.05, 0.1, 0.4]) for _ in range(600)])
 
 
-@fault(14, "stragglers: the last tasks are the longest", runs=3)
+@fault(14, "stragglers: the last tasks are the longest", runs=3, limit=("ratio", 1.1))
 def stragglers_at_the_end(bench: Bench) -> None:
     """What a node holds beyond its workers is worth much then, and must go to who has nothing."""
     _stragglers(bench, [0.02] * 300 + [0.5] * 144)
@@ -179,6 +179,7 @@ def _stragglers(bench: Bench, durations: list[float]) -> None:
     assert sorted(call.result().values()) == list(range(len(tasks)))
     took = time.monotonic() - at
     best = _greedy(durations) / ideal
+    bench.ratio.append(took / ideal)
     bench.note(recover=took, remark=f"{took / ideal:.3f} of the ideal ({best:.3f} at best in this order)")
     assert took < 1.5 * ideal, f"{took:.2f} s, ideal {ideal:.2f} s"
 
