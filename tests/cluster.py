@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
+from ports import free_port
 
 import achilles
 
@@ -124,7 +125,7 @@ class Cluster:
         self.folder = folder
         self.env_file = folder / "env"
         self.env = environment(*paths, ACHILLES_ENV_FILE=str(self.env_file))
-        self.port = 0
+        self.port = free_port()
         self.processes: list[Process] = []
         self.nodes: list[Process] = []
         self._start_method = start_method
@@ -157,7 +158,7 @@ class Cluster:
         return {"host": "127.0.0.1", "port": self.port, "username": USER, "secret_key": SECRET}
 
     def start_server(self, *options: str) -> Process:
-        """On any free port the first time, on the same one later."""
+        """On the same port each time."""
         self._write_settings()
         self.server = self._run("server", "-m", "achilles.server", *options)
         self.port = int(self.server.wait_for(r"initiated at 127\.0\.0\.1:(\d+)\nListening for connections\.\.\.")[1])

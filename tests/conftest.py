@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import signal
-import socket
 import threading
 import time
 import warnings
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ports
 import pytest
 
 import achilles
@@ -79,8 +79,7 @@ def in_a_child(function: Callable[[], object]) -> str:
 @pytest.fixture
 def free_port() -> int:
     """A port that nobody listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
+    return ports.free_port()
 
 
 @pytest.fixture

@@ -166,11 +166,9 @@ def test_a_silent_server_is_given_up(listener):
     assert time.monotonic() - started < SECONDS / 2
 
 
-def test_where_nobody_listens_is_said_at_once():
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        address = unused.getsockname()
-    with pytest.raises(ServerUnreachable, match=f"{address[0]}:{address[1]}"):
-        connect(*address, auth.CONTROLLER, "ann", KEY, SECONDS)
+def test_where_nobody_listens_is_said_at_once(free_port):
+    with pytest.raises(ServerUnreachable, match=f"127.0.0.1:{free_port}"):
+        connect("127.0.0.1", free_port, auth.CONTROLLER, "ann", KEY, SECONDS)
 
 
 def answer(data, seconds=SECONDS, end=True):

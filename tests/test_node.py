@@ -207,13 +207,11 @@ def test_it_runs_under_each_start_method(server: Server, start: Any, method: str
     assert server.results(3) == {0: 1, 1: 4, 2: 9}
 
 
-def test_it_waits_for_a_server_that_is_not_there_yet_and_says_so_once(start: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    it = start(port)
+def test_it_waits_for_a_server_that_is_not_there_yet_and_says_so_once(start: Any, free_port: int) -> None:
+    it = start(free_port)
     wait_until(lambda: it.errors)
     threading.Event().wait(0.7)  # it tries again after 0.1, 0.2, 0.4 s
-    with contextlib.closing(Server(port)) as late:
+    with contextlib.closing(Server(free_port)) as late:
         late.accept()
         assert it.read(4).startswith("GREETING")
     assert sum("waiting for it" in line for line in it.errors) == 1
@@ -311,10 +309,8 @@ def test_a_second_sigterm_ends_it_at_once(server: Server, start: Any) -> None:
     assert it.wait() == 128 + signal.SIGTERM
 
 
-def test_sigterm_without_a_server_ends_it(start: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    it = start(port)
+def test_sigterm_without_a_server_ends_it(start: Any, free_port: int) -> None:
+    it = start(free_port)
     wait_until(lambda: it.errors)
     it.process.terminate()
     assert it.wait() == 0

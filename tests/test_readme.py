@@ -9,7 +9,6 @@ import inspect
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from attacks import run as attacks_run
+from ports import free_port
 
 import achilles
 from achilles import errors, server
@@ -72,9 +72,7 @@ class Cluster:
 
     def __init__(self, folder):
         self.folder = folder
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        self.port = free_port()
         env_file = str(folder / "cluster.env")
         clean = {name: value for name, value in os.environ.items() if not name.startswith("ACHILLES_")}
         paths = [str(Path(achilles.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
