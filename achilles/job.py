@@ -47,7 +47,7 @@ from .wire import (
 __all__ = ["ATTEMPTS", "SLICE_US", "Function", "Job", "Link", "Taken"]
 
 ATTEMPTS = 3  # deaths of an argument, or alterations of a slice in a row, before it is given up
-UNNAMED = -1  # in place of a position: deaths while all values of the slice were dumped together
+UNNAMED = -1  # in place of a position: deaths of which the worker had not said at which argument
 WINDOW_SLICES = 64  # out beyond two for each worker: what is under way between here and there
 SLICE_US = 50_000  # of work in a slice of a job that chooses by itself: far over what a slice costs ...
 SLICE_BYTES = 1 << 20  # ... and bytes of it, or of its results: beyond, more of them save nothing
@@ -429,13 +429,14 @@ class Job:
     def _charge(self, number: int, position: int, phase: str) -> list[int]:
         """Count a death; the positions that it is charged to.
 
-        Values are dumped together at first: whose dump killed is named by the next death, which counts for both.
+        On the first attempt a worker does not say which argument it is at, and values are always dumped together in
+        the end: who killed is named by the next death, which counts for both.
         """
         deaths, left = self._trouble(number).deaths, self._left(number)
         if 0 <= position < self.slices[number].number:
-            deaths[position] += 1 + (deaths.pop(UNNAMED, 0) if phase == "dump" else 0)
+            deaths[position] += 1 + deaths.pop(UNNAMED, 0)
             return [position]
-        if phase == "dump":
+        if phase in ("call", "dump"):
             deaths[UNNAMED] += 1
             left = left if deaths[UNNAMED] >= ATTEMPTS else []  # each can be dumped, but not all of them
             deaths.update(dict.fromkeys(left, ATTEMPTS))

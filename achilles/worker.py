@@ -97,6 +97,7 @@ class _Job(NamedTuple):
     function: str
     call: str | None = None
     seed: int | None = None
+    timeout: float | None = None
 
     def digests(self) -> list[str]:
         """In the order in which they are to be loaded."""
@@ -133,8 +134,8 @@ class Runner:
         if body["context"] not in self._contexts:
             self._contexts[body["context"]] = _Context(self._node)
         context, options = self._contexts[body["context"]], body["options"]
-        job = _Job(context, body.get("initializer"), body["function"], options.get("call"), options.get("seed"))
-        self._jobs[body["job"]] = job
+        called = [options.get(name) for name in ("call", "seed", "timeout")]
+        self._jobs[body["job"]] = job = _Job(context, body.get("initializer"), body["function"], *called)
         for digest in filter(self._letters.__contains__, job.digests()):
             job.context.letters[digest] = self._letters.pop(digest)
 
@@ -181,7 +182,8 @@ class Runner:
             arguments, skipped = load_slice(context, letter)
         except BaseException as error:
             return [_failure(context, error)]
-        values, errors = self._call(_wrapped(job, *job.context.loaded[job.function]), arguments, skipped)
+        named = bool(attempt or skipped) or job.timeout is not None
+        values, errors = self._call(_wrapped(job, *job.context.loaded[job.function]), arguments, skipped, named)
         try:
             self._find_deadly(context, attempt, values)
             return self._dump(context, values, errors)
@@ -195,23 +197,32 @@ class Runner:
         self._status[PHASE] = phase
 
     def _call(
-        self, function: Function, arguments: list[Any], skipped: frozenset[int]
+        self, function: Function, arguments: list[Any], skipped: frozenset[int], named: bool
     ) -> tuple[list[Any], dict[int, BaseException]]:
-        """The values, one a position (None where skipped or raised), and the exceptions by position."""
+        """The values, one a position (None where skipped or raised), and the exceptions by position.
+
+        With `named` the status says at any time which position is called: that costs 40 ns, as much as a tiny
+        function. Without, whoever ends this process is named by the next attempt.
+        """
         values: list[Any] = []
         errors: dict[int, BaseException] = {}
-        left: Iterator[tuple[int, Any]] = enumerate(arguments)
-        if skipped:
-            left = filter(lambda pair: pair[0] not in skipped, left)
+        left: Iterator[Any] = iter(arguments)
+        if named:
+            left = ((position, argument) for position, argument in enumerate(arguments) if position not in skipped)
         status, append, count = self._status, values.append, len(arguments) - len(skipped)
+        status[POSITION] = 0 if len(arguments) == 1 else WHOLE
         status[PHASE] = CALL
-        while len(values) < count:
+        while len(values) < count:  # goes on behind an exception
             try:
-                for status[POSITION], argument in left:  # the cost of a tiny task; goes on behind an exception
-                    append(function(argument))
-            except BaseException as error:
-                position = max(status[POSITION], 0)
-                del values[position - sum(other < position for other in skipped) :]  # it may have come a moment late
+                if named:
+                    for status[POSITION], argument in left:
+                        append(function(argument))
+                else:
+                    for argument in left:
+                        append(function(argument))
+            except BaseException as error:  # it may have come a moment late, when the last value was there
+                position = max(status[POSITION], 0) if named else min(len(values), count - 1)
+                del values[position - sum(other < position for other in skipped) :]
                 append(None)
                 errors[position] = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
         for position in sorted(skipped):

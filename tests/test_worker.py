@@ -255,9 +255,19 @@ def test_an_initializer_that_raises_is_called_once_and_fails_each_slice(node: No
 
 def test_the_status_names_slice_position_and_phase(node: Node) -> None:
     node.declare(look, initializer=(look, (0,)), callback=look)
-    node.outcomes(node.slice(5, [Loaded(), 2]))
+    node.outcomes(node.slice(5, [Loaded(), 2], attempt=1))
     assert seen == [(5, -1, FUNCTION), (5, -1, LOAD), *[(5, 0, CALL)] * 2, *[(5, 1, CALL)] * 2]
     assert wait_until(lambda: status[2] == IDLE)
+
+
+@pytest.mark.parametrize(("arguments", "options", "positions"), [
+    ([1], {}, [0]), ([1, 2], {}, [-1, -1]), ([1, 2], {"timeout": 9.0}, [0, 1])])
+def test_on_a_first_attempt_positions_are_named_where_somebody_needs_them(
+    node: Node, arguments: list[int], options: dict[str, float], positions: list[int]
+) -> None:
+    node.declare(look, **options)
+    node.outcomes(node.slice(5, arguments))
+    assert seen == [(5, position, CALL) for position in positions]
 
 
 def test_a_value_in_dumping_is_named_where_that_is_known(node: Node) -> None:
