@@ -55,7 +55,7 @@ HEX_DIGITS = frozenset("0123456789abcdef")  # lower case alone, so that equal di
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
 BUFFER_BYTES = 256 << 10  # one recv takes up to this much
 DIRECT_BYTES = 64 << 10  # from here on a letter is received where it will stay; less is copied there, many a recv
-LETTER_STEP_BYTES = 4 << 20  # the first piece of memory for a long letter; doubled as it fills
+LETTER_STEP_BYTES = (8 << 20) + (64 << 10)  # the first piece of memory for a long letter (8 MiB and its head); doubled
 
 PACKED = 0x01  # status bit of a TASK row
 MORE = 0x80  # status bit of a RESULT row
