@@ -16,7 +16,7 @@ It is driven in one of two ways, by the same methods:
 - *A loop* (node, and its end of each worker's socket pair): the socket does not
   block; the loop calls `receive()` and `flush()` when the selector says so, and `tick()`.
 
-`_ready`'s lock guards the outbox and the closing flags, and is held for no system
+`_lock` guards the outbox and the closing flags, and is held for no system
 call. `_writing` is held by whoever writes, between threads, and guards `_parts`,
 the tagger and the descriptor; only the writer thread and `close` wait for it.
 `_reader` is the reader's own. Rows of the same
@@ -82,7 +82,8 @@ class Channel:
         self._reader = FrameReader(link, checker, letter_limit)  # the reader's own
         self._trickled = 0  # bytes since last_heard; the reader's own
         self._parts: list[memoryview] = []  # encoded and not written yet; with `_writing`
-        self._ready = threading.Condition(threading.Lock())  # guards all below
+        self._lock = threading.Lock()  # guards all below
+        self._ready = threading.Condition(self._lock)
         self._ahead: deque[tuple[Kind, dict[str, Any]]] = deque()  # PING, CANCEL, RECALL
         self._queue: deque[tuple[Kind, dict[str, Any] | list[Rows]]] = deque()
         self._room: tuple[int, ...] = FULL  # rows, short bytes, long bytes that the last entry may still take
@@ -98,7 +99,7 @@ class Channel:
 
         Without `wake` the writer thread is not told, because `push` will be called.
         """
-        with self._ready:
+        with self._lock:
             if self._finishing or self._closed:
                 return
             if isinstance(body, Rows):
@@ -130,19 +131,19 @@ class Channel:
             if held:
                 self._writing.release()
         if self.wants_write:
-            with self._ready:
+            with self._lock:
                 self._ready.notify()
 
     def send_ahead(self, kind: Kind, body: dict[str, Any]) -> None:
         """Queue a frame before all that are not in writing yet."""
-        with self._ready:
+        with self._lock:
             if not (self._finishing or self._closed):
                 self._ahead.append((kind, body))
                 self._ready.notify()
 
     def drop_tasks(self, job: int) -> None:
         """Take a cancelled job's unwritten TASKs out of the outbox."""
-        with self._ready:
+        with self._lock:
             kept = [
                 entry for entry in self._queue
                 if not (entry[0] is Kind.TASK and isinstance(entry[1], list) and entry[1][0].job == job)
@@ -157,7 +158,7 @@ class Channel:
 
     def finish(self, reason: str | None = None) -> None:
         """Say BYE (with a reason), let the outbox be written, then shut down writing. Never blocks."""
-        with self._ready:
+        with self._lock:
             if reason and not (self._finishing or self._closed):
                 self._queue.append((Kind.BYE, {"reason": reason}))
             self._finishing = True
@@ -170,7 +171,7 @@ class Channel:
 
     def abort(self) -> None:
         """End the connection at once; both threads return. Any thread, any number of times."""
-        with self._ready:
+        with self._lock:
             self._closed = True
             self._ready.notify()
         with contextlib.suppress(OSError):
@@ -234,7 +235,7 @@ class Channel:
                     self.flush()
         except OSError as e:  # the reader's socket ends, too, but first it reads why: an ERROR, a BYE
             log.debug("%s: writing ended: %s", self.name, e)
-            with self._ready:
+            with self._lock:
                 self._finishing = self._shut = True
         except Exception:  # such as a MemoryError: half a connection must not live on
             log.exception("%s: writing failed", self.name)
@@ -242,7 +243,7 @@ class Channel:
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to write; False when there will be nothing more."""
-        with self._ready:
+        with self._lock:
             while not self.wants_write:
                 if self._closed or self._finishing:
                     return False
@@ -270,7 +271,7 @@ class Channel:
             size += len(envelope) + sum(map(len, letters))
 
     def _next_entry(self) -> tuple[Kind, dict[str, Any] | Rows] | None:
-        with self._ready:
+        with self._lock:
             if self._ahead:
                 return self._ahead.popleft()
             if not self._queue:

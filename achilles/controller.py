@@ -10,6 +10,10 @@ Knows the connection, its loss and its return; a job's arguments and results it 
       └─▶ connect again, with back-off, for `reconnect_seconds` ────┘ every job declared anew,
                                                                      every slice without a result sent again
 
+END waits a little where all went well: a call of one slice that is declared alike follows under the same
+number, and the slice is all that travels. Longer ones begin anew, for what is known of a job's pace may not
+hold for them.
+
 Threads: the reader (`_read`) owns the connection: it reads, routes rows to jobs, and
 connects again. The channel's writer sends. Any thread may start and end jobs.
 `lock` guards the channel, the jobs, the book of functions and the cluster's figures;
@@ -21,13 +25,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import random
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import auth, channel
 from .channel import PYTHON, Channel, SentFunctions
@@ -49,10 +54,23 @@ __all__ = ["RECONNECT_SECONDS", "Controller"]
 CLOSED = "the connection to the server was closed by its owner in this process"
 RECONNECT_SECONDS = 300.0  # a server's machine may have to boot
 BACKOFF_SECONDS = (0.1, 5.0)  # the first wait before connecting again, and the longest; doubled, with jitter
+KEPT_SECONDS, KEPT_JOBS = 0.5, 16  # at least so long, and at most so many, wait for one like them
 REPLY_SECONDS = 10.0  # for HELLO, the first CLUSTER, a STATUS, a KILL: the server answers at once or not at all
 
 log = logging.getLogger(__name__)
 derive_key = functools.lru_cache(maxsize=8)(auth.derive_key)  # 40 ms, and each of the three calls connects anew
+
+
+class _Kept(NamedTuple):
+    """A job that is over, and that one like it may follow under its number."""
+
+    number: int
+    first: int  # the slice that would be next
+    functions: list[bytes]  # their digests
+    since: float  # monotonic
+
+
+_Identity = tuple[bytes, str]  # of jobs that are declared alike
 
 
 class Controller(Link):
@@ -72,6 +90,7 @@ class Controller(Link):
         self._channel: Channel | None = None
         self._sent = SentFunctions()  # what the server holds of this connection's functions
         self._jobs: dict[int, Job] = {}
+        self._kept: dict[_Identity, _Kept] = {}  # jobs that are over, and whose END waits; the oldest first
         self._numbers = 0
         self._cluster: dict[str, Any] | None = None  # the last CLUSTER of this connection
         self._met = False  # a server has sent one, ever ...
@@ -122,8 +141,11 @@ class Controller(Link):
         job = make(self, number)
         with self.lock:
             self._raise_if_lost()
-            self._jobs[number] = job
-            self._declare(job, resumed=False)
+            if job.single and (over := self._kept.pop(_identity(job), None)):
+                job.follow(over.number, over.first)
+            else:
+                self._declare(job, resumed=False)
+            self._jobs[job.number] = job
         try:
             job.start()
         except BaseException:  # Ctrl-C, in what this thread fed
@@ -135,17 +157,19 @@ class Controller(Link):
     def end(self, job: Job, cancel: bool = False) -> None:
         """The job is over, or with `cancel` shall be: what is queued and what runs is stopped. 0.5 s at most."""
         with self.lock:
-            known = self._jobs.pop(job.number, None) is not None
+            known = self._jobs.get(job.number) is job  # another one may have followed it
             job.ended = True
-            if known and cancel:
-                if self._channel is not None:
+            if known:
+                del self._jobs[job.number]
+                over = _Kept(job.number, job.spent, [f.digest for f in job.functions().values()], time.monotonic())
+                if over.first and not cancel:
+                    self._keep(_identity(job), over)
+                    return  # nobody waits for anything of it
+                if cancel and self._channel is not None:
                     self._channel.drop_tasks(job.number)
                     self._channel.send_ahead(Kind.CANCEL, {"job": job.number})
-            if known:
-                self.post(Kind.END, {"job": job.number}, wake=True)
-                for function in job.functions().values():
-                    for digest in self._sent.release(function.digest):
-                        self.post(Kind.FORGET, {"function": digest.hex()}, wake=True)
+                self._end(over)
+        self.push()
         job.stop()
 
     def close_context(self, context: bytes) -> None:
@@ -158,6 +182,7 @@ class Controller(Link):
         """Nodes, jobs and server as plain dicts, from the server; blocks 10 s at most."""
         with self.lock:
             self._status = None
+            self._end_kept()
             self.post(Kind.STATUS, {})
         self.push()
         self._wait_until(lambda: self._status is not None, "an answer")
@@ -228,7 +253,7 @@ class Controller(Link):
             if self._closing.is_set():
                 link.close()
                 raise ServerUnreachable(CLOSED)
-            self._channel, self._sent, self._cluster = link, SentFunctions(), None
+            self._channel, self._sent, self._cluster, self._kept = link, SentFunctions(), None, {}
             for job in self._jobs.values():
                 self._declare(job, resumed=True)
                 for rows in job.outstanding():
@@ -243,6 +268,32 @@ class Controller(Link):
             if self._sent.use(function.digest, len(function.letter)):
                 self.post(Kind.FUNCTION, Rows.single(0, 0, 0, 0, (function.letter,), function.digest))
         self.post(Kind.JOB, job.declaration() | {"resumed": resumed})
+
+    def _keep(self, identity: _Identity, over: _Kept) -> None:
+        """Wait with its END: the next call may be of the same function, and save both frames. Needs `lock`."""
+        for other in (identity, next(iter(self._kept))) if len(self._kept) == KEPT_JOBS else (identity,):
+            if other in self._kept:
+                self._end(self._kept.pop(other))
+        self._kept[identity] = over
+
+    def _end_kept(self, before: float = math.inf) -> None:
+        """END the jobs that were kept, those that have been over since `before`. Needs `lock`."""
+        for identity, kept in list(self._kept.items()):
+            if kept.since < before:
+                self._end(self._kept.pop(identity))
+
+    def _end(self, kept: _Kept) -> None:
+        self.post(Kind.END, {"job": kept.number})
+        for function in kept.functions:
+            for digest in self._sent.release(function):
+                self.post(Kind.FORGET, {"function": digest.hex()})
+
+    def _tidy(self) -> None:
+        """The reader, after what came together, and every second."""
+        if self._kept:
+            with self.lock:
+                self._end_kept(time.monotonic() - KEPT_SECONDS)
+        self.push()
 
     def _read(self) -> None:
         """The reader thread; however it ends, everybody who waits is told."""
@@ -263,7 +314,7 @@ class Controller(Link):
         """Read until the connection ends, connect again, until closed or given up."""
         while True:
             link = self._channel
-            why = link.run(self._handle) if link is not None else "closed"
+            why = link.run(self._handle, self._tidy) if link is not None else "closed"
             if self._closing.is_set() or self._lost is not None:
                 break
             log.info("lost the connection to the server: %s", why)
@@ -360,10 +411,14 @@ class Controller(Link):
         self._closing = threading.Event()
         for job in self._jobs.values():
             job.abandon(self._lost)
-        self._jobs = {}
+        self._jobs, self._kept = {}, {}
         link, self._channel = self._channel, None
         if link is not None:
             link.socket.close()
+
+
+def _identity(job: Job) -> _Identity:
+    return job.context_id, repr((job.options, [function.digest for function in job.functions().values()]))
 
 
 _open_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()

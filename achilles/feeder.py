@@ -73,11 +73,11 @@ class _NoRoom(Exception):
 class Sink(Protocol):
     """What the feeder needs of its job. Called by feeder and pacer, never by both at once."""
 
-    def enter(self, batch: Sequence[Slice], place: int | None = None) -> None:
-        """Number, keep and post these slices; those of one list, if `place` is given."""
+    def enter(self, batch: Sequence[Slice], place: int | None = None, *, push: bool = True) -> None:
+        """Number, keep and post these slices; those of one list, if `place` is given. `push` sends what is posted."""
 
     def flush(self) -> None:
-        """What is posted will not be followed soon: packets need not be full."""
+        """What is posted will not be followed soon: packets need not be full. Sends what is posted."""
 
     def flush_if_stuck(self) -> None:
         """The window is full: flush if what is out will never make a full packet."""
@@ -114,7 +114,7 @@ class Feeder:
 
     def __init__(
         self, sink: Sink, context: payload.Context, window: Window, args: Iterable[Any] | Callable[[], Any], *,
-        size: int, by_argument: bool, lists: bool, name: str,
+        size: int, by_argument: bool, lists: bool,
     ) -> None:
         self.ended = threading.Event()  # all is fed, or nothing more shall be
         self._sink = sink
@@ -136,12 +136,13 @@ class Feeder:
         self._batch_since = 0.0
         self._inline = False  # the caller's thread feeds, and must not wait for room, nor be kept long
         self._inline_until = 0.0
-        self._threads = [threading.Thread(target=self._feed, name=f"achilles-feeder {name}", daemon=True)]
-        if not isinstance(args, (list, tuple, range)):
-            self._threads.append(threading.Thread(target=self._pace, name=f"achilles-pacer {name}", daemon=True))
+        self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
-        """Begin to iterate. A short sequence is fed by this thread, as far as there is room for it."""
+    def start(self, name: str) -> None:
+        """Begin to iterate. A short sequence is fed by this thread, as far as there is room for it.
+
+        :param name: for the threads.
+        """
         args = self._args
         if isinstance(args, (list, tuple, range)) and len(args) <= INLINE_SLICES * self.size:
             self._inline = not (args and self._is_list(args[0]))
@@ -149,7 +150,11 @@ class Feeder:
             self._inline_until = time.monotonic() + INLINE_SECONDS
             self._feed()
         if not self.ended.is_set():
-            for thread in self._threads:
+            threads = [threading.Thread(target=self._feed, name=f"achilles-feeder {name}", daemon=True)]
+            if not isinstance(args, (list, tuple, range)):
+                threads.append(threading.Thread(target=self._pace, name=f"achilles-pacer {name}", daemon=True))
+            self._threads = threads
+            for thread in threads:
                 thread.start()
 
     def stop(self) -> None:
@@ -177,7 +182,7 @@ class Feeder:
                 raise  # Ctrl-C, or the like, in the caller's own thread
             error = e
         with self._cutting:
-            self._post()
+            self._post(push=False)
         self._sink.flush()
         self.ended.set()
         self._sink.finish(self._places, error)
@@ -291,12 +296,12 @@ class Feeder:
         if self._inline and now > self._inline_until:
             raise _NoRoom
 
-    def _post(self) -> None:
+    def _post(self, push: bool = True) -> None:
         if self._batch:
             batch, self._batch = self._batch, []
             self._window.enter(sum(slice_.weight for slice_ in batch), self._batch_size)
             self._room, self._batch_size = 0, 0
-            self._sink.enter(batch)
+            self._sink.enter(batch, push=push)
 
     def _make_room(self, weight: int, size: int) -> None:
         """Wait until there is room for one more slice, or for a list. What is in the batch goes before."""

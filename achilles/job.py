@@ -132,6 +132,7 @@ class Job:
         self.function = function
         self.initializer = initializer
         self.options = {name: value for name, value in (options or {}).items() if value is not None}
+        self._ordered = ordered
         self.buffer: SliceBuffer | UnitBuffer = SliceBuffer(ordered) if flat else UnitBuffer(ordered)
         self.ready = ready
         self.slices: dict[int, Slice] = {}  # without a checked result
@@ -149,18 +150,19 @@ class Job:
         self._given: list[int] = []  # slices that were; their room is given back together
         self._largest = largest if buffersize is None or largest is None else min(largest, buffersize)
         self._least, self._slice_us = min(chunksize, buffersize or chunksize), slice_us
+        self.single = flat and isinstance(args, (list, tuple, range)) and 0 < len(args) <= self._least  # slice
         self._buffersize = buffersize
         self._beyond: float = WINDOW_SLICES
         self._worth = 1  # slices that make a message, by the slowest of late
         self._window = Window(buffersize or self._window_slices())
         self._feeder = Feeder(
             self, context, self._window, args, size=self._least,
-            by_argument=buffersize is not None, lists=not flat, name=str(number),
+            by_argument=buffersize is not None, lists=not flat,
         )
 
     def start(self) -> None:
         """Begin to iterate, dump and send. The job is declared by then."""
-        self._feeder.start()
+        self._feeder.start(str(self.number))
 
     @property
     def fed(self) -> threading.Event:
@@ -181,7 +183,7 @@ class Job:
         self._ready.clear()
         self._given.clear()
         self.buffer, self._window = UnitBuffer(True), Window(0)
-        self._feeder = Feeder(self, self.context, self._window, (), size=1, by_argument=False, lists=False, name="")
+        self._feeder = Feeder(self, self.context, self._window, (), size=1, by_argument=False, lists=False)
         self.buffer.fail(error)
         self.ready = None
 
@@ -204,6 +206,16 @@ class Job:
         """The body of its JOB, but for what the connection knows."""
         digests = {role: function.digest.hex() for role, function in self.functions().items()}
         return {"job": self.number, "context": self.context_id.hex(), "options": self.options, **digests}
+
+    def follow(self, number: int, first: int) -> None:
+        """Go on under the number of one that is over and was declared alike: its next slice is `first`. Flat jobs."""
+        self.number, self._next = number, first
+        self.buffer = SliceBuffer(self._ordered, first)
+
+    @property
+    def spent(self) -> int:
+        """The slice that could follow, where everything went and came as it should; 0 where not. Needs `link.lock`."""
+        return 0 if self.slices or self._troubles or self._deaths or not self._flat else self._next
 
     def outstanding(self) -> list[Rows]:
         """Every slice without an answer, for a new connection. Needs `link.lock`; no slice is charged."""
@@ -474,7 +486,7 @@ class Job:
 
     # What the Feeder needs of its job.
 
-    def enter(self, batch: Sequence[Slice], place: int | None = None) -> None:
+    def enter(self, batch: Sequence[Slice], place: int | None = None, *, push: bool = True) -> None:
         """Number, keep and post slices, which are in the window; with `place` they are one list, perhaps empty."""
         with self.link.lock:
             numbers = range(self._next, self._next + len(batch))
@@ -486,7 +498,8 @@ class Job:
                 self.buffer.add(Unit(place, 1, numbers))
             for start, stop in _frames(batch):
                 self._post(Kind.TASK, self._rows(numbers[start:stop]))
-        self.link.push()
+        if push:
+            self.link.push()
 
     def flush(self) -> None:
         """Packets need not be full up to here."""

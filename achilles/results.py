@@ -12,8 +12,8 @@ know, nor any socket, pickle or clock but the caller's deadlines.
 What is delivered at once is a *unit* in the three original calls, a packet or a
 list: it is announced (`add`), answered slice by slice (`put`, the reader thread),
 and taken whole (`take`, the caller's thread). Elsewhere it is a slice by itself.
-Both come in the order of `args`, or as they become complete. Each class has one condition of its own,
-which guards everything in it; no method calls out while holding it.
+Both come in the order of `args`, or as they become complete. Each class has one lock of its own, which
+guards everything in it, and a condition on it; no method calls out while holding it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class _Buffer:
 
     def __init__(self, ordered: bool) -> None:
         self._ordered = ordered
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._taken = 0  # places that were taken; in order, the next one
         self._end: int | None = None  # places there are in all, once known
         self._last_error: BaseException | None = None  # raised behind the last piece
@@ -65,13 +66,13 @@ class _Buffer:
 
     def finish(self, end: int, error: BaseException | None = None) -> None:
         """There are `end` places in all; behind the last of them `error` is raised, if there is one."""
-        with self._changed:
+        with self._lock:
             self._end, self._last_error = end, error
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """Raise `error` in whoever takes, now and from now on. The first error stays."""
-        with self._changed:
+        with self._lock:
             self._error = self._error or error
             self._changed.notify_all()
 
@@ -81,7 +82,7 @@ class _Buffer:
         Raises the error of `fail` at once, that of `finish` in its place.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
+        with self._lock:
             while True:
                 if self._error is not None:
                     raise self._error
@@ -106,20 +107,21 @@ class SliceBuffer(_Buffer):
     Nothing is kept for a slice but its answer, and no step is taken for each of many that come at once.
     """
 
-    def __init__(self, ordered: bool) -> None:
+    def __init__(self, ordered: bool, first: int = 0) -> None:
         super().__init__(ordered)
+        self._taken = first
         self._answers: dict[int, Any] = {}
 
     def put(self, slices: Iterable[int], answers: Iterable[Any]) -> None:
         """The answers of slices, each of which is put once."""
-        with self._changed:
+        with self._lock:
             self._answers.update(zip(slices, answers))
             if self._answers and (not self._ordered or self._taken in self._answers):
                 self._changed.notify_all()
 
     def put_back(self, pieces: Sequence[tuple[int, Any]]) -> None:
         """What was taken, and not delivered: the first of them was no good."""
-        with self._changed:
+        with self._lock:
             self._answers = dict(pieces[1:]) | self._answers
             self._taken -= len(pieces)
 
@@ -144,7 +146,7 @@ class UnitBuffer(_Buffer):
 
     def add(self, unit: Unit) -> None:
         """Announce a unit. One without slices is complete at once."""
-        with self._changed:
+        with self._lock:
             if unit.slices:
                 self._open.update(dict.fromkeys(unit.slices, unit))
             else:
@@ -153,7 +155,7 @@ class UnitBuffer(_Buffer):
 
     def put(self, slices: Iterable[int], answers: Iterable[Any]) -> None:
         """The answers of slices. A second one of the same slice is ignored."""
-        with self._changed:
+        with self._lock:
             for slice_, answer in zip(slices, answers):
                 unit = self._open.get(slice_)
                 if unit is None or slice_ in unit.answers:
@@ -169,7 +171,7 @@ class UnitBuffer(_Buffer):
     def put_back(self, units: Sequence[Unit], slice_: int) -> None:
         """Units that were taken, and not delivered: the answer of this slice, of the first of them, was no good."""
         first, *others = units
-        with self._changed:
+        with self._lock:
             del first.answers[slice_]
             self._open.update(dict.fromkeys(first.slices, first))
             self._complete = {unit.start: unit for unit in others} | self._complete
@@ -190,7 +192,8 @@ class Window:
     """How much of a job may be out, counted in slices (or arguments) and in bytes. The only flow control."""
 
     def __init__(self, limit: float) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._limit = limit
         self._out = 0
         self._bytes = 0
@@ -202,7 +205,7 @@ class Window:
         There always is for one, if nothing else is out. Where there is none, blocks until something changes,
         `timeout` seconds at most, and looks once more. 0 if the window is `closed`.
         """
-        with self._changed:
+        with self._lock:
             if not (room := self._room(weight, size)) and timeout and not self.closed:
                 self._changed.wait(timeout)
                 room = self._room(weight, size)
@@ -214,13 +217,13 @@ class Window:
 
     def enter(self, weight: int, size: int) -> None:
         """Take room that `room` said is there; only who asked does this, so that it still is."""
-        with self._changed:
+        with self._lock:
             self._out += weight
             self._bytes += size
 
     def leave(self, weight: int, size: int) -> None:
         """What was out has been taken."""
-        with self._changed:
+        with self._lock:
             self._out -= weight
             self._bytes -= size
             if self._out <= self._limit * ENOUGH_ROOM:
@@ -228,12 +231,12 @@ class Window:
 
     def resize(self, limit: float) -> None:
         """A new limit, infinity to lift the window."""
-        with self._changed:
+        with self._lock:
             self._limit = limit
             self._changed.notify_all()
 
     def close(self) -> None:
         """Nothing will enter any more; whoever waits returns."""
-        with self._changed:
+        with self._lock:
             self.closed = True
             self._changed.notify_all()

@@ -375,3 +375,117 @@ def test_settings_are_resolved_anew_for_each_connection(free_port, monkeypatch):
         controller.open()
     wait_until(lambda: len(asked) > 1)
     controller.close()
+
+# Calls that follow each other.
+
+
+@pytest.fixture
+def call():
+    """Calls of one context, as a pool makes them: each ends when its results are taken."""
+    context, context_id = payload.Context(caller=True), secrets.token_bytes(16)
+
+    def run(controller, args, func=square, **options):
+        function = Function(context.dump((func, None)))
+        job = controller.start(lambda link, number: Job(
+            link, number, context, context_id, function, args, **{"flat": True} | options))
+        values = results(job)
+        controller.end(job)
+        return values
+
+    return run
+
+
+def test_a_short_call_alike_follows_under_the_same_number(server, connect, call):
+    controller = connect()
+    with Node(server.address[1]) as node:
+        assert call(controller, range(3)) == [0, 1, 4]
+        for n in range(20):
+            assert call(controller, [n]) == [n * n]
+        assert call(controller, range(4), chunksize=4) == [0, 1, 4, 9]
+        assert len(node.kinds(Kind.JOB)) == 1 and not node.kinds(Kind.END)
+        assert node.tasks() == list(range(24))
+
+
+@pytest.mark.parametrize("change", [
+    {"func": abs}, {"options": {"seed": 1}}, {"args": [1, 2]}, {"args": iter([1])}, {"flat": False}])
+def test_another_function_or_option_or_a_longer_call_begins_anew(server, connect, call, change):
+    controller = connect()
+    with Node(server.address[1]) as node:
+        assert call(controller, [1]) == [1]
+        call(controller, **{"args": [1]} | change)
+        assert len(node.kinds(Kind.JOB)) == 2
+
+
+def test_what_no_call_follows_is_ended_within_seconds_and_before_a_status(server, connect, call):
+    controller = connect()
+    with Node(server.address[1]) as node:
+        assert call(controller, [2]) == [4]
+        assert not node.kinds(Kind.END) and controller._kept
+        node.wait(lambda: len(node.kinds(Kind.END)) == 1)
+        assert call(controller, [2]) == [4]
+        assert controller.status()["jobs"] == []
+        node.wait(lambda: len(node.kinds(Kind.END)) == 2)
+        assert len(node.kinds(Kind.JOB)) == 2 and not controller._kept
+
+
+def test_no_more_than_some_wait_to_be_followed(server, connect, call):
+    controller = connect()
+    with Node(server.address[1]) as node:
+        for n in range(3 * controller_module.KEPT_JOBS):
+            assert call(controller, [n], options={"seed": n}) == [n * n]
+            assert len(controller._kept) <= controller_module.KEPT_JOBS
+        ends = len(node.kinds(Kind.END))
+        assert ends >= 2 * controller_module.KEPT_JOBS - 1
+        assert {body["job"] for body in node.kinds(Kind.END)} == set(range(1, ends + 1))  # the oldest first
+
+
+def test_a_call_that_was_cancelled_or_lost_a_worker_is_not_followed(server, connect, call):
+    controller = connect()
+    with Node(server.address[1]) as node:
+        node.let(0)
+        job = begin(controller, [1], flat=True)
+        controller.end(job, cancel=True)
+        node.let()
+        assert not controller._kept
+        job = begin(controller, [1], flat=True)
+        assert results(job) == [1]
+        job._trouble(0)
+        controller.end(job)
+        assert not controller._kept
+        node.wait(lambda: len(node.kinds(Kind.END)) == 2)
+
+
+def test_after_a_reconnection_nothing_is_followed_and_a_follower_is_declared(free_port, monkeypatch, call):
+    monkeypatch.setattr(controller_module, "BACKOFF_SECONDS", (0.02, 0.1))
+    with serving(free_port):
+        controller = Controller(lambda: settings(free_port))
+        controller.open()
+        with Node(free_port) as node:
+            assert call(controller, [3]) == call(controller, [3]) == [9]
+            assert node.tasks() == [0, 1]
+    wait_until(lambda: not controller.connected)
+    with serving(free_port), Node(free_port) as node:
+        wait_until(lambda: controller.connected)
+        assert call(controller, [3]) == [9]
+        assert [body["resumed"] for body in node.kinds(Kind.JOB)] == [False] and node.tasks() == [0]
+        controller.close()
+
+
+def test_a_follower_is_sent_again_to_a_server_that_is_back(free_port, monkeypatch, call):
+    monkeypatch.setattr(controller_module, "BACKOFF_SECONDS", (0.02, 0.1))
+    answers = []
+    with serving(free_port):
+        controller = Controller(lambda: settings(free_port))
+        controller.open()
+        with Node(free_port) as node:
+            assert call(controller, [3]) == [9]
+            node.let(0)
+            thread = threading.Thread(target=lambda: answers.append(call(controller, [4])))
+            thread.start()
+            node.wait(lambda: node.tasks() == [0, 1])
+    wait_until(lambda: not controller.connected)
+    with serving(free_port), Node(free_port) as node:
+        thread.join(SECONDS)
+        assert answers == [[16]] and node.tasks() == [1]
+        assert [body["resumed"] for body in node.kinds(Kind.JOB)] == [True]
+        controller.close()
