@@ -242,16 +242,17 @@ class Runner:
     def _dump(self, context: Context, values: list[Any], errors: dict[int, BaseException]) -> list[Answer]:
         """The answer, cut in two as often as it takes to keep each letter under the limit."""
         raised, parts = dump_outcomes(context, values, errors)
-        if letter_length(parts) > self._limit and len(values) > 1:
+        if letter_length(parts) <= self._limit:
+            return [(Status.RAISED if raised else Status.VALUES, parts)]
+        if len(values) > 1:
             half = len(values) // 2
             front = {p: error for p, error in errors.items() if p < half}
             back = {p - half: error for p, error in errors.items() if p >= half}
             *first, (status, last) = self._dump(context, values[:half], front)
             return [*first, (status | MORE, last), *self._dump(context, values[half:], back)]
-        if letter_length(parts) > self._limit:
-            what = LetterTooLarge(f"a result of {letter_length(parts)} bytes; the limit is {self._limit}")
-            raised, parts = dump_outcomes(context, [None], {0: encoding_error(what, type(values[0]))})
-        return [(Status.RAISED if raised else Status.VALUES, parts)]
+        what = LetterTooLarge(f"a result of {letter_length(parts)} bytes; the limit is {self._limit}")
+        _, parts = dump_outcomes(context, [None], {0: encoding_error(what, type(values[0]))})
+        return [(Status.RAISED, parts)]
 
 
 class _Stopwatch:
