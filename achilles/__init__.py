@@ -13,9 +13,11 @@ Nothing happens at import: the public names are loaded when they are first used,
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers know it, without typing, which takes most of the time of an import
 if TYPE_CHECKING:
+    from typing import Any
+
     from .calls import cluster_status, imap, imap_unordered, kill_cluster, map
     from .config import write_config
     from .errors import (
