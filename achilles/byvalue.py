@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import abc
 import builtins
-import dataclasses
 import dis
 import enum
 import functools
@@ -260,7 +259,8 @@ class Reducer:
         if isinstance(thing, BaseException):
             return _exception(thing)
         if type(thing).__module__ == "dataclasses":  # its marks are compared by identity
-            return next((name for name, mark in vars(dataclasses).items() if mark is thing), NotImplemented)
+            marks = vars(sys.modules["dataclasses"])
+            return next((name for name, mark in marks.items() if mark is thing), NotImplemented)
         return NotImplemented
 
     def _function(self, function: FunctionType) -> Any:

@@ -41,7 +41,6 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from .errors import ConfigurationError
@@ -118,8 +117,7 @@ class Secret:
 SecretKey = str | Secret | None
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """One complete, checked configuration; printing it shows no secret.
 
     :ivar host: name or address of the server.

@@ -162,7 +162,7 @@ def test_an_empty_value_is_not_passed_over(monkeypatch, own_file):
 
 def test_nothing_is_read_from_the_environment_at_import(tmp_path):
     code = ("import os; seen = []; real = os.environ.__class__.__getitem__\n"
-            "import getpass, ipaddress, secrets, shlex, tempfile, dataclasses, typing, achilles.errors\n"
+            "import getpass, ipaddress, secrets, shlex, tempfile, typing, achilles.errors\n"
             "os.environ.__class__.__getitem__ = lambda s, k: seen.append(k) or real(s, k)\n"
             "import achilles.config; print([k for k in seen if 'ACHILLES' in k])")
     env = {**os.environ, "ACHILLES_HOST": "x", "ACHILLES_PORT": "not a port"}
