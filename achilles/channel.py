@@ -379,6 +379,7 @@ class SentFunctions:
     def release(self, digest: bytes) -> list[bytes]:
         """A job that named it has ended. Returns what the receiver shall FORGET, by now unused and too much."""
         self._users[digest] -= 1
+        self._held[digest] = self._held.pop(digest)  # it was in use until now
         if not self._users[digest]:
             del self._users[digest]
         excess = sum(self._held.values()) - self._limit

@@ -10,9 +10,8 @@ Knows the connection, its loss and its return; a job's arguments and results it 
       └─▶ connect again, with back-off, for `reconnect_seconds` ────┘ every job declared anew,
                                                                      every slice without a result sent again
 
-END waits a little where all went well: a call of one slice that is declared alike follows under the same
-number, and the slice is all that travels. Longer ones begin anew, for what is known of a job's pace may not
-hold for them.
+END waits a little where no slice is left open: a call of one slice that is declared alike follows under the
+same number, and the slice is all that travels. Longer ones begin anew, and are judged by their own pace.
 
 Threads: the reader (`_read`) owns the connection: it reads, routes rows to jobs, and
 connects again. The channel's writer sends. Any thread may start and end jobs.
@@ -141,6 +140,8 @@ class Controller(Link):
         job = make(self, number)
         with self.lock:
             self._raise_if_lost()
+            if job.ended:  # somebody was quicker: there is nothing to declare
+                return job
             if job.single and (over := self._kept.pop(_identity(job), None)):
                 job.follow(over.number, over.first)
             else:
@@ -171,12 +172,6 @@ class Controller(Link):
                 self._end(over)
         self.push()
         job.stop()
-
-    def close_context(self, context: bytes) -> None:
-        """Let the workers drop a context and all that they loaded in it."""
-        with self.lock:
-            self.post(Kind.CLOSE, {"context": context.hex()})
-        self.push()
 
     def status(self) -> dict[str, Any]:
         """Nodes, jobs and server as plain dicts, from the server; blocks 10 s at most."""
@@ -270,10 +265,15 @@ class Controller(Link):
         self.post(Kind.JOB, job.declaration() | {"resumed": resumed})
 
     def _keep(self, identity: _Identity, over: _Kept) -> None:
-        """Wait with its END: the next call may be of the same function, and save both frames. Needs `lock`."""
-        for other in (identity, next(iter(self._kept))) if len(self._kept) == KEPT_JOBS else (identity,):
-            if other in self._kept:
-                self._end(self._kept.pop(other))
+        """Wait with its END: the next call may be of the same function, and save both frames. Needs `lock`.
+
+        The END of one whose place it takes leaves with what is sent next, or with the reader's next look.
+        """
+        alike = self._kept.pop(identity, None)
+        if alike is None and len(self._kept) == KEPT_JOBS:
+            alike = self._kept.pop(next(iter(self._kept)))
+        if alike is not None:
+            self._end(alike)
         self._kept[identity] = over
 
     def _end_kept(self, before: float = math.inf) -> None:

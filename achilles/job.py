@@ -132,7 +132,6 @@ class Job:
         self.function = function
         self.initializer = initializer
         self.options = {name: value for name, value in (options or {}).items() if value is not None}
-        self._ordered = ordered
         self.buffer: SliceBuffer | UnitBuffer = SliceBuffer(ordered) if flat else UnitBuffer(ordered)
         self.ready = ready
         self.slices: dict[int, Slice] = {}  # without a checked result
@@ -210,11 +209,12 @@ class Job:
     def follow(self, number: int, first: int) -> None:
         """Go on under the number of one that is over and was declared alike: its next slice is `first`. Flat jobs."""
         self.number, self._next = number, first
-        self.buffer = SliceBuffer(self._ordered, first)
+        if isinstance(self.buffer, SliceBuffer):
+            self.buffer.begin(first)
 
     @property
     def spent(self) -> int:
-        """The slice that could follow, where everything went and came as it should; 0 where not. Needs `link.lock`."""
+        """The slice that could follow, where none is open and the function was loaded, else 0. Needs `link.lock`."""
         return 0 if self.slices or self._troubles or self._deaths or not self._flat else self._next
 
     def outstanding(self) -> list[Rows]:

@@ -107,10 +107,14 @@ class SliceBuffer(_Buffer):
     Nothing is kept for a slice but its answer, and no step is taken for each of many that come at once.
     """
 
-    def __init__(self, ordered: bool, first: int = 0) -> None:
+    def __init__(self, ordered: bool) -> None:
         super().__init__(ordered)
-        self._taken = first
         self._answers: dict[int, Any] = {}
+
+    def begin(self, first: int) -> None:
+        """The first slice there will be, where it is not 0. Before all others; an error that came before stays."""
+        with self._lock:
+            self._taken = first
 
     def put(self, slices: Iterable[int], answers: Iterable[Any]) -> None:
         """The answers of slices, each of which is put once."""

@@ -326,9 +326,8 @@ class _Job:
         self.told: set[int] = set()  # nodes that were ever given slices of it
         self.done = 0
         self.flushed = 0  # packets that begin below this slice need not be full
-        self.pace_us = MESSAGE_US  # until the first answer, so that nothing travels together
-        self.quick = 1  # slices that are worth a message
         self._paces: deque[int] = deque(maxlen=PACE_SLICES)  # µs, one for each of the last slices
+        self._forget_pace()
         self._next: int | None = None  # the fresh slice that must come next; None before the first
         self.reset()
 
@@ -385,6 +384,8 @@ class _Job:
             self.fresh.put(fresh)
         if packed is not None:
             self.packed.put(packed)
+        if not self.open and len(rows) == 1:  # a call that follows another under its number, and may be slower
+            self._forget_pace()
         self.open |= slices
         self._note_attempts(rows)
         self.group.waiting.setdefault(self)
@@ -428,6 +429,11 @@ class _Job:
         self.pace_us = max(self._paces)
         worth = min(max(1, MESSAGE_US // self.pace_us), MAX_QUICK)
         self.quick = 1 << worth.bit_length() - 1
+
+    def _forget_pace(self) -> None:
+        self._paces.clear()
+        self.pace_us = MESSAGE_US  # until the first answer, so that nothing travels together
+        self.quick = 1  # slices that are worth a message
 
     def count_loss(self, held: dict[int, Rows], workers: int) -> list[Dead]:
         """A node went down with `held`, in this order: take out those that it was one too many for.

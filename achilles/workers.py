@@ -312,7 +312,7 @@ class Workers:
         """The job of the least served context that this worker may run now; jobs of a context take turns."""
         waiting = (j for j in self._jobs.values() if j.queued and worker.owner in (None, j.context))
         job = min(waiting, key=lambda job: self._used.get(job.context, 0.0), default=None)
-        if job and worker.messages and (worker.context != job.context or job.worth() < 2):
+        if job and worker.messages and (worker.context != job.context or min(job.worth(), job.queued) < 2):
             return None
         return job
 

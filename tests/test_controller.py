@@ -439,7 +439,7 @@ def test_no_more_than_some_wait_to_be_followed(server, connect, call):
         assert {body["job"] for body in node.kinds(Kind.END)} == set(range(1, ends + 1))  # the oldest first
 
 
-def test_a_call_that_was_cancelled_or_lost_a_worker_is_not_followed(server, connect, call):
+def test_a_call_that_was_cancelled_is_not_followed(server, connect, call):
     controller = connect()
     with Node(server.address[1]) as node:
         node.let(0)
@@ -447,12 +447,7 @@ def test_a_call_that_was_cancelled_or_lost_a_worker_is_not_followed(server, conn
         controller.end(job, cancel=True)
         node.let()
         assert not controller._kept
-        job = begin(controller, [1], flat=True)
-        assert results(job) == [1]
-        job._trouble(0)
-        controller.end(job)
-        assert not controller._kept
-        node.wait(lambda: len(node.kinds(Kind.END)) == 2)
+        node.wait(lambda: len(node.kinds(Kind.END)) == 1)
 
 
 def test_after_a_reconnection_nothing_is_followed_and_a_follower_is_declared(free_port, monkeypatch, call):
@@ -489,3 +484,37 @@ def test_a_follower_is_sent_again_to_a_server_that_is_back(free_port, monkeypatc
         assert answers == [[16]] and node.tasks() == [1]
         assert [body["resumed"] for body in node.kinds(Kind.JOB)] == [True]
         controller.close()
+
+
+def test_what_ended_a_call_before_it_began_to_follow_is_raised(server, connect, call):
+    controller = connect()
+    with Node(server.address[1]):
+        context, context_id = payload.Context(caller=True), secrets.token_bytes(16)
+        function = Function(context.dump((square, None)))
+
+        def make(link, number, fails=False):
+            job = Job(link, number, context, context_id, function, [3], flat=True)
+            if fails:  # another thread, that knows the job by now
+                job.fail(InterruptedError("cancelled"))
+            return job
+
+        job = controller.start(make)
+        assert results(job) == [9]
+        controller.end(job)
+        job = controller.start(lambda link, number: make(link, number, True))
+        with pytest.raises(InterruptedError):
+            job.take(SECONDS)
+        controller.end(job, cancel=True)
+
+
+def test_a_call_that_ended_before_it_began_leaves_nothing(server, connect):
+    controller = connect()
+
+    def make(link, number):
+        context = payload.Context(caller=True)
+        job = Job(link, number, context, bytes(16), Function(context.dump((square, None))), [3], flat=True)
+        controller.end(job, cancel=True)
+        return job
+
+    controller.start(make)
+    assert not controller._jobs and controller.status()["jobs"] == []

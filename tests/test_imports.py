@@ -25,7 +25,7 @@ LONG_MODULES = {
     "byvalue": (520, "what travels by value, for every kind of object that has a case"),
     "config": (550, "each way to a setting, each with a message of its own"),
     "payload": (600, "dumping and loading are read side by side"),
-    "scheduler": (620, "one state machine, whose invariants span all of it"),
+    "scheduler": (630, "one state machine, whose invariants span all of it"),
     "channel": (540, "the handshake and the two ways to drive a connection"),
     "worker": (520, "all that runs in a worker's process, or in one that is somebody else's"),
     "workers": (560, "the life of a worker, seen from its node: start, feed, watch, end"),

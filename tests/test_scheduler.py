@@ -824,3 +824,17 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, print_blob=True)
+
+
+# A call that follows another under its number
+
+
+def test_a_single_slice_of_a_job_that_was_quick_is_one_workers() -> None:
+    scheduler = cluster(1, 1, jobs=2)
+    (node, _), = given(scheduler.add(100, tasks(0, 1, status=PACKED))).items()
+    scheduler.answer(node, 100, results([0], pace=QUICK_US))
+    (busy, _), = given(scheduler.add(100, tasks(1, 2, status=PACKED))).items()  # perhaps for an hour
+    (other, _), = given(scheduler.add(101, tasks(0, 1, status=PACKED))).items()
+    assert other != busy
+    scheduler.answer(other, 101, results([0]))
+    assert given(scheduler.add(101, tasks(1, 2, status=PACKED))) == {other: [1]}

@@ -578,3 +578,17 @@ def wait_until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
+
+
+def test_a_single_slice_of_a_job_that_was_quick_waits_for_the_first_free_worker(loop: Any) -> None:
+    it = loop(2)
+    it.declare(time.sleep, job=1)
+    it.declare(time.sleep, job=2)
+    it.add(*[[0]] * 100, job=1)
+    it.until(lambda: len(it.values(1)) == 100)
+    assert it.workers._jobs[1].worth() > 1
+    it.add([SECONDS], [SECONDS], job=2)
+    it.until(lambda: all(len(worker.messages) == 1 for worker in it.workers._workers))
+    it.add([0], job=1, first=100)
+    it.turn()
+    assert it.workers._jobs[1].queued == 1
