@@ -264,7 +264,10 @@ class Job:
                 (status, digest, letter), = answer
                 if status != Status.VALUES or (digest and payload.letter_digest([letter]) != digest):
                     break
-                values += self.context.load(letter)
+                some = self.context.load(letter)
+                if len(some) != self.slices[number].number:
+                    break
+                values += some
                 opened, room = opened + 1, room - len(letter)
                 if room <= 0:
                     break
@@ -321,6 +324,8 @@ class Job:
             values += some
         if not answer:
             values += [None] * self.slices[number].number
+        if len(values) - start != self.slices[number].number:  # all behind it would be in the wrong place
+            raise ProtocolError(f"{len(values) - start} results of {self.slices[number].number} arguments")
         if number in self._troubles:
             errors.update({start + position: error for position, error in self._troubles[number].lost.items()})
 
@@ -441,8 +446,8 @@ class Job:
     def _charge(self, number: int, position: int, phase: str) -> list[int]:
         """Count a death; the positions that it is charged to.
 
-        On the first attempt a worker does not say which argument it is at, and values are always dumped together in
-        the end: who killed is named by the next death, which counts for both.
+        On a first attempt a worker does not say which of many tiny arguments it is at, and values are always dumped
+        together in the end: who kills next is named, and both deaths count for that one.
         """
         deaths, left = self._trouble(number).deaths, self._left(number)
         if 0 <= position < self.slices[number].number:

@@ -14,7 +14,7 @@ and passed on without an object a slice.
     Frame ─▶ encode ─▶ (head, envelope, long letters)      the tag is the channel's
 
 Whatever a peer got wrong raises ProtocolError. Nothing of an envelope is read
-before `verify` passed, and memory grows as bytes arrive, never from a length field.
+before `verify` passed, and memory grows as bytes arrive: a length alone takes next to none.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ HEX_DIGITS = frozenset("0123456789abcdef")  # lower case alone, so that equal di
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
 BUFFER_BYTES = 256 << 10  # one recv takes up to this much
 DIRECT_BYTES = 64 << 10  # from here on a letter is received where it will stay; less is copied there, many a recv
-LETTER_STEP_BYTES = (8 << 20) + (64 << 10)  # the first piece of memory for a long letter (8 MiB and its head); doubled
+LETTER_STEP_BYTES = (8 << 20) + (64 << 10)  # memory for a long letter that has begun to come (8 MiB have a head)
 
 PACKED = 0x01  # status bit of a TASK row
 MORE = 0x80  # status bit of a RESULT row
@@ -519,8 +519,9 @@ class FrameReader:
         self._start = stop
 
     def _grow_letter(self) -> None:
-        """Memory for more of the letter: twice as much as has come, so that a length alone costs nothing."""
-        grown = bytearray(min(self._lengths[0], max(2 * self._filled, LETTER_STEP_BYTES)))
+        """Memory for more of the letter: some, then much, then twice as much as has come; little for a length alone."""
+        least = LETTER_STEP_BYTES if self._filled >= DIRECT_BYTES else BUFFER_BYTES
+        grown = bytearray(min(self._lengths[0], max(2 * self._filled, least)))
         grown[: self._filled] = self._letter
         self._letter = grown
 

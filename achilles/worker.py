@@ -24,6 +24,8 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
+import operator
 import os
 import random
 import signal
@@ -58,6 +60,7 @@ PHASES = ("start", "idle", "function", "load", "call", "dump")
 START, IDLE, FUNCTION, LOAD, CALL, DUMP = range(6)
 WHOLE = -1  # a position: every argument of the slice
 FLUSH_NS = 5_000_000  # so long a result may wait for company: what a message to a worker is worth, too
+TINY_NS = 2_000  # an argument, of a slice: below, to say which one is called costs more than it tells
 DOUBTFUL_NS = 100_000  # a slice that took longer may have been kept from the processor: looking costs 1.5 us
 CONTEXTS_KEPT = 8  # in a process that is not ours: nobody tells it which are closed
 GUARD_SECONDS = 1.0  # how often the guard looks
@@ -107,7 +110,8 @@ class _Job(NamedTuple):
 class Runner:
     """Contexts, functions and slices of one process; knows no frames. For one thread.
 
-    :param status: a view of three signed 64-bit integers, which always says what runs.
+    :param status: a view of three signed 64-bit integers, which says what runs: slice, position and phase. The
+        position is WHOLE where all are meant, and in a first attempt where a job's arguments are tiny.
     :param letter_limit: bytes of a letter, at most.
     :param node: the node's id, for exceptions to name.
     """
@@ -119,6 +123,7 @@ class Runner:
         self._letters: dict[str, Buffer] = {}  # functions that came and that no JOB has named yet
         self._contexts: dict[str, _Context] = {}
         self._jobs: dict[int, _Job] = {}
+        self._tiny: set[int] = set()  # those whose arguments take too little to be named one by one
 
     def keep(self, letter: Buffer) -> None:
         """FUNCTION."""
@@ -142,6 +147,7 @@ class Runner:
     def end(self, job: int) -> None:
         """END."""
         self._jobs.pop(job, None)
+        self._tiny.discard(job)
 
     def close_context(self, context: str) -> None:
         """CLOSE."""
@@ -182,8 +188,13 @@ class Runner:
             arguments, skipped = load_slice(context, letter)
         except BaseException as error:
             return [_failure(context, error)]
-        named = bool(attempt or skipped) or job.timeout is not None
-        values, errors = self._call(_wrapped(job, *job.context.loaded[job.function]), arguments, skipped, named)
+        function, many = _wrapped(job, *job.context.loaded[job.function]), len(arguments) > 1
+        named = bool(attempt or skipped) or (many and job_number not in self._tiny)
+        began = time.monotonic_ns()
+        values, errors = self._call(function, arguments, skipped, named)
+        if many and job.timeout is None:
+            tiny = time.monotonic_ns() - began < TINY_NS * len(arguments)
+            (self._tiny.add if tiny else self._tiny.discard)(job_number)
         try:
             self._find_deadly(context, attempt, values)
             return self._dump(context, values, errors)
@@ -206,9 +217,9 @@ class Runner:
         """
         values: list[Any] = []
         errors: dict[int, BaseException] = {}
-        left: Iterator[Any] = iter(arguments)
-        if named:
-            left = ((position, argument) for position, argument in enumerate(arguments) if position not in skipped)
+        left: Iterator[Any] = enumerate(arguments) if named else iter(arguments)
+        if skipped:  # all in C: what a signal handler raises would end a generator of ours
+            left = itertools.compress(left, [position not in skipped for position in range(len(arguments))])
         status, append, count = self._status, values.append, len(arguments) - len(skipped)
         status[POSITION] = 0 if len(arguments) == 1 else WHOLE
         status[PHASE] = CALL
@@ -220,8 +231,11 @@ class Runner:
                 else:
                     for argument in left:
                         append(function(argument))
-            except BaseException as error:  # it may have come a moment late, when the last value was there
-                position = max(status[POSITION], 0) if named else min(len(values), count - 1)
+            except BaseException as error:  # of the one that was taken last, even if it came when its value was there
+                position = status[POSITION] if named else count - 1 - operator.length_hint(left)
+                if position < 0:  # it came before any was
+                    taken = next(left)
+                    position = taken[0] if named else 0
                 del values[position - sum(other < position for other in skipped) :]
                 append(None)
                 errors[position] = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)

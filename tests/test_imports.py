@@ -21,17 +21,17 @@ ORDER = [
 LONGEST_MODULE_LINES = 330
 # Longer ones, up to so many lines, and why each is one module all the same.
 LONG_MODULES = {
-    "wire": (560, "the protocol in one place: a third of it is the tables of PROTOCOL.md"),
+    "wire": (565, "the protocol in one place: a third of it is the tables of PROTOCOL.md"),
     "byvalue": (520, "what travels by value, for every kind of object that has a case"),
     "config": (550, "each way to a setting, each with a message of its own"),
     "payload": (600, "dumping and loading are read side by side"),
     "scheduler": (630, "one state machine, whose invariants span all of it"),
     "channel": (540, "the handshake and the two ways to drive a connection"),
-    "worker": (520, "all that runs in a worker's process, or in one that is somebody else's"),
+    "worker": (535, "all that runs in a worker's process, or in one that is somebody else's"),
     "workers": (560, "the life of a worker, seen from its node: start, feed, watch, end"),
     "node": (430, "one loop, and the reasons to leave it"),
     "feeder": (420, "one thread, and all that may keep it waiting"),
-    "job": (625, "one job in its controller: cut, send, collect"),
+    "job": (630, "one job in its controller: cut, send, collect"),
     "exchange": (340, "every frame's way to an event, and every action's to a frame"),
     "server": (400, "listening, places, secrets, and the command with its questions"),
     "controller": (440, "a connection, what it declares again, and how it is lost"),

@@ -760,6 +760,18 @@ def test_a_flush_that_came_of_a_pause_is_remembered_for_a_new_connection(start):
     job.link.wait_fed(job)
 
 
+@pytest.mark.parametrize("options", [{"flat": True}, {}])
+@pytest.mark.parametrize("results", [[1], [1, 2, 3]])
+def test_an_answer_with_too_few_or_too_many_results_ends_the_job(start, options, results):
+    job = start([1, 2], chunksize=2, **options)
+    job.link.wait_fed(job)
+    if not options:
+        job.packet(0, 1)
+    values(job, 0, results)
+    with pytest.raises(ProtocolError, match=f"{len(results)} results of 2 arguments"):
+        job.take(SECONDS)
+
+
 def test_deaths_are_counted_over_a_reconnection(start):
     job = start([1], flat=True)
     job.link.wait_fed(job)

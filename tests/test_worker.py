@@ -18,6 +18,7 @@ from typing import Any
 
 import multiprocess
 import pytest
+from conftest import in_a_child
 from multiprocess.sharedctypes import RawArray
 
 from achilles import worker
@@ -255,19 +256,24 @@ def test_an_initializer_that_raises_is_called_once_and_fails_each_slice(node: No
 
 def test_the_status_names_slice_position_and_phase(node: Node) -> None:
     node.declare(look, initializer=(look, (0,)), callback=look)
-    node.outcomes(node.slice(5, [Loaded(), 2], attempt=1))
+    node.outcomes(node.slice(5, [Loaded(), 2]))
     assert seen == [(5, -1, FUNCTION), (5, -1, LOAD), *[(5, 0, CALL)] * 2, *[(5, 1, CALL)] * 2]
     assert wait_until(lambda: status[2] == IDLE)
 
 
-@pytest.mark.parametrize(("arguments", "options", "positions"), [
-    ([1], {}, [0]), ([1, 2], {}, [-1, -1]), ([1, 2], {"timeout": 9.0}, [0, 1])])
-def test_on_a_first_attempt_positions_are_named_where_somebody_needs_them(
-    node: Node, arguments: list[int], options: dict[str, float], positions: list[int]
+@pytest.mark.parametrize(("tiny_ns", "options", "attempt", "position"), [
+    (10**9, {}, 0, -1), (10**9, {}, 1, 1), (10**9, {"timeout": 9.0}, 0, 1), (0, {}, 0, 1)])
+def test_of_many_tiny_arguments_none_is_named_unless_somebody_needs_it(
+    node: Node, monkeypatch: pytest.MonkeyPatch, tiny_ns: int, options: dict[str, float], attempt: int, position: int
 ) -> None:
+    monkeypatch.setattr(worker, "TINY_NS", tiny_ns)
     node.declare(look, **options)
-    node.outcomes(node.slice(5, arguments))
-    assert seen == [(5, position, CALL) for position in positions]
+    node.outcomes(node.slice(5, [1, 2]))
+    assert seen == [(5, 0, CALL), (5, 1, CALL)]  # of its pace nothing was known
+    node.outcomes(node.slice(6, [1, 2], attempt))
+    assert seen[3] == (6, position, CALL)
+    node.outcomes(node.slice(7, [1]))
+    assert seen[4] == (7, 0, CALL)  # there is no other one
 
 
 def test_a_value_in_dumping_is_named_where_that_is_known(node: Node) -> None:
@@ -446,3 +452,36 @@ def test_a_slice_of_hours_is_answered(node: Node, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(worker._Stopwatch, "lap", lambda self: 5 * 3600 * 10**9)
     node.declare(double)
     assert node.outcomes(node.slice(0, [4])) == [([8], {})]
+
+
+@pytest.mark.parametrize(("attempt", "skips"), [(0, ()), (1, ()), (1, (3,))])
+def test_an_exception_from_a_signal_handler_moves_no_value(attempt: int, skips: tuple[int, ...]) -> None:
+    """It comes between any two steps of the loop, after a value was kept and before the next argument, too."""
+    def child() -> str:
+        signal.signal(signal.SIGVTALRM, signal.SIG_DFL)  # a loop that never ends is ended
+        armed = [False]
+
+        def late(*_: Any) -> None:
+            if armed[0]:
+                armed[0] = False
+                raise LookupError
+
+        signal.signal(signal.SIGALRM, late)
+        runner, hits = worker.Runner(memoryview(bytearray(24)).cast("q")), 0
+        signal.setitimer(signal.ITIMER_VIRTUAL, 5)
+        chosen, arguments = random.Random(1), list(range(500))
+        for _ in range(4000):
+            try:
+                armed[0] = True
+                signal.setitimer(signal.ITIMER_REAL, chosen.uniform(1e-5, 9e-5))
+                values, errors = runner._call(abs, arguments, frozenset(skips), bool(attempt or skips))
+                armed[0] = False
+            except LookupError:  # it came before the first or behind the last
+                continue
+            hits += len(errors)
+            wrong = [p for p, v in enumerate(values) if p not in errors and p not in skips and v != p]
+            if len(values) != len(arguments) or wrong or errors.keys() & set(skips):
+                return f"{len(values)} values, wrong from {wrong[:1]} on, errors {errors}"
+        return "right" if hits else "never hit"
+
+    assert in_a_child(child) == "right"

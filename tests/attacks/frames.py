@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
 from collections.abc import Sequence
 
 from conftest import wait_until
@@ -374,7 +375,7 @@ def node_ends_at_a_boundary(bench: Bench) -> None:
 def lengths(bench: Bench) -> None:
     """In the head of a frame, without the key; in rows, with it: refused before memory is taken (under 10 MiB).
 
-    An envelope that is within its limit takes memory as its bytes arrive alone.
+    An envelope or a letter that is within its limit takes memory as its bytes arrive alone.
     """
     cluster = bench.cluster()
     for _ in range(3):  # what the first connections take belongs to no attack
@@ -399,10 +400,18 @@ def lengths(bench: Bench) -> None:
     bench.each(work, range(number), threads=4)
     links = [cluster.join(b"C") for _ in range(8)]
     try:
-        for link in links:  # 4 MiB are announced, few come
+        for link in links[:4]:  # 4 MiB are announced, few come
             link.sock.sendall(bytes([raw.KINDS["TASK"]]) + b"\0\4\0" + (4 << 20).to_bytes(4, "big") + bytes(1000))
+        for link in links[4:]:  # a letter of 512 MiB, in an envelope that is as it must be
+            frame = raw.encode("FUNCTION", rows=[Row(0)], job=0)
+            envelope = frame.envelope[:-4] + (512 << 20).to_bytes(4, "big") + bytes(32)
+            frame = frame._replace(head=frame.head[:4] + len(envelope).to_bytes(4, "big"), envelope=envelope)
+            link.sock.sendall(raw.tag(link.keys.data[raw.UP], link.sequence[raw.UP], frame).raw + bytes(1000))
         cluster.check_alive()
         wait_until(lambda: grown() < 10 << 20, "little memory")
+        for link in links:  # it was waiting for the rest of each
+            link.sock.shutdown(socket.SHUT_WR)
+            assert "ERROR" not in {frame.kind for frame in link.rest()}
     finally:
         for link in links:
             link.close()
