@@ -25,6 +25,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from .calls import Lookout
@@ -274,7 +275,9 @@ class AsyncResult(Taker):
         if error is None and self._first is not None:
             error = self._first[1]
         if error is None:
-            values = [value for _, part in sorted(self._parts, key=lambda part: part[0]) for value in part]
+            values: list[Any] = []
+            for _, part in sorted(self._parts, key=itemgetter(0)):
+                values += part
             self._value = values[0] if self._single else values
         else:
             self._error = own_error(error)
