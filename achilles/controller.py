@@ -210,10 +210,10 @@ class Controller(Link):
 
     # What a Job needs of its link.
 
-    def post(self, kind: Kind, body: dict[str, Any] | Rows, *, wake: bool = False) -> None:
-        """Queue for the connection there is, if there is one; `push` sends, or with `wake` the writer. Needs `lock`."""
+    def post(self, kind: Kind, body: dict[str, Any] | Rows) -> None:
+        """Queue for the connection there is, if there is one; `push` sends. Needs `lock`."""
         if self._channel is not None:
-            self._channel.send(kind, body, wake=wake)
+            self._channel.send(kind, body, wake=False)
 
     def push(self) -> None:
         """Send what was posted. Without `lock`."""

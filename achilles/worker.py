@@ -220,10 +220,10 @@ class Runner:
         left: Iterator[Any] = enumerate(arguments) if named else iter(arguments)
         if skipped:  # all in C: what a signal handler raises would end a generator of ours
             left = itertools.compress(left, [position not in skipped for position in range(len(arguments))])
-        status, append, count = self._status, values.append, len(arguments) - len(skipped)
-        status[POSITION] = 0 if len(arguments) == 1 else WHOLE
+        status, append = self._status, values.append
+        status[POSITION] = WHOLE if named or len(arguments) > 1 else 0
         status[PHASE] = CALL
-        while len(values) < count:  # goes on behind an exception
+        while True:  # goes on behind an exception
             try:
                 if named:
                     for status[POSITION], argument in left:
@@ -231,8 +231,9 @@ class Runner:
                 else:
                     for argument in left:
                         append(function(argument))
+                break
             except BaseException as error:  # of the one that was taken last, even if it came when its value was there
-                position = status[POSITION] if named else count - 1 - operator.length_hint(left)
+                position = status[POSITION] if named else len(arguments) - 1 - operator.length_hint(left)
                 if position < 0:  # it came before any was
                     taken = next(left)
                     position = taken[0] if named else 0

@@ -238,6 +238,6 @@ def _python_seconds(statement: str) -> float:
     found = []
     for _ in range(3):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", statement], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", statement], check=True)  # with a timeout it would look each 50 ms alone
         found.append(time.perf_counter() - began)
     return min(found)
