@@ -380,8 +380,9 @@ def test_settings_are_resolved_anew_for_each_connection(free_port, monkeypatch):
 
 
 @pytest.fixture
-def call():
-    """Calls of one context, as a pool makes them: each ends when its results are taken."""
+def call(monkeypatch):
+    """Calls of one context, as a pool makes them: each ends when its results are taken. It may be followed for long."""
+    monkeypatch.setattr(controller_module, "KEPT_SECONDS", 3600.0)
     context, context_id = payload.Context(caller=True), secrets.token_bytes(16)
 
     def run(controller, args, func=square, **options):
@@ -416,12 +417,14 @@ def test_another_function_or_option_or_a_longer_call_begins_anew(server, connect
         assert len(node.kinds(Kind.JOB)) == 2
 
 
-def test_what_no_call_follows_is_ended_within_seconds_and_before_a_status(server, connect, call):
+def test_what_no_call_follows_is_ended_within_seconds_and_before_a_status(server, connect, call, monkeypatch):
     controller = connect()
     with Node(server.address[1]) as node:
         assert call(controller, [2]) == [4]
         assert not node.kinds(Kind.END) and controller._kept
+        monkeypatch.setattr(controller_module, "KEPT_SECONDS", 0.5)
         node.wait(lambda: len(node.kinds(Kind.END)) == 1)
+        monkeypatch.setattr(controller_module, "KEPT_SECONDS", 3600.0)
         assert call(controller, [2]) == [4]
         assert controller.status()["jobs"] == []
         node.wait(lambda: len(node.kinds(Kind.END)) == 2)
