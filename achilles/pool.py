@@ -243,6 +243,7 @@ class Pool:
         slice_us = SLICE_US if chunksize is None else MESSAGE_US
 
         def make(link: Controller, number: int) -> Job:
+            """The job, known to its taker before it begins."""
             taker.job = Job(
                 link, number, self._context, self._context_id, function, args, chunksize=chunksize or 1,
                 ordered=ordered, flat=True, buffersize=buffersize, options=options, initializer=self._initializer,

@@ -286,6 +286,7 @@ class _Queue:
         self.count += len(rows)
 
     def take(self, number: int) -> list[Rows]:
+        """The next slices, up to so many."""
         taken = []
         while number > 0 and self._runs:
             rows, start = self._runs.popleft()
@@ -332,6 +333,7 @@ class _Job:
         self.reset()
 
     def reset(self, *, cancelled: bool = False) -> None:
+        """Forget every slice; what is with nodes is let go."""
         self.cancelled = cancelled
         self.fresh = _Queue()  # contiguous, in no packet yet
         self.packed = _Queue()  # of a packet, or in need of none
@@ -369,6 +371,7 @@ class _Job:
         return bool(self.packed.count) or self.fresh.count >= cpu_count or self._first_fresh() < self.flushed
 
     def add(self, rows: Rows) -> None:
+        """Slices that came; ProtocolError for one that is there already, or out of turn."""
         slices = set(rows.slices)
         if len(slices) < len(rows) or not slices.isdisjoint(self.open):
             raise ProtocolError(f"a slice of job {self.number} came twice")
