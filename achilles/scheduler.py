@@ -16,9 +16,11 @@ lock, and carries out the actions of each call in their order.
    was flushed. It is announced when the first of it is given, and given whole, but
    where a limit forbids that. A slice that comes back is given by itself.
 2. Load is counted in workers: a slice is one worker's, or 1/n of one where n of its
-   job are worth a message of 5 ms. Work goes to nodes with idle workers, the longest
-   waiting first, and to others only while none is idle. Those hold about one packet
-   beyond what runs: they are topped up when half of that is gone.
+   job are worth a message of 5 ms. But what a node was given before the last slice that
+   it answered is with its other workers, however much that is: some of it may wait there
+   behind a slow one. Work goes to nodes with idle workers, the longest waiting first, and
+   to others only while none is idle. Those hold about one packet beyond what runs: they
+   are topped up when half of that is gone.
 3. Jobs take turns, one grant each. A grant is what the node's free workers need, and
    of quick slices more, up to this node's part of all that waits.
 4. An idle node for which nothing waits is fed from one that holds more than it runs
@@ -37,7 +39,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice, repeat, starmap
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
@@ -52,6 +54,7 @@ WORKER = MAX_QUICK  # the load of one worker
 MAX_LOSSES = 10  # nodes that went down with a slice before it is taken for the cause
 SCAN_NODES = 8  # looked at for a good one: all of a small cluster, a constant number of a large one
 
+_Given: TypeAlias = "tuple[Rows, int]"  # a batch at a node, and how many slices of the job that was given before
 Packets: TypeAlias = "list[tuple[int, int]]"  # each: its first slice, and how many
 
 
@@ -192,6 +195,8 @@ class Scheduler:
         if giver is None or known is None or known not in giver.held:
             return None, []
         held = giver.held[known]
+        if (last := rows.slices[-1]) in held:
+            held.answered(last)
         accepted, released = known.accept(held, rows)
         if not released:
             return accepted, []
@@ -208,10 +213,10 @@ class Scheduler:
         giver, known = self._nodes.get(node), self._jobs.get(job)
         if giver is None or known is None:
             return []
-        held = giver.held.pop(known, {})
-        back = {slice_: held.pop(slice_) for slice_ in slices if slice_ in held}
-        if held:
-            giver.held[known] = held
+        held = giver.held.get(known, _Held())
+        back = held.take_back(slices)
+        if not held:
+            giver.held.pop(known, None)
         if not back:
             giver.barren.add(known)
         giver.settle_recall(known)
@@ -407,7 +412,7 @@ class _Job:
         self.hold(sum(map(len, taken)))
         return packets, taken
 
-    def accept(self, held: dict[int, Rows], rows: Rows) -> tuple[Rows | None, Collection[int]]:
+    def accept(self, held: _Held, rows: Rows) -> tuple[Rows | None, Collection[int]]:
         """The rows that count, and the slices whose last row they bring, which are held no more."""
         slices = set(rows.slices)
         attempts = tuple(map(self.attempts.get, rows.slices, repeat(0)))
@@ -438,7 +443,7 @@ class _Job:
         self.pace_us = MESSAGE_US  # until the first answer, so that nothing travels together
         self.quick = 1  # slices that are worth a message
 
-    def count_loss(self, held: dict[int, Rows], workers: int) -> list[Dead]:
+    def count_loss(self, held: _Held, workers: int) -> list[Dead]:
         """A node went down with `held`, in this order: take out those that it was one too many for.
 
         What waited there behind a message for each worker had not begun, and is not to blame.
@@ -451,10 +456,10 @@ class _Job:
         self._settle(slices)
         return dead
 
-    def requeue(self, held: dict[int, Rows], steps: int) -> None:
+    def requeue(self, held: Mapping[int, _Given], steps: int) -> None:
         """Slices that a node held go in front of all others, so many attempts later."""
-        for rows in reversed(dict.fromkeys(held.values())):
-            back = _pick(rows, [held.get(slice_) is rows for slice_ in rows.slices])
+        for given in reversed(dict.fromkeys(held.values())):
+            back = _pick(given[0], [held.get(slice_) is given for slice_ in given[0].slices])
             if back is not None:
                 back = back.again(steps)
                 self._note_attempts(back)
@@ -478,6 +483,46 @@ class _Job:
             _drop(self.losses, slices)
 
 
+class _Held(dict[int, _Given]):
+    """What a node holds of a job: slice -> the batch that it came in, in the order in which it was given.
+
+    Of `given` slices, since it held none, it gave the first `passed` to its workers: the last of these was answered.
+    """
+
+    __slots__ = ("given", "passed")
+
+    def __init__(self) -> None:
+        self.given = self.passed = 0
+
+    def add(self, rows: Rows) -> None:
+        """The node is given these."""
+        self.update(dict.fromkeys(rows.slices, (rows, self.given)))
+        self.given += len(rows)
+
+    def answered(self, slice_: int) -> None:
+        """A worker is done with this one, and with all that it had before."""
+        rows, before = self[slice_]
+        self.passed = max(self.passed, before + rows.slices.index(slice_) + 1)
+
+    def take_back(self, slices: Iterable[int]) -> dict[int, _Given]:
+        """The node gives these back; they are the last ones that it was given."""
+        back = {slice_: self.pop(slice_) for slice_ in slices if slice_ in self}
+        self.given -= len(back)
+        self.passed = min(self.passed, self.given)
+        return back
+
+    def waiting(self) -> int:
+        """Slices that a worker which is idle now would have."""
+        return min(len(self), self.given - self.passed)
+
+    def load(self, quick: int, cpu_count: int) -> int:
+        """In 1/512 of a worker, where so many slices are worth a message."""
+        held, waiting, one = len(self), self.given - self.passed, WORKER // quick
+        if waiting >= held:
+            return held * one
+        return waiting * one + min((held - waiting) * one, (cpu_count - 1) * WORKER)
+
+
 class _Node:
     """One node: what it holds, and what it was asked for."""
 
@@ -485,7 +530,7 @@ class _Node:
 
     def __init__(self, number: int, group: _Group, cpu_count: int) -> None:
         self.number, self.group, self.cpu_count = number, group, cpu_count
-        self.held: dict[_Job, dict[int, Rows]] = {}  # slice to the batch that it came in; never empty
+        self.held: dict[_Job, _Held] = {}  # never empty
         self.done = 0  # slices it answered
         self.draining = False
         self.asked: _Job | None = None  # by the recall that is under way
@@ -493,7 +538,7 @@ class _Node:
 
     def load(self) -> int:
         """In 1/512 of a worker, by what is known of the jobs now."""
-        return sum([len(held) * (WORKER // job.quick) for job, held in self.held.items()])
+        return sum([held.load(job.quick, self.cpu_count) for job, held in self.held.items()])
 
     def busy(self) -> int:
         """How many of its workers have something to run."""
@@ -503,7 +548,7 @@ class _Node:
         """What it could best give back because no worker needs it: µs of work, slices, of which job."""
         over = self.load() - self.cpu_count * WORKER
         spare = [
-            (0 if job in self.barren else min(len(held), over * job.quick // WORKER), job)
+            (0 if job in self.barren else min(held.waiting(), over * job.quick // WORKER), job)
             for job, held in self.held.items()
         ]
         return max([(number * job.pace_us, number, job) for number, job in spare], key=itemgetter(0))
@@ -592,9 +637,9 @@ class _Group:
         free = line[node]
         number = max(free, min(free * job.quick, job.pending() // len(line)))
         packets, taken = job.take(number, node.cpu_count)
-        held = node.held.setdefault(job, {})
+        held = node.held.setdefault(job, _Held())
         for rows in taken:
-            held.update(dict.fromkeys(rows.slices, rows))
+            held.add(rows)
         job.told.add(node.number)
         node.barren.discard(job)
         self.place(node, last=True)

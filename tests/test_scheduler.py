@@ -463,6 +463,20 @@ def test_a_node_that_had_none_to_give_may_be_asked_when_it_was_given_some() -> N
     assert scheduler.join(2, "3.11", 1) == [Recall(0, 100, 1)]
 
 
+def test_what_waits_behind_a_slow_slice_at_its_worker_keeps_no_other_worker_idle() -> None:
+    scheduler = cluster(2)
+    queue = deque(given(scheduler.add(100, tasks(0, 60, status=PACKED)))[0])
+    assert queue.popleft() == 0  # it is not answered, ...
+    queue.extend(given(scheduler.answer(0, 100, results([queue.popleft()], pace=1000))[1])[0])
+    behind = {queue.popleft() for _ in range(3)}  # ... nor are these, while four of 1 ms travel together, ...
+    done = 1
+    while queue:  # ... and all others, one by one, on the other worker
+        actions = scheduler.answer(0, 100, results([queue.popleft()]))[1]
+        queue.extend(given(actions).get(0, []))
+        done += 1
+    assert done == 60 - 1 - len(behind)
+
+
 def test_what_is_returned_goes_to_another_idle_node_even_if_that_came_later() -> None:
     scheduler = cluster(2)
     scheduler.add(100, tasks(0, 4))
@@ -492,6 +506,7 @@ class Node:
     cpu_count: int
     draining: bool = False
     held: dict[tuple[int, int], int] = field(default_factory=dict)  # (job, slice) to attempt
+    passed: set[tuple[int, int]] = field(default_factory=set)  # given before one that was answered
     asked: tuple[int, int] | None = None  # job, number
     barren: set[int] = field(default_factory=set)
 
@@ -531,7 +546,13 @@ class Machine(RuleBasedStateMachine):
         self.late: list[tuple[int, int, tuple[int, int, int]]] = []  # answers that counted, or no longer do
 
     def load(self, node: Node) -> int:
-        return sum(self.jobs[job].weight for job, _ in node.held)
+        """What waits there; and what is with workers, of which the one that answered last is not any more."""
+        load = 0
+        for number, job in self.jobs.items():
+            waiting = sum(key[0] == number and key not in node.passed for key in node.held)
+            others = sum(key[0] == number and key in node.passed for key in node.held)
+            load += waiting * job.weight + min(others * job.weight, (node.cpu_count - 1) * WORKER)
+        return load
 
     def steady(self, node: Node) -> bool:
         """Whether its load cannot have changed without an event of its own."""
@@ -592,6 +613,7 @@ class Machine(RuleBasedStateMachine):
                 size = job.sizes.pop(slice_, node.cpu_count)
                 assert size == node.cpu_count or (size < node.cpu_count and slice_ < job.flushed)
                 node.held[action.job, slice_] = attempt
+                node.passed.discard((action.job, slice_))
         assert job.limit is None or self.shared(action.job) <= job.limit
 
     def on_recall(self, action: Recall) -> None:
@@ -677,13 +699,13 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: any(node.held for node in self.nodes.values()))
     @rule(data=st.data(), most=st.sampled_from([1, 3, 100]), more=st.booleans())
     def answer(self, data: st.DataObject, most: int, more: bool) -> None:
-        """Some slices of one job in any order, among them answers that are late, twice there or in parts."""
+        """Some slices of one job in their order, among them answers that are late, twice there or in parts."""
         number = data.draw(st.sampled_from(sorted(n for n, node in self.nodes.items() if node.held)))
         job = data.draw(st.sampled_from(sorted({job for job, _ in self.nodes[number].held})))
         held = [(n, attempt, 0) for (j, n), attempt in self.nodes[number].held.items() if j == job]
-        rows = data.draw(st.permutations(held))[:most]
+        rows = sorted(data.draw(st.permutations(held))[:most], key=held.index)
         if more:
-            rows = [(n, attempt, MORE) for n, attempt, _ in rows[:2]] + rows + rows[:1]
+            rows = [(n, attempt, MORE) for n, attempt, _ in rows[:2]] + rows[:1] + rows
         self.reply(number, job, rows)
 
     @precondition(lambda self: self.late)
@@ -694,6 +716,9 @@ class Machine(RuleBasedStateMachine):
 
     def reply(self, number: int, job_number: int, rows: list[tuple[int, int, int]]) -> None:
         node, job = self.nodes.get(number, Node("", 0)), self.jobs.get(job_number)
+        if (job_number, rows[-1][0]) in node.held:
+            keys = [key for key in node.held if key[0] == job_number]
+            node.passed |= set(keys[: keys.index((job_number, rows[-1][0]))])
         expected = []
         for slice_, attempt, status in rows:
             if node.held.get((job_number, slice_), -1) == attempt and job is not None:

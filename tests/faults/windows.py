@@ -15,7 +15,7 @@ import achilles
 
 from . import tree
 from .bench import Bench, fault
-from .work import Work, WorkHere, echo, sleep, unit
+from .work import Work, WorkHere, WorkSlower, echo, sleep, unit
 
 MIB = 1 << 20
 WORKERS = 12  # of nodes of 1, 3 and 8
@@ -75,7 +75,7 @@ def million(bench: Bench) -> None:
 
 @fault(9, "one slow first argument under imap", short=True)
 def slow_first(bench: Bench) -> None:
-    """The others are done meanwhile, up to the window."""
+    """The others are done meanwhile, up to the window, though they become slower, and some wait behind it."""
     cluster, oracle = bench.cluster(2), bench.oracle()
     pulled: list[int] = []
 
@@ -84,7 +84,7 @@ def slow_first(bench: Bench) -> None:
             pulled.append(number)
             yield number
 
-    work = Work(oracle.path, 0.001, (0,), "hang", times=1)
+    work = WorkSlower(oracle.path, 0.01, (0,), "hang", times=1)
     with achilles.imap(work, arguments, **cluster.address) as packets:
         oracle.wait_for(50, "end")
         wait_until(lambda: _still(pulled), "the window to be full")

@@ -67,6 +67,19 @@ class WorkHere(Work):
         return argument * argument
 
 
+class WorkSlower(Work):
+    """Work that becomes slower: some half a millisecond each at first, and `seconds` each from index 12 on."""
+
+    def __call__(self, argument: Any) -> Any:
+        """Note, wait, note; index 0 first does what it is bad at."""
+        note(self.path, argument, "begin")
+        if argument in self.bad and noted(self.path, argument) <= self.times:
+            misbehave(self.how, argument)
+        never.wait(self.seconds if argument >= 12 else 0.0005)
+        note(self.path, argument, "end")
+        return argument * argument
+
+
 class Deadly:
     """A value that kills whoever dumps it."""
 
