@@ -2,9 +2,9 @@
 
 A server, nodes that lend it their cores, and a controller in the caller: `map`, `imap` and
 `imap_unordered` over all of them. README.md begins at the beginning; to read the code, begin with
-PROTOCOL.md, then errors, wire, auth, config, console, byvalue, payload, scheduler, results, channel,
-worker, cores, backlog, workers, node, exchange, server, feeder, job, controller, engine, local, calls, takers,
-pool, futures, joblib_backend. A module imports only from those before it.
+PROTOCOL.md, then errors, wire, auth, config, console, byvalue, payload, slices, scheduler, results,
+channel, worker, cores, backlog, workers, node, exchange, server, feeder, job, controller, engine, local, calls,
+takers, pool, futures, joblib_backend. A module imports only from those before it.
 
 Nothing happens at import: the public names are loaded when they are first used, so that
 `python -m achilles.node` imports one copy of everything, and none of what it does not need.

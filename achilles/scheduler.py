@@ -45,7 +45,8 @@ from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 from .errors import ProtocolError
-from .wire import MESSAGE_US, MORE, PACE_SLICES, PACKED, Rows, merge
+from .slices import Given, Held, Queue, drop, pick
+from .wire import MESSAGE_US, MORE, PACE_SLICES, PACKED, Rows
 
 __all__ = ["Action", "Announce", "Cancel", "Dead", "End", "Give", "Recall", "Scheduler"]
 
@@ -54,7 +55,6 @@ WORKER = MAX_QUICK  # the load of one worker
 MAX_LOSSES = 10  # nodes that went down with a slice before it is taken for the cause
 SCAN_NODES = 8  # looked at for a good one: all of a small cluster, a constant number of a large one
 
-_Given: TypeAlias = "tuple[Rows, int]"  # a batch at a node, and how many slices of the job that was given before
 Packets: TypeAlias = "list[tuple[int, int]]"  # each: its first slice, and how many
 
 
@@ -213,7 +213,7 @@ class Scheduler:
         giver, known = self._nodes.get(node), self._jobs.get(job)
         if giver is None or known is None:
             return []
-        held = giver.held.get(known, _Held())
+        held = giver.held.get(known, Held())
         back = held.take_back(slices)
         if not held:
             giver.held.pop(known, None)
@@ -277,33 +277,6 @@ class Scheduler:
         return [self._nodes[number] for number in sorted(job.told) if number in self._nodes]
 
 
-class _Queue:
-    """Slices that wait, in the order in which they will be given; cut only where they are taken."""
-
-    __slots__ = ("count", "_runs")
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._runs: deque[tuple[Rows, int]] = deque()  # a batch, and how many of its rows are gone
-
-    def put(self, rows: Rows, *, front: bool = False) -> None:
-        (self._runs.appendleft if front else self._runs.append)((rows, 0))
-        self.count += len(rows)
-
-    def take(self, number: int) -> list[Rows]:
-        """The next slices, up to so many."""
-        taken = []
-        while number > 0 and self._runs:
-            rows, start = self._runs.popleft()
-            stop = min(start + number, len(rows))
-            if stop < len(rows):
-                self._runs.appendleft((rows, stop))
-            taken.append(rows.cut(start, stop))
-            number -= stop - start
-            self.count -= stop - start
-        return taken
-
-
 class _Quota:
     """How many slices of some jobs, together, may be with nodes."""
 
@@ -340,8 +313,8 @@ class _Job:
     def reset(self, *, cancelled: bool = False) -> None:
         """Forget every slice; what is with nodes is let go."""
         self.cancelled = cancelled
-        self.fresh = _Queue()  # contiguous, in no packet yet
-        self.packed = _Queue()  # of a packet, or in need of none
+        self.fresh = Queue()  # contiguous, in no packet yet
+        self.packed = Queue()  # of a packet, or in need of none
         self.let_go(self.held)
         self.open: set[int] = set()  # slices not answered
         self.attempts: dict[int, int] = {}  # of open slices, where it is not 0
@@ -382,8 +355,8 @@ class _Job:
             raise ProtocolError(f"a slice of job {self.number} came twice")
         if max(rows.statuses) > PACKED:
             raise ProtocolError(f"a slice of job {self.number} with a status that no task has")
-        packed = _pick(rows, [status == PACKED for status in rows.statuses])
-        fresh = _pick(rows, [status != PACKED for status in rows.statuses])
+        packed = pick(rows, [status == PACKED for status in rows.statuses])
+        fresh = pick(rows, [status != PACKED for status in rows.statuses])
         if fresh is not None:
             start = fresh.slices[0] if self._next is None else self._next
             if fresh.slices != tuple(range(start, start + len(fresh))):
@@ -412,13 +385,13 @@ class _Job:
         self.hold(sum(map(len, taken)))
         return packets, taken
 
-    def accept(self, held: _Held, rows: Rows) -> tuple[Rows | None, Collection[int]]:
+    def accept(self, held: Held, rows: Rows) -> tuple[Rows | None, Collection[int]]:
         """The rows that count, and the slices whose last row they bring, which are held no more."""
         slices = set(rows.slices)
         attempts = tuple(map(self.attempts.get, rows.slices, repeat(0)))
         alike = attempts == rows.attempts and len(slices) == len(attempts)
         if alike and held.keys() >= slices and max(rows.statuses) < MORE:
-            _drop(held, slices)
+            drop(held, slices)
             self._settle(slices)
             return rows, rows.slices
         good, released = [], []
@@ -428,7 +401,7 @@ class _Job:
                 del held[slice_]
                 released.append(slice_)
         self._settle(released)
-        return _pick(rows, good), released
+        return pick(rows, good), released
 
     def measure(self, number: int, pace_us: int) -> None:
         """So many slices were answered: judge by the slowest of the last how many are worth a message."""
@@ -443,7 +416,7 @@ class _Job:
         self.pace_us = MESSAGE_US  # until the first answer, so that nothing travels together
         self.quick = 1  # slices that are worth a message
 
-    def count_loss(self, held: _Held, workers: int) -> list[Dead]:
+    def count_loss(self, held: Held, workers: int) -> list[Dead]:
         """A node went down with `held`, in this order: take out those that it was one too many for.
 
         What waited there behind a message for each worker had not begun, and is not to blame.
@@ -452,14 +425,14 @@ class _Job:
         self.losses.update(begun)
         slices = [slice_ for slice_ in begun if self.losses[slice_] >= MAX_LOSSES]
         dead = [Dead(self.number, n, self.attempts.get(n, 0), self.losses[n]) for n in slices]
-        _drop(held, slices)
+        drop(held, slices)
         self._settle(slices)
         return dead
 
-    def requeue(self, held: Mapping[int, _Given], steps: int) -> None:
+    def requeue(self, held: Mapping[int, Given], steps: int) -> None:
         """Slices that a node held go in front of all others, so many attempts later."""
         for given in reversed(dict.fromkeys(held.values())):
-            back = _pick(given[0], [held.get(slice_) is given for slice_ in given[0].slices])
+            back = pick(given[0], [held.get(slice_) is given for slice_ in given[0].slices])
             if back is not None:
                 back = back.again(steps)
                 self._note_attempts(back)
@@ -479,48 +452,8 @@ class _Job:
         self.open.difference_update(slices)
         self.done += before - len(self.open)
         if self.attempts or self.losses:
-            _drop(self.attempts, slices)
-            _drop(self.losses, slices)
-
-
-class _Held(dict[int, _Given]):
-    """What a node holds of a job: slice -> the batch that it came in, in the order in which it was given.
-
-    Of `given` slices, since it held none, it gave the first `passed` to its workers: the last of these was answered.
-    """
-
-    __slots__ = ("given", "passed")
-
-    def __init__(self) -> None:
-        self.given = self.passed = 0
-
-    def add(self, rows: Rows) -> None:
-        """The node is given these."""
-        self.update(dict.fromkeys(rows.slices, (rows, self.given)))
-        self.given += len(rows)
-
-    def answered(self, slice_: int) -> None:
-        """A worker is done with this one, and with all that it had before."""
-        rows, before = self[slice_]
-        self.passed = max(self.passed, before + rows.slices.index(slice_) + 1)
-
-    def take_back(self, slices: Iterable[int]) -> dict[int, _Given]:
-        """The node gives these back; they are the last ones that it was given."""
-        back = {slice_: self.pop(slice_) for slice_ in slices if slice_ in self}
-        self.given -= len(back)
-        self.passed = min(self.passed, self.given)
-        return back
-
-    def waiting(self) -> int:
-        """Slices that a worker which is idle now would have."""
-        return min(len(self), self.given - self.passed)
-
-    def load(self, quick: int, cpu_count: int) -> int:
-        """In 1/512 of a worker, where so many slices are worth a message."""
-        held, waiting, one = len(self), self.given - self.passed, WORKER // quick
-        if waiting >= held:
-            return held * one
-        return waiting * one + min((held - waiting) * one, (cpu_count - 1) * WORKER)
+            drop(self.attempts, slices)
+            drop(self.losses, slices)
 
 
 class _Node:
@@ -530,7 +463,7 @@ class _Node:
 
     def __init__(self, number: int, group: _Group, cpu_count: int) -> None:
         self.number, self.group, self.cpu_count = number, group, cpu_count
-        self.held: dict[_Job, _Held] = {}  # never empty
+        self.held: dict[_Job, Held] = {}  # never empty
         self.done = 0  # slices it answered
         self.draining = False
         self.asked: _Job | None = None  # by the recall that is under way
@@ -538,7 +471,8 @@ class _Node:
 
     def load(self) -> int:
         """In 1/512 of a worker, by what is known of the jobs now."""
-        return sum([held.load(job.quick, self.cpu_count) for job, held in self.held.items()])
+        others = (self.cpu_count - 1) * WORKER
+        return sum([held.load(WORKER // job.quick, others) for job, held in self.held.items()])
 
     def busy(self) -> int:
         """How many of its workers have something to run."""
@@ -637,7 +571,7 @@ class _Group:
         free = line[node]
         number = max(free, min(free * job.quick, job.pending() // len(line)))
         packets, taken = job.take(number, node.cpu_count)
-        held = node.held.setdefault(job, _Held())
+        held = node.held.setdefault(job, Held())
         for rows in taken:
             held.add(rows)
         job.told.add(node.number)
@@ -659,16 +593,3 @@ class _Group:
             self.recalls += 1
             del self.surplus[node]
             yield Recall(node.number, job.number, min(number, job.quick * next(iter(self.idle.values()))))
-
-
-def _pick(rows: Rows, wanted: list[bool]) -> Rows | None:
-    """Those rows as one batch, `rows` itself if it is all of them, None if it is none."""
-    if all(wanted):
-        return rows
-    pieces = [rows.cut(n, n + 1) for n, want in enumerate(wanted) if want]
-    return merge(pieces) if pieces else None
-
-
-def _drop(noted: dict[int, Any], slices: Collection[int]) -> None:
-    """Forget what is noted of these slices, at the speed of C."""
-    deque(map(noted.pop, slices, repeat(None)), maxlen=0)
