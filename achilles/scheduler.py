@@ -16,8 +16,8 @@ lock, and carries out the actions of each call in their order.
    was flushed. It is announced when the first of it is given, and given whole, but
    where a limit forbids that. A slice that comes back is given by itself.
 2. Load is counted in workers: a slice is one worker's, or 1/n of one where n of its
-   job are worth a message of 5 ms. But what a node was given before the last slice that
-   it answered is with its other workers, however much that is: some of it may wait there
+   job are worth a message of 5 ms. But what a node was given before a slice that it has
+   answered is with its other workers, however much that is: some of it may wait there
    behind a slow one. Work goes to nodes with idle workers, the longest waiting first, and
    to others only while none is idle. Those hold about one packet beyond what runs: they
    are topped up when half of that is gone.
@@ -195,7 +195,7 @@ class Scheduler:
         if giver is None or known is None or known not in giver.held:
             return None, []
         held = giver.held[known]
-        if (last := rows.slices[-1]) in held:
+        if (last := rows.slices[-1]) in held and not rows.statuses[-1] & MORE:
             held.answered(last)
         accepted, released = known.accept(held, rows)
         if not released:
@@ -209,7 +209,7 @@ class Scheduler:
         return accepted, giver.group.assign()
 
     def returned(self, node: int, job: int, slices: Iterable[int]) -> list[Action]:
-        """The node gave these slices back, recalled or because it drains; others get them, uncharged."""
+        """The node gave these slices back, recalled, or as it drains, or a worker died; others get them, uncharged."""
         giver, known = self._nodes.get(node), self._jobs.get(job)
         if giver is None or known is None:
             return []
@@ -471,8 +471,12 @@ class _Node:
 
     def load(self) -> int:
         """In 1/512 of a worker, by what is known of the jobs now."""
-        others = (self.cpu_count - 1) * WORKER
-        return sum([held.load(WORKER // job.quick, others) for job, held in self.held.items()])
+        waiting = others = 0
+        for job, held in self.held.items():
+            number, each = held.waiting(), WORKER // job.quick
+            waiting += number * each
+            others += (len(held) - number) * each
+        return waiting + min(others, (self.cpu_count - 1) * WORKER)
 
     def busy(self) -> int:
         """How many of its workers have something to run."""

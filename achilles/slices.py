@@ -49,7 +49,7 @@ class Queue:
 class Held(dict[int, Given]):
     """What a node holds of a job: slice -> the batch that it came in, in the order in which it was given.
 
-    Of `given` slices, since it held none, it gave the first `passed` to its workers: the last of these was answered.
+    The first `passed` of `given` slices have left its queue: the last of these was answered.
     """
 
     __slots__ = ("given", "passed")
@@ -63,25 +63,22 @@ class Held(dict[int, Given]):
         self.given += len(rows)
 
     def answered(self, slice_: int) -> None:
-        """A worker is done with this one: all before it have left the node's queue, and are done, or with others."""
+        """A worker is done with this one: what the node was given before is done, or with other workers."""
         rows, before = self[slice_]
         self.passed = max(self.passed, before + rows.slices.index(slice_) + 1)
 
     def take_back(self, slices: Iterable[int]) -> dict[int, Given]:
-        """The node gives these back; they are the last ones that it was given."""
+        """The node gives these back: the last of its queue, or what a dead worker had."""
         back = {slice_: self.pop(slice_) for slice_ in slices if slice_ in self}
-        self.given -= len(back)
-        self.passed = min(self.passed, self.given)
+        if back and self:
+            rows, before = self[last := next(reversed(self))]
+            self.given = before + rows.slices.index(last) + 1
+            self.passed = min(self.passed, self.given)
         return back
 
     def waiting(self) -> int:
         """Slices that a worker which is idle now would have."""
         return min(len(self), self.given - self.passed)
-
-    def load(self, each: int, most: int) -> int:
-        """The load of all, where one slice is a load of `each`, and what is with workers one of `most` at most."""
-        held, waiting = len(self), self.given - self.passed
-        return held * each if waiting >= held else waiting * each + min((held - waiting) * each, most)
 
 
 def pick(rows: Rows, wanted: list[bool]) -> Rows | None:

@@ -8,7 +8,8 @@ loads a letter, and opens none but a function's, to check its digest.
 
     TASK ─▶ queue of the job ──feed──▶ worker: at most two messages ──RESULT──▶ send
                 ▲                         │ died: status array     ──▶ DIED, one slice, charged
-                └──── all other slices ───┘ killed by us           ──▶ TIMEOUT, one slice, or nothing
+                │                         │ killed by us           ──▶ TIMEOUT, one slice, or nothing
+                └─ with long letters ─────┴ all its other slices   ──▶ RETURNED
 
 A message is slices of one job that travel together: as many as 5 ms are worth
 by the job's slowest of late, and no more than a fair share. A worker whose job
@@ -291,11 +292,21 @@ class Workers:
         return worker.overdue is not None
 
     def _make_way(self, now: float) -> None:
-        """Where every worker belongs to some context and another one waits, one of them is replaced."""
-        owners = {worker.owner if worker.usable else None for worker in self._workers}
-        if None in owners or not any(job.queued and job.context not in owners for job in self._jobs.values()):
+        """Where no worker is there for what waits, one of another context's is replaced.
+
+        At once where the context that waits has none, even one that is busy if it has served its second; else one
+        that has been idle for a second: two pools in turns need not start workers anew each time.
+        """
+        waiting = {job.context for job in self._jobs.values() if job.queued}
+        idle = [worker for worker in self._workers if not worker.messages]
+        coming = any(not worker.usable and not worker.messages for worker in self._workers)  # one in its place
+        if not waiting or coming or any(worker.owner in (None, *waiting) for worker in idle):
             return
-        free = [w for w in self._workers if not w.messages or now - w.owned_at > SHARE_SECONDS]
+        owners = {worker.owner for worker in self._workers if worker.usable}
+        if None in owners or waiting <= owners:
+            free = [worker for worker in idle if now - worker.since > SHARE_SECONDS]
+        else:
+            free = idle or [worker for worker in self._workers if now - worker.owned_at > SHARE_SECONDS]
         if free:
             min(free, key=lambda worker: (len(worker.messages), worker.owned_at)).retire()
 
@@ -442,11 +453,16 @@ class Workers:
             self._take_back(job, rows)
 
     def _take_back(self, job: Backlog, rows: Rows) -> None:
-        """Slices that go to another worker, as if they had not been given to this one."""
-        if rows and job.cancelled_at is None and self._draining:
-            self._send(Kind.RETURNED, _bare(rows))
-        elif rows and job.cancelled_at is None:
+        """Slices that go to another worker, as if they had not been given to this one.
+
+        The server knows where one is idle. Only long letters are not worth the way there and back.
+        """
+        if not rows or job.cancelled_at is not None:
+            return
+        if rows.longs and not self._draining:
             job.put(rows, back=True)
+        else:
+            self._send(Kind.RETURNED, _bare(rows))
 
     def _blame(self, worker: _Worker, now: float) -> tuple[int, Status, bytes]:
         """The slice under which this worker ended, -1 if that is none's fault; RESULT's status and letter for it."""

@@ -477,6 +477,45 @@ def test_what_waits_behind_a_slow_slice_at_its_worker_keeps_no_other_worker_idle
     assert done == 60 - 1 - len(behind)
 
 
+def test_jobs_with_a_slow_slice_each_keep_no_other_worker_idle() -> None:
+    scheduler = cluster(4, jobs=2)
+    queues: dict[int, deque[int]] = {100: deque(), 101: deque()}
+
+    def take(actions: list[Action]) -> None:
+        for job, slices in held_of(actions).items():
+            queues[job].extend(slices)
+
+    for job in queues:
+        take(scheduler.add(job, tasks(0, 60, status=PACKED)))
+    for job, queue in queues.items():
+        take(scheduler.answer(0, job, results([queue.popleft()], pace=1000))[1])
+    behind = [queue.popleft() for queue in queues.values() for _ in range(min(4, len(queue)))]
+    done = 2
+    while any(queues.values()):
+        for job, queue in queues.items():
+            if queue:
+                take(scheduler.answer(0, job, results([queue.popleft()]))[1])
+                done += 1
+    assert done == 120 - len(behind)
+
+
+def test_what_a_dead_worker_had_is_returned_and_is_not_with_the_others_then() -> None:
+    scheduler = cluster(2)
+    held = given(scheduler.add(100, tasks(0, 40, status=PACKED)))[0]
+    held += given(scheduler.answer(0, 100, results([held.pop(0)], pace=500))[1])[0]
+    scheduler.leave(0)
+    assert len(held) > 6 and scheduler.returned(0, 100, held[:-3]) == []
+    scheduler.answer(0, 100, results(held[-1:], pace=500))
+    assert [state["busy"] for state in scheduler.node_states()] == [1]
+
+
+def test_a_part_of_an_answer_is_not_its_end() -> None:
+    scheduler = cluster(1)
+    scheduler.add(100, tasks(0, 1, status=PACKED))
+    scheduler.answer(0, 100, table([(0, 0, MORE)], SLOW_US))
+    assert [state["busy"] for state in scheduler.node_states()] == [1]
+
+
 def test_what_is_returned_goes_to_another_idle_node_even_if_that_came_later() -> None:
     scheduler = cluster(2)
     scheduler.add(100, tasks(0, 4))
@@ -547,12 +586,9 @@ class Machine(RuleBasedStateMachine):
 
     def load(self, node: Node) -> int:
         """What waits there; and what is with workers, of which the one that answered last is not any more."""
-        load = 0
-        for number, job in self.jobs.items():
-            waiting = sum(key[0] == number and key not in node.passed for key in node.held)
-            others = sum(key[0] == number and key in node.passed for key in node.held)
-            load += waiting * job.weight + min(others * job.weight, (node.cpu_count - 1) * WORKER)
-        return load
+        waiting = sum(self.jobs[key[0]].weight for key in node.held if key not in node.passed)
+        others = sum(self.jobs[key[0]].weight for key in node.held if key in node.passed)
+        return waiting + min(others, (node.cpu_count - 1) * WORKER)
 
     def steady(self, node: Node) -> bool:
         """Whether its load cannot have changed without an event of its own."""
@@ -716,7 +752,7 @@ class Machine(RuleBasedStateMachine):
 
     def reply(self, number: int, job_number: int, rows: list[tuple[int, int, int]]) -> None:
         node, job = self.nodes.get(number, Node("", 0)), self.jobs.get(job_number)
-        if (job_number, rows[-1][0]) in node.held:
+        if (job_number, rows[-1][0]) in node.held and not rows[-1][2] & MORE:
             keys = [key for key in node.held if key[0] == job_number]
             node.passed |= set(keys[: keys.index((job_number, rows[-1][0]))])
         expected = []
