@@ -196,7 +196,7 @@ class Scheduler:
             return None, []
         held = giver.held[known]
         if (last := rows.slices[-1]) in held and not rows.statuses[-1] & MORE:
-            held.answered(last)
+            held.went(last)
         accepted, released = known.accept(held, rows)
         if not released:
             return accepted, []
@@ -214,7 +214,7 @@ class Scheduler:
         if giver is None or known is None:
             return []
         held = giver.held.get(known, Held())
-        back = held.take_back(slices)
+        back = held.take_back(slices, queued=giver.asked is known)
         if not held:
             giver.held.pop(known, None)
         if not back:

@@ -62,14 +62,17 @@ class Held(dict[int, Given]):
         self.update(dict.fromkeys(rows.slices, (rows, self.given)))
         self.given += len(rows)
 
-    def answered(self, slice_: int) -> None:
-        """A worker is done with this one: what the node was given before is done, or with other workers."""
+    def went(self, slice_: int) -> None:
+        """This one was with a worker, which is done with it: what was given before is done, or with other workers."""
         rows, before = self[slice_]
         self.passed = max(self.passed, before + rows.slices.index(slice_) + 1)
 
-    def take_back(self, slices: Iterable[int]) -> dict[int, Given]:
-        """The node gives these back: the last of its queue, or what a dead worker had."""
-        back = {slice_: self.pop(slice_) for slice_ in slices if slice_ in self}
+    def take_back(self, slices: Iterable[int], *, queued: bool) -> dict[int, Given]:
+        """The node gives these back: the last ones that it has `queued`, or what a dead worker had."""
+        known = [slice_ for slice_ in dict.fromkeys(slices) if slice_ in self]
+        if known and not queued:
+            self.went(known[-1])
+        back = {slice_: self.pop(slice_) for slice_ in known}
         if back and self:
             rows, before = self[last := next(reversed(self))]
             self.given = before + rows.slices.index(last) + 1
@@ -77,7 +80,7 @@ class Held(dict[int, Given]):
         return back
 
     def waiting(self) -> int:
-        """Slices that a worker which is idle now would have."""
+        """Slices of which one would be with a worker if that were idle."""
         return min(len(self), self.given - self.passed)
 
 

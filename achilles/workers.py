@@ -13,9 +13,9 @@ loads a letter, and opens none but a function's, to check its digest.
 
 A message is slices of one job that travel together: as many as 5 ms are worth
 by the job's slowest of late, and no more than a fair share. A worker whose job
-has an initializer or counts tasks belongs to that context until CLOSE and is
-then replaced; the others change context when idle, the least served first. A
-death is seen in `exitcode`, which alone tells the truth: sentinel and end of
+has an initializer or counts tasks belongs to that context until CLOSE, or until
+another needs it more, and is then replaced; the others change context when
+idle, the least served first. A death is seen in `exitcode`, which alone tells the truth: sentinel and end of
 file wait for the worker's own children, too.
 
 Everything runs in the one thread of the node's loop: the loop calls `turn`, and
@@ -35,7 +35,7 @@ import sys
 import threading
 import time
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
@@ -56,7 +56,8 @@ LOOK_SECONDS = 0.05  # how often exits, time limits and cancels are looked at: a
 MESSAGES = 2  # unanswered, a worker: one runs, the next is there when it ends
 CANCEL_SECONDS = 0.5  # for a cancelled job's running slice to end by itself
 RETIRE_SECONDS = 2.0  # for a worker to end by itself, its exit handlers included
-SHARE_SECONDS = 1.0  # so long may a worker belong to one busy context while another has none
+SHARE_SECONDS = 1.0  # so long may a worker belong to a context that is busy while another one has none, or idle, ...
+KEEP_SECONDS = 60.0  # ... or so long, if the idle context has no more workers than others
 START_SECONDS, MAX_START_SECONDS = 0.1, 5.0  # pauses after workers that died before they were ready
 STOP_SECONDS = 5.0  # for killed workers to be gone
 SOCKET_BYTES = 1 << 20  # buffer of a worker's socket pair: fewer switches for a large letter
@@ -247,11 +248,13 @@ class Workers:
         :param woken: a child may have died: look now, and not only every 50 ms.
         """
         now = time.monotonic()
-        if woken or now >= self._look_at:
+        if look := woken or now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
             self._look(now)
         if any(job.queued for job in self._jobs.values()):
             self._feed()
+            if look:
+                self._make_way(now)  # for what is left
         for worker in self._workers:
             if worker.watched and worker.channel.wants_write:
                 self._write(worker)
@@ -273,7 +276,6 @@ class Workers:
             elif not worker.killed and self._must_die(worker, now):
                 worker.killed = True
                 worker.process.kill()
-        self._make_way(now)
         self._fill(now)
 
     def _must_die(self, worker: _Worker, now: float) -> bool:
@@ -292,23 +294,25 @@ class Workers:
         return worker.overdue is not None
 
     def _make_way(self, now: float) -> None:
-        """Where no worker is there for what waits, one of another context's is replaced.
+        """For what no worker may run, one that belongs to another context is replaced.
 
-        At once where the context that waits has none, even one that is busy if it has served its second; else one
-        that has been idle for a second: two pools in turns need not start workers anew each time.
+        At once for a context that has none, even a busy one if it has served its second. A context that has some
+        gets one that is idle: it may have cost its pool much to set up, and pools often take turns.
         """
         waiting = {job.context for job in self._jobs.values() if job.queued}
-        idle = [worker for worker in self._workers if not worker.messages]
-        coming = any(not worker.usable and not worker.messages for worker in self._workers)  # one in its place
-        if not waiting or coming or any(worker.owner in (None, *waiting) for worker in idle):
+        coming = any(not worker.usable and not worker.messages for worker in self._workers)  # a new one in its place
+        if not waiting or coming or len(self._workers) < self._count:
             return
-        owners = {worker.owner for worker in self._workers if worker.usable}
-        if None in owners or waiting <= owners:
-            free = [worker for worker in idle if now - worker.since > SHARE_SECONDS]
+        idle = [worker for worker in self._workers if not worker.messages]
+        owned = Counter(worker.owner for worker in self._workers if not worker.killed)
+        if None in owned or waiting <= owned.keys():
+            part = self._count // len((waiting | owned.keys()) - {None})
+            keep = {owner: SHARE_SECONDS if number > part else KEEP_SECONDS for owner, number in owned.items()}
+            free = [worker for worker in idle if now - worker.since > keep[worker.owner]]
         else:
-            free = idle or [worker for worker in self._workers if now - worker.owned_at > SHARE_SECONDS]
+            free = idle or [w for w in self._workers if w.usable and now - w.owned_at > SHARE_SECONDS]
         if free:
-            min(free, key=lambda worker: (len(worker.messages), worker.owned_at)).retire()
+            min(free, key=lambda worker: (len(worker.messages), -worker.since)).retire()
 
     # Feeding.
 

@@ -6,7 +6,6 @@ import itertools
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import ANY
 
 import pytest
 from hypothesis import settings
@@ -459,7 +458,7 @@ def test_a_node_that_had_none_to_give_may_be_asked_when_it_was_given_some() -> N
     scheduler.join(1, "3.11", 1)
     assert scheduler.returned(0, 100, []) == []
     scheduler.leave(1)
-    assert scheduler.returned(0, 100, [4, 5, 6]) == [Give(0, 100, [ANY], False)]  # there is nobody else
+    assert given(scheduler.returned(0, 100, [4, 5, 6])) == {0: [4, 5, 6]}  # there is nobody else
     assert scheduler.join(2, "3.11", 1) == [Recall(0, 100, 1)]
 
 
@@ -507,6 +506,32 @@ def test_what_a_dead_worker_had_is_returned_and_is_not_with_the_others_then() ->
     assert len(held) > 6 and scheduler.returned(0, 100, held[:-3]) == []
     scheduler.answer(0, 100, results(held[-1:], pace=500))
     assert [state["busy"] for state in scheduler.node_states()] == [1]
+
+
+def test_what_was_recalled_does_not_count_as_waiting() -> None:
+    scheduler = cluster(2)
+    queue = deque(given(scheduler.add(100, tasks(0, 24, status=PACKED)))[0])
+    assert queue.popleft() == 0  # it lasts
+    queue.extend(given(scheduler.answer(0, 100, results([queue.popleft()], pace=1000))[1])[0])
+    for _ in range(3):
+        queue.popleft()  # these are behind it
+    queue.extend(given(scheduler.answer(0, 100, results([queue.popleft()]))[1]).get(0, []))  # slow from here on
+    assert [action.node for action in of(Recall, scheduler.join(2, "3.11", 8))] == [0]
+    assert given(scheduler.returned(0, 100, [queue.pop() for _ in range(8)][::-1])).keys() == {2}
+    while queue:
+        queue.extend(given(scheduler.answer(0, 100, results([queue.popleft()]))[1]).get(0, []))
+    scheduler.lose(2)
+    assert scheduler.job_states()[0]["running"] > 4
+
+
+def test_after_a_death_the_next_worker_is_fed_though_another_has_a_slow_slice() -> None:
+    scheduler = cluster(2)
+    queue = given(scheduler.add(100, tasks(0, 7, status=PACKED)))[0]
+    queue += given(scheduler.answer(0, 100, results([0], pace=1000))[1])[0]
+    assert queue == [0, 1, 2, 3, 4, 5, 6]  # one worker has 1, 2 and 5, the other 3, which lasts, 4 and 6
+    scheduler.answer(0, 100, results([1]))
+    scheduler.answer(0, 100, results([2]))  # it died
+    assert given(scheduler.returned(0, 100, [5])) == {0: [5]}
 
 
 def test_a_part_of_an_answer_is_not_its_end() -> None:

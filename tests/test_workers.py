@@ -285,6 +285,20 @@ def test_a_death_charges_the_argument_that_ran_and_nobody_else(loop: Any, exitco
     assert sorted(it.values()) == [n for n in range(400) if n != 250]
 
 
+def test_what_a_dead_worker_had_is_returned_if_it_is_short(loop: Any) -> None:
+    it = loop(1)
+    it.declare(exit_on)
+    it.add(*([n] for n in range(200)))
+    it.until(lambda: len(it.answers()) == 200)  # quick now: slices travel together
+    it.add(["die"], *([n] for n in range(201, 205)), first=200)
+    it.until(lambda: len(it.answers()) + len(it.returned()) == 205)
+    returned = it.returned()
+    assert returned and [n for n, state, _ in it.answers() if state is Status.DIED] == [200]
+    it.add(["die", "x" * 2000], *(["x" * 2000] for _ in range(4)), first=300)
+    it.until(lambda: len(it.answers()) + len(returned) == 210)
+    assert it.returned() == returned and [n for n in it.values() if n > 300] == [301, 302, 303, 304]
+
+
 def test_a_death_is_charged_where_two_messages_left_in_one_frame(loop: Any) -> None:
     it = loop(1)
     it.declare(exit_on)
@@ -416,28 +430,56 @@ def test_a_context_that_waits_gets_a_worker_that_belongs_to_an_idle_one(loop: An
     assert state is None and pid != it.values(1)[0][0][1]
 
 
-def test_idle_workers_of_one_context_go_to_another_that_has_too_few(loop: Any) -> None:
+def test_idle_workers_of_one_context_go_to_another_that_has_too_few(loop: Any, monkeypatch: Any) -> None:
     it = loop(3)
     it.declare(get_up, job=1, context="c", initializer=set_up)
     it.declare(sleep, job=2, context="d")
     it.add(*([n] for n in range(200)), job=1)
     it.until(lambda: len(it.answers()) == 200 and all(worker.owner for worker in it.workers._workers))
-    it.add(*([0.1] for _ in range(60)), job=2)
+    it.add(*([0.1] for _ in range(200)), job=2)
+    it.until(lambda: len({pid for (pid,) in it.values(2).values()}) == 2)
+    assert len(it.answers(2)) < 200
+    assert [worker.owner for worker in it.workers._workers].count("c" * 32) == 1  # its part, for a minute
+    monkeypatch.setattr(module, "KEEP_SECONDS", 1.0)
     it.until(lambda: len({pid for (pid,) in it.values(2).values()}) == 3)
-    assert len(it.answers(2)) < 60
+    assert len(it.answers(2)) < 200
 
 
-def test_contexts_that_take_turns_keep_their_workers(loop: Any) -> None:
+def test_one_slice_of_a_context_without_workers_takes_one(loop: Any) -> None:
+    it = loop(3)
+    it.declare(get_up, job=1, context="c", initializer=set_up)
+    it.declare(sleep, job=2, context="d")
+    it.add(*([n] for n in range(200)), job=1)
+    it.until(lambda: len(it.answers()) == 200 and all(worker.owner for worker in it.workers._workers))
+    before = set(it.workers.pids)
+    it.add([0.2], job=2)
+    it.until(lambda: it.answers(2))
+    assert len(before & set(it.workers.pids)) == 2
+
+
+def test_a_context_waits_a_second_for_a_worker_of_one_that_is_always_busy(loop: Any) -> None:
+    it = loop(1)
+    it.declare(sleep, job=1, context="c", initializer=set_up)
+    it.declare(sleep, job=2, context="d")
+    it.add(*([0.01] for _ in range(1000)), job=1)
+    it.until(lambda: it.answers(1))
+    it.add([0.01], job=2)
+    it.until(lambda: it.answers(2))
+    assert len(it.answers(1)) < 1000
+
+
+def test_contexts_that_take_turns_keep_their_workers(loop: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "SHARE_SECONDS", 3600.0)
     it = loop(2)
     for job, context in enumerate("cd", 1):
-        it.declare(get_up, job=job, context=context, initializer=set_up)
+        it.declare(sleep, job=job, context=context, initializer=set_up)
         it.add([0], job=job)
     it.until(lambda: it.answers(1) and it.answers(2))
     pids = set(it.workers.pids)
-    for number in range(1, 6):
+    for number in range(1, 3):
         for job in (1, 2):
-            it.add(*([n] for n in range(10)), job=job, first=10 * number)
-            it.until(lambda: len(it.answers(job)) == 10 * number + 1)  # noqa: B023
+            it.add(*([0.06] for _ in range(5)), job=job, first=10 * number)
+            it.until(lambda: len(it.answers(job)) == 5 * number + 1)  # noqa: B023
     assert set(it.workers.pids) == pids
 
 
