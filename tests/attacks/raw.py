@@ -198,8 +198,9 @@ class Link:
         return frame
 
     def send(self, kind: str | int, body: Any = None, rows: Sequence[Row] | None = None, job: int = 0) -> None:
-        """Make it and send it."""
-        self.sock.sendall(self.make(kind, body, rows, job).raw)
+        """Make it and send it. Lost, if the other end has closed; what it said before that is there to be read."""
+        with contextlib.suppress(ConnectionError):
+            self.sock.sendall(self.make(kind, body, rows, job).raw)
 
     def read(self) -> Frame:
         """The next frame, whose tag must be good. Ended at end of file."""
