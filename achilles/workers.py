@@ -15,8 +15,8 @@ A message is slices of one job that travel together: as many as 5 ms are worth
 by the job's slowest of late, and no more than a fair share. A worker whose job
 has an initializer or counts tasks belongs to that context until CLOSE, or until
 another needs it more, and is then replaced; the others change context when
-idle, the least served first. A death is seen in `exitcode`, which alone tells the truth: sentinel and end of
-file wait for the worker's own children, too.
+idle, the least served first. A death is seen in `exitcode`, which alone tells
+the truth: sentinel and end of file wait for the worker's own children, too.
 
 Everything runs in the one thread of the node's loop: the loop calls `turn`, and
 the selector's entries carry the function to call in `data`. No locks.
