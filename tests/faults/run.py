@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.hours is not None or args.round is not None:
         return int(bool(soak(args.hours or 0, seed, only=args.round)))
     cases = [case for case in load().values() if not args.only or any(_means(only, case) for only in args.only)]
+    if not cases:
+        parser.error(f"no case is meant by --only {' '.join(args.only)}; --list names them")
     if args.list:
         for case in cases:
             print(f"{case.point:2}  {case.name:40} {case.what}")
