@@ -22,6 +22,9 @@ import achilles
 PACKAGE_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(achilles.__file__)))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PACKAGE_FOLDER, os.environ.get("PYTHONPATH")]))
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SECONDS = 20.0  # tells a hang from a wait
 GONE_SECONDS = 8.0  # for what a test has started: longer than a goodbye and the joins after it
 
