@@ -1,10 +1,7 @@
 """The backend "achilles" of joblib, and so of scikit-learn.
 
-Knows joblib's interface of backends (1.5 and later) and an Executor; imports joblib when it is registered.
-An Executor lives as long as one `Parallel` call, or block. Nested calls run in the worker, one by one.
+Knows joblib's interface of backends (1.5 and later) and an Executor, which lives as long as a `Parallel` call or block.
 """
-
-from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
@@ -18,8 +15,7 @@ __all__ = ["register_joblib_backend"]
 class _Batches:
     """What is ours of the backend: each batch of calls is a future."""
 
-    supports_retrieve_callback = True
-    default_n_jobs = -1
+    supports_retrieve_callback, default_n_jobs = True, -1
 
     def __init__(self, nesting_level: int | None = None, inner_max_num_threads: int | None = None, **cluster: Any):
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)  # type: ignore
@@ -33,26 +29,23 @@ class _Batches:
     def effective_n_jobs(self, n_jobs: int | None) -> int:
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
-        workers = self._open()._max_workers
-        return max(workers + 1 + n_jobs, 1) if n_jobs is not None and n_jobs < 0 else n_jobs or 1
+        return max(self._open()._max_workers + 1 + n_jobs, 1) if n_jobs is not None and n_jobs < 0 else n_jobs or 1
 
-    def submit(self, func: Callable[[], Any], callback: Callable[[Any], object] | None = None) -> Any:
+    def submit(self, func: Callable[[], Any], callback: Callable[[Any], object]) -> Any:
         future = self._open().submit(func)
-        if callback is not None:
-            future.add_done_callback(callback)
+        future.add_done_callback(callback)
         return future
 
     def retrieve_result_callback(self, out: Any) -> Any:
         return out.result()
 
-    def abort_everything(self, ensure_ready: bool = True) -> None:
-        self.terminate()
-
-    def terminate(self) -> None:
+    def terminate(self, ensure_ready: bool = True) -> None:
         executor, self.executor = self.executor, None
         if executor is not None:
             executor.shutdown(wait=False, cancel_futures=True)
             executor._pool.terminate()
+
+    abort_everything = terminate
 
     def get_nested_backend(self) -> tuple[Any, None]:
         backends, level = importlib.import_module("joblib._parallel_backends"), getattr(self, "nesting_level", None)
