@@ -25,8 +25,10 @@ def unset(monkeypatch):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(name):
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")  # shown where it fails
     try:
-        run.run_once(ATTACKS[name], random.randrange(1 << 32), short=True)
+        run.run_once(ATTACKS[name], seed, short=True)
     except Skipped as e:
         pytest.skip(str(e))
 

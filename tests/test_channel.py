@@ -181,6 +181,16 @@ def answer(data, seconds=SECONDS, end=True):
         return answer_claim(ours, lambda claimed: [KEY], time.monotonic() + seconds)
 
 
+def test_of_a_claim_104_bytes_are_read():
+    """Whatever is behind them stays with the system until the claim was proved."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(auth.claim(auth.NODE, "ann", bytes(32)) + bytes(32) + b"x" * 1000)
+        claimed, keys = answer_claim(ours, lambda claimed: [KEY], time.monotonic() + SECONDS)
+        assert (claimed.user, keys) == (b"ann", None)
+        assert ours.recv(2000) == b"x" * 1000
+
+
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n" + bytes(100), bytes(104), b"\xff" * 104])
 def test_junk_is_no_claim(data):
     with pytest.raises(ProtocolError):

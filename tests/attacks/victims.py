@@ -147,11 +147,13 @@ class Called(NamedTuple):
 def attack_controller(
     change: Change, way: str = "map", *, goodbye: str | None = None,
     answers: Sequence[Sequence[Any]] = ((1, 2, 3),), sessions: list[raw.Keys] | None = None,
+    packets: Sequence[int] = (), taken: int = 0,
 ) -> Called:
     """One session: `change` gets M1, M3, HELLO, CLUSTER, PACKET, RESULTs, and returns what arrives of each.
 
     `sessions` is told the keys before `change` is asked for more than M1. From the first message that is not as it
-    was on, all is sent without waiting for the controller, and then the end of file.
+    was on, all is sent without waiting for the controller but for `taken` packets of an imap, and then the end of
+    file. `packets`: how many answers each has; all are of one where it is empty.
     """
     values: list[Any] = []
     errors: list[BaseException] = []
@@ -178,7 +180,8 @@ def attack_controller(
         listening.close()
         with sock, contextlib.suppress(raw.Ended, OSError):
             sock.settimeout(raw.SECONDS)
-            _serve(sock, change, answers, said, goodbye, [] if sessions is None else sessions)
+            _serve(sock, change, answers, packets or [len(answers)], said, goodbye,
+                   [] if sessions is None else sessions, lambda: len(values) >= taken or bool(errors))
     finally:
         listening.close()
         victim.join(raw.SECONDS)
@@ -187,8 +190,8 @@ def attack_controller(
 
 
 def _serve(
-    sock: socket.socket, change: Change, answers: Sequence[Sequence[Any]], said: list[Frame], goodbye: str | None,
-    sessions: list[raw.Keys],
+    sock: socket.socket, change: Change, answers: Sequence[Sequence[Any]], packets: Sequence[int], said: list[Frame],
+    goodbye: str | None, sessions: list[raw.Keys], enough: Callable[[], bool],
 ) -> None:
     m1 = raw.greeting(os.urandom(32))
     changed = change([m1])
@@ -201,7 +204,7 @@ def _serve(
     keys = raw.session(KEY, m1, auth[: raw.SIGNED_BYTES])
     sessions.append(keys)
     link = raw.Link(sock, keys, raw.DOWN)
-    messages = [m1, keys.server_proof, *(frame.raw for frame in session_down(link, answers))]
+    messages = [m1, keys.server_proof, *(frame.raw for frame in session_down(link, answers, packets))]
     if goodbye:
         messages.append(link.make("BYE", {"reason": goodbye}).raw)
     arriving = change(messages)
@@ -211,6 +214,8 @@ def _serve(
         if number >= 4 and honest and not waited:
             said += _read_tasks(link, len(answers))
             waited = True
+        if not honest:
+            wait_until(enough, "the caller to take what came")
         sock.sendall(arrives)
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
@@ -224,12 +229,12 @@ def _read_tasks(link: raw.Link, slices: int) -> list[Frame]:
     return frames
 
 
-def session_down(link: raw.Link, answers: Sequence[Sequence[Any]]) -> list[Frame]:
-    """What a server says to a controller whose job has one packet, with an answer for each of its slices."""
+def session_down(link: raw.Link, answers: Sequence[Sequence[Any]], packets: Sequence[int]) -> list[Frame]:
+    """What a server says to a controller whose job has so many slices in each packet, with an answer for each."""
     cluster = {"nodes": 1, "workers": len(answers), "largest": len(answers), "letter_limit": 1 << 30,
                "pythons": {HELLO["python"]: 1}}
-    packet = raw.encode("PACKET", b"\0\0\0\1" + bytes(4) + bytes(8) + len(answers).to_bytes(2, "big") + bytes(6))
-    packet = packet._replace(head=b"\x0b\0\0\1" + packet.head[4:])
+    first = [sum(packets[:n]) for n in range(len(packets))]
+    packet = raw.encode("PACKET", rows=[Row(*row) for row in zip(first, packets)], job=1)
     frames = [link.make("HELLO", WORKER_HELLO), link.make("CLUSTER", cluster)]
     frames.append(raw.tag(link.keys.data[raw.DOWN], 2, packet))
     link.sequence[raw.DOWN] = 3

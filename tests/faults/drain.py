@@ -190,7 +190,7 @@ def node_relieved(bench: Bench) -> None:
     oracle.wait_for(10)
     cluster.nodes[0].signal(signal.SIGTERM)
     assert cluster.nodes[0].wait(15) == 0
-    assert not cluster.status()["nodes"]
+    wait_until(lambda: not cluster.status()["nodes"], "the server to see its end")
     at = time.monotonic()
     cluster.start_node(3)
     oracle.check(call.result(), 60, repeats=0)
