@@ -23,7 +23,7 @@ from typing import Any
 from .config import SecretKey
 from .controller import RECONNECT_SECONDS
 from .payload import own_error
-from .pool import CLOSE, Pool
+from .pool import CLOSE, Pool, _More
 from .takers import Dispatcher, PoolIterator, ResultTimeout, Taker
 
 __all__ = ["Executor", "Future"]
@@ -35,6 +35,7 @@ class Future(concurrent.futures.Future[Any]):
     """A future whose `cancel` can stop a call that runs."""
 
     _call: _Call | None = None
+    _killed = False
 
     def cancel(self, kill: bool = False) -> bool:
         """Cancel the call if it was not given out yet; with `kill`, also where it runs. Whether that was done."""
@@ -47,7 +48,14 @@ class Future(concurrent.futures.Future[Any]):
 
     def cancelled(self) -> bool:
         """Whether it was cancelled, or killed."""
-        return super().cancelled() or (self.done() and isinstance(self.exception(), concurrent.futures.CancelledError))
+        return super().cancelled() or self._killed
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the call raised, or None. Blocks `timeout` seconds at most; CancelledError if it was cancelled."""
+        error = super().exception(timeout)
+        if error is not None and self._killed:
+            raise error
+        return error
 
 
 class _Call(Taker):
@@ -63,6 +71,7 @@ class _Call(Taker):
         self._work = work  # func, args, kwds, until it is given out
         self._value: Any = None
         self._error: BaseException | None = None
+        self._kill = concurrent.futures.CancelledError()  # what the job fails with when it is killed
 
     def begin(self, pool: Pool) -> None:
         """Give it out, unless it was cancelled."""
@@ -81,7 +90,7 @@ class _Call(Taker):
         """Stop it; whether it was still running."""
         job = self.job
         if job is not None:
-            job.fail(concurrent.futures.CancelledError())
+            job.fail(self._kill)
         return job is not None
 
     def _add(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
@@ -95,6 +104,7 @@ class _Call(Taker):
             if future.done():  # Ctrl-C came when the job had begun
                 return
             if error is not None:
+                future._killed = error is self._kill
                 future.set_exception(error)
             else:
                 future.set_result(value)
@@ -114,6 +124,10 @@ class Executor(concurrent.futures.Executor):
     ) -> None:
         if max_workers is not None and max_workers < 1:
             raise ValueError("max_workers must be greater than 0")
+        if max_tasks_per_child is not None and not isinstance(max_tasks_per_child, int):
+            raise TypeError("max_tasks_per_child must be an integer")
+        if max_tasks_per_child is not None and max_tasks_per_child < 1:
+            raise ValueError("max_tasks_per_child must be >= 1")
         self._changed = threading.Condition(threading.Lock())  # guards all below
         self._queue: deque[_Call] = deque()  # not given out yet
         self._out = 0  # given out, and not ended
@@ -158,8 +172,8 @@ class Executor(concurrent.futures.Executor):
             self._check_up()
         short = all(isinstance(each, (list, tuple, range)) for each in iterables)
         args: Iterable[Any] = list(zip(*iterables)) if short else zip(*iterables)
-        results = self._pool.imap(fn, args, chunksize, call="star", buffersize=buffersize)
-        return _yield(results, deadline)
+        results = self._pool._iterate(fn, args, chunksize, _More(buffersize), call="star")
+        return _Results(results, deadline)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take nothing more; end when all is done, and with `wait` block until then."""
@@ -240,13 +254,35 @@ class Executor(concurrent.futures.Executor):
             pool._state = CLOSE  # no warning; it ends when nobody refers to it any more
 
 
-def _yield(results: PoolIterator, deadline: float | None) -> Iterator[Any]:
-    try:
-        while True:
-            yield results.next(None if deadline is None else max(0.0, deadline - time.monotonic()))
-    except StopIteration:
-        pass
-    except ResultTimeout:
-        raise concurrent.futures.TimeoutError from None  # a class of its own before Python 3.11
-    finally:
-        results.cancel()
+class _Results(Iterator[Any]):
+    """What `map` returns. Ends with the first error; closed or dropped, it cancels what is left."""
+
+    def __init__(self, results: PoolIterator, deadline: float | None) -> None:
+        self._results = results
+        self._deadline = deadline
+        self._open = True
+
+    def __next__(self) -> Any:
+        if not self._open:
+            raise StopIteration
+        try:
+            return self._results.next(None if self._deadline is None else max(0.0, self._deadline - time.monotonic()))
+        except ResultTimeout:
+            self.close()
+            raise concurrent.futures.TimeoutError from None  # a class of its own before Python 3.11
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Nothing follows."""
+        if self._open:
+            self._open = False
+            self._results.cancel()
+
+    dispatch = close  # what the dispatcher calls, see below
+
+    def __del__(self) -> None:
+        dispatcher = self._results._dispatcher
+        if self._open and not dispatcher.forked():
+            dispatcher.work.put(self)  # takes no lock: this runs in any thread at any moment

@@ -16,13 +16,14 @@ guards the state.
 
 from __future__ import annotations
 
+import functools
 import operator
 import secrets
 import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import payload
 from .calls import Lookout, check_counts, check_seconds, connect
@@ -43,9 +44,21 @@ __all__ = ["AsyncResult", "Pool", "PoolIterator"]
 RUN, CLOSE, TERMINATE = "RUN", "CLOSE", "TERMINATE"
 TASKS_A_WORKER = 4  # slices of a sequence for each worker, at the least: multiprocessing's own choice
 LARGEST_SLICE = 1 << 16  # arguments of an endless input: more than 50 ms of any call
+JOINED = 16  # quick arguments of a pool of few processes that go together: a slow one keeps no more than these waiting
 TERMINATED = "the pool was terminated before this was done"
 METHODS = ("apply", "apply_async", "imap", "imap_unordered", "map", "map_async", "starmap", "starmap_async",
            "close", "join", "terminate")
+
+
+class _More(NamedTuple):
+    """What the mapping methods take beyond the standard library's; see Pool."""
+
+    buffersize: int | None = None
+    timeout: float | None = None
+    seed: int | None = None
+
+
+PLAIN = _More()
 
 
 class Pool:
@@ -119,50 +132,57 @@ class Pool:
     # A list of results.
 
     def map(
-        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None, **more: Any
+        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None, *,
+        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
     ) -> Any:
         """The results of `func(x)` for each x, in their order. Blocks until all is done, then raises the first error.
 
-        `more`: `buffersize`, `timeout`, `seed`, see the class.
+        :param buffersize, timeout, seed: see the class.
         """
-        return self._run(self._result(False), func, self._sequence(iterable), chunksize, **more)
+        more = _More(buffersize, timeout, seed)
+        return self._run(self._result(False), func, self._sequence(iterable), chunksize, more)
 
     def starmap(
-        self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None, **more: Any
+        self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None, *,
+        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
     ) -> Any:
         """As `map`, of `func(*x)`."""
-        result = self._result(False)
-        return self._run(result, func, self._sequence(iterable), chunksize, call="star", **more)
+        more = _More(buffersize, timeout, seed)
+        return self._run(self._result(False), func, self._sequence(iterable), chunksize, more, call="star")
 
     def map_async(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None,
-        callback: Callback | None = None, error_callback: Callback | None = None, **more: Any,
+        callback: Callback | None = None, error_callback: Callback | None = None, *,
+        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
     ) -> AsyncResult:
         """As `map`, at once; the callbacks get the whole list, or the first error."""
-        result = self._result(False, callback, error_callback)
-        return self._run_async(result, func, self._sequence(iterable), chunksize, **more)
+        result, more = self._result(False, callback, error_callback), _More(buffersize, timeout, seed)
+        return self._run_async(result, func, self._sequence(iterable), chunksize, more)
 
     def starmap_async(
         self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None,
-        callback: Callback | None = None, error_callback: Callback | None = None, **more: Any,
+        callback: Callback | None = None, error_callback: Callback | None = None, *,
+        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
     ) -> AsyncResult:
         """As `starmap`, at once."""
-        result = self._result(False, callback, error_callback)
-        return self._run_async(result, func, self._sequence(iterable), chunksize, call="star", **more)
+        result, more = self._result(False, callback, error_callback), _More(buffersize, timeout, seed)
+        return self._run_async(result, func, self._sequence(iterable), chunksize, more, call="star")
 
     # One result after the other.
 
     def imap(
-        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1, **more: Any
+        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1, *,
+        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
     ) -> PoolIterator:
         """An iterator over the results of `func(x)`, in their order. `iterable` is read ahead, and may be endless."""
-        return self._iterate(PoolIterator(self._dispatcher, self), func, iterable, chunksize, **more)
+        return self._iterate(func, iterable, chunksize, _More(buffersize, timeout, seed))
 
     def imap_unordered(
-        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1, **more: Any
+        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1, *,
+        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
     ) -> PoolIterator:
         """As `imap`, in the order in which they come."""
-        return self._iterate(PoolIterator(self._dispatcher, self), func, iterable, chunksize, ordered=False, **more)
+        return self._iterate(func, iterable, chunksize, _More(buffersize, timeout, seed), ordered=False)
 
     # The end.
 
@@ -221,12 +241,12 @@ class Pool:
     # How a call begins.
 
     def _start(
-        self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None = 1, *, call: str = "one",
-        ordered: bool = False, buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
-        ready: Callable[[], object] | None = None,
+        self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None = 1, more: _More = PLAIN, *,
+        call: str = "one", ordered: bool = False, ready: Callable[[], object] | None = None,
     ) -> None:
         """Dump the function, and start a job whose results `taker` takes."""
         self._check_running()
+        buffersize, timeout, seed = more
         check_counts(buffersize=buffersize)
         check_seconds(timeout=timeout)
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
@@ -238,8 +258,9 @@ class Pool:
             args = _numbered(args)
         function = self._dump(func)
 
-        # Of few slices at a time none waits at a node for its turn: quick ones go together, as in a message there.
-        grows = chunksize is None or (self._given is not None and "maxtasksperchild" not in self._options)
+        # Of few slices at a time none waits at a node for its turn: some quick ones go together, as in a message there.
+        joins = self._given is not None and "maxtasksperchild" not in self._options
+        largest = self._largest_slice(args) if chunksize is None else JOINED if joins else None
         slice_us = SLICE_US if chunksize is None else MESSAGE_US
 
         def make(link: Controller, number: int) -> Job:
@@ -247,7 +268,7 @@ class Pool:
             taker.job = Job(
                 link, number, self._context, self._context_id, function, args, chunksize=chunksize or 1,
                 ordered=ordered, flat=True, buffersize=buffersize, options=options, initializer=self._initializer,
-                largest=self._largest_slice(args) if grows else None, slice_us=slice_us, ready=ready,
+                largest=largest, slice_us=slice_us, ready=ready,
             )
             return taker.job
 
@@ -290,19 +311,20 @@ class Pool:
     def _run_async(self, taker: AsyncResult, *args: Any, **more: Any) -> AsyncResult:
         try:
             self._start(taker, *args, ready=taker.call, **more)
-        except DumpError as error:
-            taker.finish(error)
+        except DumpError as error:  # the callback for it runs where all of them do
+            self._dispatcher.work.put(types.SimpleNamespace(dispatch=functools.partial(taker.finish, error)))
         return taker
 
     def _result(self, *about: Any) -> AsyncResult:
         return AsyncResult(self._dispatcher, self, *about)
 
     def _iterate(
-        self, taker: PoolIterator, func: Any, iterable: Any, chunksize: int | None, **more: Any
+        self, func: Any, iterable: Any, chunksize: int | None, more: _More, *, call: str = "one", ordered: bool = True,
     ) -> PoolIterator:
+        taker = PoolIterator(self._dispatcher, self)
         args = iterable if type(iterable) in (list, tuple, range) else lambda: iterable
         try:
-            self._start(taker, func, args, chunksize, **{"ordered": True, **more})
+            self._start(taker, func, args, chunksize, more, call=call, ordered=ordered)
         except DumpError as error:
             taker.finish(error)
         return taker

@@ -53,7 +53,7 @@ class Dispatcher:
         self.controller = controller
         self.lookout = lookout
         self.pid = os.getpid()
-        self.work: queue.SimpleQueue[Taker | None] = queue.SimpleQueue()  # whose jobs have something
+        self.work: queue.SimpleQueue[Any] = queue.SimpleQueue()  # whose `dispatch` is to be called; None ends it
         self.takers: weakref.WeakSet[Taker] = weakref.WeakSet()
         self.kept: set[Taker] = set()  # of them, those that get their results even if the caller drops them
         self.changed = threading.Condition(threading.Lock())  # guards both

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -41,7 +42,7 @@ def test_every_attacker_has_attacks_and_they_say_what_they_do():
     assert all(len(attack.run.__doc__) > 60 for attack in ATTACKS.values())
 
 
-def test_an_attack_that_succeeds_is_told_by_the_exit_status(monkeypatch, capsys):
+def test_an_attack_that_succeeds_is_told_by_the_exit_status(monkeypatch, capsys, tmp_path):
     def let_in(bench):
         bench.each(lambda case: None, range(2))
         raise AssertionError("it was let in")
@@ -49,6 +50,7 @@ def test_an_attack_that_succeeds_is_told_by_the_exit_status(monkeypatch, capsys)
     good, bad = (run.Attack(name, "port", f"what {name} does", work) for name, work in (
         ("good", lambda bench: bench.count(3)), ("bad", let_in)))
     monkeypatch.setattr(run, "load", lambda: {"good": good, "bad": bad})
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # what it leaves to look at
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     assert run.main(["--only", "good"]) == 0
     assert "| reaches the port | what good does | 3     | 3" in capsys.readouterr().out

@@ -80,7 +80,7 @@ def test_the_ideal_of_uneven_sleeps():
 
 def test_enough_grows_until_it_is():
     asked = []
-    assert enough(asked.append, 0.001, least=4, most=1000) == 1000
+    assert enough(asked.append, 1.0, least=4, most=1000) == 1000
     assert asked[:2] == [4, 4] and asked == sorted(asked)
 
 

@@ -267,11 +267,15 @@ def test_after_the_last_packet_it_stays_ended(where, node):
 
 def test_ctrl_c_in_the_taking_thread_cancels_and_the_next_call_works(server, where):
     with Node(where["port"], most=0) as node:
-        timer = threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,))
-        timer.start()
+        def interrupt():
+            node.wait(node.tasks)
+            signal.raise_signal(signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
         with pytest.raises(KeyboardInterrupt):
             map_(square, range(20), **where)
-        timer.join()
+        thread.join()
         node.wait(lambda: node.kinds(Kind.CANCEL))
         ended(server)
         node.let()

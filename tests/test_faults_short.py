@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,14 +53,17 @@ def test_the_short_table_names_cases_that_are_there():
 
 
 def test_the_readme_quotes_the_short_table():
-    """Its figures are those of some machine on some day; its rows are those that the command prints."""
+    """Its figures are those of some machine on some day; its rows and runs are those that the command has."""
     lines = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith("| fault "))
     cells = [[cell.strip() for cell in line.strip("|").split("|")]
              for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])]
     assert tuple(cells[0]) == run.HEAD[:-1]
-    rows = [row[0] for row in cells[2:]]
-    assert rows == [*run.GROUPS]
+    runs = Counter({run.group_of(case.name): 0 for case in CASES.values()})
+    for case in CASES.values():
+        runs[run.group_of(case.name)] += case.runs
+    assert [(row[0], int(row[1])) for row in cells[2:]] == [(what, runs[what]) for what in run.GROUPS]
+    assert f"That was {runs.total()} runs of {len(CASES)} cases" in "\n".join(lines)
 
 
 @pytest.mark.parametrize("limit, values, kept", [

@@ -131,6 +131,21 @@ def outcome(case, executor):
         return type(error), str(error)
 
 
+@pytest.mark.parametrize("end", ["close", "drop", "drop begun"])
+def test_a_map_that_is_closed_or_dropped_is_cancelled_though_it_has_no_end(make, end):
+    executor = make()
+    results = executor.map(square, itertools.count(), buffersize=4)
+    if end == "drop begun":
+        assert next(results) == 0
+    elif end == "close":
+        results.close()
+        assert list(results) == []
+    del results
+    gc.collect()
+    wait_until(lambda: not executor._pool._dispatcher.takers, "the end of the work")
+    executor.shutdown()
+
+
 def test_map_reads_ahead_as_far_as_it_is_told(make):
     read = []
     results = make().map(square, (read.append(n) or n for n in itertools.count()), buffersize=4, chunksize=2)
@@ -164,6 +179,16 @@ def test_a_queued_call_is_cancelled_for_certain(make, cluster, tmp_path):
     assert [name for name in os.listdir(tmp_path) if name.startswith("never")] == []
 
 
+def raise_cancelled():
+    raise concurrent.futures.CancelledError
+
+
+def test_a_function_may_raise_what_a_cancelled_call_is(make):
+    future = make().submit(raise_cancelled)
+    assert type(future.exception(SECONDS)) is concurrent.futures.CancelledError
+    assert not future.cancelled()
+
+
 def test_a_running_call_is_stopped_with_kill(make, tmp_path):
     executor, path = make(max_workers=1), str(tmp_path / "never")
     future = executor.submit(wait_for, path)
@@ -172,6 +197,8 @@ def test_a_running_call_is_stopped_with_kill(make, tmp_path):
     with pytest.raises(concurrent.futures.CancelledError):
         future.result(SECONDS)
     assert future.cancelled() and not future.cancel(kill=True)
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.exception()
     assert executor.submit(square, 3).result(SECONDS) == 9
 
 
@@ -200,8 +227,8 @@ def test_shutdown_may_cancel_what_is_queued(make, tmp_path):
     executor, path = make(max_workers=1), str(tmp_path / "go")
     futures = [executor.submit(wait_for, path) for _ in range(8)]
     begun(path)
-    threading.Timer(0.1, release, [path]).start()
-    executor.shutdown(cancel_futures=True)
+    executor.shutdown(wait=False, cancel_futures=True)
+    release(path)
     assert [future.cancelled() for future in futures] == [False] * 2 + [True] * 6
 
 
@@ -294,8 +321,10 @@ def test_wrong_arguments_are_refused(make):
         make(0)
     with pytest.raises(TypeError, match="initializer must be a callable"):
         make(initializer=5)
-    with pytest.raises(ValueError, match="positive int"):
+    with pytest.raises(ValueError, match="max_tasks_per_child must be >= 1"):
         make(max_tasks_per_child=0)
+    with pytest.raises(TypeError, match="max_tasks_per_child must be an integer"):
+        make(max_tasks_per_child="a")
     with pytest.raises(ValueError, match="chunksize must be >= 1."):
         make().map(square, [1], chunksize=0)
 

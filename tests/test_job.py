@@ -652,9 +652,8 @@ def test_an_argument_that_cannot_be_dumped_is_the_error_of_its_place_alone_in_a_
 
 
 def test_a_short_sequence_is_fed_without_a_thread(start):
-    before = threading.active_count()
     job = start(list(range(64)), flat=True, buffersize=64)
-    assert job.fed.is_set() and threading.active_count() == before
+    assert job.fed.is_set() and not job._feeder._threads
     assert job.link.slices() == [[n] for n in range(64)]
     longer = start(list(range(64)), flat=True, buffersize=3)
     assert longer.link.wait_slices(3) == [[0], [1], [2]] and not longer.fed.is_set()

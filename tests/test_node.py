@@ -184,6 +184,15 @@ def environment(_: Any) -> list[str]:
     return sorted(name for name in os.environ if "SECRET" in name)
 
 
+def note_and_sleep(given: tuple[str, float]) -> float:
+    """Leaves a byte in the file when it begins."""
+    path, seconds = given
+    with open(path, "ab", buffering=0) as file:
+        file.write(b"x")
+    time.sleep(seconds)
+    return seconds
+
+
 def sleep(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
@@ -271,11 +280,13 @@ def test_bye_killed_ends_it_and_bye_restart_does_not(server: Server, start: Any,
         assert server.accept(client_id=1)["cpu_count"] == 2
 
 
-def test_sigterm_gives_back_what_no_worker_has_finishes_what_runs_and_exits_0(server: Server, start: Any) -> None:
+def test_sigterm_gives_back_what_no_worker_has_finishes_what_runs_and_exits_0(
+    server: Server, start: Any, path: str
+) -> None:
     it = start(server.port)
     server.accept()
-    server.give(sleep, [1.0] * 5)
-    wait_for_work(it, 2)
+    server.give(note_and_sleep, [(path, 1.0) for _ in range(5)])
+    wait_for_work(it, 2, path)
     it.process.terminate()
     returned = server.expect(Kind.RETURNED)
     assert list(returned.slices) == [2, 3, 4]
@@ -287,22 +298,24 @@ def test_sigterm_gives_back_what_no_worker_has_finishes_what_runs_and_exits_0(se
     assert it.wait() == 0
 
 
-def test_a_node_that_loses_its_server_while_it_drains_does_not_look_for_it(server: Server, start: Any) -> None:
+def test_a_node_that_loses_its_server_while_it_drains_does_not_look_for_it(
+    server: Server, start: Any, path: str
+) -> None:
     it = start(server.port)
     server.accept()
-    server.give(sleep, [60.0] * 2)
-    wait_for_work(it, 2)
+    server.give(note_and_sleep, [(path, 60.0)] * 2)
+    wait_for_work(it, 2, path)
     it.process.terminate()
     server.expect(Kind.BYE)
     server.close()
     assert it.wait() == 0
 
 
-def test_a_second_sigterm_ends_it_at_once(server: Server, start: Any) -> None:
+def test_a_second_sigterm_ends_it_at_once(server: Server, start: Any, path: str) -> None:
     it = start(server.port)
     server.accept()
-    server.give(sleep, [60.0] * 2)
-    wait_for_work(it, 2)
+    server.give(note_and_sleep, [(path, 60.0)] * 2)
+    wait_for_work(it, 2, path)
     it.process.terminate()
     server.expect(Kind.BYE)
     it.process.terminate()
@@ -316,11 +329,11 @@ def test_sigterm_without_a_server_ends_it(start: Any, free_port: int) -> None:
     assert it.wait() == 0
 
 
-def test_ctrl_c_ends_it_and_its_workers_at_once(server: Server, start: Any) -> None:
+def test_ctrl_c_ends_it_and_its_workers_at_once(server: Server, start: Any, path: str) -> None:
     it = start(server.port, start_new_session=True)
     server.accept()
-    server.give(sleep, [60.0] * 2)
-    pids = wait_for_work(it, 2)
+    server.give(note_and_sleep, [(path, 60.0)] * 2)
+    pids = wait_for_work(it, 2, path)
     os.killpg(it.process.pid, signal.SIGINT)  # the terminal tells the workers, too
     assert it.wait() == 130
     wait_until(lambda: not any(map(alive, pids)))
@@ -400,12 +413,17 @@ def test_settings_that_will_not_do_are_refused(options: dict[str, Any]) -> None:
         node.run_node("127.0.0.1", 1, USER, SECRET, **options)
 
 
-def wait_for_work(it: Process, count: int) -> list[int]:
-    """Until its workers are there and had time to begin."""
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Of a file where calls of `note_and_sleep` show that they have begun."""
+    return str(tmp_path / "begun")
+
+
+def wait_for_work(it: Process, count: int, path: str) -> list[int]:
+    """Until so many calls of `note_and_sleep` have begun; its workers."""
     if sys.platform != "linux":
         pytest.skip("needs /proc")
-    wait_until(lambda: len(it.children()) >= count)
-    threading.Event().wait(0.3)
+    wait_until(lambda: os.path.exists(path) and os.path.getsize(path) == count)
     return it.children()
 
 

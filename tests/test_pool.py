@@ -333,8 +333,7 @@ def test_every_method_takes_what_that_of_the_standard_library_takes():
     for name in names | {"__init__"}:
         here, there = (list(inspect.signature(getattr(pool, name)).parameters.values()) for pool in (Pool, theirs))
         assert [(p.name, p.default) for p in here[:len(there)]] == [(p.name, p.default) for p in there]
-        more = {p.kind for p in here[len(there):]}
-        assert more <= {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+        assert {p.kind for p in here[len(there):]} <= {inspect.Parameter.KEYWORD_ONLY}
     of_results = (AsyncResult, multiprocessing.pool.AsyncResult), (PoolIterator, multiprocessing.pool.IMapIterator)
     for classes in of_results:
         for name in {name for name in vars(classes[1]) if not name.startswith("_")}:
@@ -423,6 +422,10 @@ def test_callbacks_run_before_the_result_is_ready_and_one_at_a_time(ours):
     assert error[0] is ZeroDivisionError and isinstance(told[-1], ZeroDivisionError)
     with pytest.raises(TypeError, match="generator"):
         ours.apply_async(square, ((n for n in ()),), error_callback=keep).get(SECONDS)
+    generator = (n for n in ())
+    with pytest.raises(TypeError, match="generator"):  # the function itself cannot be sent
+        ours.apply_async(lambda: generator, error_callback=keep).get(SECONDS)
+    assert len(told) == 4
     assert threads == {"achilles-dispatcher"}
 
 
@@ -440,8 +443,9 @@ def inverse_of_nothing(_):
     return 6 // 0
 
 
-def test_a_timeout_is_both_kinds_of_timeout(ours):
-    result, iterator = ours.apply_async(after, (0.3,)), ours.imap(after, [0.3])
+def test_a_timeout_is_both_kinds_of_timeout(ours, tmp_path):
+    path = tmp_path / "go"
+    result, iterator = ours.apply_async(until, (path,)), ours.imap(until, [path])
     for call in (result.get, iterator.next):
         for kind in (multiprocessing.TimeoutError, TimeoutError):
             with pytest.raises(kind) as caught:
@@ -450,7 +454,9 @@ def test_a_timeout_is_both_kinds_of_timeout(ours):
     with pytest.raises(ValueError, match="not ready"):
         result.successful()
     result.wait(0.001)
-    assert not result.ready() and result.get() is None and iterator.next() is None
+    assert not result.ready()
+    path.touch()
+    assert result.get(SECONDS) == iterator.next(SECONDS) == "done"
 
 
 @pytest.mark.parametrize("wrong, error", [
@@ -608,6 +614,17 @@ def test_processes_bounds_what_runs_of_all_calls_together(make, tmp_path):
     with open(path) as file:
         running = [*itertools.accumulate(1 if line[0] == "+" else -1 for line in file)]
     assert len(running) == 444 and max(running) == 2
+
+
+def test_slow_calls_behind_quick_ones_are_shared_by_few_processes(make):
+    """Quick ones go together, but not so many that all slow ones behind them are one worker's."""
+    pids = make(processes=2).map(pid_of, [0.0] * 2000 + [0.02] * 40, 1)
+    assert len({*pids[2000:]}) == 2
+
+
+def pid_of(seconds):
+    threading.Event().wait(seconds)
+    return os.getpid()
 
 
 def test_quick_slices_of_few_processes_go_together(make, cluster):

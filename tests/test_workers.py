@@ -289,7 +289,8 @@ def test_what_a_dead_worker_had_is_returned_if_it_is_short(loop: Any) -> None:
     it = loop(1)
     it.declare(exit_on)
     it.add(*([n] for n in range(200)))
-    it.until(lambda: len(it.answers()) == 200)  # quick now: slices travel together
+    it.until(lambda: len(it.answers()) == 200)
+    it.workers._jobs[1].paces.extend([10] * PACE_SLICES)  # whatever they took here: slices travel together now
     it.add(["die"], *([n] for n in range(201, 205)), first=200)
     it.until(lambda: len(it.answers()) + len(it.returned()) == 205)
     returned = it.returned()

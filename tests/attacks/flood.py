@@ -144,13 +144,13 @@ def patient_clients(bench: Bench) -> None:
     def dribble(_: int) -> None:
         sock, _m1 = raw.knock(cluster.port)
         with sock, contextlib.suppress(ConnectionError):
-            for place in range(raw.AUTH_BYTES - 1):
+            for place in range(50):  # 10 s
                 sock.send(auth[place : place + 1])
                 sock.settimeout(0.2)
                 with contextlib.suppress(TimeoutError):
                     assert sock.recv(1) == b"", "an answer to half an AUTH"
                     return
-            raise AssertionError("it took all the time of the world")
+            raise AssertionError("it has its place still")
 
     bench.each(dribble, range(number), threads=number)
     cluster.check_alive()

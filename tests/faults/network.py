@@ -181,7 +181,10 @@ def black_hole_short(bench: Bench) -> None:
 
 @fault(5, "black hole for 3 s out of 6, for two minutes")
 def black_hole_flapping(bench: Bench) -> None:
-    """No livelock: in the good half of the time work gets done."""
+    """No livelock: in the good half of the time work gets done.
+
+    A slice that ten nodes were lost with would be an error: what has not begun is not charged, whatever is lost here.
+    """
     link, cluster = _far(bench, 2)
     oracle, over = bench.oracle(), threading.Event()
     with link.inside(0), _Watch(cluster) as nodes:

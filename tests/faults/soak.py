@@ -42,7 +42,7 @@ MARK = b"soak"  # what heavy arguments are made of; to alter them on the way
 JOBS = (1, 4)  # in a round
 NODE_FAULTS = 6  # a job, at most: a slice that was lost with ten nodes is given up, rightly
 WORKER_KILLS = 2  # under one argument, at most: the third would be its end
-JOB_SECONDS = 150.0  # tells a hang from a long way back: silence, back-off and the job itself
+JOB_SECONDS = 150.0  # (short: 90) tells a hang from a long way back: silence, back-off and the job itself
 ROUND_TRIP_SECONDS = 0.2  # over a slow network, of a window of one slice: 3,000 of them took 150 s once
 TIMEOUT_SECONDS = 6.0  # of a job with arguments that hang: longer than anybody is stopped who is not given up
 SLOW_SECONDS = 15.0  # a round that takes longer shows its plan: somebody waited for a silence to end
@@ -117,7 +117,7 @@ class Round:
         deaths = {"raise": 0, "hang": 1}.get(how, 3) * len(bad)
         worst = chunk * self._disturb(call, oracle, rng, seconds, deaths)
         one_by_one = count * ROUND_TRIP_SECONDS if options.get("buffersize", count) <= options["chunksize"] else 0.0
-        call.result(JOB_SECONDS + one_by_one)
+        call.result((JOB_SECONDS if self.long else 90.0) + one_by_one)
         self._judge(call, oracle, bad, how, pad, count if take is None else 0, worst)
 
     def _judge(
