@@ -209,12 +209,12 @@ class Scheduler:
         return accepted, giver.group.assign()
 
     def returned(self, node: int, job: int, slices: Iterable[int]) -> list[Action]:
-        """The node gave these slices back, recalled, or as it drains, or a worker died; others get them, uncharged."""
+        """The node gave these slices back, recalled, or as it drains, or a worker did; others get them, uncharged."""
         giver, known = self._nodes.get(node), self._jobs.get(job)
         if giver is None or known is None:
             return []
         held = giver.held.get(known, Held())
-        back = held.take_back(slices, queued=giver.asked is known)
+        back = held.take_back(slices, asked=giver.asked is known)
         if not held:
             giver.held.pop(known, None)
         if not back:

@@ -108,7 +108,7 @@ _TCP, _DOWN = ("CS", "NS", "SC", "SN"), ("CS", "SN", "NW")
 DIRECTIONS: dict[Kind, tuple[str, ...]] = {
     Kind.HELLO: _TCP, Kind.BYE: _TCP, Kind.PING: _TCP, Kind.ERROR: _TCP, Kind.CLUSTER: ("SC",),
     Kind.JOB: _DOWN, Kind.FUNCTION: _DOWN, Kind.FORGET: _DOWN, Kind.TASK: _DOWN, Kind.FLUSH: ("CS",),
-    Kind.PACKET: ("SC",), Kind.RESULT: ("WN", "NS", "SC"), Kind.RECALL: ("SN",), Kind.RETURNED: ("NS",),
+    Kind.PACKET: ("SC",), Kind.RESULT: ("WN", "NS", "SC"), Kind.RECALL: ("SN",), Kind.RETURNED: ("WN", "NS"),
     Kind.CANCEL: ("CS", "SN"), Kind.END: _DOWN, Kind.CLOSE: _DOWN, Kind.STATUS: ("CS", "SC"), Kind.KILL: ("CS",),
 }
 
@@ -296,6 +296,10 @@ class Rows:
         rows = zip(self.slices, self.attempts, self.statuses, self.lengths)
         table = b"".join(ROW.pack(n, min(a + steps, U16), s | PACKED, length) for n, a, s, length in rows)
         return Rows(self.job, table, self.digests, self.shorts, self.longs, self.pace)
+
+    def bare(self) -> Rows:
+        """The rows without their letters, as RETURNED has them."""
+        return Rows(self.job, b"".join([ROW.pack(n, attempt, 0, 0) for n, attempt in zip(self.slices, self.attempts)]))
 
     def size(self) -> int:
         """Bytes of all letters."""

@@ -8,14 +8,15 @@ that it is told comes in the order in which it was said.
 
     node ──FUNCTION JOB TASK END FORGET CLOSE──▶ socket pair ──▶ serve ──┐ a slice:
                                                                          │  check, load,
-    node ◀──────────────RESULT────────────────── socket pair ◀── flush ◀─┘  call, dump
+    node ◀──────────RESULT RETURNED───────────── socket pair ◀── flush ◀─┘  call, dump
     node ◀── (slice, position, phase) ────────── status, shared memory: whom a death is charged to
 
 It ends when its node shuts down writing. Two threads: the main one does all of
 this, a guard looks every second whether the node is still there. There are no
 locks: the status array is written here and only read in the node.
 
-Limits: a RESULT frame is written after 5 ms, 1 MiB or 1,024 rows at the latest.
+Limits: a RESULT frame is written after 5 ms, 1 MiB or 1,024 rows at the latest; of a TASK that takes more than
+20 ms the slices that are not begun by then go back: others may be idle.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ SLICE, POSITION, PHASE = range(3)  # places in the status array, of signed 64-bi
 PHASES = ("start", "idle", "function", "load", "call", "dump")
 START, IDLE, FUNCTION, LOAD, CALL, DUMP = range(6)
 WHOLE = -1  # a position: every argument of the slice
+LATE_NS = 20_000_000  # four times what a message is worth: it was judged by quicker slices
 FLUSH_NS = 5_000_000  # so long a result may wait for company: what a message to a worker is worth, too
 TINY_NS = 2_000  # an argument, of a slice: below, to say which one is called costs more than it tells
 DOUBTFUL_NS = 100_000  # a slice that took longer may have been kept from the processor: looking costs 1.5 us
@@ -353,10 +355,15 @@ class Worker:
         runner.mark(rows.slices[0], FUNCTION)
         failure = runner.prepare(rows.job)
         self._watch.restart()
-        self._flushed = self._watch.now
-        for number, attempt, (digest, (letter,)) in zip(rows.slices, rows.attempts, rows.letters()):
+        self._flushed, spent = self._watch.now, 0
+        for place, (number, attempt, (digest, (letter,))) in enumerate(zip(rows.slices, rows.attempts, rows.letters())):
+            if spent > LATE_NS:
+                self._flush(rows.job)
+                self._write(Kind.RETURNED, rows.cut(place, len(rows)).bare())
+                return
             answers = [failure] if failure else runner.attempt(rows.job, number, attempt, digest, letter)
             took = self._watch.lap()
+            spent += took
             for status, parts in answers:
                 self._gather(rows.job, number, attempt, status, parts, took)
             # Who dies between two parts is charged: sent again uncharged, the first came twice. And parts may be
@@ -388,10 +395,13 @@ class Worker:
         if self._table:
             table, digests, shorts = b"".join(self._table), b"".join(self._digests), b"".join(self._shorts)
             pace = min(max(1, self._slowest_ns // 1000), U32)
-            self._channel.send(Kind.RESULT, Rows(job, table, digests, shorts, self._longs, pace))
+            self._write(Kind.RESULT, Rows(job, table, digests, shorts, self._longs, pace))
             self._clear()
-            while not self._channel.flush():
-                pass
+
+    def _write(self, kind: Kind, rows: Rows) -> None:
+        self._channel.send(kind, rows)
+        while not self._channel.flush():
+            pass
 
     def _clear(self) -> None:
         """Begin the next RESULT frame."""

@@ -10,6 +10,7 @@ loads a letter, and opens none but a function's, to check its digest.
                 ▲                         │ died: status array     ──▶ DIED, one slice, charged
                 │                         │ killed by us           ──▶ TIMEOUT, one slice, or nothing
                 └─ with long letters ─────┴ all its other slices   ──▶ RETURNED
+                                            or what it has left of a message that turns out to be slow
 
 A message is slices of one job that travel together: as many as 5 ms are worth
 by the job's slowest of late, and no more than a fair share. A worker whose job
@@ -47,7 +48,7 @@ from . import worker as process_of_worker
 from .backlog import Backlog
 from .channel import Channel
 from .errors import AchillesError, ProtocolError
-from .wire import LETTER_LIMIT_BYTES, MAX_ROWS, MORE, ROW, Kind, Rows, Status
+from .wire import LETTER_LIMIT_BYTES, MAX_ROWS, MORE, Kind, Rows, Status
 from .worker import CALL, IDLE, PHASES, START, Closeable
 
 __all__ = ["Workers", "pump"]
@@ -114,6 +115,21 @@ class _Worker:
         """What it still has, the oldest first."""
         starts = (self.answered, *repeat(0, len(self.messages)))
         return [(job, rows.cut(start, len(rows))) for start, (job, rows) in zip(starts, self.messages)]
+
+    def give_back(self, rows: Rows) -> list[tuple[Backlog, Rows]]:
+        """Take note of a RETURNED; of which messages these slices are. ProtocolError if they are not the next ones."""
+        left, back = self.unanswered(), []
+        slices = rows.slices
+        while slices and left and left[0][0].number == rows.job and slices[: len(left[0][1])] == left[0][1].slices:
+            back.append(left.pop(0))
+            slices = slices[len(back[-1][1]) :]
+            self.messages.popleft()
+            self.answered = 0
+        if slices:
+            raise ProtocolError(f"worker {self.process.pid} gives back slices that it was not given")
+        if self.tasks_left is not None:
+            self.tasks_left += len(rows)
+        return back
 
     def retire(self) -> None:
         """Let it end when it has done what it has."""
@@ -197,14 +213,14 @@ class Workers:
         if rows.job not in self._jobs:
             raise ProtocolError(f"slices of job {rows.job}, which was not declared")
         if self._draining:
-            self._send(Kind.RETURNED, _bare(rows))
+            self._send(Kind.RETURNED, rows.bare())
         else:
             self._jobs[rows.job].put(rows)
 
     def recall(self, number: int, count: int) -> None:
         """RECALL: give back up to `count` slices that no worker has, the last ones first; perhaps none."""
         job = self._jobs.get(number)
-        tables = [_bare(rows).table for rows in (job.take_last(count) if job else ())]
+        tables = [rows.bare().table for rows in (job.take_last(count) if job else ())]
         self._send(Kind.RETURNED, Rows(number, b"".join(tables)))
 
     def cancel(self, number: int) -> None:
@@ -238,7 +254,7 @@ class Workers:
         self._draining = True
         for job in self._jobs.values():
             while rows := job.take(MAX_ROWS):
-                self._send(Kind.RETURNED, _bare(rows))
+                self._send(Kind.RETURNED, rows.bare())
 
     # The loop.
 
@@ -415,8 +431,8 @@ class Workers:
         """Take what it wrote; False when nothing will come any more."""
         try:
             frames = worker.channel.receive()
-            for _, rows in frames or ():
-                self._answered(worker, rows)
+            for kind, rows in frames or ():
+                (self._answered if kind is Kind.RESULT else self._given_back)(worker, rows)
         except (OSError, AchillesError) as e:
             log.log(logging.DEBUG if worker.killed else logging.WARNING, "%s: %s", worker.channel.name, e)
             return False
@@ -431,6 +447,12 @@ class Workers:
         if job.cancelled_at is None:
             job.judge(rows)
             self._send(Kind.RESULT, rows)
+
+    def _given_back(self, worker: _Worker, rows: Rows) -> None:
+        """RETURNED: what it had of this job, and has not begun, since a slice before it took long."""
+        left = worker.give_back(rows)
+        for job, rest in reversed(left):
+            self._take_back(job, rest)
 
     def _unwatch(self, worker: _Worker) -> None:
         """Its socket is of no more use, nor is it, unless it is on its way out."""
@@ -466,7 +488,7 @@ class Workers:
         if rows.longs and not self._draining:
             job.put(rows, back=True)
         else:
-            self._send(Kind.RETURNED, _bare(rows))
+            self._send(Kind.RETURNED, rows.bare())
 
     def _blame(self, worker: _Worker, now: float) -> tuple[int, Status, bytes]:
         """The slice under which this worker ended, -1 if that is none's fault; RESULT's status and letter for it."""
@@ -511,11 +533,6 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def _bare(rows: Rows) -> Rows:
-    """The rows without their letters, as RETURNED has them."""
-    return Rows(rows.job, b"".join(ROW.pack(n, attempt, 0, 0) for n, attempt in zip(rows.slices, rows.attempts)))
 
 
 def _has_more(sock: socket.socket) -> bool:

@@ -27,7 +27,7 @@ LONG_MODULES = {
     "payload": (600, "dumping and loading are read side by side"),
     "scheduler": (600, "one state machine, whose invariants span all of it"),
     "channel": (540, "the handshake and the two ways to drive a connection"),
-    "worker": (535, "all that runs in a worker's process, or in one that is somebody else's"),
+    "worker": (545, "all that runs in a worker's process, or in one that is somebody else's"),
     "workers": (560, "the life of a worker, seen from its node: start, feed, watch, end"),
     "node": (430, "one loop, and the reasons to leave it"),
     "feeder": (420, "one thread, and all that may keep it waiting"),

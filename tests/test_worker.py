@@ -91,8 +91,9 @@ class Node:
 
 
 @pytest.fixture
-def node() -> Iterator[Node]:
+def node(monkeypatch: Any) -> Iterator[Node]:
     global status
+    monkeypatch.setattr(worker, "LATE_NS", 10**12)  # however slow this machine is
     ours, theirs = socket.socketpair()
     status = RawArray("q", 3)
     seen.clear()
@@ -348,6 +349,18 @@ def test_quick_answers_travel_together_and_slow_ones_do_not_wait(node: Node) -> 
     node.declare(nap)
     assert node.run(*(node.slice(n, [0]) for n in range(50)))[-1][3] == 0
     assert node.run(*(node.slice(n, [0.02]) for n in range(3)))[-1][3] == 2
+
+
+def test_what_is_not_begun_behind_a_slow_slice_goes_back(node: Node, monkeypatch: Any) -> None:
+    node.declare(nap)
+    monkeypatch.setattr(worker, "LATE_NS", 1_000_000)
+    node.say(Kind.TASK, merge([node.slice(n, [seconds]) for n, seconds in enumerate([0.02, 0, 0, 5])]))
+    frames: list[Any] = []
+    while len(frames) < 2:
+        frames += node.channel.receive() or ()
+    assert [(kind, rows.slices) for kind, rows in frames] == [(Kind.RESULT, (0,)), (Kind.RETURNED, (1, 2, 3))]
+    assert not any(frames[1].body.lengths)
+    assert node.outcomes(node.slice(1, [0]))  # it goes on
 
 
 def test_close_forget_and_end_drop_what_they_name(node: Node) -> None:

@@ -100,8 +100,9 @@ class Loop:
 
 
 @pytest.fixture
-def loop() -> Iterator[Callable[..., Loop]]:
+def loop(monkeypatch: Any) -> Iterator[Callable[..., Loop]]:
     made: list[Loop] = []
+    monkeypatch.setattr(module.process_of_worker, "LATE_NS", 10**12)  # however slow this machine is
 
     def make(*args: Any, **options: Any) -> Loop:
         made.append(Loop(*args, **options))
@@ -298,6 +299,41 @@ def test_what_a_dead_worker_had_is_returned_if_it_is_short(loop: Any) -> None:
     it.add(["die", "x" * 2000], *(["x" * 2000] for _ in range(4)), first=300)
     it.until(lambda: len(it.answers()) + len(returned) == 210)
     assert it.returned() == returned and [n for n in it.values() if n > 300] == [301, 302, 303, 304]
+
+
+@pytest.mark.parametrize("text", ["", "x" * 2000])
+def test_what_waits_behind_a_slow_slice_is_shared(loop: Any, monkeypatch: Any, text: str) -> None:
+    """Short ones go to the server, which knows who is idle, long ones to the next worker here."""
+    monkeypatch.setattr(module.process_of_worker, "LATE_NS", 20_000_000)
+    it = loop(2)
+    it.declare(sleep_beside)
+    it.add(*([(0, text)] for n in range(50)))
+    it.until(lambda: it.give_again() or len(it.answers()) == 50)
+    before = len(it.returned())
+    it.workers._jobs[1].paces.extend([10] * PACE_SLICES)  # whatever they took here: slices travel together now
+    it.add(*([(0.1, text)] for n in range(8)), *([(0, text)] for n in range(42)), first=50)
+    it.until(lambda: it.give_again() or len(it.answers()) == 100)
+    slow = [pid for n, [pid] in it.values().items() if 50 <= n < 58]
+    assert len(slow) == 8 and len({*slow}) == 2
+    assert (len(it.returned()) > before) is not bool(text)
+
+
+def sleep_beside(pair: Any) -> int:
+    return sleep(pair[0])
+
+
+def test_maxtasksperchild_counts_what_was_run_and_not_given_back(loop: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module.process_of_worker, "LATE_NS", 1_000_000)
+    it = loop(1)
+    it.declare(sleep, maxtasksperchild=60)
+    it.add(*([0] for n in range(20)))
+    it.until(lambda: it.give_again() or len(it.answers()) == 20)
+    it.workers._jobs[1].paces.extend([10] * PACE_SLICES)
+    it.add([0.01], *([0] for n in range(10)), first=20)
+    it.until(lambda: it.give_again() or len(it.answers()) == 31)
+    assert it.returned()
+    (worker,) = it.workers._workers
+    assert worker.tasks_left == 60 - 31
 
 
 def test_a_death_is_charged_where_two_messages_left_in_one_frame(loop: Any) -> None:
