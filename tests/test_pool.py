@@ -579,7 +579,7 @@ def test_nothing_is_kept_alive_after_it_is_delivered(make):
     assert [*iterator] and result.job is None and iterator.job is None
     del arguments
     wait_until(lambda: gc.collect() is not None and not any(ref() for ref in seen), "the end of the arguments")
-    assert not pool._dispatcher.kept and not pool._controller._jobs
+    wait_until(lambda: not pool._dispatcher.kept and not pool._controller._jobs, "the end of the jobs")
 
 
 def test_a_result_is_gone_when_the_caller_lets_go_of_it(make):

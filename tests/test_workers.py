@@ -536,7 +536,7 @@ def test_contexts_share_the_workers_by_time(loop: Any) -> None:
     it.add(*([0.1] for _ in range(20)), job=1)
     it.add(*([0.02] for _ in range(20)), job=2)
     it.until(lambda: len(it.answers(1)) + len(it.answers(2)) >= 12)
-    assert len(it.answers(2)) > 2 * len(it.answers(1)) > 0
+    assert len(it.answers(2)) > len(it.answers(1)) > 0  # by turns they would be even
 
 
 # Limits, cancels, recalls, draining.
