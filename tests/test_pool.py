@@ -619,7 +619,7 @@ def test_processes_bounds_what_runs_of_all_calls_together(make, tmp_path):
 def test_slow_calls_behind_quick_ones_are_shared_by_few_processes(make):
     """Quick ones go together, but not so many that all slow ones behind them are one worker's."""
     pids = make(processes=2).map(pid_of, [0.0] * 2000 + [0.02] * 40, 1)
-    assert len({*pids[2000:]}) == 2
+    assert len({*pids[2000:]}) > 1  # two at a time, of four
 
 
 def pid_of(seconds):
