@@ -59,7 +59,7 @@ RETRY_SECONDS = 0.2  # after a server had no place for us: this much, with jitte
 FUNCTIONS_BYTES = 256 << 20  # functions kept by a receiver although no job uses them
 WRITE_BYTES = 256 << 10  # frames gathered for one sendmsg: beyond, an urgent one would wait
 PYTHON = ".".join(platform.python_version_tuple()[:2])  # code travels within a minor version alone
-FULL = (0, 0, 0)  # an entry of the outbox that takes no further rows
+FULL = (-1, -1, -1)  # an entry of the outbox that takes no further rows
 PUSH_BYTES = 64 << 10  # at most are written by who pushes them: more take longer than a switch of threads
 WRITE_PARTS = 512  # well under IOV_MAX (1,024 on Linux, 16 at the least by POSIX: then sendmsg is called again)
 
@@ -292,7 +292,7 @@ class Channel:
         else:
             self._queue.append((kind, [rows]))
             room = (wire.MAX_ROWS - len(rows), wire.MAX_SHORT_BYTES - short, wire.MAX_LONG_BYTES - long)
-            self._room = FULL if kind is Kind.FUNCTION else room  # a frame has one function
+            self._room = FULL if kind in (Kind.FUNCTION, Kind.RETURNED) else room  # a frame has one of these
 
     # The reader.
 

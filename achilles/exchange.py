@@ -179,7 +179,7 @@ class Exchange:
                 self._send(job.owner.channel, Kind.RESULT, accepted.renumbered(job.body["job"]))
             self._carry_out(actions)
         elif kind is Kind.RETURNED:
-            self._carry_out(self._scheduler.returned(node.id, body.job, body.slices))
+            self._carry_out(self._scheduler.returned(node.id, body.job, body.slices, bool(body.pace)))
         elif kind is Kind.BYE:
             self._scheduler.leave(node.id)
             self._announce_cluster()

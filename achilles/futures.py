@@ -48,7 +48,7 @@ class Future(concurrent.futures.Future[Any]):
 
     def cancelled(self) -> bool:
         """Whether it was cancelled, or killed."""
-        return super().cancelled() or self._killed
+        return super().cancelled() or (self._killed and self.done())
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the call raised, or None. Blocks `timeout` seconds at most; CancelledError if it was cancelled."""

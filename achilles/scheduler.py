@@ -208,18 +208,19 @@ class Scheduler:
         giver.group.place(giver)
         return accepted, giver.group.assign()
 
-    def returned(self, node: int, job: int, slices: Iterable[int]) -> list[Action]:
-        """The node gave these slices back, recalled, or as it drains, or a worker did; others get them, uncharged."""
+    def returned(self, node: int, job: int, slices: Iterable[int], asked: bool = True) -> list[Action]:
+        """The node gave these slices back, `asked` by a recall or of itself; others get them, uncharged."""
         giver, known = self._nodes.get(node), self._jobs.get(job)
         if giver is None or known is None:
             return []
-        held = giver.held.get(known, Held())
-        back = held.take_back(slices, asked=giver.asked is known)
+        held, asked = giver.held.get(known, Held()), asked and giver.asked is known
+        back = held.take_back(slices, asked=asked)
         if not held:
             giver.held.pop(known, None)
         if not back:
             giver.barren.add(known)
-        giver.settle_recall(known)
+        if asked:
+            giver.settle_recall(known)
         known.let_go(len(back))
         known.requeue(back, steps=0)
         giver.group.place(giver, last=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from itertools import islice, repeat
+from itertools import repeat
 from typing import Any, TypeAlias
 
 from .wire import Rows, merge
@@ -70,7 +70,7 @@ class Held(dict[int, Given]):
     def take_back(self, slices: Iterable[int], *, asked: bool) -> dict[int, Given]:
         """The node gives these back: the last ones of its queue, as it was `asked` to, or what a worker had."""
         known = [slice_ for slice_ in dict.fromkeys(slices) if slice_ in self]
-        if not asked and set(known) != set(islice(reversed(self), len(known))):
+        if known and not asked:
             self.went(known[-1])
         back = {slice_: self.pop(slice_) for slice_ in known}
         if back and self:

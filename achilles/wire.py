@@ -47,6 +47,7 @@ MAX_ROWS = 1024  # beyond, a frame saves nothing more and others wait longer beh
 MAX_SHORT_BYTES = 1 << 20  # MAX_ROWS letters of SHORT_LETTER_BYTES
 MAX_LONG_BYTES = 8 << 20  # a heartbeat waits for at most this much of queued letters (or for one long one)
 LETTER_LIMIT_BYTES = 1 << 30  # a default: a letter is held in memory by every process that it passes
+ASKED = 1  # in the place of a RETURNED's pace: it answers a RECALL
 MESSAGE_US = 5000  # of work that travel together, by the pace: far over a message's cost, far under what people notice
 PACE_SLICES = 64  # a job is as slow as the slowest of so many of its last slices
 TEXT_CHARS = 4096  # the longest text in a JSON field

@@ -15,8 +15,8 @@ It ends when its node shuts down writing. Two threads: the main one does all of
 this, a guard looks every second whether the node is still there. There are no
 locks: the status array is written here and only read in the node.
 
-Limits: a RESULT frame is written after 5 ms, 1 MiB or 1,024 rows at the latest; of a TASK that takes more than
-20 ms the slices that are not begun by then go back: others may be idle.
+Limits: a RESULT frame is written after 5 ms, 1 MiB or 1,024 rows at the latest. When a slice ends and its TASK has
+taken more than 20 ms, those behind it go back: others may be idle.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ loads a letter, and opens none but a function's, to check its digest.
     TASK ─▶ queue of the job ──feed──▶ worker: at most two messages ──RESULT──▶ send
                 ▲                         │ died: status array     ──▶ DIED, one slice, charged
                 │                         │ killed by us           ──▶ TIMEOUT, one slice, or nothing
-                └─ with long letters ─────┴ all its other slices   ──▶ RETURNED
+                └─ over a MiB of letters ─┴ all its other slices   ──▶ RETURNED
                                             or what it has left of a message that turns out to be slow
 
 A message is slices of one job that travel together: as many as 5 ms are worth
@@ -48,7 +48,7 @@ from . import worker as process_of_worker
 from .backlog import Backlog
 from .channel import Channel
 from .errors import AchillesError, ProtocolError
-from .wire import LETTER_LIMIT_BYTES, MAX_ROWS, MORE, Kind, Rows, Status
+from .wire import ASKED, LETTER_LIMIT_BYTES, MAX_ROWS, MAX_SHORT_BYTES, MORE, Kind, Rows, Status
 from .worker import CALL, IDLE, PHASES, START, Closeable
 
 __all__ = ["Workers", "pump"]
@@ -221,7 +221,7 @@ class Workers:
         """RECALL: give back up to `count` slices that no worker has, the last ones first; perhaps none."""
         job = self._jobs.get(number)
         tables = [rows.bare().table for rows in (job.take_last(count) if job else ())]
-        self._send(Kind.RETURNED, Rows(number, b"".join(tables)))
+        self._send(Kind.RETURNED, Rows(number, b"".join(tables), pace=ASKED))
 
     def cancel(self, number: int) -> None:
         """CANCEL: drop what is queued; a worker that is still at it after half a second is replaced."""
@@ -481,11 +481,11 @@ class Workers:
     def _take_back(self, job: Backlog, rows: Rows) -> None:
         """Slices that go to another worker, as if they had not been given to this one.
 
-        The server knows where one is idle. Only long letters are not worth the way there and back.
+        The server knows where one is idle. Only large ones are not worth the way there and back.
         """
         if not rows or job.cancelled_at is not None:
             return
-        if rows.longs and not self._draining:
+        if rows.size() > MAX_SHORT_BYTES and not self._draining:
             job.put(rows, back=True)
         else:
             self._send(Kind.RETURNED, rows.bare())

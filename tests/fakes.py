@@ -10,7 +10,7 @@ from typing import Any
 from achilles import auth, channel, controller, payload
 from achilles.config import Secret, Settings
 from achilles.server import Server
-from achilles.wire import Frame, Kind, Rows, Status
+from achilles.wire import ASKED, Frame, Kind, Rows, Status
 
 SECONDS = 20.0  # tells a hang from a wait
 USER, SECRET = "ann", "correct horse battery"
@@ -99,7 +99,7 @@ class Node:
                 self.held += [body.cut(n, n + 1) for n in range(len(body))]
                 self._run()
             elif kind is Kind.RECALL:
-                self.link.send(Kind.RETURNED, Rows(body["job"], b""))
+                self.link.send(Kind.RETURNED, Rows(body["job"], b"", pace=ASKED))
             elif kind in (Kind.CANCEL, Kind.END):
                 self.held = [rows for rows in self.held if rows.job != body["job"]]
             self.changed.notify_all()

@@ -20,7 +20,7 @@ from test_wire import GOOD
 from achilles import auth, channel, job, wire
 from achilles.errors import ProtocolError, ServerUnreachable
 from achilles.exchange import Peer
-from achilles.wire import DIRECTIONS, HEAD, LINKS, MORE, PACKED, ROW, Kind, Rows, Status
+from achilles.wire import ASKED, DIRECTIONS, HEAD, LINKS, MORE, PACKED, ROW, Kind, Rows, Status
 
 
 def budget(examples):
@@ -277,7 +277,8 @@ class Fuzzed(Cluster):
                 answers = [row(n, b"r", body.job, 0, a, 9) for n, a in zip(body.slices, body.attempts)]
                 self.say(node, Kind.RESULT, wire.merge(answers))
             elif kind is Kind.RECALL and node in self.peers:
-                self.say(node, Kind.RETURNED, Rows(body["job"], ROW.pack(self.random.randrange(9), 0, 0, 0)))
+                back = ROW.pack(self.random.randrange(9), 0, 0, 0)
+                self.say(node, Kind.RETURNED, Rows(body["job"], back, pace=ASKED))
 
     def check(self):
         """What the server has noted of jobs is the same everywhere."""

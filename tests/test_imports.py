@@ -21,7 +21,7 @@ ORDER = [
 LONGEST_MODULE_LINES = 330
 # Longer ones, up to so many lines, and why each is one module all the same.
 LONG_MODULES = {
-    "wire": (565, "the protocol in one place: a third of it is the tables of PROTOCOL.md"),
+    "wire": (570, "the protocol in one place: a third of it is the tables of PROTOCOL.md"),
     "byvalue": (520, "what travels by value, for every kind of object that has a case"),
     "config": (550, "each way to a setting, each with a message of its own"),
     "payload": (600, "dumping and loading are read side by side"),

@@ -503,7 +503,7 @@ def test_what_a_dead_worker_had_is_returned_and_is_not_with_the_others_then() ->
     held = given(scheduler.add(100, tasks(0, 40, status=PACKED)))[0]
     held += given(scheduler.answer(0, 100, results([held.pop(0)], pace=500))[1])[0]
     scheduler.leave(0)
-    assert len(held) > 6 and scheduler.returned(0, 100, held[:-3]) == []
+    assert len(held) > 6 and scheduler.returned(0, 100, held[:-3], False) == []
     scheduler.answer(0, 100, results(held[-1:], pace=500))
     assert [state["busy"] for state in scheduler.node_states()] == [1]
 
@@ -531,7 +531,7 @@ def test_after_a_death_the_next_worker_is_fed_though_another_has_a_slow_slice() 
     assert queue == [0, 1, 2, 3, 4, 5, 6]  # one worker has 1, 2 and 5, the other 3, which lasts, 4 and 6
     scheduler.answer(0, 100, results([1]))
     scheduler.answer(0, 100, results([2]))  # it died
-    assert given(scheduler.returned(0, 100, [5])) == {0: [5]}
+    assert given(scheduler.returned(0, 100, [5], False)) == {0: [5]}
 
 
 def test_a_part_of_an_answer_is_not_its_end() -> None:
@@ -805,16 +805,25 @@ class Machine(RuleBasedStateMachine):
         job, asked = self.nodes[number].asked or (0, 0)
         self.give_back(number, job, int(asked * share))
 
-    def give_back(self, number: int, job: int, most: int) -> None:
+    @precondition(lambda self: any(node.held for node in self.nodes.values()))
+    @rule(data=st.data(), most=st.integers(1, 20))
+    def give_back_unasked(self, data: st.DataObject, most: int) -> None:
+        """As a worker does that died or was late: what it has is the oldest."""
+        number = data.draw(st.sampled_from(sorted(n for n, node in self.nodes.items() if node.held)))
+        job = data.draw(st.sampled_from(sorted({job for job, _ in self.nodes[number].held})))
+        self.give_back(number, job, most, asked=False)
+
+    def give_back(self, number: int, job: int, most: int, asked: bool = True) -> None:
         node = self.nodes[number]
-        back = [n for j, n in node.held if j == job][::-1][:most]
+        held = [n for j, n in node.held if j == job]
+        back = held[::-1][:most] if asked else held[:most]
         for slice_ in back:
             self.late.append((number, job, (slice_, node.held.pop((job, slice_)), 0)))
         if not back:
             node.barren.add(job)
-        if node.asked and node.asked[0] == job:
+        if asked and node.asked and node.asked[0] == job:
             node.asked = None
-        self.carry_out(self.scheduler.returned(number, job, [*back, 999_999]))
+        self.carry_out(self.scheduler.returned(number, job, [*back, 999_999], asked))
 
     @precondition(lambda self: self.nodes)
     @rule(data=st.data(), back=st.booleans())
@@ -824,7 +833,7 @@ class Machine(RuleBasedStateMachine):
         node.draining = True
         self.scheduler.leave(number)
         for job in sorted({job for job, _ in node.held}) if back else ():
-            self.give_back(number, job, len(node.held) // 2)
+            self.give_back(number, job, len(node.held) // 2, asked=False)
 
     @precondition(lambda self: self.nodes)
     @rule(data=st.data())

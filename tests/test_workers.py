@@ -296,15 +296,16 @@ def test_what_a_dead_worker_had_is_returned_if_it_is_short(loop: Any) -> None:
     it.until(lambda: len(it.answers()) + len(it.returned()) == 205)
     returned = it.returned()
     assert returned and [n for n, state, _ in it.answers() if state is Status.DIED] == [200]
-    it.add(["die", "x" * 2000], *(["x" * 2000] for _ in range(4)), first=300)
+    it.add(["die", "x" * 2000], *(["x" * 1_200_000] for _ in range(4)), first=300)
     it.until(lambda: len(it.answers()) + len(returned) == 210)
     assert it.returned() == returned and [n for n in it.values() if n > 300] == [301, 302, 303, 304]
 
 
-@pytest.mark.parametrize("text", ["", "x" * 2000])
+@pytest.mark.parametrize("text", ["", "x" * 2000, "x" * 40_000])
 def test_what_waits_behind_a_slow_slice_is_shared(loop: Any, monkeypatch: Any, text: str) -> None:
-    """Short ones go to the server, which knows who is idle, long ones to the next worker here."""
+    """It goes to the server, which knows who is idle, or, where it is large, to the next worker here."""
     monkeypatch.setattr(module.process_of_worker, "LATE_NS", 20_000_000)
+    monkeypatch.setattr(module, "MAX_SHORT_BYTES", 200_000)
     it = loop(2)
     it.declare(sleep_beside)
     it.add(*([(0, text)] for n in range(50)))
@@ -315,7 +316,7 @@ def test_what_waits_behind_a_slow_slice_is_shared(loop: Any, monkeypatch: Any, t
     it.until(lambda: it.give_again() or len(it.answers()) == 100)
     slow = [pid for n, [pid] in it.values().items() if 50 <= n < 58]
     assert len(slow) == 8 and len({*slow}) == 2
-    assert (len(it.returned()) > before) is not bool(text)
+    assert (len(it.returned()) > before) is (len(text) < 10_000)
 
 
 def sleep_beside(pair: Any) -> int:

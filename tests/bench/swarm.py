@@ -29,7 +29,7 @@ from faults import tree
 
 from achilles import auth, channel, controller, wire
 from achilles.channel import Channel
-from achilles.wire import PACKED, ROW, Kind, Rows
+from achilles.wire import ASKED, PACKED, ROW, Kind, Rows
 
 from .sections import section
 from .table import markdown, number
@@ -189,7 +189,7 @@ class Swarm:
             table = b"".join([ROW.pack(slice_, attempt, 0, 0) for slice_, attempt in zip(body.slices, body.attempts)])
             self._send(link, Kind.RESULT, Rows(body.job, table, pace=self._pace))
         elif kind is Kind.RECALL:
-            self._send(link, Kind.RETURNED, Rows(body["job"], b""))
+            self._send(link, Kind.RETURNED, Rows(body["job"], b"", pace=ASKED))
         elif kind is Kind.RESULT:
             before = len(self._answered)
             self._answered.update(body.slices)
