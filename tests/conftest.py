@@ -79,6 +79,10 @@ def in_a_child(function: Callable[[], object]) -> str:
         return pipe.read()
 
 
+def pytest_configure() -> None:
+    ports.claim()  # its descriptor is there before any test looks
+
+
 @pytest.fixture
 def free_port() -> int:
     """A port that nobody listens at."""

@@ -8,11 +8,13 @@ lock that it holds as long as it lives; where there are no such locks, by its nu
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
 import socket
 import tempfile
+from collections.abc import Iterator
 
 try:
     import fcntl
@@ -39,15 +41,19 @@ def _range() -> int:
     raise AssertionError(f"{RANGES} processes test on this machine already")
 
 
-_first = 10_000 + _range() * EACH
-_ports = itertools.cycle(range(_first, _first + EACH))
-for _ in range(random.SystemRandom().randrange(EACH)):  # what the last holder used may not be free at once
-    next(_ports)
+@functools.cache
+def claim() -> Iterator[int]:
+    """Take a range, and go round in it. The first who asks; a worker that imports this module needs none."""
+    first = 10_000 + _range() * EACH
+    ports = itertools.cycle(range(first, first + EACH))
+    for _ in range(random.SystemRandom().randrange(EACH)):  # what the last holder used may not be free at once
+        next(ports)
+    return ports
 
 
 def free_port() -> int:
     """A port that nobody listens at, nor will but who is given it; another one each time."""
-    for port in _ports:
+    for port in claim():
         try:
             with socket.create_server(("127.0.0.1", port)):
                 return port

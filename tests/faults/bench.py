@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import conftest
+import ports
 from cluster import Cluster, descendants
 from conftest import wait_until
 
@@ -148,6 +149,7 @@ class Bench:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Bench:
+        ports.claim()  # its descriptor is there before
         self._before = set(threading.enumerate()), conftest.descriptors(), conftest.children()
         self._hook, threading.excepthook = threading.excepthook, self._note_crash
         return self
