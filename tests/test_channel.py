@@ -15,7 +15,7 @@ import pytest
 from achilles import auth, channel, wire
 from achilles.channel import Channel, SentFunctions, answer_claim, connect
 from achilles.errors import AuthenticationError, ProtocolError, ServerUnreachable
-from achilles.wire import Frame, Kind, Rows
+from achilles.wire import ASKED, Frame, Kind, Rows
 
 KEY = bytes(range(32))
 OTHER_KEY = bytes(32)
@@ -289,6 +289,17 @@ def test_rows_of_a_job_leave_in_as_few_frames_as_the_limits_allow(closing, said,
     assert [len(body) if isinstance(body, Rows) else 0 for _, body in heard] == frames
     slices = [n for _, body in heard if isinstance(body, Rows) for n in body.slices]
     assert slices == [n for _, body in said if isinstance(body, Rows) for n in body.slices]
+
+
+def test_what_is_returned_unasked_leaves_apart_from_the_answer_to_a_recall(closing):
+    """Though one of them may be empty."""
+    link, peer = linked(("SN", "NS"))
+    closing.callback(link.close)
+    closing.callback(peer.close)
+    for rows in (row(0, b""), Rows(1, b"", pace=ASKED), Rows(1, b"", pace=ASKED), row(1, b"")):
+        link.send(Kind.RETURNED, rows)
+    heard = drain(link, peer)
+    assert [(body.slices, body.pace) for _, body in heard] == [((0,), 0), ((), 1), ((), 1), ((1,), 0)]
 
 
 def test_a_cancelled_jobs_tasks_are_dropped_and_nothing_else(closing):

@@ -443,6 +443,21 @@ def test_quick_work_of_less_than_a_message_is_not_recalled() -> None:
     assert scheduler.join(1, "3.11", 1) == []
 
 
+def test_what_a_worker_gives_back_is_no_answer_to_a_recall() -> None:
+    """That is still under way, and what it brings was in the queue, whatever went there meanwhile."""
+    scheduler = cluster(2)
+    scheduler.add(100, tasks(0, 12, status=PACKED))
+    first = given(scheduler.answer(0, 100, results([0], pace=QUICK_US))[1])[0]
+    scheduler.answer(0, 100, results([1]))  # slow: what the node has is worth much now
+    assert [action.node for action in of(Recall, scheduler.join(1, "3.11", 1))] == [0] and len(first) > 6
+    asked = scheduler._nodes[0].asked
+    scheduler.returned(0, 100, [2], False)
+    assert scheduler._nodes[0].asked is asked is not None
+    before = scheduler._nodes[0].held[asked].passed
+    scheduler.returned(0, 100, first[-2:])
+    assert scheduler._nodes[0].held[asked].passed == before
+
+
 def test_a_recall_ends_with_its_job() -> None:
     scheduler = cluster(1, jobs=2)
     scheduler.add(100, tasks(0, 2))

@@ -23,7 +23,7 @@ from achilles import workers as module
 from achilles.cores import default_start_method, usable_cores
 from achilles.errors import ProtocolError
 from achilles.payload import Context, dump_slice, letter_digest, load_outcomes
-from achilles.wire import PACE_SLICES, Kind, Rows, Status, merge
+from achilles.wire import ASKED, PACE_SLICES, Kind, Rows, Status, merge
 from achilles.workers import Workers
 
 METHODS = multiprocess.get_all_start_methods()
@@ -317,6 +317,7 @@ def test_what_waits_behind_a_slow_slice_is_shared(loop: Any, monkeypatch: Any, t
     slow = [pid for n, [pid] in it.values().items() if 50 <= n < 58]
     assert len(slow) == 8 and len({*slow}) == 2
     assert (len(it.returned()) > before) is (len(text) < 10_000)
+    assert not any(rows.pace for kind, rows in it.heard if kind is Kind.RETURNED)
 
 
 def sleep_beside(pair: Any) -> int:
@@ -603,6 +604,7 @@ def test_recall_gives_back_the_last_slices_that_no_worker_has(loop: Any) -> None
     it.workers.recall(1, 100)
     it.workers.recall(77, 1)
     assert it.returned() == [3, 4, 5, 6, 7, 1, 2] and [len(rows) for _, rows in it.heard] == [5, 2, 0, 0]
+    assert all(rows.pace == ASKED for _, rows in it.heard)
     assert all(not rows.shorts and not any(rows.lengths) for _, rows in it.heard)
     it.until(it.answers)
 
@@ -614,7 +616,7 @@ def test_draining_gives_back_the_queue_and_whatever_comes_and_finishes_what_runs
     it.until(lambda: it.workers.busy)
     it.workers.drain()
     it.add([0.2], first=4)
-    assert it.returned() == [1, 2, 3, 4]
+    assert it.returned() == [1, 2, 3, 4] and not any(rows.pace for _, rows in it.heard)
     it.until(lambda: not it.workers.busy)
     assert list(it.values()) == [0]
 
