@@ -2,9 +2,8 @@
 
 A server, nodes that lend it their cores, and a controller in the caller: `map`, `imap` and
 `imap_unordered` over all of them. README.md begins at the beginning; to read the code, begin with
-PROTOCOL.md, then errors, wire, auth, config, console, byvalue, payload, slices, scheduler, results,
-channel, worker, cores, backlog, workers, node, exchange, server, feeder, job, controller, engine, local, calls,
-takers, pool, futures, joblib_backend. A module imports only from those before it.
+PROTOCOL.md, then errors, protocol/, config, console, objects/, server/, node/, controller/, calls, local and
+dropin/. README.md has the order of the modules.
 
 Nothing happens at import: the public names are loaded when they are first used, so that
 `python -m achilles.node` imports one copy of everything, and none of what it does not need.
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
 
     from .calls import cluster_status, imap, imap_unordered, kill_cluster, map
     from .config import write_config
+    from .dropin.executor import Executor
+    from .dropin.joblib_backend import register_joblib_backend
+    from .dropin.pool import Pool
     from .errors import (
         AchillesError,
         AddressError,
@@ -38,11 +40,8 @@ if TYPE_CHECKING:
         VersionError,
         WorkerLost,
     )
-    from .futures import Executor
-    from .joblib_backend import register_joblib_backend
     from .local import LocalCluster
     from .node import run_node
-    from .pool import Pool
     from .server import run_server
 
 __version__ = "1.0.0"
@@ -56,8 +55,8 @@ __all__ = [
 
 _MODULES = {
     "cluster_status": "calls", "imap": "calls", "imap_unordered": "calls", "kill_cluster": "calls", "map": "calls",
-    "Executor": "futures", "LocalCluster": "local", "Pool": "pool", "run_node": "node", "run_server": "server",
-    "register_joblib_backend": "joblib_backend", "write_config": "config",
+    "Executor": "dropin.executor", "LocalCluster": "local", "Pool": "dropin.pool", "run_node": "node.loop",
+    "run_server": "server.listen", "register_joblib_backend": "dropin.joblib_backend", "write_config": "config",
 }
 
 

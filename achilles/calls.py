@@ -24,13 +24,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-from . import config, payload
+from . import config
 from .config import SecretKey, Settings
-from .controller import RECONNECT_SECONDS, Controller
+from .controller.connection import RECONNECT_SECONDS, Controller
+from .controller.feeder import mark
+from .controller.job import Job, Taken, dump_function
+from .controller.results import NotYet
 from .errors import NoNodesError
-from .feeder import mark
-from .job import Function, Job, Taken
-from .results import NotYet
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -279,9 +279,8 @@ def _start(
     check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
     if not callable(args):
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
-    context = payload.Context(caller=True)
     name = getattr(func, "__qualname__", type(func).__name__)
-    function = Function(context.dump((func, callback), f"function {name}"))
+    context, function = dump_function((func, callback), f"function {name}")
 
     def make(link: Controller, number: int) -> Job:
         return Job(
@@ -308,7 +307,7 @@ def connect(
 ) -> Controller:
     """A controller of the cluster that these say, or that the settings say; or what takes its place on `executor`."""
     if executor is not None:
-        from .engine import Engine  # and what its workers need
+        from .dropin.engine import Engine  # and what its workers need
 
         if (host, port, username, secret_key) != (None, None, None, None):
             raise ValueError("a call runs on a cluster or on an executor: give host and the like, or executor")

@@ -63,6 +63,7 @@ OTHERS_MODE = 0o077  # any right of group and others
 NAMES = ("HOST", "PORT", "USERNAME", "SECRET_KEY")
 REQUIRED = ("HOST", "USERNAME", "SECRET_KEY")  # the port has a default
 PREVIOUS = "PREVIOUS_SECRET_KEY"  # a server accepts it too, while a secret is being replaced
+PACKAGE = __package__  # the name that commands in messages have; a renamed copy has its own
 PREFIX = "ACHILLES_"  # of environment variables; the same in a renamed copy of the package
 MAKE_ONE = 'Make a good one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 

@@ -115,7 +115,7 @@ class LocalCluster:
         """Workers of each node."""
         if self._cpu_count is not None:
             return [self._cpu_count] * self._count
-        from .cores import usable_cores
+        from .node.cores import usable_cores
 
         each, more = divmod(usable_cores(), self._count)
         return [max(1, each + (node < more)) for node in range(self._count)]
@@ -268,8 +268,8 @@ def _child() -> int:
 
 def _lend(settings: Settings, ready: Callable[..., None], parent: int, cpu_count: int) -> None:
     """A node. It has one thread, so its own loop looks whether the caller is there."""
-    from .cores import default_start_method
-    from .node import Node
+    from .node.cores import default_start_method
+    from .node.loop import Node
 
     class LocalNode(Node):
         """A node that tells its caller that it has joined, and ends with it."""
@@ -291,7 +291,7 @@ def _lend(settings: Settings, ready: Callable[..., None], parent: int, cpu_count
 
 
 def _serve(settings: Settings, ready: Callable[..., None], parent: int) -> None:
-    from .server import Server
+    from .server.listen import Server
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = Server(settings)

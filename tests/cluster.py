@@ -30,9 +30,12 @@ USER, SECRET = "tests", "no secret at all, but long"
 
 
 def environment(*paths: Path, **more: str) -> dict[str, str]:
-    """Ours, without what would name a cluster; `paths`, the tests and the package can be imported."""
+    """Ours, without what would name a cluster; `paths`, the tests and the package can be imported.
+
+    The tests in `dropin/` send functions of their own modules, by name.
+    """
     own = {name: value for name, value in os.environ.items() if not name.startswith("ACHILLES_")}
-    path = [*map(str, paths), str(TESTS), str(PACKAGE.parent), *filter(None, [own.get("PYTHONPATH")])]
+    path = [*map(str, (*paths, TESTS, TESTS / "dropin", PACKAGE.parent)), *filter(None, [own.get("PYTHONPATH")])]
     return own | {"PYTHONPATH": os.pathsep.join(path)} | more
 
 

@@ -7,10 +7,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from achilles import auth, channel, controller, payload
 from achilles.config import Secret, Settings
-from achilles.server import Server
-from achilles.wire import ASKED, Frame, Kind, Rows, Status
+from achilles.controller import connection
+from achilles.objects import letters
+from achilles.protocol import auth, channel
+from achilles.protocol.frames import ASKED, Frame, Kind, Rows, Status
+from achilles.server.listen import Server
 
 SECONDS = 20.0  # tells a hang from a wait
 USER, SECRET = "ann", "correct horse battery"
@@ -43,14 +45,14 @@ class Node:
     """A node of one thread: it runs slices where it reads them, in this process; `most` of them, then it holds them."""
 
     def __init__(self, port: int, cpu_count: int = 8, python: str = channel.PYTHON, most: float = float("inf")) -> None:
-        key = controller.derive_key(USER, SECRET)
+        key = connection.derive_key(USER, SECRET)
         self.link = channel.connect("127.0.0.1", port, auth.NODE, USER, key)
         self.changed = threading.Condition()  # guards all below
         self.came: list[Frame] = []
         self.most = most
         self.held: list[Rows] = []  # single slices that wait for room in `most`
         self._functions: dict[str, Any] = {}
-        self._jobs: dict[int, tuple[payload.Context, Any]] = {}
+        self._jobs: dict[int, tuple[letters.Context, Any]] = {}
         self.link.send(Kind.HELLO, channel.hello(cpu_count) | {"python": python})
         self.link.start_writer()
         self.thread = threading.Thread(target=self.link.run, args=(self._handle,), name="node in a test")
@@ -92,9 +94,9 @@ class Node:
             self.came.append(frame)
             if kind is Kind.FUNCTION:
                 (_, letter), = body.letters()
-                self._functions[payload.letter_digest(letter).hex()] = b"".join(letter)
+                self._functions[letters.letter_digest(letter).hex()] = b"".join(letter)
             elif kind is Kind.JOB:
-                self._jobs[body["job"]] = payload.Context(caller=False), self._functions[body["function"]]
+                self._jobs[body["job"]] = letters.Context(caller=False), self._functions[body["function"]]
             elif kind is Kind.TASK:
                 self.held += [body.cut(n, n + 1) for n in range(len(body))]
                 self._run()
@@ -111,7 +113,7 @@ class Node:
             context, letter = self._jobs[rows.job]
             func, callback = context.load(letter)
             (_, slice_), = rows.letters()
-            arguments, skipped = payload.load_slice(context, b"".join(slice_))
+            arguments, skipped = letters.load_slice(context, b"".join(slice_))
             results: list[Any] = [None] * len(arguments)
             errors: dict[int, BaseException] = {}
             for place, argument in enumerate(arguments):
@@ -120,8 +122,8 @@ class Node:
                         results[place] = callback(func(argument)) if callback else func(argument)
                     except Exception as e:
                         errors[place] = e
-            raised, parts = payload.dump_outcomes(context, results, errors)
+            raised, parts = letters.dump_outcomes(context, results, errors)
             answer = [b"".join(parts)]
             status = Status.RAISED if raised else Status.VALUES
             self.link.send(Kind.RESULT, Rows.single(
-                rows.job, rows.slices[0], rows.attempts[0], status, answer, payload.letter_digest(answer), pace=1))
+                rows.job, rows.slices[0], rows.attempts[0], status, answer, letters.letter_digest(answer), pace=1))

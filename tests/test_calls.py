@@ -20,7 +20,7 @@ from achilles import calls, errors
 from achilles.calls import cluster_status, imap, imap_unordered, kill_cluster
 from achilles.calls import map as map_
 from achilles.lineReceiver import achilles_main, achilles_node, achilles_server
-from achilles.wire import Kind
+from achilles.protocol.frames import Kind
 
 pytestmark = pytest.mark.usefixtures("no_leftovers", "unconfigured")
 CALLS = [map_, imap, imap_unordered]
@@ -347,7 +347,7 @@ def test_the_iterables_own_error_is_not_taken_for_one_of_ours(where, node, error
 
 
 def test_a_wrong_secret(where, monkeypatch):
-    monkeypatch.setattr("achilles.server.REFUSAL_SECONDS", 0.01)
+    monkeypatch.setattr("achilles.server.listen.REFUSAL_SECONDS", 0.01)
     with pytest.raises(PermissionError) as caught:
         map_(square, [1], **where | {"secret_key": "not it, but long enough"})
     text = str(caught.value)
@@ -363,7 +363,7 @@ def test_an_unreachable_server(free_port, function):
 
 
 def test_what_answers_there_is_no_server_of_ours(monkeypatch):
-    monkeypatch.setattr("achilles.channel.CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("achilles.protocol.channel.CONNECT_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         def answer():
             sock, _ = listener.accept()
@@ -393,7 +393,7 @@ def test_an_argument_that_cannot_be_dumped_is_named(where, node):
 
 
 def test_a_function_over_the_limit(where, monkeypatch):
-    monkeypatch.setattr("achilles.wire.LETTER_LIMIT_BYTES", 5000)
+    monkeypatch.setattr("achilles.protocol.frames.LETTER_LIMIT_BYTES", 5000)
     data = bytes(6000)
     with pytest.raises(errors.LetterTooLarge, match=r"function .* has 6,.* bytes, no more than 5,000"):
         map_(lambda x: data, [1], **where)
@@ -431,14 +431,14 @@ def test_any_other_answer_leaves_all_running(where, node, monkeypatch, capfd, an
 
 
 def test_yes_ends_all(where, node, monkeypatch):
-    monkeypatch.setattr("achilles.server.KILLED_SECONDS", 0.3)
+    monkeypatch.setattr("achilles.server.listen.KILLED_SECONDS", 0.3)
     monkeypatch.setattr(sys, "stdin", Terminal("YES\n"))
     assert kill_cluster(**where) is True
     node.wait(lambda: node.kinds(Kind.BYE) == [{"reason": "killed"}])
 
 
 def test_running_callers_raise_cluster_killed(where, monkeypatch):
-    monkeypatch.setattr("achilles.server.KILLED_SECONDS", 0.3)
+    monkeypatch.setattr("achilles.server.listen.KILLED_SECONDS", 0.3)
     with Node(where["port"], most=0) as node, imap(square, range(3), **where) as packets:
         node.wait(node.tasks)
         assert kill_cluster(command_verified=True, **where) is True

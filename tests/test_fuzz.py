@@ -15,12 +15,13 @@ from fuzz import targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_exchange import CONTEXT, OTHER_CONTEXT, Cluster, FakeChannel, digest_of, row
-from test_wire import GOOD
+from test_frames import GOOD
 
-from achilles import auth, channel, job, wire
+from achilles.controller import job
 from achilles.errors import ProtocolError, ServerUnreachable
-from achilles.exchange import Peer
-from achilles.wire import ASKED, DIRECTIONS, HEAD, LINKS, MORE, PACKED, ROW, Kind, Rows, Status
+from achilles.protocol import auth, channel, frames
+from achilles.protocol.frames import ASKED, DIRECTIONS, HEAD, LINKS, MORE, PACKED, ROW, Kind, Rows, Status
+from achilles.server.exchange import Peer
 
 
 def budget(examples):
@@ -33,8 +34,8 @@ def budget(examples):
 def small_buffers():
     """Short inputs, too, make a reader's buffers move and grow."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wire, "BUFFER_BYTES", 64)
-        patch.setattr(wire, "LETTER_STEP_BYTES", 256)
+        patch.setattr(frames, "BUFFER_BYTES", 64)
+        patch.setattr(frames, "LETTER_STEP_BYTES", 256)
         yield
 
 
@@ -53,11 +54,11 @@ def payloads(draw, kind):
     wrong = draw(st.sampled_from(["nothing", "nothing", "a place", "a place", "two", "all"]))
     if wrong == "all":
         return draw(st.integers(0, 3)), draw(st.binary(max_size=80))
-    if kind in wire.ROW_COUNTS:
+    if kind in frames.ROW_COUNTS:
         count = 1 if kind is Kind.FUNCTION else draw(st.integers(1, 3))
         rows = [[draw(st.integers(0, 3)), draw(st.integers(0, 2)), 0, draw(st.sampled_from(LETTER_BYTES))]
                 for _ in range(count)]
-        for table_row in rows if kind in wire.LETTERLESS else ():
+        for table_row in rows if kind in frames.LETTERLESS else ():
             table_row[3] = 0
         if wrong != "nothing" or kind is Kind.RESULT:
             draw(st.sampled_from(rows))[2] = draw(st.sampled_from([0, 1, 5, 6, 128, 129, 130]))
@@ -68,7 +69,7 @@ def payloads(draw, kind):
     body = dict(GOOD[kind])
     for _ in range({"nothing": 0, "a place": 1, "two": 2}[wrong]):
         if body and kind is Kind.JOB and draw(st.booleans()):
-            body["options"] = {draw(st.sampled_from([*wire.OPTIONS, "new"])): draw(WRONG)}
+            body["options"] = {draw(st.sampled_from([*frames.OPTIONS, "new"])): draw(WRONG)}
         elif body:
             body[draw(st.sampled_from(sorted(body)))] = draw(WRONG)
     return 0, json.dumps(body, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
@@ -88,7 +89,7 @@ def streams(draw):
     for kind in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3)):
         count, envelope = draw(payloads(kind))
         data += HEAD.pack(kind, 0, count, len(envelope)) + envelope
-        if kind in wire.ROW_COUNTS:  # its long letters, where they are not gigabytes
+        if kind in frames.ROW_COUNTS:  # its long letters, where they are not gigabytes
             data += bytes(sum(n for n in lengths_in(envelope, count) if 1024 < n < 4096))
     if draw(st.integers(0, 3)):
         return link, data
@@ -195,10 +196,10 @@ def body_of(kind, random, jobs, upto):
     if kind is Kind.TASK:
         first = random.randrange(9) if odd else upto
         status = random.choice([0, 0, PACKED])
-        return wire.merge([row(first + n, random.choice(LETTERS), number, status) for n in range(len(some))])
+        return frames.merge([row(first + n, random.choice(LETTERS), number, status) for n in range(len(some))])
     if kind is Kind.RESULT:
         statuses = [*Status, Status.VALUES | MORE]
-        return wire.merge([row(n, random.choice(LETTERS), number, random.choice(statuses), random.choice([0, 0, 1]),
+        return frames.merge([row(n, random.choice(LETTERS), number, random.choice(statuses), random.choice([0, 0, 1]),
                                random.choice([0, 9, 9000])) for n in some])
     if kind is Kind.RETURNED:
         return Rows(number, b"".join(ROW.pack(n, 0, 0, 0) for n in some[1:]))
@@ -217,7 +218,7 @@ def body_of(kind, random, jobs, upto):
 
 
 class Fuzzed(Cluster):
-    """An Exchange whose peers say anything; one that breaks the protocol is let go, as `server.py` does."""
+    """An Exchange whose peers say anything; one that breaks the protocol is let go, as `listen.py` does."""
 
     def __init__(self, random):
         super().__init__()
@@ -275,7 +276,7 @@ class Fuzzed(Cluster):
         for kind, body in came:
             if kind is Kind.TASK and node in self.peers:
                 answers = [row(n, b"r", body.job, 0, a, 9) for n, a in zip(body.slices, body.attempts)]
-                self.say(node, Kind.RESULT, wire.merge(answers))
+                self.say(node, Kind.RESULT, frames.merge(answers))
             elif kind is Kind.RECALL and node in self.peers:
                 back = ROW.pack(self.random.randrange(9), 0, 0, 0)
                 self.say(node, Kind.RETURNED, Rows(body["job"], back, pace=ASKED))

@@ -1,6 +1,7 @@
 """The rules of the package that can be read off its source: who imports whom, and who may do what."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,47 +9,50 @@ from pathlib import Path
 import pytest
 
 import achilles
-from achilles.wire import DIRECTIONS, Kind
+from achilles.protocol.frames import DIRECTIONS, Kind
 
 PACKAGE = Path(achilles.__file__).parent
-# A module imports from those before it alone. The last one names the others' public names, and loads them when used.
-ORDER = [
-    "errors", "wire", "auth", "config", "console", "byvalue", "payload", "slices", "scheduler", "results", "channel",
-    "worker", "cores", "backlog", "workers", "node", "exchange", "server", "feeder", "job", "controller", "engine",
-    "local", "calls", "takers", "pool", "futures", "joblib_backend", "lineReceiver",
-    "lineReceiver.achilles_main", "lineReceiver.achilles_server", "lineReceiver.achilles_node", "__init__",
-]
+COMMON = {"errors", "config", "console"}
+# The folders and modules of the top that each may import from, besides itself.
+MAY_IMPORT = {
+    "errors": set(), "config": {"errors"}, "console": {"errors", "config"},
+    "protocol": {"errors"}, "objects": {"errors"},
+    "server": {"protocol", *COMMON},
+    "node": {"protocol", "objects", *COMMON}, "controller": {"protocol", "objects", *COMMON},
+    "calls": {"controller", *COMMON},
+}
+ANYTHING = {"dropin", "local", "lineReceiver"}
+WHEN_ASKED = {"calls": {"dropin", "local"}}  # inside functions: `executor=` and `host="local"`
 LONGEST_MODULE_LINES = 330
 # Longer ones, up to so many lines, and why each is one module all the same.
 LONG_MODULES = {
-    "wire": (570, "the protocol in one place: a third of it is the tables of PROTOCOL.md"),
-    "byvalue": (520, "what travels by value, for every kind of object that has a case"),
+    "protocol.frames": (570, "the protocol in one place: a third of it is the tables of PROTOCOL.md"),
+    "objects.byvalue": (520, "what travels by value, for every kind of object that has a case"),
     "config": (550, "each way to a setting, each with a message of its own"),
-    "payload": (600, "dumping and loading are read side by side"),
-    "scheduler": (600, "one state machine, whose invariants span all of it"),
-    "channel": (540, "the handshake and the two ways to drive a connection"),
-    "worker": (545, "all that runs in a worker's process, or in one that is somebody else's"),
-    "workers": (560, "the life of a worker, seen from its node: start, feed, watch, end"),
-    "node": (430, "one loop, and the reasons to leave it"),
-    "feeder": (420, "one thread, and all that may keep it waiting"),
-    "job": (630, "one job in its controller: cut, send, collect"),
-    "exchange": (340, "every frame's way to an event, and every action's to a frame"),
-    "server": (400, "listening, places, secrets, and the command with its questions"),
-    "controller": (440, "a connection, what it declares again, and how it is lost"),
+    "objects.letters": (600, "dumping and loading are read side by side"),
+    "server.scheduler": (600, "one state machine, whose invariants span all of it"),
+    "protocol.channel": (540, "the handshake and the two ways to drive a connection"),
+    "node.worker": (545, "all that runs in a worker's process, or in one that is somebody else's"),
+    "node.workers": (560, "the life of a worker, seen from its node: start, feed, watch, end"),
+    "node.loop": (340, "one loop, and the reasons to leave it"),
+    "controller.feeder": (420, "one thread, and all that may keep it waiting"),
+    "controller.job": (635, "one job in its controller: cut, send, collect"),
+    "server.exchange": (340, "every frame's way to an event, and every action's to a frame"),
+    "controller.connection": (445, "a connection, what it declares again, and how it is lost"),
     "local": (400, "a cluster of processes, and the command that runs a script on one"),
-    "takers": (380, "all that waits for results"),
+    "dropin.async_results": (380, "all that waits for results"),
     "calls": (400, "the documented calls and their one table of options"),
-    "pool": (350, "every method of multiprocessing's Pool, with its arguments spelled out"),
+    "dropin.pool": (350, "every method of multiprocessing's Pool, with its arguments spelled out"),
 }
-THIN_MODULES = {"joblib_backend": 60, "engine": 100}  # somebody else's interfaces: code lines are fewer than these
+THIN_MODULES = {"dropin.joblib_backend": 60, "dropin.engine": 100}  # others' interfaces; lines of code are fewer
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 PICKLING = {
-    "payload": "the place for it",
-    "byvalue": "its lower half: what dill is to make of a function or a class; imported by payload alone",
+    "objects.letters": "the place for it",
+    "objects.byvalue": "its lower half: what dill is to make of a function or a class; imported by letters alone",
 }
 RUNS_TEXT = {"eval", "exec", "compile", "__import__", "run_path", "run_module"}
 PROOFS = ("proof", "proofs", "tag", "tags", "mac")  # names of what must be compared in constant time
-AUTHENTICATES = {"auth", "channel", "exchange", "server"}
+AUTHENTICATES = {"protocol.auth", "protocol.channel", "server.exchange", "server.listen"}
 EQUALITY = (ast.Eq, ast.NotEq, ast.In, ast.NotIn)
 PUBLIC = {"answer == auth.REFUSAL"}  # 32 zero bytes, and it proves nothing
 
@@ -67,9 +71,9 @@ SOURCES = {name_of(path): path.read_text(encoding="utf-8") for path in sorted(PA
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
 
-def own_imports(name):
-    """The modules of the package that this one imports from, wherever in it."""
-    for node in ast.walk(TREES[name]):
+def own_imports(name, nodes=None):
+    """The modules of the package that this one imports from, wherever in it, or in these statements of it."""
+    for node in nodes if nodes is not None else ast.walk(TREES[name]):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = name.split(".") if path_of(name).name == "__init__.py" else name.split(".")[:-1]
             package = [] if name == "__init__" else package[: len(package) - node.level + 1]
@@ -100,27 +104,34 @@ def run(code):
     return done.stdout
 
 
+def place_of(name):
+    """The folder or module of the top that a module belongs to; the literal `__version__` belongs to nobody."""
+    return name.partition(".")[0]
+
+
+def needed_at_import(name):
+    """The modules of the package that this one imports when it is imported itself."""
+    return set(own_imports(name, [node for node in TREES[name].body if isinstance(node, ast.ImportFrom)]))
+
+
 def test_every_module_has_its_place():
-    assert SOURCES.keys() <= set(ORDER)
+    assert {place_of(name) for name in SOURCES} == {*MAY_IMPORT, *ANYTHING, "__init__"}
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_module_imports_only_from_those_before_it(name):
-    before = {*ORDER[: ORDER.index(name)], "__init__.__version__"}  # a literal, which its first lines define
-    assert set(own_imports(name)) <= before
+def test_a_module_imports_only_what_its_folder_may(name):
+    place = place_of(name)
+    if place in MAY_IMPORT:
+        may = {place, *MAY_IMPORT[place]}
+        assert {place_of(each) for each in needed_at_import(name)} <= may
+        others = {place_of(each) for each in own_imports(name) if each != "__init__.__version__"}
+        assert others <= may | WHEN_ASKED.get(place, set())
+    elif place == "__init__":
+        assert not needed_at_import(name), "the top loads all names when they are used"
 
 
-def test_the_three_roles_do_not_import_each_other():
-    for role in ("node", "server", "controller"):
-        assert not {"node", "server", "controller"} & set(own_imports(role))
-
-
-def test_what_stands_on_the_roles_can_be_deleted():
-    """The rooms above the roles are known by none below: a copy without them works."""
-    above = {"local", "takers", "pool", "futures", "joblib_backend"}
-    above |= {name for name in ORDER if name.startswith("lineReceiver")}
-    for name in ORDER[: ORDER.index("local")]:
-        assert name not in SOURCES or not above & set(own_imports(name))
+def test_no_module_needs_itself_to_be_imported():
+    graphlib.TopologicalSorter({name: needed_at_import(name) for name in SOURCES}).prepare()
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -130,16 +141,26 @@ def test_nothing_imports_the_package_by_its_name(name):
 
 def test_the_server_imports_nothing_that_unpickles():
     """Neither itself nor through the standard library."""
-    loaded = run("import sys, achilles.server; print(*sys.modules)").split()
-    assert "achilles.exchange" in loaded
-    assert not {"dill", "pickle", "_pickle", "multiprocess", "multiprocessing", "achilles.payload"} & set(loaded)
+    loaded = run("import sys, achilles.server.__main__; print(*sys.modules)").split()
+    assert "achilles.server.exchange" in loaded
+    assert not {"dill", "pickle", "_pickle", "multiprocess", "multiprocessing", "achilles.objects"} & set(loaded)
 
 
 def test_a_node_starts_processes_but_loads_no_letter():
-    """multiprocess brings pickle and dill along; the node's own modules touch neither, nor payload.py."""
-    for name in ("node", "workers", "channel", "wire"):
+    """multiprocess brings pickle and dill along; the node's own modules touch neither, nor objects/."""
+    for name in (name for name in SOURCES if place_of(name) in ("node", "protocol") and name != "node.worker"):
         assert not PICKLERS & set(outside_imports(name))
-        assert not {"payload", "byvalue"} & set(own_imports(name))
+        assert "objects" not in {place_of(each) for each in own_imports(name)}
+
+
+def test_a_folder_gives_its_public_name_and_loads_nothing_before():
+    """So a worker, which is node.worker, pays for no loop, and nobody who needs a submodule for another."""
+    folders = sorted(name for name in SOURCES if path_of(name).name == "__init__.py" and name != "__init__")
+    for folder in folders:
+        out = run(f"import sys, achilles.{folder} as it; "
+                  f"print(*[name for name in sys.modules if name.startswith('achilles.{folder}.')]); "
+                  f"print(all(getattr(it, name) is not None for name in it.__all__), hasattr(it, 'nothing'))")
+        assert out == "\nTrue False\n", folder
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -153,12 +174,8 @@ def test_only_payloads_pickle_and_nothing_runs_text(name):
     assert not [call for call in runs if not call.startswith("re.")]
 
 
-def test_none_but_payload_and_the_worker_that_runs_it_open_a_letter():
-    """byvalue.py is payload's alone, and payload is known to those in whose processes users' code runs anyway."""
-    assert {name for name in SOURCES if "byvalue" in set(own_imports(name))} == {"payload"}
-    users = {name for name in SOURCES if "payload" in set(own_imports(name))}
-    assert not users & {"wire", "auth", "config", "console", "scheduler", "channel", "workers", "node", "exchange",
-                        "server"}
+def test_byvalue_is_known_to_letters_alone():
+    assert {name for name in SOURCES if "objects.byvalue" in set(own_imports(name))} == {"objects.letters"}
 
 
 def test_nothing_happens_at_import():
@@ -215,12 +232,12 @@ def test_each_proof_and_tag_is_compared_in_one_place():
     found = {name: [ast.unparse(call) for call in calls_of(name) if "compare_digest" in ast.unparse(call.func)]
              for name in SOURCES}
     assert {name: sorted(calls) for name, calls in found.items() if calls} == {
-        "auth": ["hmac.compare_digest(keys.server_proof, answer)",
+        "protocol.auth": ["hmac.compare_digest(keys.server_proof, answer)",
                  "hmac.compare_digest(self.tag(head, envelope), tag)",
                  "hmac.compare_digest(session.client_proof, claimed.proof)"],
-        "workers": ["hmac.compare_digest(claimed, digest)"],
-        "exchange": ["hmac.compare_digest(claimed, digest)"],
-        "server": ["hmac.compare_digest(claimed.user, self._user)"],
+        "node.workers": ["hmac.compare_digest(claimed, digest)"],
+        "server.exchange": ["hmac.compare_digest(claimed, digest)"],
+        "server.listen": ["hmac.compare_digest(claimed.user, self._user)"],
     }
 
 
@@ -238,17 +255,19 @@ def test_clocks_are_monotonic():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
                 asked += [(name, node.attr)]
     others = [pair for pair in asked if pair[1] not in ("monotonic", "monotonic_ns")]
-    assert sorted(others) == [("console", "gmtime"), ("exchange", "time"), ("worker", "thread_time_ns")]
-    (statement,) = [node for node in ast.walk(TREES["exchange"])
+    assert sorted(others) == [
+        ("console", "gmtime"), ("node.worker", "thread_time_ns"), ("server.exchange", "time")]
+    (statement,) = [node for node in ast.walk(TREES["server.exchange"])
                     if isinstance(node, ast.Assign) and "time.time()" in ast.unparse(node.value)]
     assert ast.unparse(statement.targets[0]) == "(peer.hello, peer.since)"
-    uses = [node for node in ast.walk(TREES["exchange"]) if isinstance(node, ast.Attribute) and node.attr == "since"]
+    attributes = [node for node in ast.walk(TREES["server.exchange"]) if isinstance(node, ast.Attribute)]
+    uses = [node for node in attributes if node.attr == "since"]
     assert len(uses) == 3  # set, set again, and told
 
 
 def test_heartbeats_are_never_a_workers():
     """They come of a Channel's owner: a process that runs user code has no tick, no writer thread and no such kind."""
-    words = {node.attr for node in ast.walk(TREES["worker"]) if isinstance(node, ast.Attribute)}
+    words = {node.attr for node in ast.walk(TREES["node.worker"]) if isinstance(node, ast.Attribute)}
     assert not words & {"tick", "start_writer", "send_ahead", "PING"}
     assert not {"NW", "WN"} & set(DIRECTIONS[Kind.PING])
 
@@ -274,7 +293,7 @@ def test_every_module_and_public_name_says_what_it_is(name):
     tree = TREES[name]
     assert ast.get_docstring(tree)
     public = public_names(tree)
-    assert public is not None or name == "lineReceiver", "no __all__"
+    assert public is not None, "no __all__"
     for node in tree.body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and (node.name in (public or []) or node.name[0] != "_"):
             assert ast.get_docstring(node), node.name
@@ -299,7 +318,7 @@ def test_every_public_name_is_there(name):
 
 def public_names(tree):
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and ast.unparse(node).startswith("__all__"):
             return ast.literal_eval(node.value)
     return None
 

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from achilles import calls, config, server
-from achilles import node as node_module
+from achilles import calls, config
 from achilles.errors import ConfigurationError
+from achilles.node import loop as node_module
+from achilles.server import listen
 
 pytestmark = pytest.mark.usefixtures("unconfigured")
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("unconfigured")
     ("achilles_main", {
         "map": calls.map, "imap": calls.imap, "imap_unordered": calls.imap_unordered, "killCluster": calls.kill_cluster,
         "getClusterStatus": calls.cluster_status, "genConfig": config.gen_config}),
-    ("achilles_server", {"runAchillesServer": server.run_server, "genConfig": config.gen_config}),
+    ("achilles_server", {"runAchillesServer": listen.run_server, "genConfig": config.gen_config}),
     ("achilles_node", {"runAchillesNode": node_module.run_node}),
 ])
 def test_they_are_the_packages_own(module, names):

@@ -55,9 +55,9 @@ def test_its_attributes_and_a_map(local):
 
 def test_usable_cores_are_divided(monkeypatch, no_leftovers):
     assert LocalCluster(nodes=2, cpu_count=5)._shares() == [5, 5]
-    monkeypatch.setattr("achilles.cores.usable_cores", lambda: 7)
+    monkeypatch.setattr("achilles.node.cores.usable_cores", lambda: 7)
     assert LocalCluster(nodes=3)._shares() == [3, 2, 2]
-    monkeypatch.setattr("achilles.cores.usable_cores", lambda: 1)
+    monkeypatch.setattr("achilles.node.cores.usable_cores", lambda: 1)
     assert LocalCluster(nodes=3)._shares() == [1, 1, 1]
 
 

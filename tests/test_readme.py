@@ -19,14 +19,16 @@ from attacks import run as attacks_run
 from ports import free_port
 
 import achilles
-from achilles import errors, server
+from achilles import errors
+from achilles.server import listen
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SCRIPT_SECONDS = 30  # below the test's own limit, so that what hangs is shown
 PYTHON = [sys.executable, "-W", "error"]
-COMMANDS = ("server", "node", "local")
+COMMANDS = {"server": "achilles.server.__main__", "node": "achilles.node.__main__", "local": "achilles.local"}
+TEST_FILES = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
 ATTACKS = attacks_run.load()
 
 
@@ -156,7 +158,7 @@ def normal(line):
 
 def logged(log):
     """The normalised lines of a log, without time, level and logger."""
-    return {normal(re.sub(r"^.*?(DEBUG|INFO)[: ]achilles\.\w+: ?", "", line)) for line in log.splitlines()}
+    return {normal(re.sub(r"^.*?(DEBUG|INFO)[: ]achilles\.[\w.]+: ?", "", line)) for line in log.splitlines()}
 
 
 def test_the_map_that_is_followed_logs_these_lines(cluster):
@@ -219,14 +221,14 @@ def test_the_connections_that_a_server_takes_are_those_of_its_limit_of_files(mon
 
     def connections(files):
         monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
-        return server._most_connections()
+        return listen._most_connections()
 
     text = section("How fast, and how far")
     files, most = re.search(r"`ulimit -n (\d+)` it takes (\d+)\b", text).groups()
     assert connections(int(files)) == int(most)
     enough, = {*re.findall(r"`ulimit -n (\d+)` or `LimitNOFILE=`", text), units()["achilles.server"]["LimitNOFILE"]}
     assert f"it takes {connections(int(enough)):,} of them" in text
-    assert connections(int(enough)) == server.CONNECTIONS
+    assert connections(int(enough)) == listen.CONNECTIONS
 
 
 def test_the_table_of_options_is_the_signature_of_the_calls():
@@ -254,7 +256,7 @@ def test_the_table_of_the_command_line_is_that_of_the_parsers(capsys):
     rows = table("Command line", "option")
     for column, command in enumerate(COMMANDS, 1):
         with pytest.raises(SystemExit, match="0"):
-            importlib.import_module(f"achilles.{command}").main(["--help"])
+            importlib.import_module(COMMANDS[command]).main(["--help"])
         out = capsys.readouterr().out
         listed = {row[0].strip("`") for row in rows if row[column] == "yes"}
         assert listed == set(re.findall(r"(?<![\w-])--[a-z][\w-]*", out)) - {"--help"}, command
@@ -281,8 +283,8 @@ def test_every_claim_about_attackers_names_its_tests():
         module = ""
         for found in re.findall(r"`(?:(test_\w+)\.)?(test_\w+)`", line):
             module = found[0] or module
-            if not (ROOT / "tests" / f"{found[1]}.py").exists():
-                assert f"def {found[1]}(" in (ROOT / "tests" / f"{module}.py").read_text(), found
+            if found[1] not in TEST_FILES:
+                assert f"def {found[1]}(" in TEST_FILES[module].read_text(), found
         attacks = re.findall(r"`attacks\.(\w+)`", line)
         assert module or attacks, line
         assert set(attacks) <= ATTACKS.keys(), line
@@ -309,8 +311,8 @@ def test_links_within_the_project_resolve():
 def test_the_reading_order_has_every_module():
     named = set(re.findall(r"\]\(achilles/([\w/]+\.py)\)", section("Reading the code")))
     package = ROOT / "achilles"
-    there = {path.name for path in package.glob("*.py")} - {"__init__.py"}
-    assert named == there | {"lineReceiver/achilles_main.py"}
+    there = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert named == {path for path in there if not path.startswith("lineReceiver/")} | {"lineReceiver/achilles_main.py"}
 
 
 def test_kill_cluster_prints_what_the_readme_says(cluster):

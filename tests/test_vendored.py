@@ -162,7 +162,8 @@ def test_remedies_name_the_copy(tmp_path, libraries):
 
 def test_nothing_happens_at_import(tmp_path, libraries):
     host = vendor(tmp_path / "host", "ach")
-    names = sorted(file.stem for file in PACKAGE.glob("*.py") if file.stem not in ("__init__",))
+    files = [file.relative_to(PACKAGE).with_suffix("") for file in PACKAGE.rglob("*.py") if file.stem != "__init__"]
+    names = sorted(".".join(file.parts) for file in files)
     out, err = run(host, libraries, 0, f"""
         import os, signal, sys, threading, importlib
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), dict(os.environ)

@@ -339,8 +339,8 @@ def pickles(bench: Bench) -> None:
     cluster.check_alive()
     modules = cluster.modules()
     assert not os.path.exists(target), "it was loaded"
-    assert "achilles.exchange" in modules
-    loaders = {"pickle", "_pickle", "dill", "cloudpickle", "multiprocess", "achilles.payload"}
+    assert "achilles.server.exchange" in modules
+    loaders = {"pickle", "_pickle", "dill", "cloudpickle", "multiprocess", "achilles.objects.letters"}
     assert not modules & loaders, modules & loaders
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from faults.work import echo
 
-from achilles import LetterAltered, payload
+from achilles import LetterAltered
+from achilles.objects import letters
 
 from . import raw
 from .bench import KEY, Bench, attack
@@ -30,10 +31,10 @@ LINKS = [(at_node, way) for at_node in (False, True) for way in (raw.UP, raw.DOW
 TRIED: set[str] = set()  # kinds of bombs that are known to go off
 LOAD = """
 import sys
-from achilles import payload
+from achilles.objects import letters
 letter = open(sys.argv[1], "rb").read()
-context = payload.Context(caller=False)
-payload.load_slice(context, letter) if sys.argv[2] == "slice" else context.load(letter)
+context = letters.Context(caller=False)
+letters.load_slice(context, letter) if sys.argv[2] == "slice" else context.load(letter)
 """
 
 
@@ -52,12 +53,12 @@ def bomb(bench: Bench, what: str, length: int) -> tuple[bytes, Path]:
     folder = bench._folder("bomb")
 
     def make(path: Path, pad: int) -> bytes:
-        context = payload.Context(caller=what != "result")
+        context = letters.Context(caller=what != "result")
         values = [Bomb(path), b"." * pad]
         if what == "slice":
-            return b"".join(payload.dump_slice(context, values))
+            return b"".join(letters.dump_slice(context, values))
         if what == "result":
-            return b"".join(payload.dump_outcomes(context, values, {})[1])
+            return b"".join(letters.dump_outcomes(context, values, {})[1])
         return b"".join(context.dump(tuple(values)))
 
     pad = length - len(make(folder / "made", length)) + length

@@ -11,7 +11,7 @@ from .bench import HELLO, USER_BYTES, WRONG, Bench, attack, eventually
 from .victims import NodeVictim, attack_controller
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}Z (DEBUG|INFO|WARNING|ERROR) [\w.]+: ")
-FORGED = "2026-01-01 00:00:00,000Z INFO achilles.exchange: node 7 at 10.0.0.1 joined"
+FORGED = "2026-01-01 00:00:00,000Z INFO achilles.server.exchange: node 7 at 10.0.0.1 joined"
 NAMES = (
     f"a\n{FORGED}"[:32], "a\r\nb", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x9b2J", "\u202eevil", "a\u2028b",
     "a\u0085b", "\b\b\b\bname", "%s%n%(name)s{0}", "\x7f", "\u200bhidden",

@@ -24,9 +24,13 @@ import multiprocess
 from faults import tree
 
 import achilles
-from achilles import LocalCluster, auth, config, local, node, server
-from achilles.controller import Controller
+from achilles import LocalCluster, config, local
+from achilles.controller.connection import Controller
 from achilles.errors import AchillesError
+from achilles.node import __main__ as node_command
+from achilles.protocol import auth
+from achilles.server import __main__ as server_command
+from achilles.server import listen
 
 from . import raw
 from .bench import KEY, SECRET, USER, USER_BYTES, WRONG, Bench, Watched, attack
@@ -229,7 +233,7 @@ def secret_in_messages(bench: Bench) -> None:
 def _things(settings: config.Settings, controller: Controller, cluster: Watched) -> list[object]:
     key = auth.derive_key(USER, SECRET)
     keys = auth.session_keys(key, auth.greeting(bytes(32)), auth.claim(auth.NODE, USER, bytes(32)))
-    made = server.Server(settings_of(0, settings))
+    made = listen.Server(settings_of(0, settings))
     made.server_close()
     pool = achilles.Pool(1, **cluster.address)
     pool.terminate()
@@ -246,7 +250,7 @@ def settings_of(port: int, settings: config.Settings) -> config.Settings:
 @attack("secret", "a secret on a command line")
 def secret_as_an_argument(bench: Bench) -> None:
     """There is no option for it, nor does a shorter or a longer one pass for one."""
-    for command in (server, node, local):
+    for command in (server_command, node_command, local):
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
             command.main(["--help"])
         assert "--secret-key-file" in out.getvalue() or command is local

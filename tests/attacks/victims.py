@@ -25,7 +25,7 @@ from faults.oracle import Oracle
 from faults.work import Work
 
 import achilles
-from achilles import payload
+from achilles.objects import letters
 
 from . import raw
 from .bench import HELLO, KEY, SECRET, USER, USER_BYTES, Watched
@@ -239,7 +239,7 @@ def session_down(link: raw.Link, answers: Sequence[Sequence[Any]], packets: Sequ
     frames.append(raw.tag(link.keys.data[raw.DOWN], 2, packet))
     link.sequence[raw.DOWN] = 3
     for number, values in enumerate(answers):
-        _, parts = payload.dump_outcomes(payload.Context(caller=False), list(values), {})
+        _, parts = letters.dump_outcomes(letters.Context(caller=False), list(values), {})
         frames.append(link.make("RESULT", rows=[Row(number, letter=b"".join(parts))], job=1))
     return frames
 
@@ -250,9 +250,9 @@ class NodeVictim:
     def __init__(self, cluster: Watched, folder: Any) -> None:
         self.oracle = Oracle(folder)
         self.listening = raw.listener()
-        context = payload.Context(caller=True)
+        context = letters.Context(caller=True)
         self.function = b"".join(context.dump((Work(self.oracle.path), None)))
-        self.arguments = b"".join(payload.dump_slice(context, [7]))
+        self.arguments = b"".join(letters.dump_slice(context, [7]))
         self.process = cluster.start_node(1, "--port", str(self.listening.getsockname()[1]), wait=False)
         self.runs = 0
 

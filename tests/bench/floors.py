@@ -19,7 +19,7 @@ from typing import Any
 
 import dill
 
-from achilles import auth
+from achilles.protocol import auth
 
 from .rows import import_ms
 from .sections import section

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from achilles.errors import ProtocolError
-from achilles.scheduler import Action, Cancel, Dead, End, Give, Recall, Scheduler
-from achilles.wire import ROW, Rows
+from achilles.protocol.frames import ROW, Rows
+from achilles.server.scheduler import Action, Cancel, Dead, End, Give, Recall, Scheduler
 
 from .sections import section
 from .table import markdown, number

@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 from cluster import SECRET, USER, Cluster
 from faults import tree
 
-from achilles import auth, channel, controller, wire
-from achilles.channel import Channel
-from achilles.wire import ASKED, PACKED, ROW, Kind, Rows
+from achilles.controller import connection
+from achilles.protocol import auth, channel, frames
+from achilles.protocol.channel import Channel
+from achilles.protocol.frames import ASKED, PACKED, ROW, Kind, Rows
 
 from .sections import section
 from .table import markdown, number
@@ -55,8 +56,8 @@ class Load(NamedTuple):
 
     def rows(self, job: int, first: int, count: int) -> Rows:
         """A TASK's."""
-        if self.letter_bytes > wire.SHORT_LETTER_BYTES:
-            digests, letter = b"\1" * wire.DIGEST_BYTES * count, bytes(self.letter_bytes)
+        if self.letter_bytes > frames.SHORT_LETTER_BYTES:
+            digests, letter = b"\1" * frames.DIGEST_BYTES * count, bytes(self.letter_bytes)
             shorts, longs = b"", [(letter,)] * count
         else:
             digests, shorts, longs = b"", bytes(self.letter_bytes * count), []
@@ -91,7 +92,7 @@ class Swarm:
         self.frames = 0  # received and sent
         self.joined_seconds = 0.0
         self._port = port
-        self._key = controller.derive_key(USER, SECRET)
+        self._key = connection.derive_key(USER, SECRET)
         self._selector = selectors.DefaultSelector()
         self._greeted = 0
         self._answered: set[int] = set()
@@ -143,7 +144,7 @@ class Swarm:
     def _feed(self, load: Load) -> Iterator[None]:
         """Keep half as many slices waiting as the workers could hold, in frames of FRAME_ROWS; 64 MiB at most."""
         most = 3 * CPU_COUNT * len(self.nodes) * (16 if load.pace_us < 100 else 1) + 2 * FRAME_ROWS
-        rows = FRAME_ROWS if load.letter_bytes <= wire.SHORT_LETTER_BYTES else 1
+        rows = FRAME_ROWS if load.letter_bytes <= frames.SHORT_LETTER_BYTES else 1
         most = min(most, max(rows, (64 << 20) // load.letter_bytes))
         sent = 0
         while sent < load.slices:

@@ -12,7 +12,7 @@ from cluster import SECRET, USER, Cluster
 from conftest import wait_until
 
 from achilles import config
-from achilles.node import Node
+from achilles.node.loop import Node
 
 from .bench import Bench, Call, fault
 from .oracle import Oracle

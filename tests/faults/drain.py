@@ -10,7 +10,7 @@ from cluster import SECRET, USER, Cluster
 from conftest import wait_until
 
 from achilles import NoNodesError, config
-from achilles.controller import Controller
+from achilles.controller.connection import Controller
 
 from .bench import Bench, fault
 from .work import Work, length

@@ -15,7 +15,7 @@ from conftest import descriptors, wait_until
 
 import achilles
 from achilles import config
-from achilles.controller import Controller
+from achilles.controller.connection import Controller
 
 from . import tree
 from .bench import Bench, fault

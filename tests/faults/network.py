@@ -12,7 +12,7 @@ from cluster import SECRET, USER, Cluster, Process
 from conftest import wait_until
 
 from achilles import LetterAltered, config
-from achilles.controller import Controller
+from achilles.controller.connection import Controller
 
 from .bench import Bench, Call, fault
 from .netns import Link

@@ -24,8 +24,8 @@ with atheris.instrument_imports(include=["achilles", "json"]):
     import json.decoder
     import json.scanner
 
-    from achilles import wire
-    from achilles.wire import Kind, Rows
+    from achilles.protocol import frames
+    from achilles.protocol.frames import Kind, Rows
 
 import targets
 
@@ -37,7 +37,7 @@ json.scanner.make_scanner = json.scanner.py_make_scanner  # type: ignore[attr-de
 json.decoder.scanner.make_scanner = json.scanner.py_make_scanner  # type: ignore[attr-defined]
 json._default_decoder = json.decoder.JSONDecoder()  # type: ignore[attr-defined]
 
-wire.BUFFER_BYTES, wire.LETTER_STEP_BYTES = 64, 256  # so that short inputs, too, make the buffers move and grow
+frames.BUFFER_BYTES, frames.LETTER_STEP_BYTES = 64, 256  # so that short inputs, too, make the buffers move and grow
 
 STEPS = (1, 7, 64, 1 << 16)  # bytes in one piece
 SIGNED, PAYLOAD, HANDSHAKE = 0x40, 0x80, 0xC0  # the two highest bits of the first byte; 0 is an unsigned stream
@@ -48,7 +48,7 @@ def run_one(data: bytes) -> None:
     if not data:
         return
     mode, low, rest = data[0] & 0xC0, data[0] & 0x3F, data[1:]
-    link, step = wire.LINKS[low % len(wire.LINKS)], STEPS[low // len(wire.LINKS) % len(STEPS)]
+    link, step = frames.LINKS[low % len(frames.LINKS)], STEPS[low // len(frames.LINKS) % len(STEPS)]
     if mode == PAYLOAD:
         targets.check_control(list(Kind)[low % len(Kind)], rest)
     elif mode == HANDSHAKE:
@@ -67,20 +67,20 @@ def seeds() -> list[bytes]:
               "options": {"timeout": 2.5, "processes": 1, "maxtasksperchild": 1, "seed": -1, "call": "star"},
               "nodes": [], "jobs": [], "server": {}, "letter_limit": 1 << 20}
     long = bytes(range(256)) * 5
-    rows = wire.merge([Rows.single(7, 0, 0, 0, (b"ab",)), Rows.single(7, 1, 1, 0, (long,), wire.digest([long]))])
+    rows = frames.merge([Rows.single(7, 0, 0, 0, (b"ab",)), Rows.single(7, 1, 1, 0, (long,), frames.digest([long]))])
     claim = b"ACHL\0\1C\0" + bytes(32) + b"ann".ljust(64, b"\0")
     found = [bytes([HANDSHAKE]) + message for message in (targets.GREETING, claim)]
-    for kind, links in wire.DIRECTIONS.items():
-        if kind in wire.ROW_COUNTS:
+    for kind, links in frames.DIRECTIONS.items():
+        if kind in frames.ROW_COUNTS:
             body = rows.cut(0, 1) if kind is Kind.FUNCTION else rows
-            body = Rows(7, wire.ROW.pack(3, 8, 0, 0)) if kind in wire.LETTERLESS else body
+            body = Rows(7, frames.ROW.pack(3, 8, 0, 0)) if kind in frames.LETTERLESS else body
         else:
             numbers = {"nodes": 1} if kind is Kind.CLUSTER else {}
-            body = {name: (values | numbers).get(name, 7) for name in wire.FIELDS[kind]}
-        frame = wire.Frame(kind, body)
-        found += [bytes([wire.LINKS.index(link)]) + 2 * targets.encoded(frame) for link in links]
-        found.append(bytes([SIGNED | wire.LINKS.index(links[0])]) + targets.encoded(frame) + bytes(32))
-        found.append(bytes([PAYLOAD | list(Kind).index(kind)]) + wire.encode(kind, body)[1])
+            body = {name: (values | numbers).get(name, 7) for name in frames.FIELDS[kind]}
+        frame = frames.Frame(kind, body)
+        found += [bytes([frames.LINKS.index(link)]) + 2 * targets.encoded(frame) for link in links]
+        found.append(bytes([SIGNED | frames.LINKS.index(links[0])]) + targets.encoded(frame) + bytes(32))
+        found.append(bytes([PAYLOAD | list(Kind).index(kind)]) + frames.encode(kind, body)[1])
     return found
 
 

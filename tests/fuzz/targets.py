@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from achilles import auth, wire
 from achilles.errors import AuthenticationError, ProtocolError
-from achilles.wire import HEAD, FrameReader, Kind, Rows
+from achilles.protocol import auth, frames
+from achilles.protocol.frames import HEAD, FrameReader, Kind, Rows
 
 KEY = bytes(range(32))
 LETTER_LIMIT_BYTES = 1 << 20
@@ -23,9 +23,9 @@ def memory_bytes(reader: FrameReader) -> int:
     return len(reader._buffer) + len(reader._letter)
 
 
-def read(reader: FrameReader, data: bytes, step: int) -> tuple[list[wire.Frame], int]:
+def read(reader: FrameReader, data: bytes, step: int) -> tuple[list[frames.Frame], int]:
     """Feed it `step` bytes at a time; the frames up to the first error, and how many bytes were taken until then."""
-    frames: list[wire.Frame] = []
+    found: list[frames.Frame] = []
     taken = 0
     while taken < len(data):
         with reader.space() as space:
@@ -34,15 +34,15 @@ def read(reader: FrameReader, data: bytes, step: int) -> tuple[list[wire.Frame],
             space[:count] = data[taken : taken + count]
         taken += count
         try:
-            frames += reader.received(count)
+            found += reader.received(count)
         except (ProtocolError, AuthenticationError):
-            return frames, taken
-        bound = wire.BUFFER_BYTES + wire.LETTER_STEP_BYTES + 2 * taken
+            return found, taken
+        bound = frames.BUFFER_BYTES + frames.LETTER_STEP_BYTES + 2 * taken
         assert memory_bytes(reader) <= bound, "memory was taken from a length field"
-    return frames, taken
+    return found, taken
 
 
-def plain(frame: wire.Frame) -> Any:
+def plain(frame: frames.Frame) -> Any:
     """What there is to compare of a frame."""
     kind, body = frame
     if not isinstance(body, Rows):
@@ -51,32 +51,32 @@ def plain(frame: wire.Frame) -> Any:
     return kind, body.job, body.pace, body.table, body.digests, letters
 
 
-def encoded(frame: wire.Frame) -> bytes:
+def encoded(frame: frames.Frame) -> bytes:
     """A frame as it travels where there is no tag."""
-    head, envelope, letters = wire.encode(*frame)
+    head, envelope, letters = frames.encode(*frame)
     return b"".join([head, envelope, *letters])
 
 
 def check_stream(link: str, data: bytes, step: int) -> int:
     """A worker's link, without tags: whatever the pieces, the same frames; each is what its bytes were; how many."""
-    frames, _ = read(FrameReader(link, None, LETTER_LIMIT_BYTES), data, step)
+    found, _ = read(FrameReader(link, None, LETTER_LIMIT_BYTES), data, step)
     whole, _ = read(FrameReader(link, None, LETTER_LIMIT_BYTES), data, len(data) or 1)
     # A whole piece may bring good frames together with the error that ends the connection: then they are dropped.
-    assert list(map(plain, whole)) == list(map(plain, frames))[: len(whole)]
+    assert list(map(plain, whole)) == list(map(plain, found))[: len(whole)]
     at = 0
-    for frame in frames:
-        assert link in wire.DIRECTIONS[frame.kind]
+    for frame in found:
+        assert link in frames.DIRECTIONS[frame.kind]
         written = encoded(frame)
         if isinstance(frame.body, Rows):
             assert data[at : at + len(written)] == written
             check_rows(frame.kind, frame.body)
             at += len(written)
         else:
-            again, lengths = wire.decode(frame.kind, 0, written[HEAD.size :])
+            again, lengths = frames.decode(frame.kind, 0, written[HEAD.size :])
             assert (again, lengths) == (frame.body, [])
             at += HEAD.size + HEAD.unpack_from(data, at)[3]
-        assert "\n" not in wire.describe(*frame)
-    return len(frames)
+        assert "\n" not in frames.describe(*frame)
+    return len(found)
 
 
 def check_rows(kind: Kind, rows: Rows) -> None:
@@ -85,7 +85,7 @@ def check_rows(kind: Kind, rows: Rows) -> None:
     middle = len(rows) // 2
     pieces = [piece for piece in (rows.cut(0, middle), rows.cut(middle, len(rows))) if len(piece)]
     if pieces:
-        assert plain(wire.Frame(kind, wire.merge(pieces))) == plain(wire.Frame(kind, rows))
+        assert plain(frames.Frame(kind, frames.merge(pieces))) == plain(frames.Frame(kind, rows))
     assert rows.renumbered(7).again().slices == rows.slices
 
 
@@ -98,15 +98,15 @@ def check_signed_stream(link: str, data: bytes, step: int) -> int:
 
 def check_control(kind: Kind, envelope: bytes) -> bool:
     """A payload by itself, under each number of rows that it could have; whether it is one."""
-    for count in {0, 1, max(len(envelope) - wire.ADDRESS.size, 0) // wire.ROW.size & wire.U16}:
+    for count in {0, 1, max(len(envelope) - frames.ADDRESS.size, 0) // frames.ROW.size & frames.U16}:
         try:
-            body, lengths = wire.decode(kind, count, envelope)
+            body, lengths = frames.decode(kind, count, envelope)
         except ProtocolError:
             continue
-        assert sum(lengths) <= max(wire.MAX_LONG_BYTES, wire.U32)
+        assert sum(lengths) <= max(frames.MAX_LONG_BYTES, frames.U32)
         if not isinstance(body, Rows):
             again = json.dumps(body)  # the server writes JSON of its peers anew
-            assert wire.decode(kind, 0, again.encode())[0] == body
+            assert frames.decode(kind, 0, again.encode())[0] == body
         return True
     return False
 

@@ -23,7 +23,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
-from achilles import payload  # noqa: E402
+from achilles.objects import letters  # noqa: E402
 
 HERE = Path(sys.argv[4])
 CASES = []
@@ -40,12 +40,12 @@ class Peer:
         self.open("0")
 
     def open(self, name):
-        self.name, self.context = name, payload.Context(caller=True)
+        self.name, self.context = name, letters.Context(caller=True)
 
     def bytes_of(self, parts):
         letter = b"".join(parts)
         self.letters.append(letter)
-        assert b"achilles" not in letter and payload.__package__.encode() not in letter
+        assert b"achilles" not in letter and letters.__package__.encode() not in letter
         assert sys.argv[3].encode() not in letter
         return letter
 
@@ -54,9 +54,9 @@ class Peer:
         start = [(self.bytes_of(self.context.dump(init)), self.bytes_of(self.context.dump(args)))
                  for init, args in initializers]
         letter = self.bytes_of(self.context.dump(function))
-        parts = payload.dump_slice(self.context, arguments)
+        parts = letters.dump_slice(self.context, arguments)
         if skip:
-            parts = payload.with_skips(parts, skip)
+            parts = letters.with_skips(parts, skip)
         request = pickle.dumps((self.name, start, letter, self.bytes_of(parts)))
         self.process.stdin.write(struct.pack(">Q", len(request)) + request)
         self.process.stdin.flush()
@@ -66,7 +66,7 @@ class Peer:
             raise reply
         raised, answer = reply
         assert b"achilles" not in answer and sys.argv[3].encode() not in answer
-        values, errors = payload.load_outcomes(self.context, bytearray(answer), raised)
+        values, errors = letters.load_outcomes(self.context, bytearray(answer), raised)
         for position, error in errors.items():
             values[position] = error
         return values
@@ -779,7 +779,7 @@ def lacks(peer):
 
 @program("what cannot be dumped is named")
 def named(peer):
-    for dump, thing in ((functools.partial(payload.dump_slice, peer.context), [1, (x for x in ())]),
+    for dump, thing in ((functools.partial(letters.dump_slice, peer.context), [1, (x for x in ())]),
                         (peer.context.dump, lambda: peer.process)):
         try:
             dump(thing)
@@ -792,7 +792,7 @@ def named(peer):
     for _ in range(100_000):
         deep = [deep]
     try:
-        payload.dump_slice(peer.context, [deep])
+        letters.dump_slice(peer.context, [deep])
     except TypeError as error:
         assert "an argument of type list" in str(error) and isinstance(error.__cause__, RecursionError)
     while deep:

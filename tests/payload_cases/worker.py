@@ -10,18 +10,18 @@ import struct
 import sys
 
 sys.path[:] = [sys.argv[1], *(path for path in sys.path if path)]
-payload = importlib.import_module(sys.argv[2] + ".payload")
+letters = importlib.import_module(sys.argv[2] + ".objects.letters")
 contexts, functions = {}, {}
 
 
 def answer(name, initializers, function_letter, slice_letter):
-    context = contexts.setdefault(name, payload.Context(caller=False))
+    context = contexts.setdefault(name, letters.Context(caller=False))
     for letter, args in initializers:
         context.load(bytearray(letter))(*context.load(bytearray(args)))
     if (name, function_letter) not in functions:
         functions[name, function_letter] = context.load(bytearray(function_letter))
     function = functions[name, function_letter]
-    arguments, skipped = payload.load_slice(context, bytearray(slice_letter))
+    arguments, skipped = letters.load_slice(context, bytearray(slice_letter))
     values, errors = [None] * len(arguments), {}
     for position, argument in enumerate(arguments):
         if position in skipped:
@@ -30,7 +30,7 @@ def answer(name, initializers, function_letter, slice_letter):
             values[position] = function(argument)
         except BaseException as error:
             errors[position] = error
-    raised, parts = payload.dump_outcomes(context, values, errors)
+    raised, parts = letters.dump_outcomes(context, values, errors)
     return raised, b"".join(parts)
 
 

@@ -1,0 +1,30 @@
+"""`python -m achilles.node`: the command. What serves is `loop.py`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from .. import console
+from .cores import start_methods
+from .loop import run_node
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m achilles.node`: exit status 0 after a clean end, 2 refused or wrong settings, 130 for Ctrl-C."""
+    parser = console.parser("node", "Lends this machine's cores to a cluster until it is killed. SIGTERM drains it.")
+    parser.add_argument("--cpu-count", type=int, metavar="N", help="workers; by default the cores it may really use")
+    parser.add_argument("--start-method", choices=start_methods(), help="of its workers")
+    args = console.parse(parser, argv)
+    with console.errors_to_exit_status() as status:
+        run_node(
+            args.host, args.port, args.username, console.read_secret(args.secret_key_file),
+            cpu_count=args.cpu_count, start_method=args.start_method, env_file=args.env_file,
+        )
+    return status.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""Executor: what `concurrent.futures` and those who build on it may expect of one."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import inspect
+import itertools
+import os
+import threading
+
+import pytest
+from conftest import SECONDS, in_a_child, wait_until
+
+from achilles import Executor, LocalCluster, ServerUnreachable, cluster_status
+from achilles.dropin.executor import Future, _Call
+
+
+def square(x):
+    return x * x
+
+
+def inverse(x):
+    return 6 // x
+
+
+def add(x, y=0, *, z=0):
+    return x + y + z
+
+
+def wait_for(path):
+    """Ends when there is such a file; leaves one that says that it has begun."""
+    open(path + ".begun", "w").close()
+    while not os.path.exists(path):
+        threading.Event().wait(0.01)
+
+
+def begun(path):
+    wait_until(lambda: os.path.exists(path + ".begun"), "the beginning of a call")
+
+
+def release(path):
+    open(path, "w").close()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalCluster(nodes=1, cpu_count=2) as made:
+        yield made
+
+
+@pytest.fixture
+def make(cluster, no_leftovers):
+    made = []
+
+    def run(*args, **more):
+        made.append(Executor(*args, host=cluster.host, port=cluster.port, username=cluster.username,
+                             secret_key=cluster.secret_key, **more))
+        return made[-1]
+
+    yield run
+    for executor in made:
+        executor.shutdown(cancel_futures=True)
+
+
+def test_a_submitted_call_is_a_future_with_its_result_or_its_exception(make):
+    executor = make()
+    future = executor.submit(add, 1, 2, z=3)
+    assert isinstance(future, concurrent.futures.Future) and future.result(SECONDS) == 6
+    failed = executor.submit(inverse, 0)
+    assert isinstance(failed.exception(SECONDS), ZeroDivisionError) and "6 // x" in str(failed.exception().__cause__)
+    lost = executor.submit(lambda: 0, (n for n in ()))
+    assert str(lost.exception(SECONDS)) == "cannot pickle 'generator' object"
+    assert executor._max_workers == 2
+
+
+def test_many_calls_are_done_in_any_order_and_their_callbacks_called(make):
+    executor, told = make(), []
+    futures = {executor.submit(square, n): n for n in range(300)}
+    for future in futures:
+        future.add_done_callback(lambda future: told.append(future.result()))
+    for future in concurrent.futures.as_completed(futures, SECONDS):
+        assert future.result() == futures[future] ** 2
+    done, left = concurrent.futures.wait(futures, SECONDS)
+    assert len(done) == 300 and not left
+    wait_until(lambda: len(told) == 300)
+
+
+def test_many_calls_that_cannot_be_sent_fail_one_by_one(make):
+    executor = make()
+    futures = [executor.submit(square, (n for n in ())) for _ in range(2000)]
+    assert all(isinstance(future.exception(SECONDS), TypeError) for future in futures)
+
+
+@pytest.mark.parametrize("where", ["the dump", "the first step", "the second step"])
+def test_ctrl_c_while_a_call_is_given_out_reaches_who_submits_and_breaks_nothing(make, monkeypatch, where):
+    executor, began = make(), []
+    steps = {"the dump": (executor._pool, "_start"), "the first step": (_Call, "begin"),
+             "the second step": (Future, "set_running_or_notify_cancel")}
+
+    def interrupt(*args, **more):
+        began.append(args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*steps[where], interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            executor.submit(square, 2)
+    assert len(began) == 1 and not executor._giving and executor._out == 0
+    assert executor.submit(square, 3).result(SECONDS) == 9
+    executor.shutdown()
+
+
+def test_map_is_that_of_the_standard_library(make):
+    executor = make()
+    with concurrent.futures.ThreadPoolExecutor(2) as theirs:
+        for case in (
+            lambda e: list(e.map(square, range(50))), lambda e: list(e.map(square, range(50), chunksize=7)),
+            lambda e: list(e.map(add, [1, 2, 3], (n for n in range(2)))), lambda e: list(e.map(square, [])),
+            lambda e: next(e.map(inverse, [0, 1])), lambda e: list(e.map(square)),
+            lambda e: list(e.map(square, 5)), lambda e: list(e.map(inverse, [1, 0], timeout=SECONDS)),
+        ):
+            assert outcome(case, executor) == outcome(case, theirs)
+
+
+def outcome(case, executor):
+    try:
+        return case(executor)
+    except Exception as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "drop begun"])
+def test_a_map_that_is_closed_or_dropped_is_cancelled_though_it_has_no_end(make, end):
+    executor = make()
+    results = executor.map(square, itertools.count(), buffersize=4)
+    if end == "drop begun":
+        assert next(results) == 0
+    elif end == "close":
+        results.close()
+        assert list(results) == []
+    del results
+    gc.collect()
+    wait_until(lambda: not executor._pool._dispatcher.takers, "the end of the work")
+    executor.shutdown()
+
+
+def test_map_reads_ahead_as_far_as_it_is_told(make):
+    read = []
+    results = make().map(square, (read.append(n) or n for n in itertools.count()), buffersize=4, chunksize=2)
+    assert [next(results) for _ in range(20)] == [*map(square, range(20))]
+    assert len(read) <= 28
+    results.close()
+
+
+def test_maps_timeout_counts_from_the_call(make, tmp_path):
+    results = make().map(wait_for, [str(tmp_path / "never")], timeout=0.1)
+    with pytest.raises(concurrent.futures.TimeoutError):
+        next(results)
+
+
+def test_a_queued_call_is_cancelled_for_certain(make, cluster, tmp_path):
+    executor, path = make(max_workers=1), str(tmp_path / "go")
+    first = executor.submit(wait_for, path)
+    begun(path)
+    queued = [executor.submit(wait_for, str(tmp_path / f"never {n}")) for n in range(5)]
+    pending = [future for future in queued if not future.running()]
+    assert len(pending) == 4 and not first.cancel() and first.running()
+    assert all(future.cancel() and future.cancel() for future in pending)
+    done, _ = concurrent.futures.wait(pending, SECONDS)
+    assert len(done) == 4 and all(future.cancelled() for future in pending)
+    assert queued[0].cancel(kill=True)  # it is with the server, which has one of them run at a time
+    wait_until(lambda: not any(job["queued"] for job in cluster_status(
+        cluster.host, cluster.port, cluster.username, cluster.secret_key)["jobs"]))
+    release(path)
+    assert first.result(SECONDS) is None
+    assert executor.submit(square, 3).result(SECONDS) == 9
+    assert [name for name in os.listdir(tmp_path) if name.startswith("never")] == []
+
+
+def raise_cancelled():
+    raise concurrent.futures.CancelledError
+
+
+def test_a_function_may_raise_what_a_cancelled_call_is(make):
+    future = make().submit(raise_cancelled)
+    assert type(future.exception(SECONDS)) is concurrent.futures.CancelledError
+    assert not future.cancelled()
+
+
+def test_a_running_call_is_stopped_with_kill(make, tmp_path):
+    executor, path = make(max_workers=1), str(tmp_path / "never")
+    future = executor.submit(wait_for, path)
+    begun(path)
+    assert not future.cancel() and future.cancel(kill=True)
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.result(SECONDS)
+    assert future.cancelled() and not future.cancel(kill=True)
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.exception()
+    assert executor.submit(square, 3).result(SECONDS) == 9
+
+
+def test_shutdown_waits_for_what_was_submitted(make):
+    executor = make()
+    futures = [executor.submit(square, n) for n in range(50)]
+    results = executor.map(square, range(50))
+    executor.shutdown()
+    assert all(future.done() for future in futures) and list(results) == [*map(square, range(50))]
+    for call in (lambda: executor.submit(square, 1), lambda: executor.map(square, [1])):
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            call()
+
+
+def test_shutdown_without_waiting_leaves_the_work_to_be_done(make, tmp_path):
+    executor, path = make(), str(tmp_path / "go")
+    futures = [executor.submit(wait_for, path) for _ in range(8)]
+    executor.shutdown(wait=False)
+    assert not any(future.done() for future in futures)
+    release(path)
+    assert [future.result(SECONDS) for future in futures] == [None] * 8
+    wait_until(lambda: not executor._pool._dispatcher._thread.is_alive(), "the end of the dispatcher")
+
+
+def test_shutdown_may_cancel_what_is_queued(make, tmp_path):
+    executor, path = make(max_workers=1), str(tmp_path / "go")
+    futures = [executor.submit(wait_for, path) for _ in range(8)]
+    begun(path)
+    executor.shutdown(wait=False, cancel_futures=True)
+    release(path)
+    assert [future.cancelled() for future in futures] == [False] * 2 + [True] * 6
+
+
+def test_an_executor_that_is_dropped_ends_in_silence(make, cluster):
+    before = threading.active_count()
+    Executor(host=cluster.host, port=cluster.port, username=cluster.username, secret_key=cluster.secret_key)
+    gc.collect()
+    wait_until(lambda: threading.active_count() == before, "the end of its threads")
+
+
+def set_state(value):
+    global state
+    state = value
+
+
+def get_state():
+    return state
+
+
+def test_an_initializer_runs_before_the_first_call(make):
+    assert make(2, initializer=set_state, initargs=(7,)).submit(get_state).result(SECONDS) == 7
+
+
+def refuse():
+    raise RuntimeError("this worker refuses")
+
+
+def test_an_initializer_that_fails_is_the_error_of_every_call(make):
+    executor = make(initializer=refuse)
+    futures = [executor.submit(square, n) for n in range(5)]
+    assert {str(future.exception(SECONDS)) for future in futures} == {"this worker refuses"}
+    with pytest.raises(RuntimeError, match="this worker refuses"):
+        list(executor.map(square, [1]))
+
+
+def test_every_method_takes_what_that_of_the_standard_library_takes():
+    theirs = concurrent.futures.ProcessPoolExecutor
+    for name in ("__init__", "submit", "map", "shutdown"):
+        here, there = (inspect.signature(getattr(each, name)).parameters for each in (Executor, theirs))
+        base = inspect.signature(getattr(concurrent.futures.Executor, name)).parameters if name != "__init__" else there
+        for parameter in base.values():
+            assert (parameter.name == "max_tasks_per_child" and parameter.default is here[parameter.name].default
+                    or parameter.replace(annotation=inspect.Parameter.empty)
+                    == here[parameter.name].replace(annotation=inspect.Parameter.empty))
+    assert not [name for name in vars(concurrent.futures.Executor) if not hasattr(Executor, name)]
+
+
+def test_a_with_block_and_shutdown_may_follow_each_other(make):
+    with make() as executor:
+        futures = [executor.submit(square, n) for n in range(20)]
+    assert all(future.done() for future in futures)
+    executor.shutdown()
+    executor.shutdown(wait=False, cancel_futures=True)
+    with executor, pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        executor.submit(square, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_in_a_child_of_the_caller_submit_raises_and_shutdown_returns(make, tmp_path):
+    executor = make()
+    futures = [executor.submit(wait_for, str(tmp_path / "go")) for _ in range(8)]
+
+    def use():
+        with executor, pytest.raises(ServerUnreachable, match="belongs to the parent process"):
+            executor.submit(square, 1)
+        return "as promised"
+
+    try:
+        assert in_a_child(use) == "as promised"
+    finally:
+        release(str(tmp_path / "go"))
+    assert [future.result(SECONDS) for future in futures] == [None] * 8
+
+
+def test_a_submit_of_a_class_of_somebodys_own_sees_the_calls_of_map(cluster, no_leftovers):
+    seen = []
+
+    class Counting(Executor):
+        def submit(self, fn, /, *args, **kwargs):
+            seen.append(args)
+            return super().submit(fn, *args, **kwargs)
+
+    with Counting(host=cluster.host, port=cluster.port, username=cluster.username,
+                  secret_key=cluster.secret_key) as executor:
+        assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16] and len(seen) == 5
+
+
+def test_wrong_arguments_are_refused(make):
+    with pytest.raises(ValueError, match="max_workers must be greater than 0"):
+        make(0)
+    with pytest.raises(TypeError, match="initializer must be a callable"):
+        make(initializer=5)
+    with pytest.raises(ValueError, match="max_tasks_per_child must be >= 1"):
+        make(max_tasks_per_child=0)
+    with pytest.raises(TypeError, match="max_tasks_per_child must be an integer"):
+        make(max_tasks_per_child="a")
+    with pytest.raises(ValueError, match="chunksize must be >= 1."):
+        make().map(square, [1], chunksize=0)
+
+
+def test_asyncio_runs_its_calls_there(make):
+    async def several():
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(executor, square, n) for n in range(20)))
+
+    executor = make()
+    assert asyncio.run(several()) == [*map(square, range(20))]
+
+
+def test_a_submit_of_somebodys_own_sees_the_calls_of_map(make):
+    executor, seen = make(), []
+    submit = executor.submit
+    executor.submit = lambda *args, **more: seen.append(args) or submit(*args, **more)
+    assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16] and len(seen) == 5
+    del executor.submit
