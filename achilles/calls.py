@@ -330,9 +330,9 @@ def _connection(
 
 def _resolve(host: str | None, port: int | None, username: str | None, secret_key: SecretKey) -> Settings:
     if host == LOCAL:
-        from . import local
+        from .local import embedded
 
-        settings: Settings = local.embedded().settings
+        settings: Settings = embedded().settings
         return settings
     # Whoever reconnects does so in a thread of ours, where nobody can be asked.
     ask = threading.current_thread() is threading.main_thread()

@@ -131,15 +131,31 @@ def test_three_projects_under_three_names(tmp_path, libraries):
 
 
 def test_what_is_not_used_may_be_deleted(tmp_path, libraries):
+    """Then what would use it raises an ImportError that names it."""
     host = vendor(tmp_path / "host", "only_this")
-    shutil.rmtree(host / "only_this" / "lineReceiver")
+    for folder in ("lineReceiver", "dropin"):
+        shutil.rmtree(host / "only_this" / folder)
     (host / "only_this" / "local.py").unlink()
     with Running(tmp_path, libraries, (host, "only_this"), (host, "only_this")) as running:
         out, _ = run(host, libraries, running.port, """
-            from only_this import map
-            print(map(lambda n: 2 * n, [1, 2, 3]))
+            import concurrent.futures
+            import only_this
+            print(only_this.map(lambda n: 2 * n, [1, 2, 3]))
+
+            def tell_what_is_missing(use):
+                try:
+                    use()
+                except ImportError as e:
+                    print(e.name)
+
+            with concurrent.futures.ThreadPoolExecutor(1) as executor:
+                tell_what_is_missing(lambda: only_this.map(abs, [1], executor=executor))
+            tell_what_is_missing(lambda: only_this.map(abs, [1], host="local"))
+            for name in ("Pool", "Executor", "LocalCluster", "register_joblib_backend"):
+                tell_what_is_missing(lambda: getattr(only_this, name))
             """)
-        assert out == ["[[2, 4], [6]]"]
+        assert out == ["[[2, 4], [6]]", "only_this.dropin", "only_this.local", *2 * ["only_this.dropin"],
+                       "only_this.local", "only_this.dropin"]
 
 
 def test_remedies_name_the_copy(tmp_path, libraries):
