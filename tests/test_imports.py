@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,11 @@ def test_a_module_imports_only_what_its_folder_may(name):
 
 def test_no_module_needs_itself_to_be_imported():
     graphlib.TopologicalSorter({name: needed_at_import(name) for name in SOURCES}).prepare()
+
+
+def test_names_of_classes_are_unique():
+    found = Counter(node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in found.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -52,7 +52,7 @@ WAKE_BYTES = 4096  # signals that came while the loop was busy, a byte each
 log = logging.getLogger(__name__)
 
 
-class End(enum.Enum):
+class SessionEnd(enum.Enum):
     """Why a connection is over, where nothing went wrong with it."""
 
     KILLED = "the cluster was killed"
@@ -131,7 +131,7 @@ class Node:
                 self._say_once(e)
             else:
                 log.info("%s", end.value)
-                if end is not End.RESTART:
+                if end is not SessionEnd.RESTART:
                     return
             if self.draining:  # and the server is gone: there is nothing to come back for
                 return
@@ -172,7 +172,7 @@ class Node:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _connect_and_serve(self) -> End:
+    def _connect_and_serve(self) -> SessionEnd:
         host, port, username = self.settings.host, self.settings.port, self.settings.username
         try:
             link = channel.connect(host, port, auth.NODE, username, self._key)
@@ -231,7 +231,7 @@ class Session:
         self._node = node
         self._channel = link
         self._workers: Workers | None = None  # from HELLO on
-        self._end: End | None = None  # what `run` will return
+        self._end: SessionEnd | None = None  # what `run` will return
         self._drain_until = 0.0  # monotonic; 0 while it does not drain
         self._close_by = 0.0  # for the server to close, too; 0 while anything is owed
         self._handlers: dict[Kind, Callable[[Workers, Any], object]] = {
@@ -243,7 +243,7 @@ class Session:
             Kind.CLOSE: lambda workers, body: workers.close_context(body["context"]),
         }
 
-    def run(self) -> End:
+    def run(self) -> SessionEnd:
         """Serve until the connection is over; its workers are gone then. Raises why, if something went wrong."""
         self._channel.name = "server"
         self._channel.socket.setblocking(False)
@@ -282,7 +282,7 @@ class Session:
         if frames is None and not self._close_by:
             raise ServerUnreachable("it closed the connection")
         if frames is None:
-            self._end = End.LEFT
+            self._end = SessionEnd.LEFT
         for kind, body in frames or ():
             self._handle(kind, body)
 
@@ -290,8 +290,8 @@ class Session:
         if kind is Kind.HELLO:
             self._greet(body)
         elif kind is Kind.BYE:
-            gone = End.LEFT if self._node.draining else End.RESTART
-            self._end = End.KILLED if body["reason"] == "killed" else gone
+            gone = SessionEnd.LEFT if self._node.draining else SessionEnd.RESTART
+            self._end = SessionEnd.KILLED if body["reason"] == "killed" else gone
         elif kind is Kind.ERROR:
             raise ServerUnreachable(f"it ended the connection: {body['message']}")
         elif kind is not Kind.PING:
@@ -313,7 +313,7 @@ class Session:
     def _drain(self, now: float) -> None:
         """Say so and give back what no worker has; when nothing runs any more, close."""
         if self._workers is None:
-            self._end = End.LEFT
+            self._end = SessionEnd.LEFT
         elif not self._drain_until:
             self._drain_until = now + DRAIN_SECONDS
             self._workers.drain()
@@ -325,7 +325,7 @@ class Session:
         elif self._channel.wants_write:
             self._close_by = max(self._close_by, now + channel.GOODBYE_SECONDS)
         elif now > self._close_by:
-            self._end = End.LEFT
+            self._end = SessionEnd.LEFT
 
     def _complain(self, error: ProtocolError) -> None:
         """Tell the server what it did wrong, if it still listens."""

@@ -96,7 +96,9 @@ class _Context:
         self.initialized: set[str] = set()  # initializers that were called, even if forgotten since
 
 
-class _Job(NamedTuple):
+class WorkerJob(NamedTuple):
+    """What a worker knows of a job: what to call, in which context."""
+
     context: _Context
     initializer: str | None
     function: str
@@ -124,7 +126,7 @@ class Runner:
         self._node = node
         self._letters: dict[str, Buffer] = {}  # functions that came and that no JOB has named yet
         self._contexts: dict[str, _Context] = {}
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, WorkerJob] = {}
         self._tiny: set[int] = set()  # those whose arguments take too little to be named one by one
 
     def keep(self, letter: Buffer) -> None:
@@ -142,7 +144,7 @@ class Runner:
             self._contexts[body["context"]] = _Context(self._node)
         context, options = self._contexts[body["context"]], body["options"]
         called = [options.get(name) for name in ("call", "seed", "timeout")]
-        self._jobs[body["job"]] = job = _Job(context, body.get("initializer"), body["function"], *called)
+        self._jobs[body["job"]] = job = WorkerJob(context, body.get("initializer"), body["function"], *called)
         for digest in filter(self._letters.__contains__, job.digests()):
             job.context.letters[digest] = self._letters.pop(digest)
 
@@ -470,7 +472,7 @@ def _lone_runner(context: str) -> Runner:
     return runner
 
 
-def _wrapped(job: _Job, function: Function, callback: Function | None) -> Function:
+def _wrapped(job: WorkerJob, function: Function, callback: Function | None) -> Function:
     """As it is called with an argument as that travels: PROTOCOL.md, section 6."""
     if job.call in _CALLS:
         function = functools.partial(_CALLS[job.call], function)

@@ -36,7 +36,7 @@ __all__ = ["Exchange", "Peer"]
 log = logging.getLogger(__name__)
 
 
-class _Job:
+class DeclaredJob:
     """What the server knows of a job beside its slices: enough to declare it to a node."""
 
     def __init__(self, number: int, owner: Peer, body: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class Peer:
         self.sent = SentFunctions()  # a node's: what it holds
         self.contexts: set[str] = set()  # a node's: those it was told of; a controller's: those it opened
         self.functions: dict[bytes, tuple[Buffer, ...]] = {}  # a controller's: digest -> letter
-        self.jobs: dict[int, _Job] = {}  # a controller's: by its own numbers, until END
+        self.jobs: dict[int, DeclaredJob] = {}  # a controller's: by its own numbers, until END
         self.cancelled: set[int] = set()  # a controller's: jobs whose CANCEL was ahead of their JOB
 
     @property
@@ -84,7 +84,7 @@ class Exchange:
         self._scheduler = Scheduler()
         self._peers: set[Peer] = set()
         self._nodes: dict[int, Peer] = {}
-        self._jobs: dict[int, _Job] = {}  # by the server's numbers
+        self._jobs: dict[int, DeclaredJob] = {}  # by the server's numbers
         self._counts: Counter[bytes | str] = Counter()  # numbers given: to nodes, controllers, jobs
         self._goodbye = ""  # the reason of the last BYE, once the server ends
         self._unsent: set[Channel] = set()  # that frames were queued for since the last push
@@ -209,7 +209,7 @@ class Exchange:
             log.info("%s ends the cluster", peer.channel.name)
             self._kill()
 
-    def _job_of(self, peer: Peer, number: int) -> _Job:
+    def _job_of(self, peer: Peer, number: int) -> DeclaredJob:
         job = peer.jobs.get(number)
         if job is None:
             raise ProtocolError(f"job {number} was not declared on this connection, or has ended")
@@ -225,7 +225,7 @@ class Exchange:
 
     def _declare(self, peer: Peer, body: dict[str, Any]) -> None:
         self._counts["jobs"] += 1
-        job = _Job(self._counts["jobs"], peer, body)
+        job = DeclaredJob(self._counts["jobs"], peer, body)
         if body["job"] in peer.jobs:
             raise ProtocolError(f"job {body['job']} is there already")
         self._jobs[job.number] = peer.jobs[body["job"]] = job
@@ -244,7 +244,7 @@ class Exchange:
         else:
             self._carry_out(self._scheduler.cancel(job.number))
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: DeclaredJob) -> None:
         self._carry_out(self._scheduler.end(job.number))
         del self._jobs[job.number], job.owner.jobs[job.body["job"]]
         job.owner.cancelled.discard(job.body["job"])
@@ -293,7 +293,7 @@ class Exchange:
                 rows = Rows.single(job.body["job"], action.slice, action.attempt, Status.DIED, (note,))
                 self._send(job.owner.channel, Kind.RESULT, rows)
 
-    def _tell(self, node: Peer, job: _Job) -> None:
+    def _tell(self, node: Peer, job: DeclaredJob) -> None:
         """Declare a job to a node, after the functions that it has not."""
         for digest, letter in job.functions.items():
             if node.sent.use(digest, sum(map(len, letter))):
@@ -301,7 +301,7 @@ class Exchange:
         node.contexts.add(job.body["context"])
         self._send(node.channel, Kind.JOB, job.body | {"job": job.number})
 
-    def _tell_end(self, node: Peer, job: _Job) -> None:
+    def _tell_end(self, node: Peer, job: DeclaredJob) -> None:
         self._send(node.channel, Kind.END, {"job": job.number})
         for digest in job.functions:
             for dropped in node.sent.release(digest):

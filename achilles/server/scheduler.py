@@ -118,7 +118,7 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._nodes: dict[int, _Node] = {}
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, ServerJob] = {}
         self._groups: dict[str, _Group] = {}
         self._quotas: weakref.WeakValueDictionary[tuple[object, object], _Quota] = weakref.WeakValueDictionary()
 
@@ -170,7 +170,7 @@ class Scheduler:
             key = (owner, job if context is None else context)
             quota = self._quotas.setdefault(key, _Quota(limit))
             quota.limit = limit
-        self._jobs[job] = _Job(job, owner, self._group(python), quota)
+        self._jobs[job] = ServerJob(job, owner, self._group(python), quota)
 
     def add(self, job: int, rows: Rows) -> list[Action]:
         """Slices of a job. Raises ProtocolError for one that is there already, or out of turn."""
@@ -274,7 +274,7 @@ class Scheduler:
     def _group(self, python: str) -> _Group:
         return self._groups.setdefault(python, _Group(python))
 
-    def _told(self, job: _Job) -> list[_Node]:
+    def _told(self, job: ServerJob) -> list[_Node]:
         return [self._nodes[number] for number in sorted(job.told) if number in self._nodes]
 
 
@@ -284,7 +284,7 @@ class _Quota:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
-        self.starved: OrderedDict[_Job, None] = OrderedDict()  # jobs whose turn came when there was no room
+        self.starved: OrderedDict[ServerJob, None] = OrderedDict()  # jobs whose turn came when there was no room
 
     def room(self) -> int:
         """How many slices more may be given."""
@@ -297,7 +297,7 @@ class _Quota:
             job.group.waiting.setdefault(job)
 
 
-class _Job:
+class ServerJob:
     """One job: what waits of it, what is known of each slice that is not answered, how quick it is."""
 
     def __init__(self, number: int, owner: object, group: _Group, quota: _Quota | None) -> None:
@@ -464,11 +464,11 @@ class _Node:
 
     def __init__(self, number: int, group: _Group, cpu_count: int) -> None:
         self.number, self.group, self.cpu_count = number, group, cpu_count
-        self.held: dict[_Job, Held] = {}  # never empty
+        self.held: dict[ServerJob, Held] = {}  # never empty
         self.done = 0  # slices it answered
         self.draining = False
-        self.asked: _Job | None = None  # by the recall that is under way
-        self.barren: set[_Job] = set()  # had none to give back, and no give or answer since
+        self.asked: ServerJob | None = None  # by the recall that is under way
+        self.barren: set[ServerJob] = set()  # had none to give back, and no give or answer since
 
     def load(self) -> int:
         """In 1/512 of a worker, by what is known of the jobs now."""
@@ -483,7 +483,7 @@ class _Node:
         """How many of its workers have something to run."""
         return min(self.cpu_count, -(-self.load() // WORKER))
 
-    def spare(self) -> tuple[int, int, _Job]:
+    def spare(self) -> tuple[int, int, ServerJob]:
         """What it could best give back because no worker needs it: µs of work, slices, of which job."""
         over = self.load() - self.cpu_count * WORKER
         spare = [
@@ -492,7 +492,7 @@ class _Node:
         ]
         return max([(number * job.pace_us, number, job) for number, job in spare], key=itemgetter(0))
 
-    def settle_recall(self, job: _Job | None) -> None:
+    def settle_recall(self, job: ServerJob | None) -> None:
         """The recall for this job, if it is under way, is over."""
         if job is not None and self.asked is job:
             self.asked = None
@@ -506,7 +506,7 @@ class _Group:
         self.python = python
         self.sizes: Counter[int] = Counter()  # cpu_count to nodes that do not drain
         self.smallest = 0  # of those sizes
-        self.waiting: OrderedDict[_Job, None] = OrderedDict()  # jobs with work for a node, whose turn it is first
+        self.waiting: OrderedDict[ServerJob, None] = OrderedDict()  # jobs with work for a node, whose turn it is first
         self.idle: OrderedDict[_Node, int] = OrderedDict()  # to its idle workers; the longest waiting first
         self.roomy: OrderedDict[_Node, int] = OrderedDict()  # to the workers for whom it could hold more
         self.surplus: OrderedDict[_Node, int] = OrderedDict()  # to 0: who could be asked to give back
@@ -539,7 +539,7 @@ class _Group:
     def assign(self) -> list[Action]:
         """Give what waits to whoever has room, in turns; then recall for those who are idle still."""
         packets: dict[int, Packets] = {}
-        gives: dict[tuple[_Node, _Job], Give] = {}
+        gives: dict[tuple[_Node, ServerJob], Give] = {}
         misses = 0
         while misses < len(self.waiting) and (line := self.idle or self.roomy):
             job, _ = self.waiting.popitem(last=False)
@@ -563,7 +563,7 @@ class _Group:
                 packets.setdefault(job.number, []).extend(cut)
         return [*starmap(Announce, packets.items()), *gives.values(), *self._recall()]
 
-    def _choose(self, line: OrderedDict[_Node, int], job: _Job) -> _Node | None:
+    def _choose(self, line: OrderedDict[_Node, int], job: ServerJob) -> _Node | None:
         """The node that waits longest, of those that the job has something for."""
         for node in list(islice(line, SCAN_NODES)):
             if job.fits(node.cpu_count):
@@ -571,7 +571,7 @@ class _Group:
             line.move_to_end(node)
         return None
 
-    def _grant(self, node: _Node, job: _Job, line: OrderedDict[_Node, int]) -> tuple[Packets, list[Rows]]:
+    def _grant(self, node: _Node, job: ServerJob, line: OrderedDict[_Node, int]) -> tuple[Packets, list[Rows]]:
         """Let the node hold what its free workers need of the job; the packets cut for it, and the slices."""
         free = line[node]
         number = max(free, min(free * job.quick, job.pending() // len(line)))

@@ -25,7 +25,7 @@ from achilles.server.scheduler import (
     Give,
     Recall,
     Scheduler,
-    _Job,
+    ServerJob,
 )
 
 SLOW_US, QUICK_US = 50_000, 20  # a pace of its own each; 1 and 128 slices a message
@@ -124,8 +124,8 @@ def test_jobs_that_wait_for_a_full_packet_are_not_looked_at_each_time(monkeypatc
     for job in range(50):
         scheduler.add(100 + job, tasks(0, 3))
     looks: list[object] = []
-    fits = _Job.fits
-    monkeypatch.setattr(_Job, "fits", lambda self, cpu_count: looks.append(self) or fits(self, cpu_count))
+    fits = ServerJob.fits
+    monkeypatch.setattr(ServerJob, "fits", lambda self, cpu_count: looks.append(self) or fits(self, cpu_count))
     assert given(scheduler.add(120, tasks(3, 4))) == {}
     assert len(looks) < 5
     assert given(scheduler.flush(120, 4)) == {0: [0, 1, 2, 3]}
