@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from attacks import run as attacks_run
 from ports import free_port
+from test_imports import needed_at_import
 
 import achilles
 from achilles import errors
@@ -309,10 +310,14 @@ def test_links_within_the_project_resolve():
 
 
 def test_the_reading_order_has_every_module():
-    named = set(re.findall(r"\]\(achilles/([\w/]+\.py)\)", section("Reading the code")))
+    listed = re.findall(r"\]\(achilles/([\w/]+)\.py\)", section("Reading the code"))
+    names = [path.replace("/", ".") for path in listed]
+    for number, name in enumerate(names):
+        assert needed_at_import(name) <= set(names[:number]), name
     package = ROOT / "achilles"
     there = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
-    assert named == {path for path in there if not path.startswith("lineReceiver/")} | {"lineReceiver/achilles_main.py"}
+    there = {path for path in there if not path.startswith("lineReceiver/")} | {"lineReceiver/achilles_main.py"}
+    assert sorted(f"{path}.py" for path in listed) == sorted(there)
 
 
 def test_kill_cluster_prints_what_the_readme_says(cluster):

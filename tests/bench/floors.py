@@ -49,8 +49,8 @@ FLOORS: dict[str, Callable[[], Any]] = {
     "Python that does nothing": lambda: subprocess.run([sys.executable, "-c", "pass"], check=True),
     "scrypt of the secret, once a process": lambda: auth.derive_key("ann", "correct horse battery"),
 }
-IMPORTS = ("import achilles", "from achilles import Pool", "import achilles.server", "import achilles.node",
-           "import dill", "import multiprocess")
+IMPORTS = ("import achilles", "from achilles import Pool", "from achilles import run_server",
+           "from achilles import run_node", "import dill", "import multiprocess")
 
 
 def _child() -> None:
