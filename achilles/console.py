@@ -38,9 +38,15 @@ class ExitStatus:
 
 
 def say(text: str) -> None:
-    """Print for people, at once: whoever waits for a line must not wait for a buffer. A closed stdout is no error."""
+    """Print for people, at once: whoever waits for a line must not wait for a buffer. A closed stdout is no error.
+
+    What stdout has no bytes for is escaped: a name that a peer chose must not hide the table that it stands in.
+    """
     with contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)  # noqa: T201
+        try:
+            print(text, flush=True)  # noqa: T201
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "backslashreplace").decode(), flush=True)  # noqa: T201
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:

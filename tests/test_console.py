@@ -135,6 +135,14 @@ def test_the_table_shows_all_nodes_and_jobs():
     assert console.status_table({"nodes": [], "jobs": [], "server": server}).endswith("nodes: 0\n\njobs: 0")
 
 
+def test_what_stdout_has_no_bytes_for_is_escaped_and_all_else_is_shown(monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="latin-1"))
+    console.say("J\xf6rg \N{GRINNING FACE}\n7 nodes")
+    console.say("J\xf6rg")
+    assert out.getvalue() == b"J\\xf6rg \\U0001f600\n7 nodes\nJ\xf6rg\n"
+
+
 def test_a_stream_that_takes_nothing_does_not_become_the_exit_status(monkeypatch):
     class Full:
         def flush(self):
