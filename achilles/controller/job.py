@@ -19,8 +19,6 @@ feeder until it is posted, then the reader, and the caller's thread once it is a
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import threading
 from collections import Counter, deque
@@ -29,12 +27,14 @@ from typing import Any, Protocol
 
 from ..errors import LetterAltered, LetterTooLarge, ProtocolError, TaskTimeout, WorkerLost
 from ..objects import letters
+from ..protocol.fields import read_object
 from ..protocol.frames import (
     MAX_LONG_BYTES,
     MAX_ROWS,
     MAX_SHORT_BYTES,
     MESSAGE_US,
     MORE,
+    NOTE,
     PACKED,
     Buffer,
     Kind,
@@ -414,7 +414,7 @@ class Job:
         elif kind in (Status.DIED, Status.TIMEOUT):
             if digest:
                 raise ProtocolError("a note of more than 1,024 bytes on a lost slice")
-            self._die(number, kind, _read_note(letter))
+            self._die(number, kind, read_object("the note on a lost slice", bytes(letter), NOTE))
         else:
             trouble = self._trouble(number)
             if trouble.parts_attempt != attempt:
@@ -622,12 +622,3 @@ def _lost(text: str, note: Mapping[str, Any]) -> WorkerLost:
         text += f"; the last one on node {node}, pid {pid}, ended with {how}"
     error: WorkerLost = mark(WorkerLost(text), node=node, pid=pid, exitcode=exitcode)
     return error
-
-
-def _read_note(letter: Buffer) -> dict[str, Any]:
-    """The letter of a slice that died; ProtocolError if it is not one."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        note = json.loads(bytes(letter))
-        if isinstance(note["position"], int) and isinstance(note["phase"], str):
-            return dict(note)
-    raise ProtocolError("the note on a lost slice cannot be read")

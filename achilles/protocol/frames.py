@@ -22,17 +22,18 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, repeat
 from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import ProtocolError
+from .fields import NAME_CHARS, TEXT_CHARS, U16, U32, U64, Field, check_fields, read_object
 
 __all__ = [
     "Frame", "FrameReader", "Kind", "Rows", "Status", "encode", "merge",
-    "HEAD", "LETTER_LIMIT_BYTES", "MAX_ROWS", "MORE", "PACKED", "SHORT_LETTER_BYTES", "TAG_BYTES",
+    "HEAD", "LETTER_LIMIT_BYTES", "MAX_ROWS", "MORE", "NOTE", "PACKED", "SHORT_LETTER_BYTES", "TAG_BYTES",
+    "TEXT_CHARS", "U16", "U32", "U64",
 ]
 
 HEAD = struct.Struct(">BBHI")  # kind, flags, count of rows, length of the envelope
@@ -50,10 +51,7 @@ LETTER_LIMIT_BYTES = 1 << 30  # a default: a letter is held in memory by every p
 ASKED = 1  # in the place of a RETURNED's pace: it answers a RECALL
 MESSAGE_US = 5000  # of work that travel together, by the pace: far over a message's cost, far under what people notice
 PACE_SLICES = 64  # a job is as slow as the slowest of so many of its last slices
-TEXT_CHARS = 4096  # the longest text in a JSON field
-NAME_CHARS = 64  # versions, codes, reasons
-HEX_DIGITS = frozenset("0123456789abcdef")  # lower case alone, so that equal digests are equal texts
-U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
+MAX_PYTHONS = 64  # versions in a CLUSTER: people have two or three, and the list of them ends in an error message
 BUFFER_BYTES = 256 << 10  # one recv takes up to this much
 DIRECT_BYTES = 64 << 10  # from here on a letter is received where it will stay; less is copied there, many a recv
 LETTER_STEP_BYTES = (8 << 20) + (64 << 10)  # memory for a long letter that has begun to come (8 MiB have a head)
@@ -127,21 +125,30 @@ STATUSES: dict[Kind, frozenset[int]] = {
 _ZERO = frozenset({0})
 
 
-class Field(NamedTuple):
-    """A JSON field: its type, its range or (of a text) its length, whether it must be there; of what a text is made."""
-
-    type: type | tuple[type, ...]
-    low: float = 0
-    high: float = U32
-    required: bool = True
-    hex: bool = False
-    printable: bool = False
-
-
-_NAME, _TEXT = Field(str, 1, NAME_CHARS, printable=True), Field(str, 0, TEXT_CHARS, printable=True)
-_U32 = Field(int)
+_NAME, _TEXT = Field(str, 1, NAME_CHARS), Field(str, 0, TEXT_CHARS)
+_U32, _U64, _SECONDS = Field(int), Field(int, 0, U64), Field((int, float), 0, U64)
 _DIGEST, _CONTEXT, _JOB = Field(str, 64, 64, hex=True), Field(str, 32, 32, hex=True), {"job": Field(int)}
 _LETTER_LIMIT = Field(int, SHORT_LETTER_BYTES + 1, U32)
+CALLS = ("one", "star", "apply")  # how a worker calls a job's function
+OPTIONS: dict[str, Field] = {
+    "timeout": Field((int, float), 1e-9, float(U32), False), "processes": Field(int, 1, U32, False),
+    "maxtasksperchild": Field(int, 1, U32, False), "seed": Field(int, float("-inf"), float("inf"), False),
+    "call": Field(str, 1, NAME_CHARS, False, choices=CALLS),
+}
+# What a STATUS says of each node, of each job, and of the server.
+NODE_STATE: dict[str, Field] = {
+    "id": _U32, "address": _NAME, "python": _NAME, "version": _NAME, "cpu_count": Field(int, 0, U16),
+    "busy": Field(int, 0, U16), "done": _U64, "since": _SECONDS,
+}
+JOB_STATE: dict[str, Field] = {"id": _U32, "user": _TEXT, "queued": _U64, "running": _U64, "done": _U64}
+SERVER_STATE: dict[str, Field] = {"version": _NAME, "uptime": _SECONDS, "memory": _U64._replace(required=False)}
+PHASES = ("function", "load", "call", "dump", "node")  # at which a slice may be lost
+# The letter of a RESULT row that says died or timeout.
+NOTE: dict[str, Field] = {
+    "position": Field(int, -1, U32), "phase": Field(str, 1, NAME_CHARS, choices=PHASES),
+    "node": Field(int, required=False), "pid": Field(int, required=False),
+    "exitcode": Field(int, -U32, U32, False), "lost": Field(int, required=False),
+}
 FIELDS: dict[Kind, dict[str, Field]] = {
     Kind.HELLO: {
         "python": _NAME, "version": _NAME, "letter_limit": _LETTER_LIMIT._replace(required=False),
@@ -152,31 +159,27 @@ FIELDS: dict[Kind, dict[str, Field]] = {
     Kind.PING: {},
     Kind.ERROR: {"code": _NAME, "message": _TEXT},
     Kind.CLUSTER: {
-        "nodes": _U32, "workers": _U32, "largest": Field(int, 0, U16), "pythons": Field(dict),
-        "letter_limit": _LETTER_LIMIT,
+        "nodes": _U32, "workers": _U32, "largest": Field(int, 0, U16),
+        "pythons": Field(dict, 0, MAX_PYTHONS, entry=_U32), "letter_limit": _LETTER_LIMIT,
     },
     Kind.JOB: {
         **_JOB, "context": _CONTEXT, "function": _DIGEST, "initializer": _DIGEST._replace(required=False),
-        "resumed": Field(bool), "options": Field(dict),
+        "resumed": Field(bool), "options": Field(dict, inside=OPTIONS),
     },
     Kind.FORGET: {"function": _DIGEST},
-    Kind.FLUSH: {**_JOB, "upto": Field(int, 0, U64)},
+    Kind.FLUSH: {**_JOB, "upto": _U64},
     Kind.RECALL: {**_JOB, "number": Field(int, 1, U32)},
     Kind.CANCEL: _JOB,
     Kind.END: _JOB,
     Kind.CLOSE: {"context": _CONTEXT},
     Kind.STATUS: {
-        "nodes": Field(list, required=False), "jobs": Field(list, required=False),
-        "server": Field(dict, required=False),
+        "nodes": Field(list, required=False, inside=NODE_STATE), "jobs": Field(list, required=False, inside=JOB_STATE),
+        "server": Field(dict, required=False, inside=SERVER_STATE),
     },
     Kind.KILL: {},
 }
-OPTIONS: dict[str, Field] = {
-    "timeout": Field((int, float), 1e-9, float(U32), False), "processes": Field(int, 1, U32, False),
-    "maxtasksperchild": Field(int, 1, U32, False), "seed": Field(int, float("-inf"), float("inf"), False),
-    "call": Field(str, 1, NAME_CHARS, False),
-}
-CALLS = ("one", "star", "apply")  # what `call` may be
+# Of a STATUS, the answer has all fields, the question none. What is inside of them is checked by then.
+ANSWER = {name: field._replace(required=True, inside=None) for name, field in FIELDS[Kind.STATUS].items()}
 
 
 class Rows:
@@ -361,17 +364,9 @@ def decode(kind: Kind, count: int, envelope: bytes) -> tuple[dict[str, Any] | Ro
         return _decode_rows(kind, count, envelope)
     if count:
         raise ProtocolError(f"{kind.name} has no rows, this one has {count}")
-    try:
-        body = json.loads(envelope.decode(), parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as e:
-        raise ProtocolError(f"{kind.name} is not JSON: {type(e).__name__}") from None
-    check_fields(kind.name, body, FIELDS[kind])
-    if kind is Kind.JOB:
-        check_fields("JOB options", body["options"], OPTIONS)
-        if any(isinstance(value, (dict, list)) for value in body["options"].values()):
-            raise ProtocolError("a JOB option is a number, a text, true, false or null")
-        if (body["options"].get("call") or CALLS[0]) not in CALLS:
-            raise ProtocolError("a JOB whose function is to be called in a way that is not known")
+    body = read_object(kind.name, envelope, FIELDS[kind])
+    if kind is Kind.JOB and any(isinstance(value, (dict, list)) for value in body["options"].values()):
+        raise ProtocolError("a JOB option is a number, a text, true, false or null")
     return body, []
 
 
@@ -389,23 +384,6 @@ def describe(kind: Kind, body: dict[str, Any] | Rows) -> str:
         return f"{kind.name} job {body.job} slice {body.slices[0]} ({body.size()} bytes)"
     span = f"{min(body.slices)}..{max(body.slices)}" if body.slices else "none"
     return f"{kind.name} job {body.job} slices {span} ({len(body)} rows, {body.size()} bytes)"
-
-
-def check_fields(what: str, body: object, fields: dict[str, Field]) -> None:
-    """ProtocolError unless `body` is an object whose known fields have their types and ranges."""
-    if not isinstance(body, dict):
-        raise ProtocolError(f"{what} is not an object")
-    for name, field in fields.items():
-        value = body.get(name)
-        if value is None and not field.required:
-            continue
-        good = isinstance(value, field.type) and (field.type is bool or not isinstance(value, bool))
-        measure = len(value) if isinstance(value, str) else value
-        if good and isinstance(measure, (int, float)):
-            good = field.low <= measure <= field.high and (not field.hex or HEX_DIGITS.issuperset(str(value)))
-            good = good and (not field.printable or str(value).isprintable())  # people read it, in logs and tables
-        if not good:
-            raise ProtocolError(f"{what} has a bad or no field {name!r}")
 
 
 class FrameReader:
@@ -511,6 +489,8 @@ class FrameReader:
         if kind is Kind.JOB and self._link == "CS" and len(envelope) > MAX_JOB_BYTES:
             raise ProtocolError(f"a JOB of {len(envelope)} bytes; the limit is {MAX_JOB_BYTES}")
         body, lengths = decode(kind, count, envelope)
+        if kind is Kind.STATUS and self._link == "SC":
+            check_fields(kind.name, body, ANSWER)
         if lengths and max(lengths) > self.letter_limit:
             raise ProtocolError(f"a letter of {max(lengths)} bytes; the limit is {self.letter_limit}")
         return Frame(kind, body), lengths
@@ -556,11 +536,3 @@ def _decode_rows(kind: Kind, count: int, envelope: bytes) -> tuple[Rows, list[in
     if len(lengths) > 1 and sum(lengths) > MAX_LONG_BYTES:
         raise ProtocolError(f"{len(lengths)} letters of {sum(lengths)} bytes in one {kind.name}")
     return rows, lengths
-
-
-def _finite(text: str) -> float:
-    """ValueError for what is not JSON, though Python reads it: NaN, Infinity, 1e999."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(text)
-    return number

@@ -56,7 +56,7 @@ class Peer:
         self.channel = link
         link.name = f"client at {address}"
         self.role = role
-        self.user = user
+        self.user = user if user.isprintable() else ascii(user)  # a STATUS shows it to people
         self.address = address
         self.id = -1  # until its HELLO
         self.hello: dict[str, Any] = {}
@@ -315,8 +315,9 @@ class Exchange:
     def _send_cluster(self, controller: Peer) -> None:
         workers, largest, _ = self._scheduler.workers(controller.python)
         limits = [node.hello.get("letter_limit") or frames.LETTER_LIMIT_BYTES for node in self._nodes.values()]
-        pythons = self._scheduler.pythons()
-        body = {"nodes": sum(pythons.values()), "workers": workers, "largest": largest, "pythons": pythons}
+        pythons = Counter(self._scheduler.pythons())
+        named = dict(pythons.most_common(frames.MAX_PYTHONS))
+        body = {"nodes": pythons.total(), "workers": workers, "largest": largest, "pythons": named}
         self._send(controller.channel, Kind.CLUSTER, body | {"letter_limit": min([*limits, frames.LETTER_LIMIT_BYTES])})
 
     def _status(self) -> dict[str, Any]:

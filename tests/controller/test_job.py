@@ -450,7 +450,9 @@ def test_the_argument_of_a_list_is_named_by_both_places(start):
 def test_a_note_that_cannot_be_read_is_a_breach(start):
     job = start([1], flat=True)
     job.link.wait_fed(job)
-    for letter in (b"", b"{}", b"[1]", b"\xff", b'{"position": "0", "phase": "call"}'):
+    for letter in (b"", b"{}", b"[1]", b"\xff", b'{"position": "0", "phase": "call"}',
+                   b'{"position": -1, "phase": "node", "lost": "\\u001b[2J"}', b'{"position": 0, "phase": "a\\nb"}',
+                   b'{"position": 0, "phase": "call", "pid": 1, "exitcode": "\\u009b2J"}'):
         with pytest.raises(ProtocolError):
             job.answer(0, 0, Status.DIED, b"", letter)
 

@@ -65,7 +65,10 @@ def seeds() -> list[bytes]:
     values = {"python": "3.11", "version": "1.0.0", "reason": "leaving", "code": "full", "context": "0f" * 16,
               "function": hex64, "initializer": hex64, "message": "", "resumed": False, "pythons": {"3.11": 1},
               "options": {"timeout": 2.5, "processes": 1, "maxtasksperchild": 1, "seed": -1, "call": "star"},
-              "nodes": [], "jobs": [], "server": {}, "letter_limit": 1 << 20}
+              "nodes": [{"id": 0, "address": "10.0.0.2", "python": "3.11", "version": "1", "cpu_count": 8, "busy": 3,
+                         "done": 12, "since": 1.5}],
+              "jobs": [{"id": 7, "user": "ann", "queued": 5, "running": 3, "done": 9}],
+              "server": {"version": "1", "uptime": 1.5, "memory": 1}, "letter_limit": 1 << 20}
     long = bytes(range(256)) * 5
     rows = frames.merge([Rows.single(7, 0, 0, 0, (b"ab",)), Rows.single(7, 1, 1, 0, (long,), frames.digest([long]))])
     claim = b"ACHL\0\1C\0" + bytes(32) + b"ann".ljust(64, b"\0")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from achilles.controller import job
 from achilles.errors import AuthenticationError, ProtocolError
 from achilles.protocol import auth, frames
+from achilles.protocol.fields import read_object
 from achilles.protocol.frames import HEAD, FrameReader, Kind, Rows
 
 KEY = bytes(range(32))
@@ -74,8 +76,9 @@ def check_stream(link: str, data: bytes, step: int) -> int:
         else:
             again, lengths = frames.decode(frame.kind, 0, written[HEAD.size :])
             assert (again, lengths) == (frame.body, [])
+            check_texts(again)
             at += HEAD.size + HEAD.unpack_from(data, at)[3]
-        assert "\n" not in frames.describe(*frame)
+        assert frames.describe(*frame).isprintable()
     return len(found)
 
 
@@ -107,8 +110,27 @@ def check_control(kind: Kind, envelope: bytes) -> bool:
         if not isinstance(body, Rows):
             again = json.dumps(body)  # the server writes JSON of its peers anew
             assert frames.decode(kind, 0, again.encode())[0] == body
+            check_texts(body)
         return True
     return False
+
+
+def check_texts(body: dict[str, Any]) -> None:
+    """Nothing of it does anything to a terminal or to a log."""
+    assert json.dumps(body, ensure_ascii=False).isprintable(), "a text that is not printable was let through"
+
+
+def check_note(letter: bytes) -> bool:
+    """The letter of a slice that died; whether it is one. What is said of it can be shown."""
+    try:
+        note = read_object("the note", letter, frames.NOTE)
+    except ProtocolError:
+        return False
+    check_texts(note)
+    error = job._lost("x", note)
+    assert str(error).isprintable()
+    assert all(value is None or type(value) is int for value in (error.node, error.pid, error.exitcode))
+    return True
 
 
 def check_handshake(message: bytes) -> bool:

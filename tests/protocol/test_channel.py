@@ -392,13 +392,13 @@ def test_heartbeats_in_a_frame_that_never_ends_are_silence(closing, altered):
     link, peer = linked()
     closing.callback(link.close)
     closing.callback(peer.close)
-    peer.send(Kind.STATUS, {})
+    peer.send(Kind.PING, {})
     peer._gather()
     data = bytearray(b"".join(peer._parts))
     data[5] ^= 0x10 * altered  # of the length, four bytes from the fourth on: a mebibyte more
     peer._parts.clear()
     peer.socket.sendall(data)
-    assert link.receive() == ([] if altered else [Frame(Kind.STATUS, {})])
+    assert link.receive() == ([] if altered else [Frame(Kind.PING, {})])
     link.last_heard = before = time.monotonic() - channel.SILENCE_SECONDS / 2
     for _ in range(4):
         peer.send(Kind.PING, {})

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import achilles
 from achilles.errors import AuthenticationError, ProtocolError
-from achilles.protocol import auth, frames
+from achilles.protocol import auth, fields, frames
+from achilles.protocol.fields import read_object
 from achilles.protocol.frames import (
     FIELDS,
     HEAD,
@@ -36,6 +37,11 @@ HEX64, HEX32 = "0f" * 32, "0f" * 16
 ABOUT = {"python": "3.11", "version": "1.0.0", "letter_limit": 1 << 30}
 JOB = {"job": 7, "context": HEX32, "function": HEX64, "initializer": None, "resumed": False, "options": {}}
 CLUSTER = {"nodes": 1, "workers": 8, "largest": 8, "pythons": {"3.11": 1}, "letter_limit": 1 << 30}
+NODE_STATE = {"id": 0, "address": "10.0.0.2", "python": "3.11", "version": "1.0.0", "cpu_count": 8, "busy": 3,
+              "done": 12, "since": 1.5}
+JOB_STATE = {"id": 7, "user": "ann", "queued": 5, "running": 3, "done": 2**40}
+SERVER_STATE = {"version": "1.0.0", "uptime": 61.7, "memory": None}
+STATUS = {"nodes": [NODE_STATE], "jobs": [JOB_STATE, JOB_STATE], "server": SERVER_STATE}
 
 
 def row(slice_, letter=b"", attempt=0, status=0, job=7, pace=0):
@@ -193,6 +199,8 @@ def example(kind):
     """A smallest good body of a JSON kind."""
     simple = {str: "x", int: 1, dict: {}, list: [], bool: False}
     body = {}
+    if kind is Kind.STATUS:
+        return STATUS
     for name, field in FIELDS[kind].items():
         value = simple[field.type]
         value = "0" * int(field.low) if field.hex else max(value, field.low) if value == 1 else value
@@ -289,7 +297,7 @@ GOOD = {
     Kind.CLUSTER: CLUSTER, Kind.JOB: JOB, Kind.FORGET: {"function": HEX64},
     Kind.FLUSH: {"job": 2**32 - 1, "upto": 2**64 - 1},
     Kind.RECALL: {"job": 7, "number": 1}, Kind.CANCEL: {"job": 7}, Kind.END: {"job": 7}, Kind.CLOSE: {"context": HEX32},
-    Kind.STATUS: {"nodes": [], "jobs": [], "server": {}}, Kind.PING: {}, Kind.KILL: {},
+    Kind.STATUS: STATUS, Kind.PING: {}, Kind.KILL: {},
 }
 MISSING = object()
 BAD_FIELDS = [
@@ -318,7 +326,17 @@ BAD_FIELDS = [
     (Kind.FORGET, "function", "0" * 63), (Kind.CLOSE, "context", HEX64),
     *[(Kind.FLUSH, "upto", bad) for bad in (-1, 2**64, 1.0)],
     *[(Kind.RECALL, "number", bad) for bad in (0, 2**32)],
-    (Kind.STATUS, "nodes", {}), (Kind.STATUS, "jobs", 1), (Kind.STATUS, "server", []),
+    *[(Kind.CLUSTER, "pythons", bad) for bad in (
+        {"3.11": -1}, {"3.11": "1"}, {"3.11": None}, {"3.11": True}, {"3.11": [1]}, {"": 1}, {"x" * 65: 1},
+        {"\x1b[2J": 1}, {f"3.{n}": 1 for n in range(65)},
+    )],
+    (Kind.STATUS, "nodes", {}), (Kind.STATUS, "jobs", 1), (Kind.STATUS, "server", []), (Kind.STATUS, "nodes", [1]),
+    *[(Kind.STATUS, name, [state, state | {key: bad}])
+      for name, state in (("nodes", NODE_STATE), ("jobs", JOB_STATE)) for key in state
+      for bad in (None, "\x1b[2J", -1, [], {}, True, 1e300)],
+    *[(Kind.STATUS, "server", SERVER_STATE | {key: bad}) for key in ("version", "uptime", "memory")
+      for bad in ("\x1b[2J", -1, [], True, 1e300)],
+    *[(Kind.STATUS, "server", {"uptime": 1} | bad) for bad in ({}, {"version": None}, {"version": "x" * 65})],
 ]
 
 
@@ -326,6 +344,29 @@ BAD_FIELDS = [
 def test_a_good_body_passes_and_unknown_keys_are_ignored(kind):
     body = GOOD[kind] | {"a_key_of_1.9": [1, {"deep": None}]}
     assert decode(kind, 0, json.dumps(body).encode()) == (body, [])
+
+
+def test_an_answer_to_a_status_is_whole():
+    """The question has no fields; a caller that was told so would look for what is not there."""
+    for body in ({}, {"nodes": [], "jobs": []}, STATUS | {"server": None}):
+        assert "STATUS" in refused("SC", written(Kind.STATUS, body))
+        assert read(FrameReader("CS", None), [written(Kind.STATUS, body)]) == [(Kind.STATUS, body)]
+
+
+NOTE = {"position": 0, "phase": "call", "node": 4, "pid": 77, "exitcode": -9, "lost": 10}
+
+
+def test_a_good_note_passes():
+    for note in (NOTE, NOTE | {"position": -1, "exitcode": 2**32 - 1}, {"position": 0, "phase": "node"},
+                 NOTE | dict.fromkeys(("node", "pid", "exitcode", "lost")), NOTE | {"a_key_of_1.9": "x"}):
+        assert read_object("a note", json.dumps(note).encode(), frames.NOTE) == note
+
+
+@pytest.mark.parametrize("name", NOTE)
+@pytest.mark.parametrize("bad", ["\x1b[2J", "x", "", [], {}, True, 1.5, -(2**40), 2**40])
+def test_a_bad_note_is_refused(name, bad):
+    with pytest.raises(ProtocolError, match="a note"):
+        read_object("a note", json.dumps(NOTE | {name: bad}).encode(), frames.NOTE)
 
 
 @pytest.mark.parametrize(
@@ -500,6 +541,11 @@ def test_the_table_of_statuses_is_the_codes():
     assert "bit 0, *packed*" in section(4) and "bit 7, *more*" in section(4)
 
 
+def test_the_note_of_the_page_is_the_codes():
+    text = dict((name, letter) for _, name, letter in table(4, 1))["died"]
+    assert set(re.findall(r"`(\w+)`", text)) == {*frames.NOTE, *frames.PHASES}
+
+
 def test_the_table_of_limits_is_the_codes():
     limits = dict(table(9))
     assert limits["envelope"] == f"{frames.MAX_ENVELOPE_BYTES >> 20} MiB"
@@ -510,7 +556,8 @@ def test_the_table_of_limits_is_the_codes():
     assert limits["letter"].startswith(f"{frames.LETTER_LIMIT_BYTES >> 30} GiB")
     assert limits["before authentication"].startswith(f"{auth.AUTH_BYTES} bytes")
     assert f"at most {frames.SHORT_LETTER_BYTES:,} B is **short**" in section(4)
-    assert f"at most {frames.TEXT_CHARS:,} characters, names and versions {frames.NAME_CHARS}" in section(6)
+    assert f"at most {fields.TEXT_CHARS:,} characters, names and versions {fields.NAME_CHARS}" in section(6)
+    assert f"`pythons`: version → nodes, at most {frames.MAX_PYTHONS}" in section(6)
 
 
 def test_the_heartbeats_of_the_page_are_the_codes():
@@ -532,6 +579,10 @@ def test_the_table_of_fields_is_the_codes():
     assert documented.keys() == FIELDS.keys()
     for kind, names in documented.items():
         assert names.keys() == FIELDS[kind].keys(), kind
+    status = dict(re.findall(r"^- (?:each|the) (\w+): (.*)$", section(6), re.M))
+    for name, states in (("node", frames.NODE_STATE), ("job", frames.JOB_STATE), ("server", frames.SERVER_STATE)):
+        marks = {name: "" if field.required else "?" for name, field in states.items()}
+        assert dict(re.findall(r"`(\w+)`(\??)", status[name])) == marks
     optional = {name for name, field in FIELDS[Kind.JOB].items() if not field.required}
     assert optional == {name for name, mark in documented[Kind.JOB].items() if mark}
     options = re.findall(r"`(\w+)`(\?)?", section(6).rpartition("`options` of a job:")[2])

@@ -178,6 +178,16 @@ def test_controllers_are_told_of_the_nodes_of_their_python(cluster):
     assert of_kind(new.channel.take(), Kind.CLUSTER)[-1]["workers"] == 4
 
 
+def test_of_many_pythons_those_with_the_most_nodes_are_named(cluster):
+    controller = cluster.controller("3.11")
+    for n in range(frames.MAX_PYTHONS + 1):
+        cluster.node(1, f"3.{n}")
+    cluster.node(1, f"3.{frames.MAX_PYTHONS}")
+    last = of_kind(controller.channel.take(), Kind.CLUSTER)[-1]
+    assert len(last["pythons"]) == frames.MAX_PYTHONS and last["pythons"][f"3.{frames.MAX_PYTHONS}"] == 2
+    assert last["nodes"] == frames.MAX_PYTHONS + 2
+
+
 # A job.
 
 
@@ -492,6 +502,16 @@ def test_status_shows_nodes_and_jobs_without_peers(cluster):
     assert job.keys() == {"id", "user", "queued", "running", "done"}
     assert (job["user"], job["queued"] + job["running"], job["done"]) == ("ann", 2, 1)
     assert status["server"].keys() == {"version", "uptime", "memory"}
+
+
+@pytest.mark.parametrize(("user", "shown"), [("J\xf6rg", "J\xf6rg"), ("a\x1b[2J\n\u202e", r"'a\x1b[2J\n\u202e'")])
+def test_status_shows_a_username_that_is_not_printable_escaped(cluster, user, shown):
+    peer = cluster.enter(auth.CONTROLLER, user=user)
+    cluster.say(peer, Kind.HELLO, {"python": "3.11", "version": "1.0.0"})
+    cluster.declare(peer)
+    cluster.say(peer, Kind.STATUS, {})
+    (status,) = of_kind(peer.channel.take(), Kind.STATUS)
+    assert [job["user"] for job in status["jobs"]] == [shown]
 
 
 def test_kill_and_the_goodbye_after_it(cluster):

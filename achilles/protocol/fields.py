@@ -1,0 +1,124 @@
+"""JSON that a peer sent: read, and checked to its leaves before anybody sees it.
+
+PROTOCOL.md, section 6, is the rule. Every JSON of a peer comes through `read_object`: the envelopes of the JSON
+kinds (frames.py) and the notes on lost slices (job.py). Behind it nothing of that JSON needs to be escaped: any of
+its texts may be written to a terminal, a log or an exception.
+
+::
+
+    bytes ─▶ JSON ─▶ each text, keys too, at any depth, known or not: printable
+                 ─▶ each field of the table: type, range or length, choices; the same for what is inside of it
+
+Refused is what a reader could take for something else: control characters (C0, DEL, C1), direction marks and
+other invisible ones, line separators, surrogates, NaN and infinities. Whatever does not fit is a ProtocolError,
+whose text has names from our tables only, and nothing of the peer's.
+
+Knows no kinds, frames or sockets; the tables are frames.py's. Pure functions, for any thread.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..errors import ProtocolError
+
+__all__ = ["NAME_CHARS", "TEXT_CHARS", "U16", "U32", "U64", "Field", "check_fields", "read_object"]
+
+TEXT_CHARS = 4096  # the longest text in a field: a screen or two
+NAME_CHARS = 64  # versions, codes, reasons, addresses
+HEX_DIGITS = frozenset("0123456789abcdef")  # lower case alone, so that equal digests are equal texts
+U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
+
+
+class Field(NamedTuple):
+    """What one field of an object may be.
+
+    :ivar type: bool fits no other type than bool.
+    :ivar low, high: the range of a number; else of the length of a text, or of the count of entries.
+    :ivar required: whether the field must be there; else it may be absent or null.
+    :ivar hex: whether a text consists of hex digits.
+    :ivar choices: the texts that there are, where they are few.
+    :ivar inside: the fields of an object, or of each object in a list.
+    :ivar entry: each value of an object whose keys are names of the peer's choice.
+    """
+
+    type: type[Any] | tuple[type[Any], ...]
+    low: float = 0
+    high: float = U32
+    required: bool = True
+    hex: bool = False
+    choices: tuple[str, ...] = ()
+    inside: Mapping[str, Field] | None = None
+    entry: Field | None = None
+
+
+def read_object(what: str, text: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Return the JSON object that `text` is, unknown keys included.
+
+    :param what: the name of the object in error messages.
+    :raises ProtocolError: it is no JSON object, has a text that is not printable, or a known field that does not fit.
+    """
+    try:
+        body = json.loads(text.decode(), parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as e:
+        raise ProtocolError(f"{what} is not JSON: {type(e).__name__}") from None
+    _check_texts(what, body)
+    check_fields(what, body, fields)
+    return body  # type: ignore[no-any-return]
+
+
+def check_fields(what: str, body: object, fields: Mapping[str, Field]) -> None:
+    """ProtocolError unless `body` is an object whose known fields fit, and all that is inside of them."""
+    if not isinstance(body, dict):
+        raise ProtocolError(f"{what} is not an object")
+    for name, field in fields.items():
+        value = body.get(name)
+        if value is None and not field.required:
+            continue
+        if not _fits(value, field):
+            raise ProtocolError(f"{what} has a bad or no field {name!r}")
+        if field.inside is not None:
+            for each in value if isinstance(value, list) else [value]:
+                check_fields(f"{what} {name}", each, field.inside)
+
+
+def _check_texts(what: str, body: object) -> None:
+    """ProtocolError if any text in `body` is not printable: keys and values, known or not, at any depth."""
+    left = [body]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            if not value.isprintable():
+                raise ProtocolError(f"{what} has a text that is not printable")
+        elif isinstance(value, dict):
+            left += value
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def _fits(value: Any, field: Field) -> bool:
+    """Whether a value has its field's type, range or length, and choices; `inside` is left to the caller."""
+    if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
+        return False
+    measure = value if isinstance(value, (int, float)) else len(value)
+    if not field.low <= measure <= field.high:
+        return False
+    if field.hex and not HEX_DIGITS.issuperset(value):
+        return False
+    if field.choices and value not in field.choices:
+        return False
+    if field.entry is None:
+        return True
+    return all(1 <= len(key) <= NAME_CHARS and _fits(each, field.entry) for key, each in value.items())
+
+
+def _finite(text: str) -> float:
+    """ValueError for what is not JSON, though Python reads it: NaN, Infinity, 1e999."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
