@@ -1,14 +1,32 @@
-"""Attacks on who reads: names that break out of their line in a log. Each is one line, escaped."""
+"""Attacks on who reads: texts that break out of their line in a log, or that a terminal obeys.
+
+What a peer says is refused, or is one line, escaped. The objects that a call returns and raises are the user's.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import Any
 
-from achilles.errors import AchillesError
+import achilles
+from achilles import config, console
+from achilles.errors import AchillesError, TaskTimeout, VersionError, WorkerLost
+from achilles.objects import letters
+from achilles.server.__main__ import ask_status
 
 from . import raw
-from .bench import HELLO, USER_BYTES, WRONG, Bench, attack, eventually
-from .victims import NodeVictim, attack_controller
+from .bench import HELLO, KEY, SECRET, USER, USER_BYTES, WRONG, Bench, Watched, attack, eventually
+from .raw import Row
+from .roles import declare, take
+from .victims import ANSWER, WORKER_HELLO, NodeVictim, attack_controller
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}Z (DEBUG|INFO|WARNING|ERROR) [\w.]+: ")
 FORGED = "2026-01-01 00:00:00,000Z INFO achilles.server.exchange: node 7 at 10.0.0.1 joined"
@@ -16,6 +34,15 @@ NAMES = (
     f"a\n{FORGED}"[:32], "a\r\nb", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x9b2J", "\u202eevil", "a\u2028b",
     "a\u0085b", "\b\b\b\bname", "%s%n%(name)s{0}", "\x7f", "\u200bhidden",
 )
+UNFIT = tuple(name for name in NAMES if not name.isprintable())
+DIED, TIMEOUT = 2, 3  # statuses of a RESULT row
+CLUSTER = {"nodes": 1, "workers": 0, "largest": 0, "pythons": {"3.9": 1}, "letter_limit": 1 << 30}
+STATUS: dict[str, Any] = {
+    "nodes": [{"id": 0, "address": "10.0.0.2", "python": "3.11", "version": "1.0.0", "cpu_count": 8, "busy": 3,
+               "done": 12, "since": 1.5}],
+    "jobs": [{"id": 7, "user": "ann", "queued": 5, "running": 3, "done": 12}],
+    "server": {"version": "1.0.0", "uptime": 61.7, "memory": 1 << 20},
+}
 BROKEN = (b"\xff\xfe\n\x1b[2J", b"\xc3(", b"\xed\xa0\x80\n")
 
 
@@ -53,8 +80,7 @@ def names_after_authentication(bench: Bench) -> None:
             frames = [frame.kind for frame in link.rest()]
             assert "STATUS" not in frames and "ERROR" in frames, frames
 
-    bad = [name for name in NAMES if not name.isprintable()]
-    bench.each(hello, [(field, text) for field in ("python", "version") for text in bad])
+    bench.each(hello, [(field, text) for field in ("python", "version") for text in UNFIT])
 
     def last_word(case: tuple[str, dict[str, str]]) -> None:
         kind, body = case
@@ -63,9 +89,9 @@ def names_after_authentication(bench: Bench) -> None:
             link.sock.shutdown(1)
             link.rest()
 
-    bench.each(last_word, [("BYE", {"reason": text}) for text in bad]
+    bench.each(last_word, [("BYE", {"reason": text}) for text in UNFIT]
                + [("ERROR", {"code": "protocol", "message": text}) for text in NAMES]
-               + [("ERROR", {"code": text, "message": "m"}) for text in bad])
+               + [("ERROR", {"code": text, "message": "m"}) for text in UNFIT])
     cluster.check_alive()
     check_log(cluster.log())
 
@@ -102,3 +128,231 @@ def names_from_a_server(bench: Bench) -> None:
         assert isinstance(called.error, AchillesError), called
         assert str(called.error).isprintable(), str(called.error)
         bench.count()
+
+
+def check_shown(error: BaseException | None) -> None:
+    """An error of ours, of which nothing that people may print does anything to a terminal."""
+    assert isinstance(error, AchillesError), repr(error)
+    assert str(error).isprintable(), ascii(str(error))
+    for line in "".join(traceback.format_exception(error)).split("\n"):
+        assert line.isprintable(), ascii(line)
+    for name in ("node", "pid", "exitcode"):
+        assert isinstance(getattr(error, name, None), (int, type(None))), (name, getattr(error, name))
+
+
+@contextlib.contextmanager
+def telling(state: Any = None, cluster: Any = None) -> Iterator[int]:
+    """A server that says this of its cluster, and in answer to STATUS, and ends whoever comes back; its port."""
+    listening = raw.listener()
+
+    def serve() -> None:
+        for number in range(2):
+            with raw.accept(listening, KEY) as link, contextlib.suppress(raw.Ended):
+                link.send("HELLO", WORKER_HELLO)
+                if number:
+                    link.send("BYE", {"reason": "killed"})
+                else:
+                    link.send("CLUSTER", cluster or CLUSTER)
+                    link.wait_for("STATUS")
+                    link.send("STATUS", state)
+                link.rest()
+
+    def serve_until_shut() -> None:
+        with contextlib.suppress(OSError):
+            serve()
+
+    thread = threading.Thread(target=serve_until_shut, name="telling", daemon=True)
+    thread.start()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        with contextlib.suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)
+        thread.join(raw.SECONDS)
+        listening.close()
+    assert not thread.is_alive()
+
+
+@attack("server", "escapes in the names of Pythons that a server says its nodes have")
+def pythons_from_a_server(bench: Bench) -> None:
+    """The keys of CLUSTER's `pythons` end in a VersionError: they are few names, and short, or all is refused."""
+    def call(pythons: Any) -> BaseException:
+        with telling(cluster=CLUSTER | {"pythons": pythons}) as port:
+            try:
+                achilles.map(abs, [1], host="127.0.0.1", port=port, username=USER, secret_key=SECRET)
+            except AchillesError as error:
+                check_shown(error)
+                assert len(str(error)) < 8000, f"an error of {len(str(error))} characters"
+                return error
+        raise AssertionError("no error")
+
+    assert isinstance(call({"3.9": 1}), VersionError)  # so that the names come to be shown
+    bad: list[Any] = [{text: 1} for text in UNFIT] + [{"3.9": text} for text in UNFIT]
+    bad += [{"3.9": 1, f"3.1{text}": 1} for text in UNFIT[:2]] + [{f"3.{n}": 1 for n in range(5000)}, {"3" * 65: 1}]
+
+    def refused(pythons: Any) -> None:
+        error = call(pythons)
+        assert not isinstance(error, VersionError), ascii(error)
+
+    bench.each(refused, bad)
+
+
+def notes(text: Any) -> list[tuple[int, dict[str, Any]]]:
+    """Status and note of slices that were lost: this stands in each field that an error tells, or that it has."""
+    gone = {"position": -1, "phase": "node", "lost": 10, "node": 0, "pid": 1, "exitcode": 1}
+    return [
+        *((DIED, gone | {name: text}) for name in ("lost", "node", "pid", "exitcode")),
+        (DIED, {"position": 0, "phase": text}), (TIMEOUT, {"position": 0, "phase": "call", "node": text}),
+        (DIED, gone | {"new": text}),
+    ]
+
+
+def lost(status: int, note: dict[str, Any]) -> list[raw.Frame]:
+    """RESULTs of slice 0 that say of each argument, three times, that a worker died so: then it is given up."""
+    told = [note | {"position": n} for n in range(len(ANSWER))] if note["position"] == 0 else [note]
+    said = [json.dumps(each).encode() for each in told for _ in range(3)]
+    return [raw.encode("RESULT", rows=[Row(0, status=status, letter=letter)], job=1) for letter in said]
+
+
+@attack("server", "escapes in what a server says of a dead worker")
+def notes_from_a_server(bench: Bench) -> None:
+    """Phase, node, pid, exit code and count of a note end in a WorkerLost: they are what they should be, or refused."""
+    def call(status: int, note: dict[str, Any]) -> BaseException | None:
+        sessions: list[raw.Keys] = []
+
+        def change(messages: list[bytes]) -> list[bytes]:
+            if len(messages) == 1:
+                return messages
+            key = sessions[-1].data[raw.DOWN]  # behind M1, M3, HELLO, CLUSTER and PACKET
+            return [*messages[:5], *(raw.tag(key, n, frame).raw for n, frame in enumerate(lost(status, note), 3))]
+
+        error = attack_controller(change, sessions=sessions).error
+        check_shown(error)
+        return error
+
+    def is_shown(status: int, note: dict[str, Any]) -> None:
+        """Which it is where the caller takes it before it sees the end of the connection."""
+        kind = WorkerLost if status == DIED else TaskTimeout
+        eventually(lambda: isinstance(call(status, note), kind), f"a {kind.__name__}")
+
+    for _, note in notes(3)[:4]:
+        is_shown(DIED, note)
+    is_shown(DIED, {"position": 0, "phase": "dump"})
+    is_shown(TIMEOUT, {"position": 0, "phase": "call"})
+    for text in ([bench.rng.choice(UNFIT)] if bench.short else UNFIT):
+        for what in (text, [text], {text: 1}):
+            for status, note in notes(what):
+                assert not isinstance(call(status, note), achilles.TaskError), (status, note)
+                bench.count()
+
+
+@attack("node", "escapes in what a node says of a dead worker")
+def notes_from_a_node(bench: Bench) -> None:
+    """The same through an honest server, which looks into no letter: refused, and the call gets its right answer."""
+    cluster = bench.cluster()
+    with cluster.join(b"N", 1) as node:
+        call = bench.call(cluster, "map", abs, [-7])
+        for text in UNFIT[:1] if bench.short else UNFIT:
+            for status, note in notes(text):
+                number, (row,) = take(node, 1)
+                letter = json.dumps(note).encode()
+                node.send("RESULT", rows=[row._replace(status=status, letter=letter)], job=number)
+                assert not call.ended.wait(0.01), ascii(call.error or call.found)
+                bench.count()
+        number, (row,) = take(node, 1)  # the caller has connected anew, and sent its job again
+        _, parts = letters.dump_outcomes(letters.Context(caller=False), [7], {})
+        node.send("RESULT", rows=[row._replace(status=0, letter=b"".join(parts))], job=number)
+        assert call.result(30) == {0: 7}
+    cluster.check_alive()
+    check_log(cluster.log())
+
+
+def states(text: str) -> Iterator[dict[str, Any]]:
+    """Answers to STATUS that have this in one place: in a field of a thing, in a new field, as a field's name."""
+    for what, shown in STATUS.items():
+        thing = shown[0] if isinstance(shown, list) else shown
+        for changed in (*(thing | {name: text} for name in (*thing, "new")), thing | {text: 1}):
+            yield STATUS | {what: [thing, changed] if isinstance(shown, list) else changed}
+        yield STATUS | {what: text}
+    yield STATUS | {"new": [{"deep": text}]}
+
+
+MALFORMED: list[Any] = [
+    {}, b"[]", 1, *({name: value for name, value in STATUS.items() if name != left} for left in STATUS),
+    *(STATUS | {name: value} for name in STATUS for value in (None, 1, [1], [[]], [{}], {"": {}}, "x")),
+    *(STATUS | {"server": STATUS["server"] | {"uptime": value}} for value in (10**400, -1, "1", None, [], True)),
+    b'{"nodes":[],"jobs":[],"server":{"version":"1","uptime":NaN,"memory":1}}',
+]
+
+
+def told(port: int, options: tuple[str, ...], cluster: Watched) -> None:
+    """`--status` as a command: whatever it prints can be shown, and it fails with a line, not with a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "achilles.server", "--status", "--port", str(port), *options], env=cluster.env,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False)
+    for line in (done.stdout + done.stderr).split("\n"):
+        assert line.isprintable(), ascii(line)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert (done.returncode, done.stdout) == (1, "") and "error: " in done.stderr, (done.returncode, done.stdout)
+
+
+@attack("server", "escapes in a server's status, and one that is none")
+def status_from_a_server(bench: Bench) -> None:
+    """Each field of each node, job and server is what it should be, or there is no status: as a table, as JSON, as
+    what cluster_status returns.
+    """
+    cluster = bench.cluster()
+
+    def ask(state: Any) -> None:
+        with telling(state) as port:
+            settings = config.Settings("127.0.0.1", port, USER, config.Secret(SECRET), None)
+            try:
+                answer = ask_status(settings)
+            except AchillesError as error:
+                return check_shown(error)
+        raise AssertionError(f"taken for a status: {ascii(console.status_table(answer))}")
+
+    def call(state: Any) -> None:
+        with telling(state) as port:
+            try:
+                answer = achilles.cluster_status("127.0.0.1", port, USER, SECRET)
+            except AchillesError as error:
+                return check_shown(error)
+        raise AssertionError(f"taken for a status: {ascii(answer)}")
+
+    def run(state: Any) -> None:
+        with telling(state) as port:
+            told(port, ("--json",) if bench.rng.random() < 0.5 else (), cluster)
+
+    with telling(STATUS) as port:
+        assert achilles.cluster_status("127.0.0.1", port, USER, SECRET) == STATUS
+    bad = [state for text in UNFIT for state in states(text)]
+    bench.each(ask, bench.some(bad, 40))
+    bench.each(ask, MALFORMED)
+    bench.each(call, [*bench.some(bad, 5), *bench.some(MALFORMED, 5)])
+    bench.each(run, bench.rng.sample(bad + MALFORMED, 4 if bench.short else 40), threads=2)
+
+
+@attack("secret", "a node of which a status, or an error, would write escapes to others")
+def status_of_a_peer(bench: Bench) -> None:
+    """What a peer says of itself comes to others by STATUS and CLUSTER: it is never let in with such a word.
+
+    Nor does the server's own username, which may have any character, break the status of those who ask for it.
+    """
+    user = "a\x1b[2J\u202e"
+    cluster = bench.cluster(user=user)
+    key = raw.derive(user.encode(), SECRET)
+    with raw.join(cluster.port, b"C", user.encode(), key, HELLO) as link:
+        declare(link, 1)
+        for text in UNFIT:
+            for name in ("python", "version", "new", text):
+                with raw.join(cluster.port, b"N", user.encode(), key) as node:
+                    node.send("HELLO", HELLO | {"cpu_count": 1, name: text})
+                    assert [frame.kind for frame in node.rest()] == ["ERROR"]
+                bench.count()
+        state = achilles.cluster_status("127.0.0.1", cluster.port, user, SECRET)
+    assert state["nodes"] == [] and [each["user"] for each in state["jobs"]] == [ascii(user)]
+    for line in console.status_table(state).split("\n"):
+        assert line.isprintable(), ascii(line)
+    bench.count()
+    check_log(cluster.log())

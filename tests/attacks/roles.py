@@ -27,13 +27,13 @@ BODIES = {
 }
 
 
-def _declare(caller: raw.Link, slices: int, number: int = 1, **options: object) -> None:
+def declare(caller: raw.Link, slices: int, number: int = 1, **options: object) -> None:
     caller.send("FUNCTION", rows=[Row(0, letter=FUNCTION)])
     caller.send("JOB", job(number, FUNCTION, **options))
     caller.send("TASK", rows=[Row(n, status=1, letter=b"slice %d" % n) for n in range(slices)], job=number)
 
 
-def _take(node: raw.Link, number: int) -> tuple[int, list[Row]]:
+def take(node: raw.Link, number: int) -> tuple[int, list[Row]]:
     """So many slices that a node is given, and the job's number there."""
     rows: list[Row] = []
     frame = None
@@ -111,9 +111,9 @@ def answers_for_another_node(bench: Bench) -> None:
     """Who does not hold a slice is not heard: the caller gets the holder's answer, once, and no other."""
     cluster = bench.cluster()
     with cluster.join(b"N", 1) as one, cluster.join(b"N", 1) as two, cluster.join() as caller:
-        _declare(caller, 2)
-        number, (mine,) = _take(one, 1)
-        number2, (other,) = _take(two, 1)
+        declare(caller, 2)
+        number, (mine,) = take(one, 1)
+        number2, (other,) = take(two, 1)
         assert number == number2 and {mine.slice, other.slice} == {0, 1}
         for row in (mine, mine._replace(status=1), mine._replace(letter=LONG), mine._replace(attempt=1)):
             two.send("RESULT", rows=[row._replace(letter=b"forged")], job=number)
@@ -140,10 +140,10 @@ def old_attempts(bench: Bench) -> None:
     cluster = bench.cluster()
     with cluster.join() as caller:
         with cluster.join(b"N", 1) as lost:
-            _declare(caller, 1)
-            _, (first,) = _take(lost, 1)
+            declare(caller, 1)
+            _, (first,) = take(lost, 1)
         with cluster.join(b"N", 1) as heir:
-            number, (row,) = _take(heir, 1)
+            number, (row,) = take(heir, 1)
             assert row.attempt == first.attempt + 1
             for attempt in (first.attempt, row.attempt + 1, 65535):
                 heir.send("RESULT", rows=[row._replace(attempt=attempt, letter=b"forged")], job=number)
@@ -153,12 +153,12 @@ def old_attempts(bench: Bench) -> None:
                 heir.send("RESULT", rows=[row._replace(letter=letter)], job=number)
                 bench.count()
             caller.send("TASK", rows=[Row(1, status=1, letter=b"slice 1")], job=1)
-            number, (row,) = _take(heir, 1)
+            number, (row,) = take(heir, 1)
             heir.send("RESULT", rows=[row._replace(letter=b"honest")], job=number)  # the server has read all before it
             _answered(caller, 2)
     with cluster.join(b"N", 1) as giver, cluster.join() as caller:
-        _declare(caller, 1)
-        number, (row,) = _take(giver, 1)
+        declare(caller, 1)
+        number, (row,) = take(giver, 1)
         giver.send("BYE", {"reason": "leaving"})
         giver.send("RETURNED", b"", [], 0)
         table = raw.encode("RETURNED", rows=[Row(row.slice)], job=number)
@@ -167,7 +167,7 @@ def old_attempts(bench: Bench) -> None:
         giver.send("RESULT", rows=[row._replace(letter=b"forged")], job=number)
         bench.count()
         with cluster.join(b"N", 1) as heir:
-            number, (row,) = _take(heir, 1)
+            number, (row,) = take(heir, 1)
             heir.send("RESULT", rows=[row._replace(letter=b"honest")], job=number)
             _answered(caller, 1)
 
@@ -177,8 +177,8 @@ def unknown_jobs(bench: Bench) -> None:
     """Nothing comes of it: no caller hears, and nobody's job is touched."""
     cluster = bench.cluster()
     with cluster.join(b"N", 1) as node, cluster.join() as caller:
-        _declare(caller, 1)
-        number, (row,) = _take(node, 1)
+        declare(caller, 1)
+        number, (row,) = take(node, 1)
         for other in (0, number + 1, number + 2, 2**32 - 1):
             node.send("RESULT", rows=[row._replace(letter=b"forged")], job=other)
             node.send("RETURNED", rows=[Row(0)], job=other)
@@ -192,8 +192,8 @@ def unknown_jobs(bench: Bench) -> None:
         caller.send("END", {"job": 1})
         _sync(caller)
         node.send("RESULT", rows=[row._replace(letter=b"forged")], job=number)
-        _declare(caller, 1, number=2)
-        number, (row,) = _take(node, 1)
+        declare(caller, 1, number=2)
+        number, (row,) = take(node, 1)
         node.send("RESULT", rows=[row._replace(letter=b"honest")], job=number)  # the server has read all before it
         assert [row.letter for row in caller.wait_for("RESULT").rows] == [b"honest"]
         bench.count()
@@ -210,8 +210,8 @@ def jobs_of_others(bench: Bench) -> None:
     cluster = bench.cluster()
     context = os.urandom(16).hex()
     with cluster.join(b"N", 1) as node, cluster.join() as owner:
-        _declare(owner, 2, context=context)
-        number, rows = _take(node, 2)
+        declare(owner, 2, context=context)
+        number, rows = take(node, 2)
         words = [("CANCEL", {"job": n}) for n in (1, number)] + [("END", {"job": n}) for n in (1, number)]
         words += [("FLUSH", {"job": 1, "upto": 9}), ("CLOSE", {"context": context})]
         for kind, body in words:
