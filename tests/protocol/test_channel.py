@@ -34,7 +34,7 @@ def closing():
     with contextlib.ExitStack() as stack:
         yield stack
     assert threading.active_count() == threads, threading.enumerate()
-    assert descriptors() == files
+    assert descriptors() <= files  # fewer, where what earlier tests left is collected meanwhile
 
 
 @pytest.fixture
