@@ -269,7 +269,7 @@ class _Results(Iterator[Any]):
             return self._results.next(None if self._deadline is None else max(0.0, self._deadline - time.monotonic()))
         except ResultTimeout:
             self.close()
-            raise concurrent.futures.TimeoutError from None  # a class of its own before Python 3.11
+            raise TimeoutError from None
         except BaseException:
             self.close()
             raise

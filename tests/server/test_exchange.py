@@ -165,13 +165,13 @@ def test_who_finds_no_room_is_told_and_is_not_one_of_the_cluster(cluster):
 
 
 def test_controllers_are_told_of_the_nodes_of_their_python(cluster):
-    old, new = cluster.controller("3.10"), cluster.controller("3.12")
+    old, new = cluster.controller("3.11"), cluster.controller("3.12")
     first = of_kind(new.channel.take(), Kind.CLUSTER)
     assert first == [{"nodes": 0, "workers": 0, "largest": 0, "pythons": {}, "letter_limit": 1 << 30}]
     cluster.node(4, "3.12", letter_limit=1 << 20)
     small = cluster.node(1, "3.12")
-    cluster.node(8, "3.10")
-    last = {"nodes": 3, "pythons": {"3.10": 1, "3.12": 2}, "letter_limit": 1 << 20}
+    cluster.node(8, "3.11")
+    last = {"nodes": 3, "pythons": {"3.11": 1, "3.12": 2}, "letter_limit": 1 << 20}
     assert of_kind(new.channel.take(), Kind.CLUSTER)[-1] == last | {"workers": 5, "largest": 4}
     assert of_kind(old.channel.take(), Kind.CLUSTER)[-1] == last | {"workers": 8, "largest": 8}
     cluster.exchange.leave(small)

@@ -724,7 +724,7 @@ class Machine(RuleBasedStateMachine):
         self.declare("3.11", SLOW_US, None)
 
     @precondition(lambda self: len(self.nodes) < 6)
-    @rule(python=st.sampled_from(["3.10", "3.11", "3.11"]), cpu_count=st.sampled_from([1, 2, 3, 8]))
+    @rule(python=st.sampled_from(["3.12", "3.11", "3.11"]), cpu_count=st.sampled_from([1, 2, 3, 8]))
     def join(self, python: str, cpu_count: int) -> None:
         number = next(self.numbers)
         self.nodes[number] = Node(python, cpu_count)
@@ -732,7 +732,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.jobs) < 4)
     @rule(
-        python=st.sampled_from(["3.10", "3.11", "3.11"]),
+        python=st.sampled_from(["3.12", "3.11", "3.11"]),
         pace=st.sampled_from([SLOW_US, SLOW_US, QUICK_US]),
         limit=st.sampled_from([None, None, None, 1, 5]),
     )
@@ -911,7 +911,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """In the end a node of each version comes, all is flushed and answered, and nothing is left."""
-        for number, python in ((10**6, "3.10"), (10**6 + 1, "3.11")):
+        for number, python in ((10**6, "3.12"), (10**6 + 1, "3.11")):
             self.nodes[number] = Node(python, 3)
             self.carry_out(self.scheduler.join(number, python, 3))
         for number, job in self.jobs.items():
