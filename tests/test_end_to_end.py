@@ -12,7 +12,6 @@ import os
 import queue
 import random
 import signal
-import sys
 import textwrap
 import threading
 import time
@@ -24,6 +23,7 @@ from conftest import wait_until
 
 import achilles
 from achilles import ClusterKilled, TaskTimeout, imap, imap_unordered, map  # noqa: A004
+from achilles.protocol.channel import PYTHON
 
 METHODS = ("fork", "forkserver", "spawn")
 SIZES = (1, 3, 8)
@@ -513,7 +513,7 @@ def test_status_is_plain_dicts(eight):
     (node,), (job,) = status["nodes"], status["jobs"]
     assert node.keys() == {"id", "address", "python", "version", "cpu_count", "busy", "done", "since"}
     assert (node["id"], node["address"], node["cpu_count"]) == (0, "127.0.0.1", 8)
-    assert node["python"] == "{}.{}".format(*sys.version_info)
+    assert node["python"] == PYTHON
     assert node["version"] == status["server"]["version"] == achilles.__version__
     assert 0 <= node["busy"] <= 8
     assert abs(time.time() - node["since"]) < 600

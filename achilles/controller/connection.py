@@ -134,7 +134,8 @@ class Controller(Link):
             if cluster.get("nodes") and not cluster["workers"]:
                 raise VersionError(
                     f"this is Python {PYTHON}, the nodes run {', '.join(sorted(cluster['pythons']))}: functions do not "
-                    "travel between minor versions; start a node with this one, or the caller with one of theirs"
+                    "travel between minor versions, nor between a free-threaded build (3.14t) and another; "
+                    "start a node with this one, or the caller with one of theirs"
                 )
             self._numbers += 1
             number = self._numbers

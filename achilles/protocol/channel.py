@@ -30,10 +30,11 @@ import contextlib
 import errno
 import logging
 import os
-import platform
 import random
 import secrets
 import socket
+import sys
+import sysconfig
 import threading
 import time
 from collections import deque
@@ -58,7 +59,6 @@ CONNECT_SECONDS = 10.0  # for the connection and the handshake together
 RETRY_SECONDS = 0.2  # after a server had no place for us: this much, with jitter
 FUNCTIONS_BYTES = 256 << 20  # functions kept by a receiver although no job uses them
 WRITE_BYTES = 256 << 10  # frames gathered for one sendmsg: beyond, an urgent one would wait
-PYTHON = ".".join(platform.python_version_tuple()[:2])  # code travels within a minor version alone
 FULL = (-1, -1, -1)  # an entry of the outbox that takes no further rows
 PUSH_BYTES = 64 << 10  # at most are written by who pushes them: more take longer than a switch of threads
 WRITE_PARTS = 512  # well under IOV_MAX (1,024 on Linux, 16 at the least by POSIX: then sendmsg is called again)
@@ -390,6 +390,15 @@ class SentFunctions:
             excess -= self._held.pop(other)
             dropped.append(other)
         return dropped
+
+
+def python_name() -> str:
+    """This Python as HELLO names it: "3.14", or "3.14t" for a free-threaded build (PROTOCOL.md, section 6)."""
+    suffix = "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+    return f"{sys.version_info.major}.{sys.version_info.minor}{suffix}"
+
+
+PYTHON = python_name()
 
 
 def hello(cpu_count: int = 0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ its texts may be written to a terminal, a log or an exception.
 ::
 
     bytes ─▶ JSON ─▶ each text, keys too, at any depth, known or not: printable
-                 ─▶ each field of the table: type, range or length, choices; the same for what is inside of it
+                 ─▶ each field of the table: type, range or length, form, choices; the same for what is inside of it
 
 Refused is what a reader could take for something else: control characters (C0, DEL, C1), direction marks and
 other invisible ones, line separators, surrogates, NaN and infinities. Whatever does not fit is a ProtocolError,
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class Field(NamedTuple):
     :ivar low, high: the range of a number; else of the length of a text, or of the count of entries.
     :ivar required: whether the field must be there; else it may be absent or null.
     :ivar hex: whether a text consists of hex digits.
+    :ivar form: a regular expression that matches a whole text, or each key of an object.
     :ivar choices: the texts that there are, where they are few.
     :ivar inside: the fields of an object, or of each object in a list.
     :ivar entry: each value of an object whose keys are names of the peer's choice.
@@ -50,6 +52,7 @@ class Field(NamedTuple):
     high: float = U32
     required: bool = True
     hex: bool = False
+    form: str = ""
     choices: tuple[str, ...] = ()
     inside: Mapping[str, Field] | None = None
     entry: Field | None = None
@@ -101,13 +104,16 @@ def _check_texts(what: str, body: object) -> None:
 
 
 def _fits(value: Any, field: Field) -> bool:
-    """Whether a value has its field's type, range or length, and choices; `inside` is left to the caller."""
+    """Whether a value has its field's type, range or length, form and choices; `inside` is left to the caller."""
     if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
         return False
     measure = value if isinstance(value, (int, float)) else len(value)
     if not field.low <= measure <= field.high:
         return False
     if field.hex and not HEX_DIGITS.issuperset(value):
+        return False
+    texts = [value] if isinstance(value, str) else value
+    if field.form and not all(re.fullmatch(field.form, text) for text in texts):
         return False
     if field.choices and value not in field.choices:
         return False

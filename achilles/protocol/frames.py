@@ -126,6 +126,8 @@ _ZERO = frozenset({0})
 
 
 _NAME, _TEXT = Field(str, 1, NAME_CHARS), Field(str, 0, TEXT_CHARS)
+PYTHON_FORM = r"[0-9]+\.[0-9]+t?"  # "3.14"; "3.14t" is a free-threaded build
+_PYTHON = _NAME._replace(form=PYTHON_FORM)
 _U32, _U64, _SECONDS = Field(int), Field(int, 0, U64), Field((int, float), 0, U64)
 _DIGEST, _CONTEXT, _JOB = Field(str, 64, 64, hex=True), Field(str, 32, 32, hex=True), {"job": Field(int)}
 _LETTER_LIMIT = Field(int, SHORT_LETTER_BYTES + 1, U32)
@@ -137,7 +139,7 @@ OPTIONS: dict[str, Field] = {
 }
 # What a STATUS says of each node, of each job, and of the server.
 NODE_STATE: dict[str, Field] = {
-    "id": _U32, "address": _NAME, "python": _NAME, "version": _NAME, "cpu_count": Field(int, 0, U16),
+    "id": _U32, "address": _NAME, "python": _PYTHON, "version": _NAME, "cpu_count": Field(int, 0, U16),
     "busy": Field(int, 0, U16), "done": _U64, "since": _SECONDS,
 }
 JOB_STATE: dict[str, Field] = {"id": _U32, "user": _TEXT, "queued": _U64, "running": _U64, "done": _U64}
@@ -151,7 +153,7 @@ NOTE: dict[str, Field] = {
 }
 FIELDS: dict[Kind, dict[str, Field]] = {
     Kind.HELLO: {
-        "python": _NAME, "version": _NAME, "letter_limit": _LETTER_LIMIT._replace(required=False),
+        "python": _PYTHON, "version": _NAME, "letter_limit": _LETTER_LIMIT._replace(required=False),
         "cpu_count": Field(int, 0, U16, False), "pid": Field(int, required=False),
         "client_id": Field(int, required=False), "connections": Field(int, required=False),
     },
@@ -160,7 +162,7 @@ FIELDS: dict[Kind, dict[str, Field]] = {
     Kind.ERROR: {"code": _NAME, "message": _TEXT},
     Kind.CLUSTER: {
         "nodes": _U32, "workers": _U32, "largest": Field(int, 0, U16),
-        "pythons": Field(dict, 0, MAX_PYTHONS, entry=_U32), "letter_limit": _LETTER_LIMIT,
+        "pythons": Field(dict, 0, MAX_PYTHONS, form=PYTHON_FORM, entry=_U32), "letter_limit": _LETTER_LIMIT,
     },
     Kind.JOB: {
         **_JOB, "context": _CONTEXT, "function": _DIGEST, "initializer": _DIGEST._replace(required=False),

@@ -69,7 +69,7 @@ class Peer:
 
     @property
     def python(self) -> str:
-        """Its Python's minor version, such as 3.11, once it has said HELLO."""
+        """Its Python's minor version, such as 3.11 or 3.14t, once it has said HELLO."""
         return str(self.hello["python"])
 
 

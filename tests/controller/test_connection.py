@@ -272,6 +272,19 @@ def test_nodes_of_another_python_are_an_error_that_names_both(server, connect):
             begin(controller, range(3))
 
 
+def test_free_threaded_nodes_are_another_python(server, connect):
+    """A node that says in its HELLO that it is the other build of this version gets no job of this one."""
+    this = controller_module.PYTHON
+    other = this.removesuffix("t") if this.endswith("t") else f"{this}t"
+    controller = connect()
+    with Node(server.address[1], python=other) as node:
+        wait_until(lambda: controller._cluster["nodes"])
+        assert controller.workers()[0] == 0
+        with pytest.raises(VersionError, match=rf"this is Python {this}, the nodes run {other}: .*free-threaded"):
+            begin(controller, range(3))
+        assert not node.tasks()
+
+
 def test_while_the_only_node_drains_a_job_waits_for_another(server, connect):
     controller = connect()
     with Node(server.address[1]) as leaver:

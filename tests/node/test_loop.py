@@ -22,7 +22,7 @@ from achilles.errors import ConfigurationError
 from achilles.node import loop
 from achilles.objects.letters import Context, dump_slice, letter_digest, load_outcomes
 from achilles.protocol import auth
-from achilles.protocol.channel import Channel, answer_claim, hello
+from achilles.protocol.channel import PYTHON, Channel, answer_claim, hello
 from achilles.protocol.frames import Kind, Rows, Status, merge
 
 USER, SECRET = "u", "s" * 20
@@ -203,7 +203,7 @@ def test_it_joins_greets_and_runs_what_it_is_given(server: Server, start: Any) -
     it = start(server.port)
     about = server.accept(client_id=5)
     assert about["cpu_count"] == 2 and about["pid"] == it.process.pid
-    assert about["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert about["python"] == PYTHON
     assert it.read(4) == f"{GREETING}127.0.0.1:{server.port}\nCLIENT_ID: 5\n"
     server.give(square, list(range(50)))
     assert server.results(50) == {n: n * n for n in range(50)}

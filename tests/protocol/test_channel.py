@@ -7,6 +7,8 @@ seconds are made small.
 import contextlib
 import os
 import socket
+import sys
+import sysconfig
 import threading
 import time
 
@@ -636,3 +638,14 @@ def test_a_peer_that_drips_is_silent(closing, monkeypatch):
     assert "no byte came" in ours.run(lambda frame: None)
     over.set()
     wait()
+
+
+@pytest.mark.parametrize(("disabled", "suffix"), [(None, ""), (0, ""), (1, "t")])
+def test_a_free_threaded_build_names_itself(disabled, suffix, monkeypatch):
+    """None: a Python before 3.13 does not know the question."""
+    monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": disabled}.get)
+    assert channel.python_name() == "{}.{}".format(*sys.version_info) + suffix
+
+
+def test_hello_has_this_python():
+    assert channel.hello()["python"] == channel.PYTHON == channel.python_name()

@@ -203,6 +203,7 @@ def example(kind):
         return STATUS
     for name, field in FIELDS[kind].items():
         value = simple[field.type]
+        value = "3.11" if field.form and field.type is str else value
         value = "0" * int(field.low) if field.hex else max(value, field.low) if value == 1 else value
         body |= {name: value} if field.required else {}
     return body
@@ -302,7 +303,9 @@ GOOD = {
 MISSING = object()
 BAD_FIELDS = [
     *[(kind, name, MISSING) for kind, fields in FIELDS.items() for name, field in fields.items() if field.required],
-    *[(Kind.HELLO, "python", bad) for bad in (3.11, "", "x" * 65, None, ["3.11"])],
+    *[(Kind.HELLO, "python", bad) for bad in (
+        3.11, "", "x" * 65, None, ["3.11"], "3", "3.", ".14", "3.14.1", "3.14T", "3.14tt", "t", "3.14 t", "-3.14",
+        "3.14\n", "\u0663.\u0661\u0664", "1" * 62 + ".1t")],
     *[(Kind.HELLO, "letter_limit", bad) for bad in (1024, 2**32, True, "9", 2000.0)],
     *[(Kind.HELLO, "cpu_count", bad) for bad in (-1, 65536, True, "8", 8.0)],
     *[(Kind.HELLO, "pid", bad) for bad in (-1, 2**32)],
@@ -367,6 +370,11 @@ def test_a_good_note_passes():
 def test_a_bad_note_is_refused(name, bad):
     with pytest.raises(ProtocolError, match="a note"):
         read_object("a note", json.dumps(NOTE | {name: bad}).encode(), frames.NOTE)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.14t", "3.100", "4.0", "10.0t"])
+def test_a_python_with_threads_or_without_passes(python):
+    assert decode(Kind.HELLO, 0, json.dumps(ABOUT | {"python": python}).encode()) == (ABOUT | {"python": python}, [])
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,20 @@ def test_of_many_pythons_those_with_the_most_nodes_are_named(cluster):
     assert last["nodes"] == frames.MAX_PYTHONS + 2
 
 
+def test_a_free_threaded_build_is_another_python(cluster):
+    """The faked HELLO of a node and a controller: neither works for the other's kind."""
+    plain, free = cluster.controller("3.14"), cluster.controller("3.14t")
+    node = cluster.node(2, "3.14t")
+    assert of_kind(plain.channel.take(), Kind.CLUSTER)[-1]["workers"] == 0
+    assert of_kind(free.channel.take(), Kind.CLUSTER)[-1] == {
+        "nodes": 1, "workers": 2, "largest": 2, "pythons": {"3.14t": 1}, "letter_limit": 1 << 30}
+    for controller in (plain, free):
+        node.channel.take()
+        cluster.declare(controller)
+        cluster.tasks(controller, 2)
+        assert (Kind.TASK in kinds(node.channel.take())) == (controller is free)
+
+
 # A job.
 
 
