@@ -12,6 +12,7 @@ import os
 import queue
 import random
 import signal
+import sys
 import textwrap
 import threading
 import time
@@ -602,6 +603,27 @@ def test_a_node_of_a_script_without_a_main_guard(tmp_path, method):
         node.signal(signal.SIGTERM)
         assert node.wait() == 0
         assert node.out.read_text().count("main") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fork is the default on Linux")
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_node_of_a_process_with_threads_forks_no_worker(tmp_path, threads):
+    """Its workers are children of a fork server: no child has a copy of a lock that a thread held."""
+    with Cluster(tmp_path) as cluster:
+        node = cluster.start_script(textwrap.dedent(f"""
+            import threading
+            from achilles import run_node
+            for _ in range({threads}):
+                threading.Thread(target=threading.Event().wait, daemon=True).start()
+            run_node(cpu_count=2)
+            """))
+        node.wait_for("CLIENT_ID: 0")
+        parents = set(flat(map(lambda _: os.getppid(), range(4), **cluster.address)))
+        assert (parents == {node.pid}) == (threads == 0)
+        assert len(parents) == 1
+        node.signal(signal.SIGTERM)
+        assert node.wait() == 0
+        assert "Warning" not in node.err.read_text()
 
 
 HIDE = """

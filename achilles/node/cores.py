@@ -1,6 +1,6 @@
 """How many workers a node should have, and how it starts them.
 
-Knows the operating system: affinity, cgroups, start methods, and the version of multiprocess. Everything
+Knows the operating system: affinity, cgroups, threads, start methods, and the version of multiprocess. Everything
 that not every system has is asked for first. No state, no threads.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ try:
 except ModuleNotFoundError as e:
     raise VersionError("multiprocess is needed here: pip install 'multiprocess>=0.70.19'") from e
 
-__all__ = ["check_multiprocess", "default_start_method", "start_methods", "usable_cores"]
+__all__ = ["check_multiprocess", "count_threads", "default_start_method", "start_methods", "usable_cores"]
 
 MULTIPROCESS_OLDEST = (0, 70, 19)  # the first that knows Python 3.13's start methods
 
@@ -36,10 +37,33 @@ def start_methods() -> list[str]:
     return list(multiprocess.get_all_start_methods())
 
 
-def default_start_method() -> str:
-    """fork where it is to be had and safe, else spawn. A worker is there in milliseconds so, not in tenths."""
-    safe = "fork" in multiprocess.get_all_start_methods() and sys.platform != "darwin"
-    return "fork" if safe else "spawn"
+def default_start_method(threads: int = 1) -> str:
+    """fork where the system has it and it is safe, else spawn. A forked worker is there in milliseconds, not in tenths.
+
+    :param threads: of the process that starts workers. A forked worker has a copy of every lock, but only the
+        thread that forked: a lock that another thread holds is held there for ever. So beside other threads
+        the method is forkserver, whose workers are forks of a process with one thread.
+    """
+    methods = multiprocess.get_all_start_methods()
+    if "fork" not in methods or sys.platform == "darwin":
+        return "spawn"
+    if threads == 1:
+        return "fork"
+    return "forkserver" if "forkserver" in methods else "spawn"
+
+
+def count_threads(root: str = "/") -> int:
+    """How many threads this process has, those of C libraries included where the system tells (Linux).
+
+    Libraries such as OpenBLAS start threads when they are imported, and these hold locks, too. Python's own warning
+    of a fork beside threads counts them as well.
+
+    :param root: where /proc is.
+    """
+    try:
+        return len(os.listdir(Path(root, "proc/self/task")))
+    except OSError:
+        return threading.active_count()
 
 
 def usable_cores(root: str = "/") -> int:

@@ -39,7 +39,7 @@ from ..errors import AchillesError, AuthenticationError, ConfigurationError, Pro
 from ..protocol import auth, channel
 from ..protocol.channel import Channel
 from ..protocol.frames import TEXT_CHARS, U16, Kind
-from .cores import check_multiprocess, default_start_method, start_methods, usable_cores
+from .cores import check_multiprocess, count_threads, default_start_method, start_methods, usable_cores
 from .workers import Workers, pump
 
 __all__ = ["Node", "run_node"]
@@ -71,13 +71,13 @@ def run_node(
 
     :param host, port, username, secret_key, env_file: as for `config.resolve`.
     :param cpu_count: how many workers, 1 to 65,535; by default the cores that this process may really use.
-    :param start_method: "fork", "forkserver" or "spawn"; by default fork where that is safe.
+    :param start_method: "fork", "forkserver" or "spawn"; by default fork, or forkserver beside other threads.
     :raises ConfigurationError: a setting is missing or will not do.
     :raises AuthenticationError: the server refused this node before it had ever joined.
     :raises ProtocolError: what answers there is not an achilles server, and has never been one.
     """
     count = usable_cores() if cpu_count is None else cpu_count
-    method = start_method or default_start_method()
+    method = start_method or default_start_method(count_threads())
     if not isinstance(count, int) or not 1 <= count <= U16:
         raise ConfigurationError(f"cpu_count must be an int in 1..{U16}, not {count!r}")
     if method not in start_methods():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import multiprocess
 import pytest
@@ -29,3 +30,40 @@ def test_without_multiprocess_a_node_says_what_to_install():
     code = "import sys; sys.modules['multiprocess'] = None; import achilles.node.__main__"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert run.returncode == 1 and "VersionError: multiprocess is needed here: pip install" in run.stderr
+
+
+@pytest.mark.parametrize(("platform", "methods", "alone", "beside_others"), [
+    ("linux", ["fork", "spawn", "forkserver"], "fork", "forkserver"),
+    ("linux", ["fork", "spawn"], "fork", "spawn"),
+    ("linux", ["spawn"], "spawn", "spawn"),
+    ("darwin", ["spawn", "fork", "forkserver"], "spawn", "spawn"),
+])
+def test_beside_other_threads_nothing_is_forked(monkeypatch, platform, methods, alone, beside_others):
+    monkeypatch.setattr(multiprocess, "get_all_start_methods", lambda: methods)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert [cores.default_start_method(threads) for threads in (1, 2, 9)] == [alone, beside_others, beside_others]
+    assert cores.default_start_method() == alone
+
+
+def test_a_thread_is_counted(tmp_path):
+    before, end = cores.count_threads(), threading.Event()
+    assert before >= threading.active_count()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    assert cores.count_threads() == before + 1
+    end.set()
+    thread.join()
+    assert cores.count_threads(str(tmp_path)) == threading.active_count()  # where the system does not tell
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_of_c_libraries_are_counted():
+    """A process whose only second thread is one that Python knows nothing of."""
+    code = """if True:
+        import ctypes, threading
+        from achilles.node import cores
+        assert (cores.count_threads(), threading.active_count()) == (1, 1)
+        libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
+        assert libc.pthread_create(ctypes.byref(thread), None, libc.pause, None) == 0
+        assert (cores.count_threads(), threading.active_count()) == (2, 1)"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=30)
