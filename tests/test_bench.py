@@ -117,6 +117,8 @@ def test_chunksizes():
 
 @pytest.mark.parametrize("what", [what for what in floors.FLOORS if "scrypt" not in what])
 def test_floors(what):
+    if "dill: dump a lambda" in what and sys.version_info >= (3, 15):
+        pytest.skip("dill 0.4.1 cannot dump code of 3.15")
     floors.FLOORS[what]()
 
 
