@@ -34,6 +34,14 @@ def numbers(_):
     return random.random()
 
 
+go = threading.Event()
+
+
+def wait_for_go(_):
+    """By name, so that the event is the test's own and no copy: that one would never be set."""
+    return go.wait(SECONDS)
+
+
 def leave(x):
     os._exit(1)
 
@@ -189,10 +197,9 @@ def test_what_breaks_the_executor_is_the_error_of_the_call():
 
 
 def test_an_error_in_the_engines_thread_ends_every_call_and_later_ones_work(monkeypatch, caplog):
-    go = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as executor, Pool(executor=executor) as pool:
         with monkeypatch.context() as patch:
-            first = pool.map_async(lambda n: go.wait(SECONDS), [1])
+            first = pool.map_async(wait_for_go, [1])
             patch.setattr(pool._controller._scheduler, "add", lambda *args: 1 // 0)
             second = pool.map_async(square, [1])
             for result in (first, second):
