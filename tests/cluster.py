@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conftest import START_METHOD, wait_until
 from ports import free_port
 
 import achilles
@@ -59,6 +59,21 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def workers(pid: int) -> list[int]:
+    """The workers of a node: its children, but for those of multiprocess's own, and the children of its fork server."""
+    found = []
+    for child in children(pid):
+        try:
+            command = Path(f"/proc/{child}/cmdline").read_text()
+        except OSError:  # it has ended meanwhile
+            continue
+        if "multiprocess.forkserver" in command:
+            found += children(child)
+        elif "multiprocess.resource_tracker" not in command:
+            found.append(child)
+    return found
+
+
 def descendants(pid: int) -> list[int]:
     """Its children, and theirs."""
     return [each for child in children(pid) for each in (child, *descendants(child))]
@@ -85,8 +100,8 @@ class Process:
         return wait_until(look, f"{self.out.name} says {pattern!r}", seconds)  # type: ignore[return-value]
 
     def workers(self, count: int) -> list[int]:
-        """A node's, once there are so many; of its children (fork, spawn) alone."""
-        return wait_until(lambda: found if len(found := children(self.pid)) >= count else [], f"{count} workers")
+        """A node's, once there are so many."""
+        return wait_until(lambda: found if len(found := workers(self.pid)) >= count else [], f"{count} workers")
 
     def signal(self, number: int) -> None:
         """Send it a signal; its process tree is remembered."""
@@ -131,7 +146,7 @@ class Cluster:
         self.port = free_port()
         self.processes: list[Process] = []
         self.nodes: list[Process] = []
-        self._start_method = start_method
+        self._start_method = start_method or START_METHOD
         self._counts = nodes
 
     def __enter__(self) -> Cluster:

@@ -25,6 +25,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PACKAGE_FOLDER, os.envi
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Of the workers of all nodes whose test names no method; unset: the default. tox.ini has a command for each.
+START_METHOD = os.environ.get("START_METHOD")
+NODE_OPTIONS = ("--start-method", START_METHOD) if START_METHOD else ()
 SECONDS = 20.0  # tells a hang from a wait
 GONE_SECONDS = 8.0  # for what a test has started: longer than a goodbye and the joins after it
 
@@ -81,6 +84,10 @@ def in_a_child(function: Callable[[], object]) -> str:
 
 def pytest_configure() -> None:
     ports.claim()  # its descriptor is there before any test looks
+
+
+def pytest_report_header() -> str:
+    return f"start method: {START_METHOD or 'the default'}"
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import time
 import pytest
 import tasks
 from cluster import SECRET, Cluster, Oracle, environment, shown  # noqa: F401
-from conftest import wait_until
+from conftest import START_METHOD, wait_until
 
 import achilles
 from achilles import ClusterKilled, TaskTimeout, imap, imap_unordered, map  # noqa: A004
@@ -644,6 +644,7 @@ multiprocess.context._default_context.get_all_start_methods = multiprocess.get_a
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is nothing to hide")
+@pytest.mark.skipif(START_METHOD not in (None, "spawn"), reason="the other methods are hidden, too")
 def test_nothing_that_only_unix_has_is_needed(tmp_path):
     """All processes run without fork, SIGCHLD, affinity, prctl and TCP_USER_TIMEOUT."""
     (tmp_path / "hide").mkdir()

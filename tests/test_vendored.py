@@ -13,6 +13,7 @@ import dill
 import multiprocess
 import pytest
 from cluster import PACKAGE, SECONDS, SECRET, USER, Process
+from conftest import NODE_OPTIONS
 
 TEXTS = ("PROTOCOL.md", "LICENSE", "py.typed", ".env")
 PYTHON = (sys.executable, "-S", "-W", "error")  # no site-packages: nothing but PYTHONPATH and the standard library
@@ -74,8 +75,8 @@ class Running:
         self.server = Process(folder, "server", [*PYTHON, "-m", f"{name}.server"], environment(host, libraries))
         try:
             self.port = int(self.server.wait_for(r"initiated at 127\.0\.0\.1:(\d+)")[1])
-            self.node = Process(folder, "node", [*PYTHON, "-m", f"{other_name}.node", "--cpu-count", "2"],
-                                environment(other, libraries, self.port))
+            node = [*PYTHON, "-m", f"{other_name}.node", "--cpu-count", "2", *NODE_OPTIONS]
+            self.node = Process(folder, "node", node, environment(other, libraries, self.port))
             self.node.wait_for("CLIENT_ID: 0")
         except BaseException:
             self.__exit__()

@@ -23,7 +23,7 @@ from multiprocessing.pool import MaybeEncodingError, RemoteTraceback, ThreadPool
 import pytest
 import tasks
 from cluster import PYTHON, Cluster, Process, environment
-from conftest import SECONDS, in_a_child, wait_until
+from conftest import NODE_OPTIONS, SECONDS, in_a_child, wait_until
 from fakes import SECRET, USER, address, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -765,7 +765,7 @@ def test_a_large_function_crosses_each_link_once(tmp_path, monkeypatch, unconfig
     with serving() as server, Pool(**address(server.address[1])) as pool:
         env = environment(ACHILLES_HOST="127.0.0.1", ACHILLES_PORT=str(server.address[1]), ACHILLES_USERNAME=USER,
                           ACHILLES_SECRET_KEY=SECRET)
-        node = Process(tmp_path, "node", [*PYTHON, "-m", "achilles.node", "--cpu-count", "2"], env)
+        node = Process(tmp_path, "node", [*PYTHON, "-m", "achilles.node", "--cpu-count", "2", *NODE_OPTIONS], env)
         try:
             for _ in range(100):
                 assert pool.map(lambda x: len(data) + x, range(8)) == [*range(len(data), len(data) + 8)]

@@ -111,6 +111,7 @@ def worker_receiving(bench: Bench) -> None:
     """
     cluster = bench.cluster(1)
     (node,) = cluster.nodes
+    assert bench.call(cluster, "map", length, [b""]).result() == {0: 0}  # so the worker has started
     (victim,) = node.workers(1)
     tree.kill(victim, signal.SIGSTOP)
     call = bench.call(cluster, "map", length, [b"x" * (4 << 20)] * 5)
