@@ -306,7 +306,7 @@ def test_what_a_dead_worker_had_is_returned_if_it_is_short(loop: Any) -> None:
 def test_what_waits_behind_a_slow_slice_is_shared(loop: Any, monkeypatch: Any, text: str) -> None:
     """It goes to the server, which knows who is idle, or, where it is large, to the next worker here."""
     monkeypatch.setattr(module.process_of_worker, "LATE_NS", 20_000_000)
-    monkeypatch.setattr(module, "MAX_SHORT_BYTES", 200_000)
+    monkeypatch.setattr(module, "MAX_SHORT_BYTES", 35_000)  # less than one large slice, more than 13 others
     it = loop(2)
     it.declare(sleep_beside)
     it.add(*([(0, text)] for n in range(50)))
