@@ -20,6 +20,7 @@ from faults.bench import Bench as FaultBench
 from faults.bench import Call, Skipped
 
 import achilles
+from achilles.protocol.channel import PYTHON
 
 from . import raw
 
@@ -29,7 +30,7 @@ T = TypeVar("T")
 USER_BYTES = USER.encode()
 KEY = raw.derive(USER_BYTES, SECRET)
 WRONG = raw.derive(USER_BYTES, "another secret, long too")
-HELLO = {"python": "3.11", "version": achilles.__version__, "cpu_count": 0, "pid": 4711}
+HELLO = {"python": PYTHON, "version": achilles.__version__, "cpu_count": 0, "pid": 4711}
 WHO = {
     "port": "reaches the port", "listens": "listens on the network", "path": "sits on the path",
     "secret": "has the secret", "node": "owns a node", "server": "owns the server",
