@@ -73,7 +73,12 @@ class NoNodesError(AchillesError, TimeoutError):
 
 
 class DumpError(AchillesError, TypeError):
-    """A function or an argument cannot be turned into bytes; ``__cause__`` is the dumper's own error."""
+    """A function or an argument cannot be turned into bytes; ``__cause__`` is the dumper's own error.
+
+    :ivar where: the global, default, variable or attribute that holds what cannot; "" if it is the thing itself.
+    """
+
+    where: str = ""
 
 
 class LetterTooLarge(AchillesError, ValueError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -99,6 +101,9 @@ def free_port() -> int:
 @pytest.fixture
 def no_leftovers() -> Iterator[None]:
     """After the test there is no thread, descriptor or child process that was not there before it."""
+    if multiprocessing.get_context().get_start_method() == "forkserver":  # the default since Python 3.14
+        multiprocessing.resource_tracker.ensure_running()  # both are started once, and stay
+        multiprocessing.forkserver.ensure_running()
     threads, open_before, processes = set(threading.enumerate()), descriptors(), children()
 
     def left() -> list[object]:

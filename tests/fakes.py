@@ -9,7 +9,7 @@ from typing import Any
 
 from achilles.config import Secret, Settings
 from achilles.controller import connection
-from achilles.objects import letters
+from achilles.objects import letters, outcomes
 from achilles.protocol import auth, channel
 from achilles.protocol.frames import ASKED, Frame, Kind, Rows, Status
 from achilles.server.listen import Server
@@ -122,7 +122,7 @@ class Node:
                         results[place] = callback(func(argument)) if callback else func(argument)
                     except Exception as e:
                         errors[place] = e
-            raised, parts = letters.dump_outcomes(context, results, errors)
+            raised, parts = outcomes.dump_outcomes(context, results, errors)
             answer = [b"".join(parts)]
             status = Status.RAISED if raised else Status.VALUES
             self.link.send(Kind.RESULT, Rows.single(

@@ -28,15 +28,13 @@ LONGEST_MODULE_LINES = 330
 # Longer ones, up to so many lines, and why each is one module all the same.
 LONG_MODULES = {
     "protocol.frames": (540, "the protocol in one place: a third of it is the tables of PROTOCOL.md"),
-    "objects.byvalue": (520, "what travels by value, for every kind of object that has a case"),
     "config": (550, "each way to a setting, each with a message of its own"),
-    "objects.letters": (600, "dumping and loading are read side by side"),
     "server.scheduler": (600, "one state machine, whose invariants span all of it"),
     "protocol.channel": (540, "the handshake and the two ways to drive a connection"),
-    "node.worker": (545, "all that runs in a worker's process, or in one that is somebody else's"),
+    "node.worker": (552, "all that runs in a worker's process, or in one that is somebody else's"),
     "node.workers": (560, "the life of a worker, seen from its node: start, feed, watch, end"),
     "node.loop": (340, "one loop, and the reasons to leave it"),
-    "controller.feeder": (420, "one thread, and all that may keep it waiting"),
+    "controller.feeder": (422, "one thread, and all that may keep it waiting"),
     "controller.job": (635, "one job in its controller: cut, send, collect"),
     "server.exchange": (345, "every frame's way to an event, and every action's to a frame"),
     "controller.connection": (445, "a connection, what it declares again, and how it is lost"),
@@ -48,8 +46,10 @@ LONG_MODULES = {
 THIN_MODULES = {"dropin.joblib_backend": 60, "dropin.engine": 100}  # others' interfaces; lines of code are fewer
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 PICKLING = {
-    "objects.letters": "the place for it",
-    "objects.byvalue": "its lower half: what dill is to make of a function or a class; imported by letters alone",
+    "objects.letters": "what a letter is made of",
+    "objects.definitions": "what a letter brings, by C pickle or by dill",
+    "objects.loading": "an Unpickler with makers",
+    "objects.parts": "code objects, by marshal",
 }
 RUNS_TEXT = {"eval", "exec", "compile", "__import__", "run_path", "run_module"}
 PROOFS = ("proof", "proofs", "tag", "tags", "mac")  # names of what must be compared in constant time
@@ -180,8 +180,9 @@ def test_only_payloads_pickle_and_nothing_runs_text(name):
     assert not [call for call in runs if not call.startswith("re.")]
 
 
-def test_byvalue_is_known_to_letters_alone():
-    assert {name for name in SOURCES if "objects.byvalue" in set(own_imports(name))} == {"objects.letters"}
+def test_what_is_below_letters_is_known_in_its_folder_alone():
+    below = {f"objects.{name}" for name in ("names", "parts", "loading", "byvalue", "definitions")}
+    assert {place_of(name) for name in SOURCES if below & set(own_imports(name))} == {"objects"}
 
 
 def test_nothing_happens_at_import():

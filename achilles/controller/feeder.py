@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from ..errors import DumpError, LetterTooLarge
+from ..errors import AchillesError, DumpError, LetterTooLarge
 from ..objects import letters
 from ..protocol.frames import SHORT_LETTER_BYTES, Buffer
 from .results import Window
@@ -401,8 +401,10 @@ def join(parts: Sequence[Buffer]) -> Buffer:
 
 
 def mark(error: BaseException, **attributes: object) -> Any:
-    """Say of an error where it happened, where its class lets us."""
+    """Say of an error where it happened, where its class lets us and has no attribute of this name."""
     for name, value in attributes.items():
+        if hasattr(error, name) and not isinstance(error, AchillesError):
+            continue
         try:
             setattr(error, name, value)
         except (AttributeError, TypeError):

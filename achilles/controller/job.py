@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..errors import LetterAltered, LetterTooLarge, ProtocolError, TaskTimeout, WorkerLost
-from ..objects import letters
+from ..objects import letters, outcomes
 from ..protocol.fields import read_object
 from ..protocol.frames import (
     MAX_LONG_BYTES,
@@ -322,7 +322,7 @@ class Job:
     def _open_answer(self, number: int, answer: Answer, values: list[Any], errors: dict[int, BaseException]) -> None:
         start = len(values)
         for status, _, letter in answer:
-            some, failed = letters.load_outcomes(self.context, letter, status != Status.VALUES)
+            some, failed = outcomes.load_outcomes(self.context, letter, status != Status.VALUES)
             if status == Status.FAILED:
                 raise _explained(failed[0])
             if failed:

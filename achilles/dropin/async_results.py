@@ -33,7 +33,7 @@ from ..controller.connection import Controller
 from ..controller.job import Job
 from ..controller.results import NotYet
 from ..errors import ServerUnreachable
-from ..objects.letters import own_error
+from ..objects.outcomes import own_error
 
 __all__ = ["AsyncResult", "Dispatcher", "PoolIterator", "ResultTimeout", "Taker"]
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS
-from ..objects.letters import own_error
+from ..objects.outcomes import own_error
 from .async_results import Dispatcher, PoolIterator, ResultTimeout, Taker
 from .pool import CLOSE, Pool, _More
 

@@ -32,7 +32,7 @@ from ..controller.feeder import join
 from ..controller.job import SLICE_US, Function, Job
 from ..errors import DumpError
 from ..objects import letters
-from ..objects.letters import own_error
+from ..objects.outcomes import own_error
 from ..protocol.frames import MESSAGE_US
 from .async_results import AsyncResult, Callback, Dispatcher, PoolIterator, Taker
 

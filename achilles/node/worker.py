@@ -46,7 +46,8 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 from ..errors import LetterTooLarge
-from ..objects.letters import Context, dump_outcomes, encoding_error, letter_digest, letter_length, load_slice
+from ..objects.letters import Context, letter_digest, letter_length, load_slice
+from ..objects.outcomes import dump_outcomes, encoding_error
 from ..protocol import frames
 from ..protocol.channel import Channel
 from ..protocol.frames import MAX_ROWS, MAX_SHORT_BYTES, MORE, ROW, SHORT_LETTER_BYTES, U32, Buffer, Kind, Rows, Status
@@ -88,8 +89,8 @@ class Closeable(Protocol):
 class _Context:
     """What one context has in this process, functions by their digests in hex."""
 
-    def __init__(self, node: int | None) -> None:
-        self.payload = Context(caller=False, node=node)
+    def __init__(self, node: int | None, own: bool) -> None:
+        self.payload = Context(caller=False, node=node, own=own)
         self.letters: dict[str, Buffer] = {}  # not loaded yet
         self.loaded: dict[str, Any] = {}
         self.failed: dict[str, Answer] = {}  # could not be loaded, or raised: what every slice is answered
@@ -118,10 +119,14 @@ class Runner:
         position is WHOLE where all are meant, and in a first attempt where a job's arguments are tiny.
     :param letter_limit: bytes of a letter, at most.
     :param node: the node's id, for exceptions to name.
+    :param own: whether the process is ours, so that its ``__main__`` may be the caller's.
     """
 
-    def __init__(self, status: Any, letter_limit: int = frames.LETTER_LIMIT_BYTES, node: int | None = None) -> None:
+    def __init__(
+        self, status: Any, letter_limit: int = frames.LETTER_LIMIT_BYTES, node: int | None = None, own: bool = False
+    ) -> None:
         self._status = status
+        self._own = own
         self._limit = letter_limit
         self._node = node
         self._letters: dict[str, Buffer] = {}  # functions that came and that no JOB has named yet
@@ -141,7 +146,7 @@ class Runner:
     def declare(self, body: dict[str, Any]) -> None:
         """JOB."""
         if body["context"] not in self._contexts:
-            self._contexts[body["context"]] = _Context(self._node)
+            self._contexts[body["context"]] = _Context(self._node, self._own)
         context, options = self._contexts[body["context"]], body["options"]
         called = [options.get(name) for name in ("call", "seed", "timeout")]
         self._jobs[body["job"]] = job = WorkerJob(context, body.get("initializer"), body["function"], *called)
@@ -167,6 +172,7 @@ class Runner:
         """Load a job's functions and call its initializer, if not done yet; the answer if it failed."""
         job = self._jobs[number]
         context = job.context
+        context.payload.become_main()
         for digest in job.digests():
             letter = context.letters.pop(digest, None)
             if letter is not None and digest not in context.initialized:
@@ -323,7 +329,7 @@ class Worker:
         self._channel = Channel(sock, "NW", letter_limit=letter_limit)
         self._channel.name = f"worker {os.getpid()}"
         self._status = memoryview(status).cast("B").cast("q")  # written at half the cost of a ctypes array
-        self._runner = Runner(self._status, letter_limit, node)
+        self._runner = Runner(self._status, letter_limit, node, own=True)
         self._handlers: dict[Kind, Callable[[Any], object]] = {
             Kind.FUNCTION: self._keep, Kind.JOB: self._runner.declare, Kind.TASK: self._run,
             Kind.END: lambda body: self._runner.end(body["job"]),

@@ -19,7 +19,7 @@ from typing import Any
 from faults.work import echo
 
 from achilles import LetterAltered
-from achilles.objects import letters
+from achilles.objects import letters, outcomes
 
 from . import raw
 from .bench import KEY, Bench, attack
@@ -31,7 +31,7 @@ LINKS = [(at_node, way) for at_node in (False, True) for way in (raw.UP, raw.DOW
 TRIED: set[str] = set()  # kinds of bombs that are known to go off
 LOAD = """
 import sys
-from achilles.objects import letters
+from achilles.objects import letters, outcomes
 letter = open(sys.argv[1], "rb").read()
 context = letters.Context(caller=False)
 letters.load_slice(context, letter) if sys.argv[2] == "slice" else context.load(letter)
@@ -58,7 +58,7 @@ def bomb(bench: Bench, what: str, length: int) -> tuple[bytes, Path]:
         if what == "slice":
             return b"".join(letters.dump_slice(context, values))
         if what == "result":
-            return b"".join(letters.dump_outcomes(context, values, {})[1])
+            return b"".join(outcomes.dump_outcomes(context, values, {})[1])
         return b"".join(context.dump(tuple(values)))
 
     pad = length - len(make(folder / "made", length)) + length

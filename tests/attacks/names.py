@@ -19,7 +19,7 @@ from typing import Any
 import achilles
 from achilles import config, console
 from achilles.errors import AchillesError, TaskTimeout, VersionError, WorkerLost
-from achilles.objects import letters
+from achilles.objects import letters, outcomes
 from achilles.server.__main__ import ask_status
 
 from . import raw
@@ -260,7 +260,7 @@ def notes_from_a_node(bench: Bench) -> None:
                 assert not call.ended.wait(0.01), ascii(call.error or call.found)
                 bench.count()
         number, (row,) = take(node, 1)  # the caller has connected anew, and sent its job again
-        _, parts = letters.dump_outcomes(letters.Context(caller=False), [7], {})
+        _, parts = outcomes.dump_outcomes(letters.Context(caller=False), [7], {})
         node.send("RESULT", rows=[row._replace(status=0, letter=b"".join(parts))], job=number)
         assert call.result(30) == {0: 7}
     cluster.check_alive()

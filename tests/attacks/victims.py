@@ -25,7 +25,7 @@ from faults.oracle import Oracle
 from faults.work import Work
 
 import achilles
-from achilles.objects import letters
+from achilles.objects import letters, outcomes
 
 from . import raw
 from .bench import HELLO, KEY, SECRET, USER, USER_BYTES, Watched
@@ -239,7 +239,7 @@ def session_down(link: raw.Link, answers: Sequence[Sequence[Any]], packets: Sequ
     frames.append(raw.tag(link.keys.data[raw.DOWN], 2, packet))
     link.sequence[raw.DOWN] = 3
     for number, values in enumerate(answers):
-        _, parts = letters.dump_outcomes(letters.Context(caller=False), list(values), {})
+        _, parts = outcomes.dump_outcomes(letters.Context(caller=False), list(values), {})
         frames.append(link.make("RESULT", rows=[Row(number, letter=b"".join(parts))], job=1))
     return frames
 

@@ -14,7 +14,7 @@ from achilles.controller import job as job_module
 from achilles.controller.job import Function, Job
 from achilles.controller.results import NotYet
 from achilles.errors import DumpError, LetterAltered, LetterTooLarge, ProtocolError, TaskTimeout, WorkerLost
-from achilles.objects import letters
+from achilles.objects import letters, outcomes
 from achilles.protocol.frames import MORE, PACKED, Kind, Rows, Status
 
 MOMENT_SECONDS = 0.25  # for what must not happen
@@ -110,7 +110,7 @@ def start():
 
 def values(job, number, results, attempt=0, status=Status.VALUES, errors=None):
     """Answer a slice with these results, as a worker would."""
-    _, parts = letters.dump_outcomes(job.link.context, results, errors or {})
+    _, parts = outcomes.dump_outcomes(job.link.context, results, errors or {})
     letter = b"".join(parts)
     job.answer(number, attempt, Status.RAISED if errors else status, letters.letter_digest([letter]), letter)
 
@@ -512,7 +512,7 @@ def test_parts_are_joined_though_each_comes_in_a_frame_of_its_own(start):
     job = start(range(4), chunksize=4, flat=True)
     job.link.wait_fed(job)
     for status, results in ((Status.VALUES | MORE, [0, 1]), (Status.VALUES, [4, 9])):
-        letter = b"".join(letters.dump_outcomes(job.link.context, results, {})[1])
+        letter = b"".join(outcomes.dump_outcomes(job.link.context, results, {})[1])
         job.answers(Rows.single(1, 0, 0, status, [letter], pace=1))
     assert take_all(job) == [(0, [0, 1, 4, 9], {})]
 
@@ -593,7 +593,7 @@ def test_an_exception_in_a_list_has_the_lists_index(start):
 def test_a_function_that_cannot_be_loaded_fails_the_job(start):
     job = start(range(2), flat=True)
     job.link.wait_fed(job)
-    _, parts = letters.dump_outcomes(job.link.context, [None], {0: ModuleNotFoundError("No module named 'gone'")})
+    _, parts = outcomes.dump_outcomes(job.link.context, [None], {0: ModuleNotFoundError("No module named 'gone'")})
     job.answer(0, 0, Status.FAILED, b"", b"".join(parts))
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'gone' on node .*: install it there"):
         job.take(SECONDS)

@@ -20,7 +20,8 @@ from multiprocess import resource_tracker
 
 from achilles.errors import ConfigurationError
 from achilles.node import loop
-from achilles.objects.letters import Context, dump_slice, letter_digest, load_outcomes
+from achilles.objects.letters import Context, dump_slice, letter_digest
+from achilles.objects.outcomes import load_outcomes
 from achilles.protocol import auth
 from achilles.protocol.channel import PYTHON, Channel, answer_claim, hello
 from achilles.protocol.frames import Kind, Rows, Status, merge

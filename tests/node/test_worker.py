@@ -23,7 +23,8 @@ from multiprocess.sharedctypes import RawArray
 
 from achilles.node import worker
 from achilles.node.worker import CALL, DUMP, FUNCTION, IDLE, LOAD, PHASE, Worker
-from achilles.objects.letters import Context, dump_slice, letter_digest, load_outcomes, with_skips
+from achilles.objects.letters import Context, dump_slice, letter_digest, with_skips
+from achilles.objects.outcomes import load_outcomes
 from achilles.protocol.channel import Channel
 from achilles.protocol.frames import MORE, Kind, Rows, Status, merge
 

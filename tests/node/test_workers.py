@@ -24,7 +24,8 @@ from achilles.errors import ProtocolError
 from achilles.node import workers as module
 from achilles.node.cores import default_start_method, usable_cores
 from achilles.node.workers import Workers
-from achilles.objects.letters import Context, dump_slice, letter_digest, load_outcomes
+from achilles.objects.letters import Context, dump_slice, letter_digest
+from achilles.objects.outcomes import load_outcomes
 from achilles.protocol.frames import ASKED, PACE_SLICES, Kind, Rows, Status, merge
 
 METHODS = multiprocess.get_all_start_methods()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from achilles.errors import DumpError, RemoteError
-from achilles.objects import letters
+from achilles.objects import definitions, letters, outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "payload_cases"
@@ -26,7 +26,7 @@ NOTEBOOK = ("import sys, pathlib; exec(compile(pathlib.Path({path!r}).read_text(
             "{{'__name__': '__main__'}})")
 
 
-def outcomes(mode: str, folder: Path) -> dict[str, str]:
+def table_of(mode: str, folder: Path) -> dict[str, str]:
     """Run the whole table once; the worker's package has another name than the caller's."""
     package = folder / "ventured"
     shutil.copytree(ROOT / "achilles" / "objects", package / "objects", ignore=shutil.ignore_patterns("__pycache__"))
@@ -34,7 +34,7 @@ def outcomes(mode: str, folder: Path) -> dict[str, str]:
     # A letter names the file of its code, and must not name the package: the checkout may have its name.
     path = str(shutil.copy(FOLDER / "cases.py", folder / "table.py"))
     start = [path] if mode == "script" else ["-c", NOTEBOOK.format(path=path)]
-    start += [str(ROOT), str(folder), "ventured", str(FOLDER)]
+    start += ["payload", str(ROOT), str(folder), "ventured", "error", str(FOLDER)]
     run = subprocess.run([sys.executable, "-W", "error", *start],
                          stdout=subprocess.PIPE, timeout=60, check=True)
     return dict(json.loads(run.stdout))
@@ -42,7 +42,7 @@ def outcomes(mode: str, folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session", params=["script", "notebook"])
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return outcomes(request.param, tmp_path_factory.mktemp(request.param))
+    return table_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,16 +101,16 @@ def test_digest_and_length_are_of_the_whole_letter() -> None:
 
 def test_outcomes_without_error_are_the_plain_values() -> None:
     context = letters.Context(caller=False)
-    raised, parts = letters.dump_outcomes(context, [1, 2], {})
+    raised, parts = outcomes.dump_outcomes(context, [1, 2], {})
     assert not raised and parts == context.dump([1, 2])
-    assert letters.load_outcomes(context, joined(parts), raised) == ([1, 2], {})
+    assert outcomes.load_outcomes(context, joined(parts), raised) == ([1, 2], {})
 
 
 def test_outcomes_keep_errors_and_values_apart() -> None:
     context = letters.Context(caller=False)
     values = [array.array("d", [1.0]), None, (x for x in ())]
-    raised, parts = letters.dump_outcomes(context, values, {1: ValueError("no")})
-    kept, errors = letters.load_outcomes(letters.Context(caller=True), joined(parts), raised)
+    raised, parts = outcomes.dump_outcomes(context, values, {1: ValueError("no")})
+    kept, errors = outcomes.load_outcomes(letters.Context(caller=True), joined(parts), raised)
     assert raised and kept == [array.array("d", [1.0]), None, None]
     assert repr(errors[1]) == "ValueError('no')" and "ValueError: no" in str(errors[1].__cause__)
     assert type(errors[2]).__name__ == "MaybeEncodingError" and "generator" in str(errors[2])
@@ -122,8 +122,8 @@ def test_exception_that_loads_as_something_else_is_text() -> None:
             return int, ("5",)
 
     context = letters.Context(caller=False)
-    raised, parts = letters.dump_outcomes(context, [None], {0: Odd("why")})
-    error = letters.load_outcomes(context, joined(parts), raised)[1][0]
+    raised, parts = outcomes.dump_outcomes(context, [None], {0: Odd("why")})
+    error = outcomes.load_outcomes(context, joined(parts), raised)[1][0]
     assert isinstance(error, RemoteError) and "Odd: why" in str(error)
 
 
@@ -141,11 +141,11 @@ def test_import_takes_neither_dill_nor_multiprocess() -> None:
 
 def test_old_dill_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import dill
-    letters._dill_pickler.cache_clear()
+    definitions._dill_pickler.cache_clear()
     monkeypatch.setattr(dill, "__version__", "0.3.9")
     with pytest.raises(RuntimeError, match="0.3.9 is too old: pip install"):
         letters.Context(caller=True).dump({1: 2}.keys())
-    letters._dill_pickler.cache_clear()
+    definitions._dill_pickler.cache_clear()
 
 
 def test_dill_leaves_its_settings_and_c_pickle_alone() -> None:

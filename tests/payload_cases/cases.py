@@ -1,7 +1,6 @@
 """The table of what must survive the way to another process and back.
 
-Run as `python cases.py <root of achilles> <folder> <package>`, or in an exec, as notebooks do. Prints a JSON
-object: for each case "" or what went wrong.
+How it is run, and against what, is peer.py's.
 """
 
 import abc
@@ -10,85 +9,14 @@ import contextlib
 import dataclasses
 import enum
 import functools
-import json
 import math
-import pickle
-import struct
-import subprocess
 import sys
 import threading
-import traceback
 import typing
 import xml.etree.ElementTree
-from pathlib import Path
 
-sys.path.insert(0, sys.argv[1])
-from achilles.objects import letters  # noqa: E402
-
-HERE = Path(sys.argv[4])
-CASES = []
-
-
-class Peer:
-    """A worker process, and this side of its context."""
-
-    def __init__(self):
-        command = [sys.executable, "-W", "error", "-c", (HERE / "worker.py").read_text(), *sys.argv[2:4]]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        cwd=sys.argv[2])
-        self.letters = []
-        self.open("0")
-
-    def open(self, name):
-        self.name, self.context = name, letters.Context(caller=True)
-
-    def bytes_of(self, parts):
-        letter = b"".join(parts)
-        self.letters.append(letter)
-        assert b"achilles" not in letter and letters.__package__.encode() not in letter
-        assert sys.argv[3].encode() not in letter
-        return letter
-
-    def map(self, function, arguments, initializers=(), skip=()):
-        self.context.refresh()
-        start = [(self.bytes_of(self.context.dump(init)), self.bytes_of(self.context.dump(args)))
-                 for init, args in initializers]
-        letter = self.bytes_of(self.context.dump(function))
-        parts = letters.dump_slice(self.context, arguments)
-        if skip:
-            parts = letters.with_skips(parts, skip)
-        request = pickle.dumps((self.name, start, letter, self.bytes_of(parts)))
-        self.process.stdin.write(struct.pack(">Q", len(request)) + request)
-        self.process.stdin.flush()
-        size, = struct.unpack(">Q", self.process.stdout.read(8))
-        reply = pickle.loads(self.process.stdout.read(size))
-        if isinstance(reply, Exception):
-            raise reply
-        raised, answer = reply
-        assert b"achilles" not in answer and sys.argv[3].encode() not in answer
-        values, errors = letters.load_outcomes(self.context, bytearray(answer), raised)
-        for position, error in errors.items():
-            values[position] = error
-        return values
-
-
-def case(name, arguments, check):
-    """A function, its arguments, what must be true of the results."""
-    def add(function):
-        def run(peer):
-            results = peer.map(function, arguments)
-            assert check(*results), results
-        CASES.append((name, run))
-        return function
-    return add
-
-
-def program(name):
-    """A case that drives the peer by itself."""
-    def add(function):
-        CASES.append((name, function))
-        return function
-    return add
+sys.path.insert(0, sys.argv[-1])
+from peer import HERE, case, letters, main, program  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -799,20 +727,5 @@ def named(peer):
         deep = deep.pop()
 
 
-def main():
-    sys.path.insert(0, str(HERE / "caller_only"))
-    peer, outcome = Peer(), {}
-    for number, (name, run) in enumerate(CASES):
-        peer.open(str(number))
-        try:
-            run(peer)
-            outcome[name] = ""
-        except BaseException:
-            outcome[name] = traceback.format_exc()
-    peer.process.stdin.close()
-    peer.process.stdout.close()
-    peer.process.wait(10)
-    print(json.dumps(outcome))
-
-
+sys.path.insert(0, str(HERE / "caller_only"))
 main()

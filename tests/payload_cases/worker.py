@@ -1,7 +1,8 @@
 """The other process: loads, calls, dumps. Its package has another name, and it cannot see the cases.
 
-Run as `python -c <this text> <folder> <package>`. Reads pickled requests (context, initializer letters,
-function letter, slice letter) with a length of 8 bytes in front, and answers (raised, letter).
+Run as `python -c <this text> <folder> <package> <its module of letters> <its module of outcomes>`. Reads pickled
+requests (context, initializer letters, function letter, slice letter) with a length of 8 bytes in front, and
+answers (raised, letter).
 """
 
 import importlib
@@ -10,7 +11,7 @@ import struct
 import sys
 
 sys.path[:] = [sys.argv[1], *(path for path in sys.path if path)]
-letters = importlib.import_module(sys.argv[2] + ".objects.letters")
+letters, outcomes = (importlib.import_module(f"{sys.argv[2]}.{name}") for name in sys.argv[3:5])
 contexts, functions = {}, {}
 
 
@@ -30,7 +31,7 @@ def answer(name, initializers, function_letter, slice_letter):
             values[position] = function(argument)
         except BaseException as error:
             errors[position] = error
-    raised, parts = letters.dump_outcomes(context, values, errors)
+    raised, parts = outcomes.dump_outcomes(context, values, errors)
     return raised, b"".join(parts)
 
 

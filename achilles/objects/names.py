@@ -1,0 +1,226 @@
+"""Names: so that an object, a class, a function or a global is one thing in every letter of a context.
+
+Knows identity and modules. Knows neither pickles nor letters: what refers to what is definitions.py's.
+
+An *entry* is a thing with a token: 16 bytes of the process that named it, and 8 of its number there. That process
+resolves the token to its own thing. The *version* of an entry is a number that changes when its content does.
+
+A *space* is the globals dict of a module that no import gives: ``__main__``, or a module loaded by its path. All
+functions of one space share one dict on the other side.
+
+Threads: the context's lock guards all of this. Limits: no name keeps a thing alive that can be referred to weakly.
+Lists and the like live as long as the global, function or class that holds them. Of the spaces that no function uses,
+those of scripts stay, and the last SPACES_KEPT.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import itertools
+import os
+import sys
+import weakref
+from collections import deque
+from types import CellType, FunctionType, ModuleType
+from typing import Any
+
+__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Key", "Names", "Place", "Slot", "Space",
+           "by_path", "importable", "is_stream", "travels_by_value"]
+
+Key = tuple[bytes, str, int]  # of a space: its process, the name of its module, its number
+Slot = tuple["Space", str]  # a global
+Place = tuple[str, str, str]  # what holds a value: ("global", "log", "work") is the global log of the function work
+
+ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None), type(...), type(NotImplemented)})
+MAINS = ("__main__", "__mp_main__")  # the second is what multiprocessing calls it in a spawned child
+MISSING = object()  # no value, where None is one
+STREAMS = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")  # each process has its own
+SPACES_KEPT = 64
+MODULES_REMEMBERED = 1024
+# Names in a pickle that are not there, or something else, elsewhere. A copy of a connection would close the original.
+UNFOUND = {b"_main__", b"multiprocessing.connection", b"multiprocess.connection"}
+
+
+class Entry:
+    """One thing with a token.
+
+    :ivar named: whether letters say the token. A function that is no global is made anew by each letter, and so are
+        lists that it alone holds: the letter is the same then, however often the function is made.
+    :ivar version: of the content here; `digest`: of the content as it was dumped last.
+    :ivar holds: what must live as long as this entry.
+    :ivar came: the attributes of a class as they came by letter.
+    :ivar place: where the thing was found, for errors.
+    """
+
+    def __init__(self, names: Names, token: bytes, thing: Any) -> None:
+        self.names, self.token = names, token
+        self.key = id(thing)
+        self.is_value = not isinstance(thing, (type, FunctionType, CellType))
+        try:
+            self._ref: Any = weakref.ref(thing, functools.partial(names.owned.pop, self.key))
+        except TypeError:
+            self._ref = lambda: thing
+        self.is_weak = isinstance(self._ref, weakref.ref)
+        self.named = self.is_weak and not isinstance(thing, FunctionType)
+        self.version, self.digest = 0, b""
+        self.holds: list[Any] = []
+        self.came: dict[str, Any] = {}
+        self.place: Place | None = None
+
+    @property
+    def thing(self) -> Any:
+        """The thing; None if it has ended."""
+        return self._ref()
+
+    @property
+    def label(self) -> tuple[bytes, int]:
+        """The token and the version that a letter says."""
+        return (self.token, self.version) if self.named else (b"", 0)
+
+    def __del__(self) -> None:
+        if self.names.pids.get(self.key) == self.token:  # else another thing is at this address
+            del self.names.pids[self.key]
+
+
+class Space:
+    """One globals dict.
+
+    :ivar module: what has the dict, if it was made here.
+    :ivar came: the version of each global that came by letter, and what must live as long as the global.
+    :ivar sent: each global as it was dumped last: its value or entry, the version of the entry, and its own version.
+    """
+
+    def __init__(self, key: Key, names: dict[str, Any] | None = None) -> None:
+        self.key = key
+        self.module: ModuleType | None = None
+        if names is None:
+            self.module = _Main(key[1]) if key[1] in MAINS else ModuleType(key[1])
+            names = vars(self.module)
+            names["__builtins__"] = builtins
+        self.names = names
+        self.came: dict[str, tuple[int, Any]] = {}
+        self.sent: dict[str, tuple[Any, int, int]] = {}
+
+    def value(self, name: str) -> Any:
+        """The value of a global. A lazy import (Python 3.15) happens now."""
+        value = self.names[name]
+        return value.resolve() if type(value).__name__ == "lazy_import" else value
+
+    def bring(self, name: str, version: int, value: Any, holds: Any) -> None:
+        """Set a global, unless it came in this version before or running code has set it."""
+        known, _ = self.came.get(name, (version, None))
+        if name not in self.names or known != version:
+            self.names[name] = value
+        self.came[name] = version, holds
+
+
+class _Main(ModuleType):
+    """``__main__`` in a worker. `multiprocessing` starts children from its file, if that is on this machine."""
+
+    __spec__ = property(lambda self: None)
+
+    @property
+    def __file__(self) -> str:  # type: ignore[override]
+        path = str(vars(self)["__file__"])
+        if not os.path.exists(path):
+            raise AttributeError("the file of the caller's script is not on this machine")
+        return path
+
+
+class Names:
+    """The entries and spaces of one context.
+
+    :ivar pids: the token of each entry by the id of its thing, where picklers look for each object.
+    :ivar owned: entries that live as long as their things, by the ids of these.
+    :ivar scripts: the spaces of scripts and notebooks, the first one first.
+    """
+
+    def __init__(self) -> None:
+        self.process = os.urandom(16)
+        self.numbers = itertools.count(1)  # of tokens, spaces and versions alike
+        self.pids: dict[int, str | bytes] = {}
+        self.owned: dict[int, Entry] = {}
+        self.scripts: list[Space] = []
+        self._entries: weakref.WeakValueDictionary[Any, Entry] = weakref.WeakValueDictionary()
+        self._spaces: weakref.WeakValueDictionary[Any, Space] = weakref.WeakValueDictionary()  # by key, and by id
+        self._recent: deque[Space] = deque(maxlen=SPACES_KEPT)
+
+    def of_token(self, token: Any) -> Entry | None:
+        """The entry of a token, if its thing is here."""
+        entry = self._entries.get(token)
+        return None if entry is None or entry.thing is None else entry
+
+    def find(self, thing: Any) -> Entry | None:
+        """The entry of a thing, if it has one."""
+        entry = self._entries.get(self.pids.get(id(thing)))
+        return entry if entry is not None and entry.thing is thing else None
+
+    def name(self, thing: Any, token: bytes = b"") -> Entry:
+        """The entry of a thing, made at need.
+
+        :param token: under which the thing came by letter.
+        """
+        entry = self.find(thing)
+        if entry is None:
+            entry = Entry(self, token or self.process + next(self.numbers).to_bytes(8, "big"), thing)
+            self.pids[entry.key], self._entries[entry.token] = entry.token, entry
+            if entry.is_weak:
+                self.owned[entry.key] = entry
+        return entry
+
+    def space_of(self, names: dict[str, Any]) -> Space | str:
+        """The space of a globals dict; the name of its module, where an import gives it."""
+        space = self._spaces.get(id(names))
+        if space is None or space.names is not names:
+            name = str(names.get("__name__") or MAINS[0])
+            if name not in MAINS and importable(name) and getattr(sys.modules[name], "__dict__", None) is names:
+                return name
+            space = self._add(Space((self.process, name, next(self.numbers)), names))
+        return space
+
+    def space(self, key: Key) -> Space:
+        """The space of a key, made at need."""
+        return self._spaces.get(key) or self._add(Space(key))
+
+    def _add(self, space: Space) -> Space:
+        self._spaces[space.key] = self._spaces[id(space.names)] = space
+        (self.scripts if space.key[1] in MAINS else self._recent).append(space)
+        return space
+
+
+def importable(name: str) -> bool:
+    """Whether an import gives this module, and not only `sys.modules`, where a file can be put under any name."""
+    return name in sys.modules and _found(name)
+
+
+@functools.lru_cache(MODULES_REMEMBERED)
+def _found(name: str) -> bool:
+    spec = getattr(sys.modules[name], "__spec__", None)
+    if "." in name or spec is None or not spec.has_location:
+        return True
+    finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
+    if any(find and find(name, None) for find in finders):
+        return True
+    UNFOUND.add(name.encode())
+    return False
+
+
+def travels_by_value(thing: Any) -> bool:
+    """Whether an import on another machine would not find this function, class or cache."""
+    module = getattr(thing, "__module__", None)
+    if module is None or module in MAINS or not importable(module):
+        return True
+    return by_path(sys.modules[module], thing.__qualname__) is not thing
+
+
+def is_stream(thing: Any) -> bool:
+    """Whether this is a stream of the process, by identity."""
+    return any(thing is getattr(sys, name, None) for name in STREAMS)
+
+
+def by_path(found: Any, path: str) -> Any:
+    """What a dotted path leads to; MISSING where it leads nowhere."""
+    for name in path.split("."):
+        found = getattr(found, name, MISSING)
+    return found

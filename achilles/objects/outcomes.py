@@ -1,0 +1,105 @@
+"""What a chunk of arguments gave, as a letter: values, and exceptions with their tracebacks.
+
+Knows letters. Knows nothing of jobs and frames: which status an answer has is told by the caller. Any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import traceback
+from typing import Any
+
+from ..errors import DumpError, RemoteError, TaskError, VersionError
+from .letters import Buffer, Context, text_of
+
+__all__ = ["dump_outcomes", "encoding_error", "load_outcomes", "own_error"]
+
+
+def dump_outcomes(context: Context, values: list[Any],
+                  errors: dict[int, BaseException]) -> tuple[bool, list[Buffer]]:
+    """Turn what a slice gave into a letter, in the worker; never raises for what the user returned.
+
+    :param values: one a position; what stands where there is an error is ignored.
+    :param errors: exceptions by position. One that cannot be rebuilt travels as text.
+    :returns: whether there is any error, and the letter. A value that cannot be dumped becomes a
+        `multiprocessing.pool.MaybeEncodingError` at its position.
+    """
+    if not errors:
+        try:
+            return False, context.dump(values)
+        except (DumpError, VersionError):
+            pass
+    entries = {position: _error_entry(context, error) for position, error in errors.items()}
+    kept: list[Any] = []
+    for position, value in enumerate(values):
+        try:
+            kept.append(None if position in entries else b"".join(context.dump(value)))
+        except (DumpError, VersionError) as error:
+            letter, text, _ = _error_entry(context, encoding_error(own_error(error), value))
+            entries[position] = letter, text, ""  # of no code of the user's
+            kept.append(None)
+    return True, context.dump([kept, entries, context.node])
+
+
+def load_outcomes(context: Context, letter: Buffer,
+                  raised: bool) -> tuple[list[Any], dict[int, BaseException]]:
+    """The values of a slice and its exceptions by position, in the caller.
+
+    Each exception has the remote traceback, a `multiprocessing.pool.RemoteTraceback`, as `__cause__`, and
+    the node's id as `node`; one that cannot be rebuilt here is a `RemoteError` with its text.
+    """
+    loaded = context.load(letter)
+    if not raised:
+        return loaded, {}
+    kept, entries, node = loaded
+    values = [None if each is None else context.load(bytearray(each)) for each in kept]
+    return values, {position: _error_of(context, node, *entry) for position, entry in entries.items()}
+
+
+def encoding_error(error: BaseException, value: Any) -> BaseException:
+    """`multiprocessing.pool.MaybeEncodingError` of a value that cannot travel, with a short repr."""
+    made: BaseException = importlib.import_module("multiprocessing.pool").MaybeEncodingError(error, None)
+    made.value = text = text_of(value)  # type: ignore[attr-defined]
+    made.args = (repr(error), text)
+    return made
+
+
+def own_error(error: Any) -> Any:
+    """What `multiprocessing` would raise of something that cannot be dumped: pickle's own error, unless ours says where
+    in it the thing is."""
+    if not isinstance(error, DumpError) or error.where or error.__cause__ is None:
+        return error
+    return error.__cause__.__cause__ or error.__cause__  # the first is that of C pickle, before dill tried
+
+
+def _error_entry(context: Context, error: BaseException) -> tuple[bytes | None, str, str]:
+    """An exception as it travels: its letter, if that gives an exception again, its text, its traceback."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    letter: bytes | None = None
+    try:
+        letter = b"".join(context._dump(error, b"", None, plain=False))
+        if not isinstance(context.load(letter), BaseException):
+            letter = None
+    except Exception:
+        letter = None
+    return letter, f"{type(error).__qualname__}: {text_of(error, str)}", text
+
+
+def _error_of(
+    context: Context, node: int | None, letter: bytes | None, text: str, remote_traceback: str
+) -> BaseException:
+    error: BaseException = RemoteError(text)
+    try:
+        loaded = context.load(letter) if letter is not None else None
+        error = loaded if isinstance(loaded, BaseException) else error
+    except Exception:
+        pass  # a module or class that only the node has: the text stands
+    if remote_traceback:
+        error.__cause__ = importlib.import_module("multiprocessing.pool").RemoteTraceback(remote_traceback)
+    if isinstance(error, TaskError) or not hasattr(error, "node"):
+        with contextlib.suppress(AttributeError, TypeError):  # a class that has no room for it
+            error.node = node  # type: ignore[attr-defined]
+    return error
+
+

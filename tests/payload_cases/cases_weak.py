@@ -1,0 +1,90 @@
+"""Weak references: alive where what they refer to travels along, never silently dead."""
+
+import sys
+import weakref
+
+sys.path.insert(0, sys.argv[-1])
+from peer import expect, main, program, refused  # noqa: E402
+
+
+class Thing:
+    pass
+
+
+thing, others = Thing(), [Thing()]
+weak, proxy, dead_there = weakref.ref(thing), weakref.proxy(thing), weakref.ref(others[0])
+
+
+def live(x):
+    return weak() is thing, proxy.__class__ is Thing
+
+
+class Node:
+    def __init__(self, parent=None):
+        self.parent = parent and weakref.ref(parent)
+        self.children = []
+
+
+TREE = Node()
+TREE.children.append(Node(TREE))
+
+
+def climb(x):
+    return TREE.children[0].parent() is TREE
+
+
+keyed = weakref.WeakKeyDictionary({thing: 1})
+several = weakref.WeakSet([thing])
+valued = weakref.WeakValueDictionary({"k": thing})
+
+
+def counts(x):
+    return len(keyed), len(several), thing in keyed, thing in several
+
+
+def value(x):
+    return valued["k"] is thing
+
+
+def alone(x):
+    return len(keyed), len(several)
+
+
+@program("a weak reference of what travels along")
+def weaks(peer):
+    expect(peer.map(live, [1]), [(True, True)])
+    expect(peer.map(climb, [1]), [True])
+
+
+@program("weak containers of what travels along")
+def weak_containers(peer):
+    expect(peer.map(counts, [1]), [(1, 1, True, True)])
+    expect(peer.map(value, [1]), [True])
+
+
+@program("weak containers of what nothing else in the letter holds")
+def weak_containers_alone(peer):
+    expect(peer.map(alone, [1]), [(1, 1)])
+
+
+def calls(x):
+    return type(dead_there()).__name__ if x else None
+
+
+class Holds:
+    def __init__(self, inside):
+        self.inside = inside
+
+
+def work(x):
+    return 1
+
+
+@program("a weak reference of what nothing else holds: alive as a global, refused as an argument",
+         fork="a fork inherits it")
+def dead(peer):
+    expect(peer.map(calls, [1]), ["Thing"])
+    refused(peer, work, Holds(weakref.ref(others[0])), "Holds", "inside")
+
+
+main()
