@@ -33,8 +33,8 @@ from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 from .loading import MAKERS, SENTINEL, Loader
-from .names import MAINS, MISSING, STREAMS, Entry, Names, Slot, by_path, importable, is_stream, travels_by_value
-from .parts import is_c_type, parts_of
+from .names import MAINS, MISSING, STREAMS, Entry, Names, Pid, Slot, by_path, importable, is_stream, travels_by_value
+from .parts import evaluated, is_c_type, parts_of
 
 __all__ = ["DEFINE", "LOOK", "PICKLE", "VALUE", "Reducer", "Step"]
 
@@ -78,7 +78,7 @@ class Reducer:
 
     names: Names
     mode: int
-    pids: dict[int, str | bytes]
+    pids: dict[int, Pid]
     entry: Entry | None
     shared: bool
     roots: list[Any]
@@ -89,10 +89,10 @@ class Reducer:
     begun: dict[int, Any]  # variables of types, of which aliases may name themselves
     carries: Callable[[bytes], bool]
 
-    def persistent_id(self, thing: Any) -> str | bytes | None:
-        """The name of a maker, the token of a value; None for what is dumped here."""
+    def persistent_id(self, thing: Any) -> Pid | None:
+        """The name of a maker, the token of a value, the key of a script's globals; None for what is dumped here."""
         pid = self.pids.get(id(thing))
-        if pid is None or type(pid) is str or self.mode == DEFINE:
+        if type(pid) is not bytes or self.mode == DEFINE:
             return pid
         entry = self.names.find(thing)
         if entry is None or entry is self.entry or not (entry.named and entry.is_value):
@@ -123,7 +123,9 @@ class Reducer:
         by_value = not is_c_type(kind) and travels_by_value(kind)
         if isinstance(thing, BaseException):
             return _exception(thing, by_value)
-        return self._instance(kind, thing) if by_value else NotImplemented
+        # pickle asks an empty instance for `__setstate__`: some `__getattr__` never come to an end then
+        plainly = self.mode != VALUE and _has_own(kind, "__getattr__")
+        return self._instance(kind, thing) if by_value or plainly else NotImplemented
 
     def _instance(self, cls: Any, thing: Any) -> Any:
         """An instance of a class by value."""
@@ -138,7 +140,8 @@ class Reducer:
         reduced = thing.__reduce_ex__(PICKLE)
         if isinstance(reduced, str):
             return self._singleton(thing, reduced, MAKERS["plain"], type(thing))
-        if self.mode == VALUE or _has_own(cls, *STATES):
+        maker = copyreg.__newobj__  # type: ignore[attr-defined]
+        if self.mode == VALUE or reduced[0] is not maker or _has_own(cls, *STATES):
             return reduced
         # As a fork has it: the object itself, of which neither `__new__` nor `__setstate__` knows.
         _, (_, *arguments), state, items, pairs = (*reduced, None, None, None)[:5]
@@ -237,13 +240,13 @@ class Reducer:
         if id(variable) in self.begun:
             raise TypeError(f"cannot pickle the type alias {variable.__name__}, which refers to itself")
         self.begun[id(variable)] = variable
-        options = {name: _evaluated(variable, attribute) for name, attribute in OPTIONS.items()}
+        options = {name: evaluated(variable, attribute) for name, attribute in OPTIONS.items()}
         options = {name: value for name, value in options.items() if value is not None and value is not NO_DEFAULT}
         arguments = getattr(variable, "__constraints__", ())
         if isinstance(variable, typing.NewType):
             arguments = (variable.__supertype__,)
         elif type(variable) is ALIAS:
-            value = _evaluated(variable, "__value__")  # its name stands for a value that cannot be evaluated
+            value = evaluated(variable, "__value__")  # its name stands for a value that cannot be evaluated
             arguments = (typing.ForwardRef(variable.__name__) if value is None else value,)
             options = {"type_params": variable.__type_params__}
         state = None if "type_params" in options else (None, {"__module__": variable.__module__})
@@ -321,10 +324,3 @@ def _exception(error: BaseException, by_value: bool) -> Any:
     names: list[str] = copyreg._slotnames(cls)  # type: ignore[attr-defined]
     slots = {name: getattr(error, name) for name in names if hasattr(error, name)}
     return MAKERS["exception"], (cls, error.args), {**error.__dict__, **slots} or None
-
-
-def _evaluated(variable: Any, attribute: str) -> Any:
-    try:
-        return getattr(variable, attribute, None)
-    except Exception:  # its text names what is not there
-        return None

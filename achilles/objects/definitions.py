@@ -67,6 +67,8 @@ class Dumper(Reducer):
         self.names, self.carries = definitions.names, definitions.carries
         self.mode, self.entry, self.shared = mode, entry, shared
         self.pids = self.names.pids if mode == LOOK or shared else dict(PIDS)
+        if mode == DEFINE:
+            self.pids.update({id(space.names): space.key for space in self.names.scripts})
         self.roots, self.indices, self.refs, self.begun, self.plain, self.fresh = [], {}, [], {}, set(), False
         self.file, self.buffers = io.BytesIO(), Buffers()
         super().__init__(self.file, PICKLE, buffer_callback=self.buffers)  # type: ignore[call-arg]

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from types import CellType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
-from .names import Entry, Key, Names
+from .names import Entry, Key, Names, Pid
 from .parts import builtin_base, is_c_type, make_class, make_members, set_attributes
 
 __all__ = ["MAKERS", "SENTINEL", "Buffer", "Loader", "PIDS"]
@@ -44,11 +44,11 @@ class Loader(pickle.Unpickler):
         self.met: list[Any] = []  # to be held by what is filled next
         self.kept: set[int] = set()  # ids of functions, classes and cells that were here in the same version
 
-    def persistent_load(self, pid: str | bytes) -> Any:
-        """Answer a maker's name with the maker, and a token with its thing."""
+    def persistent_load(self, pid: Pid) -> Any:
+        """Answer a maker's name with the maker, a token with its thing, a key with the globals of a script."""
         if isinstance(pid, str):
             return MAKERS.get(pid) or getattr(self, pid)
-        return self.refer(pid)
+        return self.refer(pid) if isinstance(pid, bytes) else self.names.space(pid).names
 
     def refer(self, token: bytes) -> Any:
         """A thing with a token that is here already."""
@@ -228,7 +228,7 @@ MAKERS: dict[str, Any] = {  # those that need no names
     "method": MethodType,
     "proxy": MappingProxyType,
 }
-PIDS: dict[int, str | bytes] = {
+PIDS: dict[int, Pid] = {
     **{id(maker): name for name, maker in MAKERS.items()},
     **{id(maker): name for name, maker in vars(Loader).items() if isinstance(maker, FunctionType)},
 }

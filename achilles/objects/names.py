@@ -25,10 +25,11 @@ from collections import deque
 from types import CellType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Key", "Names", "Place", "Slot", "Space",
+__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Key", "Names", "Pid", "Place", "Slot", "Space",
            "by_path", "importable", "is_stream", "travels_by_value"]
 
 Key = tuple[bytes, str, int]  # of a space: its process, the name of its module, its number
+Pid = str | bytes | Key  # what a pickle says in place of a maker, a thing with a token, the globals of a script
 Slot = tuple["Space", str]  # a global
 Place = tuple[str, str, str]  # what holds a value: ("global", "log", "work") is the global log of the function work
 
@@ -139,7 +140,7 @@ class Names:
     def __init__(self) -> None:
         self.process = os.urandom(16)
         self.numbers = itertools.count(1)  # of tokens, spaces and versions alike
-        self.pids: dict[int, str | bytes] = {}
+        self.pids: dict[int, Pid] = {}
         self.owned: dict[int, Entry] = {}
         self.scripts: list[Space] = []
         self._entries: weakref.WeakValueDictionary[Any, Entry] = weakref.WeakValueDictionary()
@@ -185,7 +186,11 @@ class Names:
 
     def _add(self, space: Space) -> Space:
         self._spaces[space.key] = self._spaces[id(space.names)] = space
-        (self.scripts if space.key[1] in MAINS else self._recent).append(space)
+        if space.key[1] in MAINS:
+            self.scripts.append(space)
+            self.pids[id(space.names)] = space.key
+        else:
+            self._recent.append(space)
         return space
 
 

@@ -29,7 +29,7 @@ from typing import Any, cast
 
 from .names import ATOMS, MISSING, Entry, Names, Slot, Space, by_path
 
-__all__ = ["Parts", "builtin_base", "is_c_type", "is_global", "make_class", "make_members", "needs_of", "parts_of",
+__all__ = ["Parts", "builtin_base", "evaluated", "is_c_type", "is_global", "make_class", "make_members", "needs_of", "parts_of",
            "set_attributes"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
@@ -191,6 +191,15 @@ def is_global(function: FunctionType) -> bool:
     first, _, rest = function.__qualname__.partition(".")
     found = function.__globals__.get(first, MISSING)
     return (by_path(found, rest) if rest else found) is function
+
+
+def evaluated(variable: Any, attribute: str) -> Any:
+    """An attribute of a type variable or alias; None where its text names what is not there."""
+    try:
+        return getattr(variable, attribute, None)
+    except Exception:
+        return None
+
 
 
 def needs_of(function: FunctionType, space: Space | str) -> list[Slot | str]:
