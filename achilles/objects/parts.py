@@ -29,8 +29,8 @@ from typing import Any, cast
 
 from .names import ATOMS, MISSING, Entry, Names, Slot, Space, by_path
 
-__all__ = ["Parts", "builtin_base", "evaluated", "is_c_type", "is_global", "make_class", "make_members", "needs_of", "parts_of",
-           "set_attributes"]
+__all__ = ["Parts", "builtin_base", "evaluated", "is_c_type", "is_global", "make_class", "make_members", "needs_of",
+           "parts_of", "set_attributes"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
