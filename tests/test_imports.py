@@ -47,7 +47,8 @@ THIN_MODULES = {"dropin.joblib_backend": 60, "dropin.engine": 100}  # others' in
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 PICKLING = {
     "objects.letters": "what a letter is made of",
-    "objects.definitions": "what a letter brings, by C pickle or by dill",
+    "objects.looks": "what things refer to, by C pickle or by dill",
+    "objects.definitions": "constants, to compare them",
     "objects.loading": "an Unpickler with makers",
     "objects.parts": "code objects, by marshal",
 }
@@ -181,7 +182,7 @@ def test_only_payloads_pickle_and_nothing_runs_text(name):
 
 
 def test_what_is_below_letters_is_known_in_its_folder_alone():
-    below = {f"objects.{name}" for name in ("names", "parts", "loading", "byvalue", "definitions")}
+    below = {f"objects.{name}" for name in ("names", "parts", "loading", "byvalue", "looks", "definitions")}
     assert {place_of(name) for name in SOURCES if below & set(own_imports(name))} == {"objects"}
 
 

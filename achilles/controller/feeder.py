@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from ..errors import AchillesError, DumpError, LetterTooLarge
+from ..errors import DumpError, LetterTooLarge
 from ..objects import letters
+from ..objects.outcomes import mark
 from ..protocol.frames import SHORT_LETTER_BYTES, Buffer
 from .results import Window
 
@@ -398,18 +399,6 @@ class Feeder:
 def join(parts: Sequence[Buffer]) -> Buffer:
     """One buffer of our own: what the caller does to an array later must not change what was hashed."""
     return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
-
-
-def mark(error: BaseException, **attributes: object) -> Any:
-    """Say of an error where it happened, where its class lets us and has no attribute of this name."""
-    for name, value in attributes.items():
-        if hasattr(error, name) and not isinstance(error, AchillesError):
-            continue
-        try:
-            setattr(error, name, value)
-        except (AttributeError, TypeError):
-            pass
-    return error
 
 
 def _name(number: int, place: int | None) -> str:

@@ -3,16 +3,17 @@
 Knows pickle's hooks and the kinds of things that belong to functions. Knows names.py, parts.py and the makers of
 loading.py. Knows no letters: what a letter brings, in which order, is definitions.py's.
 
-::
+A Reducer dumps in one of three modes. VALUE dumps arguments, results, or a function with its callback. LOOK dumps the
+content of one entry, for its digest. DEFINE dumps the definitions of a letter. In the pickle stands::
 
-    a function, class, cell     VALUE   its place among the letter's roots
-                                LOOK    its token, and it is noted: content is looked at entry by entry
-                                DEFINE  its maker the first time, empty; then pickle's memo
-    a value with a token        its token, where it is not dumped itself
-    a Step                      a call of a maker, in its turn
-    a stream, cache, alias, ... always a call of a maker
+    for a function, class, cell     VALUE   its place among the letter's roots
+                                    LOOK    its token; the entry is noted
+                                    DEFINE  a call of its maker the first time, then pickle's memo
+    for a value with a token        its token, but in its own content
+    for a Step                      a call of a maker
+    for a cache, a variable, ...    a call of a maker, where no import gives it
 
-Threads: a Reducer belongs to one thread, which has the context's lock where it touches names.
+Threads: one thread uses a Reducer. That thread has the context's lock, but in the mode VALUE.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import functools
 import importlib
 import io
 import os
+import struct
 import sys
 import threading
 import types
@@ -33,18 +35,32 @@ from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 from .loading import MAKERS, SENTINEL, Loader
-from .names import MAINS, MISSING, STREAMS, Entry, Names, Pid, Slot, by_path, importable, is_stream, travels_by_value
-from .parts import evaluated, is_c_type, parts_of
+from .names import (
+    MAINS,
+    MISSING,
+    STREAMS,
+    Entry,
+    Names,
+    Pid,
+    Slot,
+    by_path,
+    importable,
+    is_class,
+    is_stream,
+    travels_by_value,
+)
+from .parts import REDUCES, evaluated, exception_parts, has_own, is_c_type, parts_of
 
-__all__ = ["DEFINE", "LOOK", "PICKLE", "VALUE", "Reducer", "Step"]
+__all__ = ["CACHE_TYPE", "DEFINE", "LOOK", "PICKLE", "VALUE", "Reducer", "Step"]
 
 VALUE, LOOK, DEFINE = range(3)  # what a Reducer dumps
 PICKLE = 5  # the protocol: the first with buffers out of band
 CACHE_TYPE = type(functools.lru_cache(lambda: None))
-SHARED_MOST = 100  # instances that an initializer's arguments share with globals; more are copied, as pickle does it
 CONNECTIONS = ("multiprocessing.connection", "multiprocess.connection")
 WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
-REDUCES = ("__reduce__", "__reduce_ex__")
+# Methods that pickle calls for a copy. A fork, whose objects are there already, does not.
+SPECIAL = (*REDUCES, "__new__", "__setstate__", "__setattr__", "__getattr__", "__iter__", "append", "extend", "items",
+           "__setitem__")
 STATES = (*REDUCES, "__getstate__", "__getnewargs__", "__getnewargs_ex__")
 ALIAS: Any = getattr(typing, "TypeAliasType", typing.NewType)  # Python 3.12
 VARIABLES = (typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, typing.NewType, ALIAS)
@@ -70,7 +86,6 @@ class Reducer:
     :ivar mode: VALUE, LOOK or DEFINE.
     :ivar pids: the persistent id of each object that has one, by the object's id.
     :ivar entry: the entry whose content is dumped now.
-    :ivar shared: in VALUE, whether instances of classes by value are one thing over there, not copies.
     :ivar roots: in VALUE, what the letter's definitions must bring; `indices`, where each is, by its id.
     :ivar refs: in LOOK, the entries and globals that the content refers to; `fresh` if a value got its token just now.
     :ivar carries: whether a letter brings what a process has made.
@@ -80,7 +95,6 @@ class Reducer:
     mode: int
     pids: dict[int, Pid]
     entry: Entry | None
-    shared: bool
     roots: list[Any]
     indices: dict[int, int]
     refs: list[Entry | Slot]
@@ -111,7 +125,7 @@ class Reducer:
         reduce = _REDUCE.get(kind)
         if reduce is not None:
             return reduce(self, thing)
-        if isinstance(thing, type):
+        if is_class(thing):
             return self._class(thing)
         if is_stream(thing):  # a notebook's is no file
             return self._stream(thing)
@@ -122,9 +136,10 @@ class Reducer:
             return next((name for name, mark in marks.items() if mark is thing), NotImplemented)
         by_value = not is_c_type(kind) and travels_by_value(kind)
         if isinstance(thing, BaseException):
-            return _exception(thing, by_value)
+            parts = exception_parts(thing, by_value)
+            return NotImplemented if parts is None else (MAKERS["exception"], *parts)
         # pickle asks an empty instance for `__setstate__`: some `__getattr__` never come to an end then
-        plainly = self.mode != VALUE and _has_own(kind, "__getattr__")
+        plainly = self.mode != VALUE and has_own(kind, "__getattr__")
         return self._instance(kind, thing) if by_value or plainly else NotImplemented
 
     def _instance(self, cls: Any, thing: Any) -> Any:
@@ -132,20 +147,21 @@ class Reducer:
         if isinstance(thing, enum.Enum):
             is_named = cls._member_map_.get(thing._name_) is thing
             return (MAKERS["member"], (cls, thing._name_)) if is_named else (cls, (thing._value_,))
-        if self.shared and len(self.roots) < SHARED_MOST:
-            return self._root(thing)
-        if cls in copyreg.dispatch_table or (self.mode == VALUE and not _has_own(cls, *REDUCES)):
+        special = REDUCES if self.mode == VALUE else SPECIAL
+        if cls in copyreg.dispatch_table or not has_own(cls, *special):
             self.plain.add(cls)
             return NotImplemented
         reduced = thing.__reduce_ex__(PICKLE)
         if isinstance(reduced, str):
             return self._singleton(thing, reduced, MAKERS["plain"], type(thing))
         maker = copyreg.__newobj__  # type: ignore[attr-defined]
-        if self.mode == VALUE or reduced[0] is not maker or _has_own(cls, *STATES):
+        if self.mode == VALUE or reduced[0] is not maker or has_own(cls, *STATES):
             return reduced
         # As a fork has it: the object itself, of which neither `__new__` nor `__setstate__` knows.
-        _, (_, *arguments), state, items, pairs = (*reduced, None, None, None)[:5]
-        return MAKERS["plain"], (cls, *arguments), state, items, pairs, MAKERS["fill_plain"]
+        items = list.copy(thing) if issubclass(cls, list) else []
+        pairs = dict.copy(thing) if issubclass(cls, dict) else {}
+        content = reduced[2] if len(reduced) > 2 else None, items, pairs
+        return MAKERS["plain"], (cls, *reduced[1][1:]), content, None, None, MAKERS["fill_plain"]
 
     def _singleton(self, thing: Any, name: str, maker: Any, *arguments: Any) -> Any:
         """A thing that pickle takes for a global of its module."""
@@ -185,7 +201,7 @@ class Reducer:
         if (reference := self._elsewhere(thing)) is not None:
             return reference
         entry = self.names.name(thing)
-        maker = next(maker for kind, maker in _MAKE.items() if isinstance(thing, kind))
+        maker = _MAKE.get(type(thing), Loader.make_class)
         make, fill = parts_of(self.names, entry)
         if entry.digest or maker is Loader.make_class:
             return maker, (*entry.label, *make)
@@ -205,14 +221,11 @@ class Reducer:
     def _cache(self, cache: Any) -> Any:
         if not travels_by_value(cache):
             return NotImplemented
-        if self.shared:
-            return self._root(cache)
         return MAKERS["cache"], (cache.__wrapped__, cache.cache_parameters()), dict(vars(cache))
 
     def _mark(self, mark: object) -> Any:
         """An `object()`, of which nothing but its identity counts."""
-        copied = self.mode == VALUE and not self.shared
-        return NotImplemented if copied else self._elsewhere(mark) or (object, ())
+        return NotImplemented if self.mode == VALUE else self._elsewhere(mark) or (object, ())
 
     def _module(self, module: ModuleType) -> Any:
         if sys.modules.get(module.__name__) is module and importable(module.__name__):
@@ -258,7 +271,7 @@ class Reducer:
         return (type(alias), (alias.__origin__, alias.__args__)) if by_value else NotImplemented
 
     def _stream(self, stream: Any) -> Any:
-        """A stream of the process by its name; in definitions, a file that is open for reading, as a fork has it."""
+        """A stream of the process goes by its name; in definitions, a file that is open for reading by its path."""
         for name in STREAMS:
             known = getattr(sys, name, None)
             if stream is known:
@@ -269,7 +282,9 @@ class Reducer:
         if self.mode == VALUE or mode not in ("r", "rb") or not isinstance(path, str) or stream.closed:
             return NotImplemented
         options = {} if mode == "rb" else {"encoding": stream.encoding, "errors": stream.errors}
-        return MAKERS["file"], (os.path.abspath(path), mode, stream.tell(), options)
+        status = os.fstat(stream.fileno())
+        place = status.st_dev, status.st_ino
+        return MAKERS["file"], (os.path.abspath(path), place, mode, stream.tell(), options)
 
     def _weak(self, reference: Any) -> Any:
         if self.mode == VALUE:  # it would arrive dead
@@ -284,7 +299,7 @@ class Reducer:
         return Loader.make_weak, (type(collection), content)
 
 
-_MAKE: dict[type, Any] = {FunctionType: Loader.make_function, type: Loader.make_class, CellType: Loader.make_cell}
+_MAKE: dict[type, Any] = {FunctionType: Loader.make_function, CellType: Loader.make_cell}
 _REDUCE: dict[Any, Callable[[Reducer, Any], Any]] = {
     Step: Reducer._step,
     object: Reducer._mark,
@@ -300,6 +315,7 @@ _REDUCE: dict[Any, Callable[[Reducer, Any], Any]] = {
     type(typing.Generic[typing.TypeVar("T")]): Reducer._alias,  # type: ignore[index]
     typing.ForwardRef: lambda _, thing: (typing.ForwardRef, (thing.__forward_arg__,)),
     functools.partialmethod: lambda _, thing: (MAKERS["partialmethod"], (thing.func, thing.args, thing.keywords)),
+    struct.Struct: lambda _, thing: (struct.Struct, (thing.format,)),
     property: lambda _, thing: (property, (thing.fget, thing.fset, thing.fdel, thing.__doc__)),
     staticmethod: lambda _, thing: (staticmethod, (thing.__func__,)),
     classmethod: lambda _, thing: (classmethod, (thing.__func__,)),
@@ -310,17 +326,3 @@ _REDUCE: dict[Any, Callable[[Reducer, Any], Any]] = {
 }
 if SENTINEL is not None:  # dill takes each for a mark of dataclasses
     _REDUCE[SENTINEL] = Reducer._sentinel
-
-
-def _has_own(cls: type, *names: str) -> bool:
-    """Whether a class written in Python has one of these methods, and not only what it inherits from C."""
-    return any(isinstance(getattr(cls, name, None), FunctionType) for name in names)
-
-
-def _exception(error: BaseException, by_value: bool) -> Any:
-    cls = type(error)
-    if _has_own(cls, *REDUCES) or not (by_value or _has_own(cls, "__init__")):
-        return NotImplemented
-    names: list[str] = copyreg._slotnames(cls)  # type: ignore[attr-defined]
-    slots = {name: getattr(error, name) for name in names if hasattr(error, name)}
-    return MAKERS["exception"], (cls, error.args), {**error.__dict__, **slots} or None

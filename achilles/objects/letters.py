@@ -21,8 +21,7 @@ A letter::
     of form 3, behind: the first buffer is a letter of form 2, the definitions
 
 Globals. All functions by value of one module and one context share one globals dict in a worker. A name that running
-code has set there is kept. So is a value that came by letter, while later letters bring the same version of it.
-Another version replaces it.
+code has set there is kept. A global that came by letter is kept until a letter brings another version.
 
 Classes. One class of the caller is one class in a worker, whatever changes in it. An attribute that the caller changes
 is changed there. An attribute that running code has set there is kept. A letter to a worker carries definitions; a
@@ -43,13 +42,15 @@ import pickle
 import struct
 import sys
 import threading
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from ..errors import DumpError, VersionError
 from .byvalue import PICKLE
-from .definitions import Buffers, Definitions
+from .definitions import Definitions
 from .loading import Buffer, Loader
+from .looks import Buffers
 from .names import UNFOUND, Names
 
 __all__ = ["Buffer", "Context", "dump_slice", "letter_digest", "letter_length", "load_slice", "text_of", "with_skips"]
@@ -60,7 +61,10 @@ JOINED_BYTES = 65_536  # a pickle up to this is copied behind its prefix, so tha
 ALIGNMENT_BYTES = 16  # what numpy's vector loops like
 REPR_CHARACTERS = 500  # of a value that could not be dumped
 DEFINITIONS_KEPT = 64  # letters of definitions of one job
-ROOTS_KEPT = 1024  # functions and classes that letters of definitions have brought to a context
+ROOTS_KEPT = 1024  # functions and classes of arguments that live until their results come; nobody else may hold them
+LETTERS_KEPT = 4  # of definitions, which are not loaded again; more, while they have no more bytes than the next says
+LETTER_BYTES_KEPT = 1 << 20
+ROOT_BYTES = 1024  # that a function or class is taken for
 
 OWN_MAIN = sys.modules["__main__"]  # of this process
 
@@ -88,12 +92,14 @@ class Context:
         self._names = Names()
         self._definitions = Definitions(self._names, lambda process: caller or process in (b"", self._names.process))
         self._dumped: dict[tuple[int, ...], tuple[Any, bytes]] = {}  # of this job: roots, and a letter, by their ids
+        self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT)  # those whose results may still come
         self._loaded: dict[bytes, tuple[Any, Any]] = {}  # by digest, the latest last
+        self._sizes: dict[bytes, int] = {}  # of their letters
 
     def refresh(self) -> None:
         """Look anew at classes and globals: to be called when a job begins."""
         with self.lock:
-            self._definitions.refresh()
+            self._definitions.looks.refresh()
             self._dumped.clear()
 
     def become_main(self) -> None:
@@ -155,13 +161,17 @@ class Context:
             whither, remedy = ("to a node", "Send what it is made from and make it in the function")
             if not self._caller:
                 whither, remedy = "back", "Return what it is made from"
-            way, text = self._definitions.way_to(value), text_of(error, str).rstrip(".")
+            way, text = self._definitions.looks.way_to(value), text_of(error, str).rstrip(".")
+            if shared:  # a function stands before its callback, an initializer before its arguments
+                way = way.replace("its [0].", "its .", 1)
             told = DumpError(f"{what or _name_of(value)} cannot be sent {whither}: {way}{text}. {remedy}")
             told.where = getattr(error, "where", "") or (way if "." in way or "'" in way else "")
             raise told from (error.__cause__ if isinstance(error, DumpError) else error)
 
     def _dump_by_value(self, value: Any, prefix: bytes, shared: bool) -> list[Buffer]:
-        dumper = self._definitions.dump_value(value, shared)
+        if shared:
+            self._definitions.share(value)
+        dumper = self._definitions.looks.dump_value(value, shared)
         views = dumper.buffers.views
         if dumper.roots:
             with self.lock:
@@ -180,6 +190,7 @@ class Context:
             if len(self._dumped) >= DEFINITIONS_KEPT:
                 self._dumped.clear()
             self._dumped[key] = roots, b"".join(parts)
+            self._roots.extend(roots)
         return self._dumped[key][1]
 
     def _define(self, letter: memoryview) -> tuple[Any, Any]:
@@ -194,8 +205,10 @@ class Context:
             if self._caller:
                 return found  # what a worker made ends when nobody holds it
             self._loaded[digest] = found
-            while sum(len(roots) for roots, _ in self._loaded.values()) > ROOTS_KEPT:
-                del self._loaded[next(iter(self._loaded))]
+            self._sizes[digest] = len(letter) + ROOT_BYTES * len(found[0])
+            while len(self._loaded) > LETTERS_KEPT and sum(self._sizes.values()) > LETTER_BYTES_KEPT:
+                oldest = next(iter(self._loaded))
+                del self._loaded[oldest], self._sizes[oldest]
             return found
 
 

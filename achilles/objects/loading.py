@@ -1,8 +1,7 @@
 """How functions, classes and values are put together again: the makers that a by-value pickle calls.
 
-Knows names.py and classes.py, and what byvalue.py took apart. A pickle says a maker by its name, a persistent id, never
-by an import path: the package has another name elsewhere. One thread a Loader, which has the context's lock while it
-loads definitions.
+Knows names.py and parts.py. A pickle names a maker by a persistent id, never by an import path: the package has another
+name elsewhere. One thread uses a Loader. That thread has the context's lock while it loads definitions.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import importlib
 import importlib.machinery
 import io
 import marshal
+import os
 import pickle
 import weakref
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from types import CellType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 from .names import Entry, Key, Names, Pid
-from .parts import builtin_base, is_c_type, make_class, make_members, set_attributes
+from .parts import builtin_base, drop_attributes, is_c_type, make_class, make_members, remember, set_attributes
 
 __all__ = ["MAKERS", "SENTINEL", "Buffer", "Loader", "PIDS"]
 
@@ -42,6 +42,7 @@ class Loader(pickle.Unpickler):
         self.roots = list(roots)
         self.alive: list[Entry] = []  # until what holds them is filled
         self.met: list[Any] = []  # to be held by what is filled next
+        self.code: dict[Entry, set[str]] = {}  # the names of functions and constants of each class
         self.kept: set[int] = set()  # ids of functions, classes and cells that were here in the same version
 
     def persistent_load(self, pid: Pid) -> Any:
@@ -79,7 +80,11 @@ class Loader(pickle.Unpickler):
         if isinstance(key, str):
             vars(importlib.import_module(key)).setdefault(name, value)
         else:
-            self.names.space(key).bring(name, version, value, self._met())
+            met = self._met()
+            for each in met:
+                if isinstance(each, Entry):
+                    each.anchor()
+            self.names.space(key).bring(name, version, value, met)
 
     def keep(self, token: bytes, version: int, value: Any) -> Any:
         """A value: the one of this token that is here in this version, or the one that came."""
@@ -96,7 +101,8 @@ class Loader(pickle.Unpickler):
         names = vars(importlib.import_module(key)) if space is None else space.names
         function = FunctionType(marshal.loads(code), names, titles[0], None, cells)
         function.__qualname__, function.__module__, function.__doc__ = titles[1:]
-        return self._named(function, token, version, [space, *map(self.names.find, cells or ())])
+        self._named(function, token, version, [space])
+        return self._held(function, list(map(self.names.find, cells or ())))
 
     def fill_function(self, function: FunctionType, attributes: dict[str, Any], own: dict[str, Any]) -> None:
         """Give a function its attributes."""
@@ -105,7 +111,7 @@ class Loader(pickle.Unpickler):
             for name, value in attributes.items():
                 setattr(function, name, value)
             function.__dict__.update(own)
-            self.names.name(function).holds += met
+            self._held(function, met)
 
     def make_cell(self, token: bytes, version: int) -> Any:
         """An empty cell of a closure."""
@@ -116,7 +122,11 @@ class Loader(pickle.Unpickler):
         met = self._met()
         if id(cell) not in self.kept and contents:
             cell.cell_contents = contents[0]
-            self.names.name(cell).holds = met
+            entry = self.names.name(cell)
+            entry.holds = met
+            for each in met:
+                if isinstance(each, Entry) and entry.owner is not None:
+                    each.belong(entry.owner())
 
     def fill_now(self, thing: Any, fill: tuple[Any, ...]) -> None:
         """Fill a function or cell that no step fills."""
@@ -129,11 +139,13 @@ class Loader(pickle.Unpickler):
             return known
         entry = self.names.of_token(token)
         if entry is None:
-            cls = make_class(meta, name, bases, namespace)
+            cls = make_class(meta, name, bases, {**namespace, **code})
             entry = self.names.name(cls, token)
-            entry.came = dict(vars(cls))
+            entry.came = {name: remember(value) for name, value in vars(cls).items()}
+        else:
+            set_attributes(entry.thing, code, entry.came)
         entry.version = version
-        set_attributes(entry.thing, code, entry.came)
+        self.code[entry] = set(code)
         return entry.thing
 
     def fill_class(self, cls: Any, data: dict[str, Any], registered: list[type]) -> None:
@@ -141,7 +153,10 @@ class Loader(pickle.Unpickler):
         entry, met = self.names.name(cls), self._met()
         if id(cls) not in self.kept:
             set_attributes(cls, data, entry.came)
-            entry.holds = met
+            brought = self.code[entry] | data.keys()
+            drop_attributes(cls, entry.brought - brought, entry.came)
+            entry.brought, entry.holds = brought, []
+            self._held(cls, met)
             for each in registered:
                 cls.register(each)
 
@@ -159,8 +174,16 @@ class Loader(pickle.Unpickler):
         met, self.met = self.met, []
         return met
 
+    def _held(self, owner: Any, entries: list[Any]) -> Any:
+        """Let entries live as long as the function or class that has their things."""
+        self.names.name(owner).holds += entries
+        for each in entries:
+            if isinstance(each, Entry):
+                each.belong(owner)
+        return owner
+
     def _known(self, token: bytes, version: int) -> Any:
-        """The thing that is here in this version; whoever made a thing has it in the right one."""
+        """The thing that is here in this version. The process that made a thing always has the right version."""
         entry = self.names.of_token(token)
         if entry is None or (entry.version != version and token[:16] != self.names.process):
             return None
@@ -196,17 +219,27 @@ def _make_sentinel(name: str, module: str) -> Any:
 
 
 def _fill_plain(thing: Any, state: Any) -> None:
-    """Give an instance its attributes, whatever its class's `__setstate__` and `__setattr__` say."""
+    """Give an instance its attributes and items, whatever methods its class has for that."""
+    state, items, pairs = state
     attributes, slots = state if isinstance(state, tuple) else (state, {})
     if attributes:
         thing.__dict__.update(attributes)
     for name, value in slots.items():
         object.__setattr__(thing, name, value)
+    if items:
+        list.extend(thing, items)
+    if pairs:
+        dict.update(thing, pairs)
 
 
-def _open_file(path: str, mode: str, position: int, options: dict[str, Any]) -> Any:
-    """A file that was open for reading, at its place."""
+def _open_file(path: str, place: tuple[int, int], mode: str, position: int, options: dict[str, Any]) -> Any:
+    """A file that was open for reading, at its place; the very same file, or none."""
     file = open(path, mode, **options)
+    status = os.fstat(file.fileno())
+    if (status.st_dev, status.st_ino) != place:
+        file.close()
+        raise FileNotFoundError(f"{path}, which a global of the script was reading, is another file here. "
+                                "Open it in the function")
     file.seek(position)
     return file
 

@@ -1,4 +1,4 @@
-"""Names: so that an object, a class, a function or a global is one thing in every letter of a context.
+"""Gives tokens to things, so that a thing is one thing in every letter of a context.
 
 Knows identity and modules. Knows neither pickles nor letters: what refers to what is definitions.py's.
 
@@ -8,14 +8,15 @@ resolves the token to its own thing. The *version* of an entry is a number that 
 A *space* is the globals dict of a module that no import gives: ``__main__``, or a module loaded by its path. All
 functions of one space share one dict on the other side.
 
-Threads: the context's lock guards all of this. Limits: no name keeps a thing alive that can be referred to weakly.
-Lists and the like live as long as the global, function or class that holds them. Of the spaces that no function uses,
-those of scripts stay, and the last SPACES_KEPT.
+Threads: the context's lock guards all of this. Limits: an entry holds its thing by a weak reference, where the type
+allows one. A list or cell is looked up in the function or class that has it; a list that a global has is held by its
+entry. Spaces of scripts are kept for ever. Of the other unused spaces the last SPACES_KEPT are kept.
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import itertools
 import os
@@ -26,7 +27,7 @@ from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 __all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Key", "Names", "Pid", "Place", "Slot", "Space",
-           "by_path", "importable", "is_stream", "travels_by_value"]
+           "by_path", "importable", "is_class", "is_stream", "travels_by_value"]
 
 Key = tuple[bytes, str, int]  # of a space: its process, the name of its module, its number
 Pid = str | bytes | Key  # what a pickle says in place of a maker, a thing with a token, the globals of a script
@@ -36,6 +37,7 @@ Place = tuple[str, str, str]  # what holds a value: ("global", "log", "work") is
 ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None), type(...), type(NotImplemented)})
 MAINS = ("__main__", "__mp_main__")  # the second is what multiprocessing calls it in a spawned child
 MISSING = object()  # no value, where None is one
+GLOBAL = object()  # the owner of what a global has
 STREAMS = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")  # each process has its own
 SPACES_KEPT = 64
 MODULES_REMEMBERED = 1024
@@ -46,27 +48,34 @@ UNFOUND = {b"_main__", b"multiprocessing.connection", b"multiprocess.connection"
 class Entry:
     """One thing with a token.
 
-    :ivar named: whether letters say the token. A function that is no global is made anew by each letter, and so are
-        lists that it alone holds: the letter is the same then, however often the function is made.
-    :ivar version: of the content here; `digest`: of the content as it was dumped last.
+    :ivar is_value: whether it is no class, function or cell.
+    :ivar named: whether letters say the token. Letters do not say the token of a function that is no global, nor those
+        of lists that it alone holds. So a lambda that is made again and again has the same letter each time.
+    :ivar version: of the content here; `digest`: of the content as it was dumped last; `state`: that of all
+        that the content holds, too.
+    :ivar known: tokens that stood in the content when the digest was taken.
     :ivar holds: what must live as long as this entry.
-    :ivar came: the attributes of a class as they came by letter.
+    :ivar came: the attributes of a class as they came by letter; `brought`: the names of those that came last.
     :ivar place: where the thing was found, for errors.
     """
 
     def __init__(self, names: Names, token: bytes, thing: Any) -> None:
         self.names, self.token = names, token
         self.key = id(thing)
-        self.is_value = not isinstance(thing, (type, FunctionType, CellType))
+        self.is_value = not (is_class(thing) or type(thing) in (FunctionType, CellType))
         try:
             self._ref: Any = weakref.ref(thing, functools.partial(names.owned.pop, self.key))
         except TypeError:
             self._ref = lambda: thing
         self.is_weak = isinstance(self._ref, weakref.ref)
-        self.named = self.is_weak and not isinstance(thing, FunctionType)
+        self.named = self.is_weak and type(thing) is not FunctionType
         self.version, self.digest = 0, b""
+        self.known: set[bytes] = set()
+        self.owner: Any = None
+        self.state: Any = None
         self.holds: list[Any] = []
         self.came: dict[str, Any] = {}
+        self.brought: set[str] = set()
         self.place: Place | None = None
 
     @property
@@ -78,6 +87,20 @@ class Entry:
     def label(self) -> tuple[bytes, int]:
         """The token and the version that a letter says."""
         return (self.token, self.version) if self.named else (b"", 0)
+
+    def belong(self, owner: Any) -> None:
+        """Hold a list, a cell or the like only as long as the function or class that has it does: it may refer back."""
+        if self.is_weak or owner is None or self.owner is GLOBAL:
+            return
+        search = functools.partial(_search, weakref.ref(owner), self.key)
+        if search() is not None:  # else it is deeper inside
+            self.owner, self._ref = search.args[0], search
+
+    def anchor(self) -> None:
+        """Hold the thing, since a global has it, too."""
+        if not self.is_weak:
+            thing, self.owner = self.thing, GLOBAL
+            self._ref = lambda: thing
 
     def __del__(self) -> None:
         if self.names.pids.get(self.key) == self.token:  # else another thing is at this address
@@ -194,6 +217,25 @@ class Names:
         return space
 
 
+def is_class(thing: Any) -> bool:
+    """Whether this is a class, whatever its `__class__` says."""
+    return issubclass(type(thing), type)
+
+
+def _search(owner: weakref.ref[Any], key: int) -> Any:
+    """Of what a function or class has, the thing with this id; None if it has it no more."""
+    held: Any = owner()
+    if type(held) is not FunctionType:
+        values = [] if held is None else vars(held).values()
+        return next((value for value in values if id(value) == key), None)
+    found = [*(held.__defaults__ or ()), *(held.__kwdefaults__ or {}).values(), *vars(held).values()]
+    for cell in held.__closure__ or ():
+        found.append(cell)
+        with contextlib.suppress(ValueError):  # an empty one
+            found.append(cell.cell_contents)
+    return next((value for value in found if id(value) == key), None)
+
+
 def importable(name: str) -> bool:
     """Whether an import gives this module, and not only `sys.modules`, where a file can be put under any name."""
     return name in sys.modules and _found(name)
@@ -216,7 +258,7 @@ def travels_by_value(thing: Any) -> bool:
     module = getattr(thing, "__module__", None)
     if module is None or module in MAINS or not importable(module):
         return True
-    return by_path(sys.modules[module], thing.__qualname__) is not thing
+    return by_path(sys.modules[module], getattr(thing, "__qualname__", "")) is not thing
 
 
 def is_stream(thing: Any) -> bool:

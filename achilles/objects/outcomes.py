@@ -5,15 +5,14 @@ Knows letters. Knows nothing of jobs and frames: which status an answer has is t
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import traceback
 from typing import Any
 
-from ..errors import DumpError, RemoteError, TaskError, VersionError
+from ..errors import AchillesError, DumpError, RemoteError, VersionError
 from .letters import Buffer, Context, text_of
 
-__all__ = ["dump_outcomes", "encoding_error", "load_outcomes", "own_error"]
+__all__ = ["dump_outcomes", "encoding_error", "load_outcomes", "mark", "own_error"]
 
 
 def dump_outcomes(context: Context, values: list[Any],
@@ -65,6 +64,17 @@ def encoding_error(error: BaseException, value: Any) -> BaseException:
     return made
 
 
+def mark(error: BaseException, **attributes: object) -> Any:
+    """Say of an error where it happened, unless it has attributes of these names itself, or no room for them."""
+    for name, value in attributes.items():
+        try:
+            if isinstance(error, AchillesError) or not hasattr(error, name):
+                setattr(error, name, value)
+        except Exception:  # of a property, for one
+            pass
+    return error
+
+
 def own_error(error: Any) -> Any:
     """What `multiprocessing` would raise of something that cannot be dumped: pickle's own error, unless ours says where
     in it the thing is."""
@@ -97,9 +107,6 @@ def _error_of(
         pass  # a module or class that only the node has: the text stands
     if remote_traceback:
         error.__cause__ = importlib.import_module("multiprocessing.pool").RemoteTraceback(remote_traceback)
-    if isinstance(error, TaskError) or not hasattr(error, "node"):
-        with contextlib.suppress(AttributeError, TypeError):  # a class that has no room for it
-            error.node = node  # type: ignore[attr-defined]
-    return error
+    return mark(error, node=node)  # type: ignore[no-any-return]
 
 

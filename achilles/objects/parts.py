@@ -24,13 +24,14 @@ import importlib.util
 import marshal
 import sys
 import types
+import weakref
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, cast
 
 from .names import ATOMS, MISSING, Entry, Names, Slot, Space, by_path
 
-__all__ = ["Parts", "builtin_base", "evaluated", "is_c_type", "is_global", "make_class", "make_members", "needs_of",
-           "parts_of", "set_attributes"]
+__all__ = ["REDUCES", "Parts", "builtin_base", "drop_attributes", "evaluated", "exception_parts", "has_own",
+           "is_c_type", "is_global", "make_class", "make_members", "needs_of", "parts_of", "remember", "set_attributes"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
@@ -40,7 +41,8 @@ MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself, 
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
     "__annotations_cache__", "_member_map_",
 }
-HOOK = "stop"  # the attribute that ends type.__new__ before any hook
+REDUCES = ("__reduce__", "__reduce_ex__")
+HOOK = "<stop>"  # the attribute that ends type.__new__ before any hook
 
 Parts = tuple[tuple[Any, ...], tuple[Any, ...]]  # what makes a function, class or cell, and what fills it
 Member = tuple[tuple[Any, ...], dict[str, Any]]  # of an enum: arguments of `__new__`, attributes
@@ -86,7 +88,7 @@ def _class_parts(cls: Any) -> Parts:
 
 
 def make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> type:
-    """Make a class. Only a metaclass written in C runs code of its own."""
+    """Make a class with its functions and constants. Only a metaclass written in C runs code of its own."""
     maker = builtin_base(meta)
     if maker is not type:
         return cast(type, maker.__new__(meta, name, bases, namespace))
@@ -103,16 +105,38 @@ def make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[st
     return cast(type, cls)
 
 
+def remember(value: Any) -> Any:
+    """What tells later whether a class still has this value. It keeps nothing alive."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return id(value)
+
+
+def _is_still(own: Any, name: str, came: dict[str, Any]) -> bool:
+    """Whether an attribute is what came last."""
+    now, then = remember(own[name]), came.get(name)
+    return now is then or (type(now) is int and now == then)
+
+
 def set_attributes(cls: type, attributes: dict[str, Any], came: dict[str, Any]) -> None:
     """Set attributes that came by letter, but for those that running code has set since the last ones came.
 
-    :param came: each attribute as it came last, or as the class was made; kept up to date here.
+    :param came: what is remembered of each attribute as it came last; kept up to date here.
     """
     own = vars(cls)
     for name, value in attributes.items():
-        if own.get(name, MISSING) is came.get(name, MISSING):
+        if name not in own or _is_still(own, name, came):
             type.__setattr__(cls, name, value)
-        came[name] = value
+        came[name] = remember(value)
+
+
+def drop_attributes(cls: type, names: set[str], came: dict[str, Any]) -> None:
+    """Take attributes away that came by letter and come no more, but for those that running code has set since."""
+    for name in names:
+        if name in vars(cls) and _is_still(vars(cls), name, came):
+            type.__delattr__(cls, name)
+        came.pop(name, None)
 
 
 def make_members(cls: Any, members: dict[str, Member]) -> dict[str, Any]:
@@ -191,6 +215,23 @@ def is_global(function: FunctionType) -> bool:
     first, _, rest = function.__qualname__.partition(".")
     found = function.__globals__.get(first, MISSING)
     return (by_path(found, rest) if rest else found) is function
+
+
+def has_own(cls: type, *names: str) -> bool:
+    """Whether a class written in Python has one of these methods, and not only what it inherits from C."""
+    return any(isinstance(getattr(cls, name, None), FunctionType) for name in names)
+
+
+def exception_parts(error: BaseException, by_value: bool) -> tuple[Any, Any] | None:
+    """The class and arguments of an exception, and its attributes; None where pickle itself does as well."""
+    cls = type(error)
+    if has_own(cls, *REDUCES) or not (by_value or has_own(cls, "__init__")):
+        return None
+    base: Any = next(c for c in cls.__mro__ if is_c_type(c))
+    _, arguments, *state = base.__reduce__(error)  # such as the file name of an OSError
+    slots: list[str] = copyreg._slotnames(cls)  # type: ignore[attr-defined]
+    attributes = {name: getattr(error, name) for name in slots if hasattr(error, name)}
+    return (cls, arguments), {**(state[0] if state else {}), **attributes} or None
 
 
 def evaluated(variable: Any, attribute: str) -> Any:

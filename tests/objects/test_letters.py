@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from achilles.errors import DumpError, RemoteError
-from achilles.objects import definitions, letters, outcomes
+from achilles.objects import letters, looks, outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "payload_cases"
@@ -141,11 +141,11 @@ def test_import_takes_neither_dill_nor_multiprocess() -> None:
 
 def test_old_dill_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import dill
-    definitions._dill_pickler.cache_clear()
+    looks._dill_pickler.cache_clear()
     monkeypatch.setattr(dill, "__version__", "0.3.9")
     with pytest.raises(RuntimeError, match="0.3.9 is too old: pip install"):
         letters.Context(caller=True).dump({1: 2}.keys())
-    definitions._dill_pickler.cache_clear()
+    looks._dill_pickler.cache_clear()
 
 
 def test_dill_leaves_its_settings_and_c_pickle_alone() -> None:

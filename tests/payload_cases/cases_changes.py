@@ -150,17 +150,50 @@ def kept_changes(peer):
            [(True, 1, 1), (True, 1, 2), (True, 1, 3)])
 
 
-@program("an attribute that is new in the caller", fork=LATER)
+@program("an attribute that is new in the caller, and one that is gone", fork=LATER)
 def comes_and_goes(peer):
     expect(peer.map(has_extra, [Model()]), [False])
     Model.extra = 7
     expect(peer.map(has_extra, [Model()]), [7])
     expect(peer.map(keep_model, [Model()])[0][:2], (True, 1))
     del Model.extra
+    expect(peer.map(has_extra, [Model()]), [False])
 
 
 def has_extra(model):
     return getattr(model, "extra", False)
+
+
+class Holder:
+    table = {"n": 1}
+    inner = [table]
+
+    def read(self, x):
+        return self.table["n"], self.inner[0]["n"], self.inner[0] is self.table
+
+
+BASE = {"n": 1}
+ALIASES = {"base": BASE, "list": [BASE]}
+
+
+def by_default(x, table=BASE):
+    return table["n"], BASE["n"], ALIASES["base"]["n"], ALIASES["base"] is BASE, ALIASES["list"][0]["n"]
+
+
+FUNCTIONS = [by_default]
+
+
+def through(x):
+    return FUNCTIONS[0](x)
+
+
+@program("what the caller changes in place is seen by whatever holds it", fork=LATER)
+def in_place(peer):
+    for n in (1, 2, 3):
+        Holder.table["n"] = BASE["n"] = n
+        expect(peer.map(Holder().read, [0]), [(n, n, True)])
+        expect(peer.map(by_default, [0]), [(n, n, n, True, n)])
+        expect(peer.map(through, [0]), [(n, n, n, True, n)])
 
 
 @program("a method that the caller replaces, with kept instances", fork=LATER)

@@ -68,6 +68,12 @@ program("an initializer's change is seen by a class attribute")(changed(Reader()
 program("an initializer's change is seen by a closure")(changed(read_closure, 7))
 
 
+@program("an initializer fills its own argument, which is a global")
+def own_argument(peer):
+    expect(peer.map(read_same, [1], [(fill, (SETTINGS, 9))]), [(9, 9)])
+    expect(ask(peer, read_default), [9])
+
+
 class State:
     def __init__(self):
         self.values, self.mark = {}, MISSING
@@ -89,6 +95,11 @@ def read_state(x):
 @program("an initializer that is a method of a global")
 def method(peer):
     expect(peer.map(read_state, [1], [(STATE.load, (5,))]), [(5, True)])
+
+
+@program("an initializer that is a dict's method")
+def dict_method(peer):
+    expect(peer.map(read_same, [1], [(SETTINGS.update, ({"k": 2},))]), [(2, 2)])
 
 
 class Counter:
