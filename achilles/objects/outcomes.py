@@ -85,7 +85,10 @@ def own_error(error: Any) -> Any:
 
 def _error_entry(context: Context, error: BaseException) -> tuple[bytes | None, str, str]:
     """An exception as it travels: its letter, if that gives an exception again, its text, its traceback."""
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    try:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception:  # of an attribute that raises
+        text = "".join(traceback.format_tb(error.__traceback__)) + type(error).__qualname__
     letter: bytes | None = None
     try:
         letter = b"".join(context._dump(error, b"", None, plain=False))
