@@ -185,13 +185,20 @@ class Context:
             dumper = self._definitions.dump(roots)
             parts = _letter(BY_VALUE, b"", dumper.file.getbuffer(), dumper.buffers.views)
             if not self._caller:
-                self.refresh()
-                return b"".join(parts)
+                self._definitions.looks.refresh()
+                if any(map(self._is_own, roots)):
+                    return b"".join(parts)  # what is made here may change, and ends when nobody holds it
             if len(self._dumped) >= DEFINITIONS_KEPT:
                 self._dumped.clear()
             self._dumped[key] = roots, b"".join(parts)
-            self._roots.extend(roots)
+            if self._caller:
+                self._roots.extend(roots)
         return self._dumped[key][1]
+
+    def _is_own(self, thing: Any) -> bool:
+        """Whether this process has made a thing, and not only loaded it."""
+        entry = self._names.find(thing)
+        return entry is None or entry.token[:16] == self._names.process
 
     def _define(self, letter: memoryview) -> tuple[Any, Any]:
         """The roots of a letter of definitions; loaded once, as long as it is among the latest."""
@@ -202,7 +209,7 @@ class Context:
                 _, data, buffers = _opened(letter, 0)
                 found = self._definitions.load(data, buffers)
                 self.become_main()
-            if self._caller:
+            if self._caller and not all(map(self._is_own, found[0])):
                 return found  # what a worker made ends when nobody holds it
             self._loaded[digest] = found
             self._sizes[digest] = len(letter) + ROOT_BYTES * len(found[0])
