@@ -50,14 +50,12 @@ class Definitions:
             self.looks.refresh()
         items = self._in_order(roots)
         entries = [item for item in items if isinstance(item, Entry)]
-        for entry in entries:
-            if self.carries(entry.token[:16]):
-                self.looks.settle(entry)
+        self.looks.settle([entry for entry in entries if self.carries(entry.token[:16])])
         spaces: list[Any] = [item[0] for item in items if isinstance(item, tuple)]
         spaces += [self.names.space_of(each.thing.__globals__) for each in entries if type(each.thing) is FunctionType]
         opened = [_opening(space) for space in dict.fromkeys(spaces)
                   if isinstance(space, Space) and self.carries(space.key[0])]
-        steps = [step for item in items for step in self._steps(item)]
+        steps = [step for item in items for step in (*self._members(item), *self._steps(item))]
         return self.looks.dumped(DEFINE, [opened, steps, Step(tuple, (roots,))])
 
     def load(self, data: Buffer, buffers: Iterable[Any]) -> tuple[Any, Any]:
@@ -66,23 +64,25 @@ class Definitions:
         return loader.load()[-1], loader.alive
 
     def share(self, value: Any) -> None:
-        """Give tokens to what a function belongs to, or an initializer gets: a global may be the same thing."""
-        if type(value) is functools.partial:
-            value = value.func, *value.args, *value.keywords.values()
-        for each in value if type(value) is tuple else (value,):
-            if type(each) in (MethodType, BuiltinFunctionType):
-                each = each.__self__
-            if type(each) is tuple:
-                self._share_all(each)
-            elif type(each) in (list, dict, set, CACHE_TYPE) or travels_by_value(type(each)):
-                self._share_all((each,))
+        """Give tokens to what a function belongs to, or an initializer gets: a global may be the same thing.
 
-    def _share_all(self, things: tuple[Any, ...]) -> None:
-        for thing in things:
-            entry = None if is_class(thing) or type(thing) is FunctionType else self.looks.hold(thing, None)
-            if entry is not None:
-                entry.anchor()
-                self._shared.append(entry)
+        :param value: a function with its callback, or an initializer with a tuple of arguments.
+        """
+        pair = value if type(value) is tuple else (value,)
+        is_initializer = len(pair) == 2 and type(pair[1]) is tuple
+        found = [*pair]
+        for each in found:  # grows while it is walked
+            if type(each) is tuple:
+                found += each
+            elif type(each) is functools.partial and is_initializer:
+                found += [each.func, *each.args, *each.keywords.values()]
+            elif type(each) in (MethodType, BuiltinFunctionType):
+                found.append(each.__self__)
+            elif is_initializer or type(each) in (list, dict, set, CACHE_TYPE) or travels_by_value(type(each)):
+                entry = None if is_class(each) or type(each) is FunctionType else self.looks.hold(each, None)
+                if entry is not None:
+                    entry.anchor()
+                    self._shared.append(entry)
 
     def _in_order(self, roots: list[Any]) -> list[Item]:
         """All that these need, and they: each behind what it needs. A class waits for the values that it holds."""
@@ -141,9 +141,13 @@ class Definitions:
             return [Step(Loader.fill_cell, (thing, *fill))]
         if isinstance(thing, FunctionType):
             return [Step(Loader.fill_function, (thing, *fill))] if any(fill) else []
-        members, *data = fill
-        first = [] if members is None else [Step(Loader.fill_members, (thing, members))]
-        return [*first, Step(Loader.fill_class, (thing, *data))]
+        return [Step(Loader.fill_class, (thing, *fill[1:]))]
+
+    def _members(self, item: Item) -> list[Step]:
+        """What makes the members of the enums that this item refers to, or is: a table may have them as keys."""
+        enums = [each for each in (*self._needs(item), item) if isinstance(each, Entry)
+                 and isinstance(each.thing, enum.EnumMeta) and self.carries(each.token[:16])]
+        return [Step(Loader.fill_members, (each.thing, parts_of(self.names, each)[1][0])) for each in enums]
 
     def _bring(self, space: Space, name: str) -> list[Step]:
         value = space.value(name)

@@ -18,7 +18,7 @@ A letter::
     form 1, 2 or 3 | 3 zero | count u32 | length u64    big-endian; 1 plain, 2 by value, 3 by value with definitions
     count lengths u64 | pickle | count buffers          each buffer begins at a multiple of 16 bytes
     of a slice, in front: groups u16 | groups * 16 B    positions to skip, u32, the last ones padded
-    of form 3, behind: the first buffer is a letter of form 2, the definitions
+    of form 3: the first buffer is a letter of form 2, the definitions
 
 Globals. All functions by value of one module and one context share one globals dict in a worker. A name that running
 code has set there is kept. A global that came by letter is kept until a letter brings another version.
@@ -44,6 +44,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 from ..errors import DumpError, VersionError
@@ -62,9 +63,8 @@ ALIGNMENT_BYTES = 16  # what numpy's vector loops like
 REPR_CHARACTERS = 500  # of a value that could not be dumped
 DEFINITIONS_KEPT = 64  # letters of definitions of one job
 ROOTS_KEPT = 1024  # functions and classes of arguments that live until their results come; nobody else may hold them
-LETTERS_KEPT = 4  # of definitions, which are not loaded again; more, while they have no more bytes than the next says
-LETTER_BYTES_KEPT = 1 << 20
-ROOT_BYTES = 1024  # that a function or class is taken for
+LETTERS_KEPT = 4  # of definitions, loaded once; more, while they have no more bytes than the next says
+LETTER_BYTES_KEPT, ROOT_BYTES = 1 << 20, 1024  # a function or class that they bring is taken for so many
 
 OWN_MAIN = sys.modules["__main__"]  # of this process
 
@@ -81,8 +81,8 @@ class Context:
     :param caller: True in the caller, whose letters carry definitions and globals; False in a worker, where what the
         caller made is only named, because the caller has it.
     :param node: of a worker, the id of its node, for its exceptions to name.
-    :param own: whether the process is ours, so that its ``__main__`` may be the caller's script.
-    Any thread may call any method.
+    :param own: whether the process is ours, so that its ``__main__`` may be the caller's script. Any thread may call
+        any method.
     """
 
     def __init__(self, caller: bool, node: int | None = None, own: bool = False) -> None:
@@ -92,7 +92,7 @@ class Context:
         self._names = Names()
         self._definitions = Definitions(self._names, lambda process: caller or process in (b"", self._names.process))
         self._dumped: dict[tuple[int, ...], tuple[Any, bytes]] = {}  # of this job: roots, and a letter, by their ids
-        self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT)  # those whose results may still come
+        self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT if caller else 0)  # those whose results may still come
         self._loaded: dict[bytes, tuple[Any, Any]] = {}  # by digest, the latest last
         self._sizes: dict[bytes, int] = {}  # of their letters
 
@@ -170,12 +170,15 @@ class Context:
 
     def _dump_by_value(self, value: Any, prefix: bytes, shared: bool) -> list[Buffer]:
         if shared:
-            self._definitions.share(value)
+            with self.lock:
+                self._definitions.share(value)
         dumper = self._definitions.looks.dump_value(value, shared)
         views = dumper.buffers.views
         if dumper.roots:
             with self.lock:
                 views = [memoryview(self._defined(dumper.roots)), *views]
+                if not shared:
+                    self._roots.extend(root for root in dumper.roots if isinstance(root, (type, FunctionType)))
         return _letter(DEFINED if dumper.roots else BY_VALUE, prefix, dumper.file.getbuffer(), views)
 
     def _defined(self, roots: list[Any]) -> bytes:
@@ -191,8 +194,6 @@ class Context:
             if len(self._dumped) >= DEFINITIONS_KEPT:
                 self._dumped.clear()
             self._dumped[key] = roots, b"".join(parts)
-            if self._caller:
-                self._roots.extend(roots)
         return self._dumped[key][1]
 
     def _is_own(self, thing: Any) -> bool:

@@ -65,7 +65,7 @@ class Dumper(Reducer):
         self.mode, self.entry = mode, entry
         self.pids = self.names.pids if mode == LOOK or shared else dict(PIDS)
         if only is not None:
-            self.pids = {key: pid for key, pid in self.pids.items() if type(pid) is not bytes or pid in only}
+            self.pids = {key: pid for key, pid in self.pids.copy().items() if type(pid) is not bytes or pid in only}
         if mode == DEFINE:
             self.pids.update({id(space.names): space.key for space in self.names.scripts})
         self.roots, self.indices, self.refs, self.begun, self.plain, self.fresh = [], {}, [], {}, set(), False
@@ -128,19 +128,28 @@ class Looks:
             way, owner, value = way + found[0], value, found[1]
         return f"its {way}, held by an object of type {type(owner).__qualname__}: " if way else ""
 
-    def settle(self, entry: Entry) -> None:
-        """Give an entry another version, if its content or that of what it holds has changed."""
-        state: dict[bytes, bytes] = {}
-        pending = [entry]
+    def settle(self, entries: list[Entry]) -> None:
+        """Give entries other versions, if their content or that of what they hold has changed."""
+        held = {entry: self._held_by(entry) for entry in entries}
+        holders: dict[Entry, list[Entry]] = {}
+        for entry in entries:
+            for each in held[entry]:
+                holders.setdefault(each, []).append(entry)
+        pending = [entry for entry in entries if entry.state != _state(entry, held[entry])]
+        changed: set[Entry] = set()
         while pending:
-            each = pending.pop()
-            if each.token not in state:
-                state[each.token] = each.digest
-                pending += [held for held in self._items.get(each, ()) if isinstance(held, Entry)
-                            and not is_class(held.thing)  # which is changed in its place
-                            and (held.token in each.known or not held.is_value)]
-        if state != entry.state:
-            entry.state, entry.version = state, next(self.names.numbers)
+            entry = pending.pop()
+            if entry not in changed:
+                changed.add(entry)
+                entry.version = next(self.names.numbers)
+                pending += holders.get(entry, ())
+        for entry in entries:
+            entry.state = _state(entry, held[entry])
+
+    def _held_by(self, entry: Entry) -> list[Entry]:
+        """The entries whose content counts as that of this one. A class does not: it is changed in its place."""
+        return [each for each in self._items.get(entry, ()) if isinstance(each, Entry) and not is_class(each.thing)
+                and (each.token in entry.known or not each.is_value)]
 
     def hold(self, value: Any, place: Place | None, is_named: bool = True) -> Entry | None:
         """The entry of a value that something holds; None for what needs no name.
@@ -151,6 +160,8 @@ class Looks:
             if not travels_by_value(value):
                 return None
         elif isinstance(value, (ModuleType, BuiltinFunctionType, enum.Enum)) or is_atomic(value) or is_stream(value):
+            return None
+        elif type(self.names.pids.get(id(value))) is tuple:  # the globals of a script
             return None
         entry = self.names.name(value)
         entry.place = place or entry.place
@@ -260,6 +271,10 @@ class Looks:
             except Exception as second:
                 raise second from error
         return dumper
+
+
+def _state(entry: Entry, held: list[Entry]) -> Any:
+    return entry.digest, {each.token: each.version for each in held}
 
 
 def _digest(dumper: Any) -> bytes:

@@ -72,6 +72,7 @@ class Entry:
         self.version, self.digest = 0, b""
         self.known: set[bytes] = set()
         self.owner: Any = None
+        self.owners: list[weakref.ref[Any]] = []
         self.state: Any = None
         self.holds: list[Any] = []
         self.came: dict[str, Any] = {}
@@ -92,9 +93,11 @@ class Entry:
         """Hold a list, a cell or the like only as long as the function or class that has it does: it may refer back."""
         if self.is_weak or owner is None or self.owner is GLOBAL:
             return
-        search = functools.partial(_search, weakref.ref(owner), self.key)
-        if search() is not None:  # else it is deeper inside
-            self.owner, self._ref = search.args[0], search
+        one = weakref.ref(owner)
+        if _search(one, self.key) is not None:  # else it is deeper inside
+            self.owner = one
+            self.owners = [each for each in self.owners if each() is not None and each() is not owner] + [one]
+            self._ref = functools.partial(_search_all, self.owners, self.key)
 
     def anchor(self) -> None:
         """Hold the thing, since a global has it, too."""
@@ -220,6 +223,11 @@ class Names:
 def is_class(thing: Any) -> bool:
     """Whether this is a class, whatever its `__class__` says."""
     return issubclass(type(thing), type)
+
+
+def _search_all(owners: list[weakref.ref[Any]], key: int) -> Any:
+    found = (_search(owner, key) for owner in owners)
+    return next((thing for thing in found if thing is not None), None)
 
 
 def _search(owner: weakref.ref[Any], key: int) -> Any:

@@ -110,12 +110,14 @@ def remember(value: Any) -> Any:
     try:
         return weakref.ref(value)
     except TypeError:
-        return id(value)
+        return (value,) if type(value) in ATOMS else id(value)
 
 
 def _is_still(own: Any, name: str, came: dict[str, Any]) -> bool:
     """Whether an attribute is what came last."""
     now, then = remember(own[name]), came.get(name)
+    if type(now) is tuple:
+        return type(then) is tuple and now[0] is then[0]
     return now is then or (type(now) is int and now == then)
 
 

@@ -9,6 +9,7 @@ import enum
 import functools
 import struct
 import sys
+import time
 import types
 
 sys.path.insert(0, sys.argv[-1])
@@ -121,6 +122,21 @@ def members(_):
     return DEFAULT.name, BOTH.value
 
 
+class Keyed(enum.Enum):
+    LEFT = 1
+    RIGHT = 2
+
+
+TABLE = {Keyed.LEFT: Keyed.RIGHT}
+Keyed.table = TABLE
+SPACE = globals()
+
+
+@gives("an enum whose table is keyed by its own members, and the globals as a global", 1, (2, True, True))
+def keyed(_):
+    return TABLE[Keyed.LEFT].value, Keyed.table is TABLE, SPACE is globals()
+
+
 @dataclasses.dataclass(slots=True)
 class Interval:
     start: int
@@ -190,6 +206,89 @@ def use_shared(x):
 def later(peer):
     expect(ask(peer, use_cache, use_shared), [2, 1])
     expect(peer.map(use_cache, [2]), [3])
+
+
+class Totals:
+    total = 1.5
+    n = 0
+
+
+def add_twice(_):
+    Totals.total += 1
+    Totals.total += 1
+    return Totals.total
+
+
+@program("a number that the worker changed twice is its own", fork="the caller's later changes are not seen by a fork")
+def own_number(peer):
+    expect(peer.map(add_twice, [1]), [3.5])
+    Totals.n += 1
+    expect(peer.map(lambda _: (Totals.total, Totals.n), [1]), [(3.5, 1)])
+
+
+LIST = []
+
+
+class Queue:
+    items = LIST
+
+
+def collect(_, into=LIST):
+    into.append(1)
+    return len(into)
+
+
+@program("a list with two owners outlives one of them", fork="the caller's later changes are not seen by a fork")
+def owners(peer):
+    global LIST
+    del LIST
+    expect(peer.map(lambda x: collect(x), [1]), [1])
+    expect(peer.map(lambda x: len(Queue.items), [1]), [1])
+    Queue.items = []
+    expect(peer.map(lambda x: collect(x), [1]), [2])
+
+
+class Counted:
+    def __init__(self):
+        self.k = 0
+
+    def up(self):
+        self.k += 1
+
+
+COUNTED = Counted()
+
+
+def call(function):
+    function()
+
+
+def read_counted(_):
+    return COUNTED.k
+
+
+@program("an initializer that gets a method, and one that is a partial")
+def initializers(peer):
+    expect(peer.map(read_counted, [1], [(call, (COUNTED.up,))]), [1])
+    peer.open("another")
+    expect(peer.map(read_counted, [1], [(functools.partial(call, COUNTED.up), ())]), [1])
+
+
+def wrap(registry, function):
+    def wrapper(x):
+        return len(registry)
+    registry[len(registry)] = wrapper
+    return wrapper
+
+
+@program("five hundred closures over one registry, in seconds", fork="pickle does not find an inner function")
+def registry(peer):
+    found = {}
+    for _ in range(500):
+        last = wrap(found, call)
+    started = time.monotonic()
+    expect(peer.map(last, [1]), [500])
+    assert time.monotonic() - started < 20
 
 
 Z = 0.0

@@ -102,8 +102,7 @@ class Payload:
 
     def map(self, function, arguments, initializers=(), skip=()):
         self.context.refresh()
-        start = [(self.bytes_of(self.context.dump(init)), self.bytes_of(self.context.dump(args)))
-                 for init, args in initializers]
+        start = [self.bytes_of(self.context.dump(pair)) for pair in initializers]
         letter = self.bytes_of(self.context.dump(function))
         parts = letters.dump_slice(self.context, arguments)
         if skip:

@@ -17,8 +17,9 @@ contexts, functions = {}, {}
 
 def answer(name, initializers, function_letter, slice_letter):
     context = contexts.setdefault(name, letters.Context(caller=False))
-    for letter, args in initializers:
-        context.load(bytearray(letter))(*context.load(bytearray(args)))
+    for letter in initializers:
+        function, arguments = context.load(bytearray(letter))
+        function(*arguments)
     if (name, function_letter) not in functions:
         functions[name, function_letter] = context.load(bytearray(function_letter))
     function = functions[name, function_letter]
