@@ -1,9 +1,9 @@
-"""Distributed computing for people who know ``multiprocessing.Pool``.
+"""Distributed computing with the calls of ``multiprocessing.Pool``.
 
 A server, nodes that lend it their cores, and a controller in the caller: `map`, `imap` and
 `imap_unordered` over all of them. README.md begins at the beginning; to read the code, begin with
-PROTOCOL.md, then errors, protocol/, config, console, objects/, server/, node/, controller/, calls, local and
-dropin/. README.md has the order of the modules.
+PROTOCOL.md, then errors, protocol/, config, configuring, console, objects/, server/, node/, controller/, calls, local
+and dropin/. README.md has the order of the modules.
 
 Nothing happens at import: the public names are loaded when they are first used, so that
 `python -m achilles.node` imports one copy of everything, and none of what it does not need.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .calls import cluster_status, imap, imap_unordered, kill_cluster, map
-    from .config import write_config
+    from .configuring import write_config
     from .dropin.executor import Executor
     from .dropin.joblib_backend import register_joblib_backend
     from .dropin.pool import Pool
@@ -56,7 +56,7 @@ __all__ = [
 _MODULES = {
     "cluster_status": "calls", "imap": "calls", "imap_unordered": "calls", "kill_cluster": "calls", "map": "calls",
     "Executor": "dropin.executor", "LocalCluster": "local", "Pool": "dropin.pool", "run_node": "node.loop",
-    "run_server": "server.listen", "register_joblib_backend": "dropin.joblib_backend", "write_config": "config",
+    "run_server": "server.listen", "register_joblib_backend": "dropin.joblib_backend", "write_config": "configuring",
 }
 
 

@@ -20,30 +20,26 @@ import contextlib
 import secrets
 import sys
 import threading
-import time
+from _thread import start_new_thread
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from . import config
 from .config import SecretKey, Settings
+from .controller.call import Call, NotYet, check_counts, check_seconds
 from .controller.connection import RECONNECT_SECONDS, Controller
-from .controller.feeder import mark
-from .controller.job import Job, Taken, dump_function
-from .controller.results import NotYet
-from .errors import NoNodesError
+from .controller.feeder import CANCELLED
+from .controller.job import Job, Taken
+from .controller.lookout import Lookout, tell
+from .objects import letters
+from .objects.outcomes import mark
+from .protocol.frames import letter_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-__all__ = [
-    "Lookout", "Packets", "check_counts", "check_seconds", "cluster_status", "connect", "imap", "imap_unordered",
-    "kill_cluster", "map",
-]
+__all__ = ["Packets", "cluster_status", "connect", "imap", "imap_unordered", "kill_cluster", "map"]
 
-NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start one
-LOOK_SECONDS = 1.0  # how often a waiting call looks whether there are nodes; also how Ctrl-C gets through on Windows
-LEAST_SECONDS = 0.05  # ... with a short wait_for_nodes
-OWN_THREADS = "achilles-"  # how the names of all threads of ours begin
 LOCAL = "local"  # as a host: a LocalCluster of this process
 
 Args = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -51,14 +47,14 @@ Packet = dict[str, Any]
 
 
 class Packets(Iterator[Packet]):
-    """What imap and imap_unordered return: an iterator that cancels its job when it is closed or dropped."""
+    """What imap and imap_unordered return: an iterator that cancels its call when it is closed or dropped."""
 
     def __init__(
-        self, controller: Controller, job: Job, callback_error: Callable[[Any], Any] | None,
+        self, controller: Controller, call: Call, callback_error: Callable[[Any], Any] | None,
         wait_for_nodes: float | None,
     ) -> None:
         self._controller = controller
-        self._job = job
+        self._call = call
         self._callback_error = callback_error
         self._lookout = Lookout(controller, wait_for_nodes)
         self._closed = False
@@ -88,12 +84,14 @@ class Packets(Iterator[Packet]):
         except BaseException:
             self.close()
             raise
-        self._end(cancel=False)
+        self.close()
         raise StopIteration
 
     def close(self) -> None:
-        """Cancel what is left of the job and close the connection. Idempotent."""
-        self._end(cancel=True)
+        """Cancel what is left of the call and close the connection. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            _cancel(self._call, self._controller)
 
     def __enter__(self) -> Packets:
         return self
@@ -103,16 +101,8 @@ class Packets(Iterator[Packet]):
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at the interpreter's end half of it may be gone
-            if threading.current_thread().name.startswith(OWN_THREADS):  # collected there, under who knows which lock
-                threading.Thread(target=self.close, name="achilles-closer", daemon=True).start()
-            else:
-                self.close()
-
-    def _end(self, cancel: bool) -> None:
-        if not self._closed:
-            self._closed = True
-            self._controller.end(self._job, cancel=cancel)
-            self._controller.close()
+            if not self._closed:  # collected in any thread, which may hold any lock and must not be kept
+                start_new_thread(_close, (self._call, self._controller))
 
     def _handle(self, error: BaseException) -> Any:
         if self._callback_error is None:
@@ -122,7 +112,7 @@ class Packets(Iterator[Packet]):
     def _take(self) -> Taken | None:
         while True:
             try:
-                return self._job.take(self._lookout.seconds)
+                return self._call.take(self._lookout.seconds)
             except NotYet:
                 pass
             except (InterruptedError, KeyError):
@@ -130,39 +120,6 @@ class Packets(Iterator[Packet]):
                     return None
                 raise
             self._lookout.look()
-
-
-class Lookout:
-    """For whoever waits for results: is there any node? The caller is told once on stderr.
-
-    :ivar seconds: how often to `look`. Any thread may.
-    """
-
-    def __init__(self, controller: Controller, wait_for_nodes: float | None) -> None:
-        self.seconds = LOOK_SECONDS
-        if wait_for_nodes is not None:
-            self.seconds = min(LOOK_SECONDS, max(wait_for_nodes / 4, LEAST_SECONDS))
-        self._controller = controller
-        self._wait_for_nodes = wait_for_nodes
-        self._lonely_since: float | None = time.monotonic()  # no node since then; None where there is one
-        self._told = False  # ... and the caller knows
-
-    def look(self) -> None:
-        """No result came for a while. NoNodesError if there was no node for `wait_for_nodes` seconds."""
-        if self._controller.workers()[0] or not self._controller.connected:
-            self._lonely_since = None
-            return
-        now = time.monotonic()
-        self._lonely_since = self._lonely_since or now
-        waited = now - self._lonely_since
-        settings = self._controller.settings
-        where = f"{settings.host}:{settings.port}"
-        if self._wait_for_nodes is not None and waited >= self._wait_for_nodes:
-            patience = f"{self._wait_for_nodes:g} s"
-            raise NoNodesError(f"no node joined the server at {where} within {patience}. {_start_one()}")
-        if waited >= NOTICE_SECONDS and not self._told:
-            self._told = True
-            _tell(f"The server at {where} has no nodes; the job waits for one. {_start_one()}")
 
 
 def map(
@@ -178,17 +135,17 @@ def map(
     :param args: a list, a list of lists, a generator function, or any iterable. Where the first argument is a
         list, all must be lists: then `func` is called with their elements, and each list is one packet.
     :param callback: applied to each result, in the worker, right after `func`.
-    :param chunksize: arguments that travel together, at least 1; unused where `args` has lists.
+    :param chunksize: arguments that are dumped together, at least 1; unused where `args` has lists.
     :param host: name or address of the server, or "local" for a cluster of this process on this machine.
     :param port: 0..65535. What is None is looked for in ACHILLES_HOST, ACHILLES_PORT, ACHILLES_USERNAME and
         ACHILLES_SECRET_KEY, then in the configuration file, then asked for on a terminal.
     :param username: 1 to 32 bytes of UTF-8.
     :param secret_key: the cluster's secret.
-    :param callback_error: called in this thread with the exception of each argument that failed, which has
-        `.index` (of the argument in `args`), `.node` (the node's id) and the remote traceback as `__cause__`;
-        what it returns takes that place. Without it, the first error is raised and the job is cancelled.
-    :param buffersize: how many arguments may be out and not taken yet, at least 1. By default, two slices
-        for each worker of the cluster and 64, up to 4,096 more while they are quick and short, and 256 MiB.
+    :param callback_error: called in this thread with the exception of each argument that failed. The exception has
+        `.index` (of the argument in `args`), `.node` (the node's id) and the remote traceback as `__cause__`.
+        The callback's result takes that place. Without it, the first error is raised and the job is cancelled.
+    :param buffersize: how many arguments may be out and not taken yet, at least 1. By default, two chunks
+        for each worker of the cluster and 64, up to 65,536 more while they are quick, and 256 MiB.
     :param wait_for_nodes: seconds to wait for a node; by default without end.
     :param reconnect_seconds: how long to try to reach a lost server again.
     :param timeout: seconds that the call for one argument may take; then its worker is replaced, and there
@@ -200,7 +157,7 @@ def map(
     Blocks until all is done; Ctrl-C cancels the job. Every argument runs at least once. Prints an ALERT on
     stderr once connected.
     """
-    with _start(False, True, **locals()) as packets:
+    with _start(False, True, True, **locals()) as packets:
         found = [(packet["ARGS_COUNTER"], packet["RESULT"]) for packet in packets]
     return [results for _, results in sorted(found, key=lambda pair: pair[0])]
 
@@ -217,7 +174,7 @@ def imap(
     The work begins with the call; `args` may be endless, and is read ahead as far as `buffersize` says.
     Closing or dropping the iterator cancels the job.
     """
-    return _start(True, False, **locals())
+    return _start(True, False, False, **locals())
 
 
 def imap_unordered(
@@ -228,7 +185,7 @@ def imap_unordered(
     executor: Executor | None = None,
 ) -> Packets:
     """As `imap`, but each packet as it arrives: the fastest way to consume results, and the least memory."""
-    return _start(False, False, **locals())
+    return _start(False, False, False, **locals())
 
 
 def kill_cluster(
@@ -259,8 +216,8 @@ def cluster_status(
 ) -> dict[str, Any]:
     """The cluster as plain dicts; blocks for a round trip.
 
-    `nodes`: a list of id, address, python, version, cpu_count, busy (workers), done (slices), since (UTC, in
-    seconds since 1970). `jobs`: id, user, queued, running, done (slices). `server`: version, uptime (s), memory
+    `nodes`: a list of id, address, python, version, cpu_count, busy (workers), done (chunks), since (UTC, in
+    seconds since 1970). `jobs`: id, user, queued, running, done (chunks). `server`: version, uptime (s), memory
     (resident bytes, None where the system does not tell).
     """
     with _connection(host, port, username, secret_key) as controller:
@@ -268,7 +225,8 @@ def cluster_status(
 
 
 def _start(
-    ordered: bool, eager: bool, *, func: Callable[[Any], Any], args: Args, callback: Callable[[Any], Any] | None,
+    ordered: bool, eager: bool, inline: bool, *, func: Callable[[Any], Any], args: Args,
+    callback: Callable[[Any], Any] | None,
     chunksize: int, host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
     callback_error: Callable[[Any], Any] | None, buffersize: int | None, wait_for_nodes: float | None,
     reconnect_seconds: float, timeout: float | None, executor: Executor | None,
@@ -279,23 +237,22 @@ def _start(
     check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
     if not callable(args):
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
-    name = getattr(func, "__qualname__", type(func).__name__)
-    context, function = dump_function((func, callback), f"function {name}")
-
-    def make(link: Controller, number: int) -> Job:
-        return Job(
-            link, number, context, secrets.token_bytes(16), function, args, chunksize=chunksize, ordered=ordered,
-            eager=eager, buffersize=buffersize, options={"timeout": timeout},
-        )
-
+    name = f"function {getattr(func, '__qualname__', type(func).__name__)}"
+    context = letters.Context(caller=True)
+    function = letter_of(letters.dump_function(context, (func, callback), name))
     controller = connect(host, port, username, secret_key, reconnect_seconds, executor)
     try:
-        controller.check_size(f"function {name}", len(function.letter))
+        controller.check_size(name, len(function))
         if executor is None:
             settings = controller.settings
             where = f"{settings.host}:{settings.port}"
-            _tell(f"ALERT: Connection to achilles_server at {where} and authentication successful.\n")
-        return Packets(controller, controller.start(make), callback_error, wait_for_nodes)
+            tell(f"ALERT: Connection to achilles_server at {where} and authentication successful.\n")
+        with controller.lock:
+            job = controller.start(Job(context, secrets.token_bytes(16), function, options={"timeout": timeout}))
+            call = Call(
+                controller, job, args, chunksize=chunksize, ordered=ordered, eager=eager, buffersize=buffersize)
+        call.start(inline)
+        return Packets(controller, call, callback_error, wait_for_nodes)
     except BaseException:
         controller.close()
         raise
@@ -303,7 +260,7 @@ def _start(
 
 def connect(
     host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
-    reconnect_seconds: float = RECONNECT_SECONDS, executor: Executor | None = None,
+    reconnect_seconds: float = RECONNECT_SECONDS, executor: Executor | None = None, processes: int | None = None,
 ) -> Controller:
     """A controller of the cluster that these say, or that the settings say; or what takes its place on `executor`."""
     if executor is not None:
@@ -311,8 +268,9 @@ def connect(
 
         if (host, port, username, secret_key) != (None, None, None, None):
             raise ValueError("a call runs on a cluster or on an executor: give host and the like, or executor")
-        return cast(Controller, Engine(executor))
-    controller = Controller(lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds)
+        return cast(Controller, Engine(executor, processes))
+    controller = Controller(
+        lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds, processes=processes)
     controller.open()
     return controller
 
@@ -334,7 +292,7 @@ def _resolve(host: str | None, port: int | None, username: str | None, secret_ke
 
         settings: Settings = embedded().settings
         return settings
-    # Whoever reconnects does so in a thread of ours, where nobody can be asked.
+    # A reconnection runs in a thread of ours, where nobody can be asked.
     ask = threading.current_thread() is threading.main_thread()
     return config.resolve(host, port, username, secret_key, ask=ask)
 
@@ -347,34 +305,11 @@ def _check_callables(func: object, **callbacks: object) -> None:
             raise TypeError(f"{name} must be callable or None, not {type(value).__name__}")
 
 
-def check_counts(**counts: object) -> None:
-    """TypeError or ValueError unless each is an int of at least 1; buffersize may be None."""
-    for name, value in counts.items():
-        if value is None and name == "buffersize":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+def _close(call: Call, controller: Controller) -> None:
+    """In a bare thread: an iterator was dropped. What joins threads is better one that `threading` knows."""
+    threading.Thread(target=_cancel, args=(call, controller), name="achilles-closer", daemon=True).start()
 
 
-def check_seconds(**seconds: object) -> None:
-    """TypeError or ValueError unless each is None or a finite number, and a timeout more than 0."""
-    for name, value in seconds.items():
-        if value is None:
-            continue
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-        if not 0 <= value < float("inf") or (name == "timeout" and value == 0):
-            raise ValueError(f"{name} must be a finite number of seconds, more than 0, not {value}")
-
-
-def _start_one() -> str:
-    return f"Start one: python -m {__package__}.node"
-
-
-def _tell(text: str) -> None:
-    """On stderr, so that stdout stays the caller's."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+def _cancel(call: Call, controller: Controller) -> None:
+    call.close(None, InterruptedError(CANCELLED))
+    controller.close()

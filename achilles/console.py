@@ -1,8 +1,8 @@
-"""What the commands of this package share: options, exit statuses, signals, the log, and what is printed for people.
+"""The shared parts of the package's commands: options, exit statuses, signals, the log, and texts for people.
 
-Knows nothing of the protocol. Imported by the modules that have a `main()`; used by nothing but those
-and the functions that people call to run a role. No threads, no locks; `signal_handlers` does nothing
-outside the main thread.
+Each module with a `main()` imports this module. So do the functions that run a server or a node for people. This
+module knows nothing of the protocol. It starts no thread and has no lock. `signal_handlers` does nothing outside the
+main thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import config
+from .config import read_secret_file as read_secret
 from .errors import AchillesError, AuthenticationError, ConfigurationError, ProtocolError
 
 __all__ = [
@@ -27,73 +27,74 @@ __all__ = [
 ]
 
 LEVELS = ("debug", "info", "warning", "error")
-NO_TERMINAL = (errno.ENXIO, errno.ENOENT, errno.ENODEV, errno.EIO)  # what opening /dev/tty fails with then
+OPTIONS: dict[str, dict[str, Any]] = {  # of all commands; a secret has none, because others can read a command line
+    "--host": {"help": "name or address of the server"},
+    "--port": {"type": int, "help": "its port, 9999 by default"},
+    "--username": {"help": "1 to 32 bytes"},
+    "--secret-key-file": {"metavar": "FILE", "help": "a file with the secret in its first line"},
+    "--env-file": {"metavar": "FILE", "help": "a configuration file; by default the package's own .env"},
+    "--log-level": {"choices": LEVELS, "default": "info", "help": "of the log on stderr"},
+}
+TABLES = {  # of a status; the columns of each
+    "nodes": ("id", "address", "python", "version", "cpu_count", "busy", "done"),
+    "jobs": ("id", "user", "queued", "running", "done"),
+}
+NO_TERMINAL = (errno.ENXIO, errno.ENOENT, errno.ENODEV, errno.EIO)  # from opening a /dev/tty that is gone
+USAGE_ERRORS = (ConfigurationError, AuthenticationError, ProtocolError)  # only other settings mend them
 USAGE_STATUS, UNREACHABLE_STATUS, INTERRUPTED_STATUS = 2, 1, 130  # of a process: argparse's, any failure's, a shell's
 
 
 class ExitStatus:
-    """What a command will exit with."""
+    """The status that a command will exit with."""
 
     code = 0
 
 
 def say(text: str) -> None:
-    """Print for people, at once: whoever waits for a line must not wait for a buffer. A closed stdout is no error.
+    """Print for people, and flush: a reader that waits for a line must not wait for a buffer.
 
-    What stdout has no bytes for is escaped: a name that a peer chose must not hide the table that it stands in.
+    A closed stdout is no error. Characters that stdout cannot encode are escaped: a peer's odd name must not hide
+    the table around it.
     """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):
-        try:
-            print(text, flush=True)  # noqa: T201
-        except UnicodeEncodeError:
-            print(text.encode("ascii", "backslashreplace").decode(), flush=True)  # noqa: T201
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the options that all commands have. There is none for a secret: others can read a command line."""
+    """Return a parser with the options that all commands have."""
     made = argparse.ArgumentParser(
         prog=f"python -m {__package__}.{command}", description=description,
         allow_abbrev=False,  # --secret-key must not pass for --secret-key-file, with the secret on the command line
     )
-    made.add_argument("--host", help="name or address of the server")
-    made.add_argument("--port", type=int, help="its port, 9999 where none is given")
-    made.add_argument("--username", help="1 to 32 bytes")
-    made.add_argument("--secret-key-file", metavar="FILE", help="a file whose first line is the secret")
-    made.add_argument("--env-file", metavar="FILE", help="a configuration file; by default the package's own .env")
-    made.add_argument("--log-level", choices=LEVELS, default="info", help="of the log on stderr")
+    for option, about in OPTIONS.items():
+        made.add_argument(option, **about)
     return made
 
 
 def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, and let the log go to stderr, each line with its time (UTC)."""
+    """Parse the command line, and send the log to stderr, each line with its time (UTC)."""
     args = made.parse_args(argv)
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(
         level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)sZ %(levelname)s %(name)s: %(message)s"
     )
-    logging.raiseExceptions = False  # a closed stderr or a full disk must not end what works
+    logging.raiseExceptions = False  # a closed stderr or a full disk must not end a good process
     return args
-
-
-def read_secret(path: str | None) -> config.Secret | None:
-    """The secret in the first line of a file; ConfigurationError if it cannot be read, or others can."""
-    return None if path is None else config.read_secret_file(path)
 
 
 @contextlib.contextmanager
 def errors_to_exit_status() -> Iterator[ExitStatus]:
-    """Turn what a person can mend into a line on stderr and an exit status: 2 settings, 1 all else."""
+    """Turn an error that a person can mend into a line on stderr and an exit status: 2 settings, 1 other errors."""
     status = ExitStatus()
     try:
         yield status
-    except (ConfigurationError, AuthenticationError, ProtocolError) as e:
-        status.code = USAGE_STATUS
-        _complain(e)
-    except AchillesError as e:
-        status.code = UNREACHABLE_STATUS
-        _complain(e)
     except KeyboardInterrupt:
         status.code = INTERRUPTED_STATUS
+    except AchillesError as e:
+        status.code = USAGE_STATUS if isinstance(e, USAGE_ERRORS) else UNREACHABLE_STATUS
+        with contextlib.suppress(OSError, ValueError):
+            print(f"error: {e}", file=sys.stderr, flush=True)  # noqa: T201
     finally:
         _drop_broken_streams()
 
@@ -102,10 +103,10 @@ def errors_to_exit_status() -> Iterator[ExitStatus]:
 def signal_handlers(
     handler: Callable[[int, Any], None], read_again: Callable[[], None] | None = None
 ) -> Iterator[None]:
-    """Handle SIGINT, SIGTERM and SIGHUP so for a while; in the main thread alone. What is ignored stays ignored.
+    """Handle SIGINT, SIGTERM and SIGHUP inside the block, in the main thread alone. An ignored signal stays ignored.
 
-    With `read_again`, SIGHUP calls that, as daemons have it, even where it was ignored: who says nohup does not want
-    an end. Where the terminal in which this process was started has gone, SIGHUP says just that, and is `handler`'s.
+    With `read_again`, SIGHUP calls `read_again`, as in other daemons. That holds under nohup too: nohup wants no end.
+    Where the terminal in which this process was started has gone, SIGHUP says so, and goes to `handler`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -125,27 +126,22 @@ def signal_handlers(
 
 
 def status_table(state: dict[str, Any]) -> str:
-    """Nodes and jobs of a cluster's status as a table for people."""
-    server = state["server"]
-    lines = [f"server: version {server['version']}, up {server['uptime']:.0f} s"]
-    for what, columns in (
-        ("nodes", ("id", "address", "python", "version", "cpu_count", "busy", "done")),
-        ("jobs", ("id", "user", "queued", "running", "done")),
-    ):
-        rows = [columns, *([str(row[name]) for name in columns] for row in state[what])]
+    """Return the nodes and jobs of a cluster's status as a table for people."""
+    lines = [f"server: version {state['server']['version']}, up {state['server']['uptime']:.0f} s"]
+    for name, columns in TABLES.items():
+        rows = [columns, *([str(row[column]) for column in columns] for row in state[name])]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["", f"{what}: {len(state[what])}"]
-        if state[what]:
-            cells = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
-            lines += ["  ".join(row).rstrip() for row in cells]
+        lines += ["", f"{name}: {len(state[name])}"]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows if state[name]]
     return "\n".join(lines)
 
 
 def _has_terminal() -> bool:
-    """Whether this process has a controlling terminal (POSIX): it has none any more once that was closed.
+    """Whether this process has a controlling terminal (POSIX): a process loses it when the terminal is closed.
 
-    Only what the system says of a terminal that is not there, or hung up (EIO), counts as none. With no descriptor
-    left nothing is known, and a server that would end because of that would end just when it has most peers.
+    The terminal counts as gone only when the system says so: it is not there, or it hung up (EIO). Without a free
+    descriptor nothing is known. The server must not end then, because it is short of descriptors when it has most
+    peers.
     """
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY))
@@ -155,14 +151,9 @@ def _has_terminal() -> bool:
 
 
 def _drop_broken_streams() -> None:
-    """What a closed or full stdout or stderr did not take must not become the exit status (120) of a clean end."""
+    """Drop a closed or full stdout or stderr: else Python flushes it at exit, and turns a clean end into status 120."""
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
         except (OSError, ValueError, AttributeError):
             setattr(sys, name, None)
-
-
-def _complain(error: Exception) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201

@@ -1,9 +1,9 @@
 """Every exception that achilles raises for a reason of its own.
 
-Each class is also the built-in exception that a caller would catch, so that
-``except TimeoutError`` or ``except ConnectionError`` work without importing
-anything from here. What the caller's own function raises is not in this tree:
-it comes back as itself.
+Each class is also the built-in exception that a caller would catch. So
+``except TimeoutError`` or ``except ConnectionError`` work without an import
+from here. Exceptions of the caller's own function are not in this tree: they
+come back as themselves.
 
 ::
 
@@ -12,12 +12,12 @@ it comes back as itself.
      +-- AuthenticationError  PermissionError      the server refused the username or the secret
      +-- ServerUnreachable    ConnectionError      no connection, or it was lost for too long
      +-- ClusterKilled        ConnectionError      somebody ran kill_cluster
-     +-- ProtocolError        ConnectionError      a peer said what it may not say
+     +-- ProtocolError        ConnectionError      a peer broke the rules of PROTOCOL.md
      +-- AddressError         OSError              the server cannot listen at this address
      +-- VersionError         RuntimeError         Python versions, or a dependency that is too old
      +-- NoNodesError         TimeoutError         no node joined within wait_for_nodes
      +-- DumpError            TypeError            a function or an argument cannot become bytes
-     +-- LetterTooLarge       ValueError           ... or becomes more bytes than may travel
+     +-- LetterTooLarge       ValueError           a function or an argument becomes more bytes than may travel
      +-- TaskError            RuntimeError         one argument has no result, through no exception of its own
           +-- WorkerLost                           its worker, or ten nodes in a row, died under it
           +-- TaskTimeout     TimeoutError         it ran longer than `timeout`
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class AchillesError(Exception):
-    """The root of the tree: whatever achilles itself has to complain of."""
+    """The root of the tree: every complaint of achilles itself."""
 
 
 class ConfigurationError(AchillesError, ValueError):
@@ -75,7 +75,7 @@ class NoNodesError(AchillesError, TimeoutError):
 class DumpError(AchillesError, TypeError):
     """A function or an argument cannot be turned into bytes; ``__cause__`` is the dumper's own error.
 
-    :ivar where: the global, default, variable or attribute that holds what cannot; "" if it is the thing itself.
+    :ivar where: the global, default, variable or attribute that holds the object; "" for the function or argument.
     """
 
     where: str = ""
@@ -89,7 +89,7 @@ class TaskError(AchillesError, RuntimeError):
     """One argument has no result, although its function raised nothing that could be shown.
 
     :ivar index: the argument's place in ``args``, from 0; None until it is known.
-    :ivar node: the id of the node where it happened; None where there was none.
+    :ivar node: the id of the node where it happened; None without a node.
     """
 
     index: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
@@ -122,3 +123,43 @@ def unconfigured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.delenv(name)
     monkeypatch.setenv("ACHILLES_ENV_FILE", str(tmp_path / "env"))
     return tmp_path / "env"
+
+
+@pytest.fixture
+def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No environment, no terminal, and a package directory of the test's own."""
+    for name in [name for name in os.environ if name.startswith("ACHILLES_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("achilles.config.__file__", str(tmp_path / "package" / "config.py"))
+    (tmp_path / "package").mkdir()
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+
+
+@pytest.fixture
+def own_file(tmp_path: Path) -> str:
+    return str(tmp_path / "package" / ".env")
+
+
+@pytest.fixture
+def other_file(tmp_path: Path) -> str:
+    return str(tmp_path / "other.env")
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A person at a terminal: put what they type into the list that this returns."""
+    answers: list[str] = []
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def type_next(prompt: str = "") -> str:
+        if not answers:
+            raise EOFError
+        return answers.pop(0)
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", type_next)
+    monkeypatch.setattr("getpass.getpass", type_next)
+    return answers

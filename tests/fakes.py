@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from achilles.config import Secret, Settings
-from achilles.controller import connection
 from achilles.objects import letters, outcomes
-from achilles.protocol import auth, channel
-from achilles.protocol.frames import ASKED, Frame, Kind, Rows, Status
+from achilles.protocol import auth, connect
+from achilles.protocol.frames import (
+    SHORT_LETTER_BYTES,
+    Batch,
+    Buffer,
+    Frame,
+    Gone,
+    Kind,
+    Letter,
+    LongLetter,
+    Status,
+    digest,
+    joined,
+)
 from achilles.server.listen import Server
 
 SECONDS = 20.0  # tells a hang from a wait
@@ -41,19 +53,26 @@ def serving(port: int = 0) -> Iterator[Server]:
         assert not thread.is_alive(), "the server did not end"
 
 
-class Node:
-    """A node of one thread: it runs slices where it reads them, in this process; `most` of them, then it holds them."""
+class Held(NamedTuple):
+    """A chunk that a Node was given, and has not answered."""
 
-    def __init__(self, port: int, cpu_count: int = 8, python: str = channel.PYTHON, most: float = float("inf")) -> None:
-        key = connection.derive_key(USER, SECRET)
-        self.link = channel.connect("127.0.0.1", port, auth.NODE, USER, key)
+    job: int
+    number: int
+    attempt: int
+    letter: Letter
+
+
+class Node:
+    """A node of one thread: it runs chunks where it reads them, in this process; `most` of them, then it holds them."""
+
+    def __init__(self, port: int, cpu_count: int = 8, python: str = connect.PYTHON, most: float = float("inf")) -> None:
+        self.link = connect.connect("127.0.0.1", port, auth.NODE, USER, _derive_key(USER, SECRET))
         self.changed = threading.Condition()  # guards all below
         self.came: list[Frame] = []
         self.most = most
-        self.held: list[Rows] = []  # single slices that wait for room in `most`
-        self._functions: dict[str, Any] = {}
-        self._jobs: dict[int, tuple[letters.Context, Any]] = {}
-        self.link.send(Kind.HELLO, channel.hello(cpu_count) | {"python": python})
+        self.held: list[Held] = []  # chunks that wait for room in `most`
+        self._jobs: dict[int, tuple[letters.Context, Letter]] = {}  # with the letter of the function
+        self.link.send(Kind.HELLO, connect.hello(cpu_count) | {"python": python})
         self.link.start_writer()
         self.thread = threading.Thread(target=self.link.run, args=(self._handle,), name="node in a test")
         self.thread.start()
@@ -63,8 +82,8 @@ class Node:
         return [body for came, body in self.came if came is kind]
 
     def tasks(self) -> list[int]:
-        """The numbers of the slices that came, in their order."""
-        return [number for rows in self.kinds(Kind.TASK) for number in rows.slices]
+        """The numbers of the chunks that came, in their order."""
+        return [number for batch in self.kinds(Kind.TASK) for number in range(batch.first, batch.end)]
 
     def wait(self, happened: Any, seconds: float = SECONDS) -> Any:
         with self.changed:
@@ -73,10 +92,15 @@ class Node:
         return value
 
     def let(self, most: float = float("inf")) -> None:
-        """Run so many slices more."""
+        """Run so many chunks more."""
         with self.changed:
             self.most = most
             self._run()
+
+    def give_back(self, reason: Gone = Gone.RETURNED) -> None:
+        """Return all that is held."""
+        with self.changed:
+            self._return(lambda held: True, reason)
 
     def close(self) -> None:
         self.link.close()
@@ -92,38 +116,49 @@ class Node:
         kind, body = frame
         with self.changed:
             self.came.append(frame)
-            if kind is Kind.FUNCTION:
-                (_, letter), = body.letters()
-                self._functions[letters.letter_digest(letter).hex()] = b"".join(letter)
-            elif kind is Kind.JOB:
-                self._jobs[body["job"]] = letters.Context(caller=False), self._functions[body["function"]]
+            if kind is Kind.JOB:
+                self._jobs[body.job] = letters.Context(caller=False), body.letters()[1]
             elif kind is Kind.TASK:
-                self.held += [body.cut(n, n + 1) for n in range(len(body))]
+                self.held += [Held(body.job, number, body.attempt, letter)
+                              for number, letter in enumerate(body.letters(), body.first)]
                 self._run()
-            elif kind is Kind.RECALL:
-                self.link.send(Kind.RETURNED, Rows(body["job"], b"", pace=ASKED))
-            elif kind in (Kind.CANCEL, Kind.END):
-                self.held = [rows for rows in self.held if rows.job != body["job"]]
+            elif kind is Kind.CANCEL:
+                self._return(lambda held: held.job == body.job and body.first <= held.number < body.end)
+            elif kind is Kind.END:
+                self._return(lambda held: held.job == body.job)
+                del self._jobs[body.job]
             self.changed.notify_all()
+
+    def _return(self, goes: Callable[[Held], bool], reason: Gone = Gone.RETURNED) -> None:
+        for held in filter(goes, self.held):
+            self.link.send(Kind.RETURNED, Batch(held.job, held.number, 1, held.attempt, 0, reason))
+        self.held = [held for held in self.held if not goes(held)]
 
     def _run(self) -> None:
         while self.held and self.most > 0:
             self.most -= 1
-            rows = self.held.pop(0)
-            context, letter = self._jobs[rows.job]
-            func, callback = context.load(letter)
-            (_, slice_), = rows.letters()
-            arguments, skipped = letters.load_slice(context, b"".join(slice_))
+            held = self.held.pop(0)
+            context, function = self._jobs[held.job]
+            func, callback = context.load(joined(function))
+            arguments, skipped = letters.load_chunk(context, joined(held.letter))
             results: list[Any] = [None] * len(arguments)
             errors: dict[int, BaseException] = {}
-            for place, argument in enumerate(arguments):
-                if place not in skipped:
+            for offset, argument in enumerate(arguments):
+                if offset not in skipped:
                     try:
-                        results[place] = callback(func(argument)) if callback else func(argument)
+                        results[offset] = callback(func(argument)) if callback else func(argument)
                     except Exception as e:
-                        errors[place] = e
+                        errors[offset] = e
             raised, parts = outcomes.dump_outcomes(context, results, errors)
-            answer = [b"".join(parts)]
             status = Status.RAISED if raised else Status.VALUES
-            self.link.send(Kind.RESULT, Rows.single(
-                rows.job, rows.slices[0], rows.attempts[0], status, answer, letters.letter_digest(answer), pace=1))
+            self.link.send(Kind.RESULT, Batch.pack(
+                held.job, held.number, [letter_of(parts)], attempt=held.attempt, number=1, statuses=bytes([status])))
+
+
+def letter_of(parts: Sequence[Buffer]) -> Letter:
+    """These buffers as a letter, short or long."""
+    length = sum(map(len, parts))
+    return LongLetter(parts, digest(parts), length) if length > SHORT_LETTER_BYTES else b"".join(parts)
+
+
+_derive_key = functools.cache(auth.derive_key)  # 40 ms

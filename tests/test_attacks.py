@@ -106,12 +106,27 @@ def test_the_raw_client_makes_the_handshake_of_the_page():
 
 def test_the_raw_client_makes_the_frames_of_the_page():
     keys = raw.session(bytes.fromhex(KEY), M1, SIGNED)
-    rows = [raw.Row(0, letter=b"hello"), raw.Row(1, letter=bytes(range(256)) * 5)]
-    task = raw.tag(keys.data[raw.UP], 3, raw.encode("TASK", rows=rows, job=1))
-    assert task.tag.hex() == "7369095963e66f5e4c119351901d6fbf95ec54bfe4c0598789dec9c05ed09dab"
-    assert [row.letter for row in task.rows] == [row.letter for row in rows]
-    bye = raw.tag(keys.data[raw.UP], 6, raw.encode("BYE", {"reason": "leaving"}))
-    assert bye.tag.hex() == "30d21438b63938eaa0267c6eabdf5c7ddb53a59f800660e734bc074aab98973c"
+    declaration = b'{"context":"00112233445566778899aabbccddeeff","initializer":false,"timeout":2.5}'
+    letters = [raw.Chunk(0, letter=declaration), raw.Chunk(1, letter=b"a function")]
+    chunks = [raw.Chunk(0, 1, letter=b"hello"), raw.Chunk(1, 1, letter=bytes(range(256)) * 5)]
+    answers = [raw.Chunk(0, 1, 0, b"HELLO"), raw.Chunk(1, 1, 1, b"no")]
+    job, task, given, result, end, bye = (
+        raw.encode("JOB", chunks=letters, job=1), raw.encode("TASK", chunks=chunks, job=1, number=5000, flags=raw.TELL),
+        raw.encode("GIVEN", chunks=chunks, job=1, number=8), raw.encode("RESULT", chunks=answers, job=1, number=4200),
+        raw.encode("END", job=1), raw.encode("BYE", {"reason": "leaving"}))
+    for way, sequence, frame, mac in (
+        (raw.UP, 1, job, "3567352f4f2959fb54b07f5c9e9ee7c5cb47a27664a3d716c26788dddf8e1932"),
+        (raw.UP, 2, task, "5e166117aa2b97367e2a88e1d65de8c473f5034454ace59b3dcc751f28f56a9f"),
+        (raw.DOWN, 2, given, "a2c72808b8d5be4f05ae98858688889f70b27db0e4cd3d4a0a2c8aa42d980222"),
+        (raw.DOWN, 3, result, "2713102223441d2cd6a429ee011af6132c5ee71d6ff8ac4507da7b3348c89911"),
+        (raw.UP, 3, end, "ee19b627b128217822bc92ca18f2318d517dff5e3c586ff103c81fc7449adab6"),
+        (raw.UP, 4, bye, "ac5077641061321015d5362d39c6c86bbe8fe6458c9ef5bef09a86fc8e3604a4"),
+    ):
+        assert raw.tag(keys.data[way], sequence, frame).tag.hex() == mac, frame.kind
+    assert [chunk[:4] for chunk in job.chunks] == [chunk[:4] for chunk in letters]
+    assert [chunk[:4] for chunk in task.chunks] == [chunk[:4] for chunk in chunks]
+    assert result.chunks == answers and given.span == (1, 0, 2, 1, 8) and task.flags == raw.TELL
+    assert [chunk.number for chunk in given.chunks] == [0, 1] and end.chunks == []
 
 
 def test_the_middle_passes_on_what_it_does_not_alter_and_signs_what_it_does():

@@ -8,9 +8,11 @@ import sys
 import pytest
 from bench import chunks, floors, links, memory, run, simulate, swarm, table
 from bench.peers import PEERS, absent
-from bench.rows import ROWS, Row, ideal_seconds
+from bench.rows import ROWS, Row
 from bench.sections import SECTIONS
 from bench.timing import Meter, Sample, enough
+from bench.waits import ideal_seconds
+from bench.work import Scene
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 SMALL = argparse.Namespace(small=True, long=False, workers=2, seconds=0.001, times=1, repeats=1, peers="", only="")
@@ -23,7 +25,8 @@ def without_address(monkeypatch):
 
 
 @pytest.mark.parametrize("peer, some", [
-    ("achilles", []), ("achilles.imap_unordered", ["tiny-64", "one", "main"]), ("multiprocessing", []),
+    ("achilles", []), ("achilles.imap_unordered", ["tiny-64", "imap", "anew", "main"]), ("multiprocessing", []),
+    ("concurrent.futures", ["tiny-64", "submit"]),
 ])
 def test_every_row(peer, some):
     """In one driver; the command starts one for each row."""
@@ -31,7 +34,10 @@ def test_every_row(peer, some):
     rows = [row for row in rows if not some or row.name in some]
     if not _has_numpy():
         rows = [row for row in rows if not row.modules]
-    found = run.drive(peer, [row.name for row in rows], SMALL)
+    found = run.drive(peer, [row.name for row in rows if not row.workers], SMALL)
+    for row in rows:
+        if row.workers:
+            found |= run.drive(peer, [row.name], SMALL, row.workers)
     assert "error" not in found, found["error"]
     for row in rows:
         for sample in (Sample(*sample) for sample in found[row.name]["samples"]):
@@ -54,7 +60,7 @@ def test_a_peer_that_answers_wrongly_has_no_figure():
         def map(self, function, args, chunksize):
             return [0 for _ in args]
 
-    for name in ("tiny-1", "one", "in", "uneven"):
+    for name in ("tiny-1", "again", "in", "uneven"):
         with pytest.raises(AssertionError, match="wrong results"):
             ROWS[name].run(Meter(0.001, 1, dict, small=True), Wrong(2))
 
@@ -93,12 +99,46 @@ def test_tables():
     tiny = {"achilles": [[sample(1, caller=0.5)], [sample(2)]], "multiprocessing": [[sample(2)], [sample(4)]]}
     found = {"tiny-1": tiny,
              "uneven": {"achilles": [[sample(110)]], "multiprocessing": [[sample(220)]]}}
-    rates, sleeps = table.ratios(found, ROWS, ["achilles", "multiprocessing"]).splitlines()[2:]
-    assert "2 (2–2)" in rates and "yes" in rates
-    assert "2 (2–2)" in sleeps and "at most 1.05 × ideal" in sleeps and "NO" in sleeps
+    for line in table.ratios(found, ROWS, ["achilles", "multiprocessing"]).splitlines()[2:]:
+        assert line.endswith("2 (2–2)         |")
+    rates, sleeps = table.asked(found, ROWS).splitlines()[2:]
+    assert "| 8 " in rates and "| 2 (2–2) " in rates and "NO" in rates
+    assert "at most 1.05 × ideal" in sleeps and "NO" in sleeps
     assert "75 (50–100)" in table.figures(found, ROWS, ["achilles"])
-    assert "5,000" in table.times(found, ROWS)  # 0.5 s of the caller's for 100 tasks, where both samples tell
+    assert "5,000" in table.times(found, ROWS, "achilles")  # 0.5 s of the caller's for 100 tasks, where both tell
     assert table.number(1234567) == "1,230,000" and table.number(0.01234) == "0.0123"
+
+
+def test_a_hang_is_shown_and_has_no_ratio():
+    found = {"wait": {"achilles": [[sample(float("inf"))]], "multiprocessing": [[sample(1)]]}}
+    assert "hang (hang–hang)" in table.figures(found, ROWS, ["achilles"])
+    assert "inf" not in table.ratios(found, ROWS, ["multiprocessing"])
+    assert "NO" in table.asked(found, ROWS)
+
+
+def test_a_call_that_waits_in_vain_hangs(monkeypatch):
+    class Lonely(PEERS["multiprocessing"]):  # type: ignore[name-defined]
+        """One worker that never lets a later call go first."""
+
+        def unordered(self, function, args):
+            return map(function, args)
+
+    monkeypatch.setattr("bench.work.WAIT_SECONDS", 0.01)
+    meter = Meter(0.001, 1, dict, small=True)
+    ROWS["wait"].run(meter, Lonely(2))
+    assert [each.seconds for each in meter.samples] == [float("inf")]
+
+
+def test_deeds(tmp_path):
+    there = str(tmp_path / "there")
+    scene = Scene({1: ("say", there), 2: ("wait", there), 3: ("nap", 0.0), 4: ("sum", 10)})
+    assert list(map(scene, range(6))) == [(number, True) for number in range(6)]
+
+
+def test_rows_leave_peers_out():
+    assert ROWS["submit"].refuses(PEERS["multiprocessing"]) == "has no submit"
+    assert ROWS["main"].refuses(PEERS["multiprocessing"]) == "cannot send it"
+    assert not ROWS["submit"].refuses(PEERS["concurrent.futures"])
 
 
 def test_rows_say_whether_more_is_better():
@@ -140,24 +180,28 @@ def test_memory_is_looked_at(what, no_leftovers):
     assert all(len(weights) >= memory.FIRST and min(weights) > 1 for weights in found.values())
 
 
-@pytest.mark.parametrize("nodes, rows, churn", [(10, 16, 500), (10, 1, 0), (100, 16, 500)])
-def test_simulated_nodes_lose_nothing(nodes, rows, churn):
-    found = simulate.simulate(nodes, rows, 10_000, churn)
-    assert found.slices >= 10_000 and found.seconds > 0
+@pytest.mark.parametrize("nodes, churn, returns", [(10, 100, 0), (10, 0, 5), (100, 100, 5)])
+def test_simulated_nodes_lose_nothing(nodes, churn, returns):
+    found = simulate.simulate(nodes, 2_000, churn=churn, returns=returns)
+    assert found.batches >= 2_000 and found.seconds > 0
 
 
-def test_a_simulation_sees_a_slice_that_is_lost(monkeypatch):
+def test_a_simulation_sees_a_chunk_that_is_lost(monkeypatch):
     original = simulate.Scheduler.add
-    monkeypatch.setattr(simulate.Scheduler, "add",
-                        lambda self, job, rows: original(self, job, rows.cut(0, len(rows) - (rows.slices[0] == 0))))
-    with pytest.raises((AssertionError, simulate.ProtocolError)):
-        simulate.simulate(10, 16, 1_000)
+
+    def lose_one(self, batch):
+        count = batch.count - (batch.first == 0)
+        original(self, simulate.Batch(batch.job, batch.first, count, batch.attempt, batch.number))
+
+    monkeypatch.setattr(simulate.Scheduler, "add", lose_one)
+    with pytest.raises(AssertionError, match="never answered"):
+        simulate.simulate(10, 500)
 
 
 def test_a_swarm_answers_everything(no_leftovers):
     with swarm.serving() as (cluster, crowd):
         crowd.join(5)
         for load in swarm.LOADS:
-            found = crowd.carry(load._replace(slices=load.slices // 500), cluster.server.pid)
+            found = crowd.carry(load._replace(batches=load.batches // 500), cluster.server.pid)
             assert found.frames > 0 and found.seconds > 0
         assert len(cluster.status()["nodes"]) == 5

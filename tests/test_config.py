@@ -1,9 +1,8 @@
-"""config.py: where the four settings come from, what is refused, and the file that keeps them."""
+"""config.py: where the four settings come from, what is refused, and the lines of a file."""
 
 from __future__ import annotations
 
 import copy
-import getpass
 import io
 import os
 import pickle
@@ -13,55 +12,14 @@ import traceback
 
 import dill
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from achilles import config
+from achilles import config, configuring
 from achilles.config import ConfigurationError, Secret
 
 LONG = "a secret of many characters"
 FULL = {"host": "10.0.0.1", "port": 1234, "username": "ann", "secret_key": LONG}
+pytestmark = pytest.mark.usefixtures("nothing_configured")
 posix_only = pytest.mark.skipif(os.name != "posix", reason="file modes and shells are POSIX's")
-
-
-@pytest.fixture(autouse=True)
-def nothing_configured(monkeypatch, tmp_path):
-    """No environment, no terminal, and a package directory of the test's own."""
-    for name in [name for name in os.environ if name.startswith("ACHILLES_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "package" / "config.py"))
-    (tmp_path / "package").mkdir()
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-
-
-@pytest.fixture
-def own_file(tmp_path):
-    return str(tmp_path / "package" / ".env")
-
-
-@pytest.fixture
-def other_file(tmp_path):
-    return str(tmp_path / "other.env")
-
-
-@pytest.fixture
-def terminal(monkeypatch):
-    """A person at a terminal: put what they type into the list that this returns."""
-    answers = []
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    def type_next(prompt=""):
-        if not answers:
-            raise EOFError
-        return answers.pop(0)
-
-    monkeypatch.setattr(sys, "stdin", Terminal())
-    monkeypatch.setattr("builtins.input", type_next)
-    monkeypatch.setattr(getpass, "getpass", type_next)
-    return answers
 
 
 def write(path, text, mode=0o600):
@@ -129,9 +87,9 @@ def test_argument_then_environment_then_file(monkeypatch, own_file, name):
 
 
 def test_the_file_is_the_argument_then_the_environments_then_our_own(monkeypatch, tmp_path, own_file):
-    config.write_config(**FULL)
-    named = config.write_config(**{**FULL, "username": "named"}, env_file=tmp_path / "named.env")
-    given_file = config.write_config(**{**FULL, "username": "given"}, env_file=tmp_path / "given.env")
+    configuring.write_config(**FULL)
+    named = configuring.write_config(**{**FULL, "username": "named"}, env_file=tmp_path / "named.env")
+    given_file = configuring.write_config(**{**FULL, "username": "given"}, env_file=tmp_path / "given.env")
     assert config.resolve().username == "ann" and config.resolve().env_file == own_file
     monkeypatch.setenv("ACHILLES_ENV_FILE", named)
     assert config.resolve().username == "named" and config.resolve().env_file == named
@@ -148,13 +106,13 @@ def test_the_file_is_not_opened_when_nothing_is_missing(own_file):
 
 
 def test_env_file_is_set_only_where_the_secret_came_from_it(monkeypatch, own_file):
-    config.write_config(**FULL)
+    configuring.write_config(**FULL)
     monkeypatch.setenv("ACHILLES_SECRET_KEY", LONG)
     assert config.resolve().env_file is None
 
 
 def test_an_empty_value_is_not_passed_over(monkeypatch, own_file):
-    config.write_config(**FULL)
+    configuring.write_config(**FULL)
     monkeypatch.setenv("ACHILLES_SECRET_KEY", "")
     with pytest.raises(ConfigurationError, match="ACHILLES_SECRET_KEY is empty"):
         config.resolve()
@@ -189,10 +147,10 @@ def test_the_error_names_what_is_missing_and_every_way_to_give_it(role, own_file
 
 
 def test_remedies_print_the_packages_own_name(monkeypatch):
-    monkeypatch.setattr(config, "__package__", "host_a._vendor.ach")
+    monkeypatch.setattr(configuring, "__package__", "host_a._vendor.ach")
     with pytest.raises(ConfigurationError, match=r"python -m host_a\._vendor\.ach\.server"):
         config.resolve()
-    assert "python -m host_a._vendor.ach.node" in config.next_step("/x")
+    assert "python -m host_a._vendor.ach.node" in configuring.next_step("/x")
 
 
 @pytest.mark.parametrize("stdin", [None, io.StringIO("h\n1\nu\n")])
@@ -231,47 +189,43 @@ def test_a_port_as_text_says_where_it_came_from(monkeypatch, other_file, value):
 
 @pytest.mark.parametrize("value", [0, 9999, 65535])
 def test_good_ports(value):
-    assert config.check_port(value) == config.check_port(str(value), text=True) == value
+    assert config.check("PORT", value, "port") == config.check("PORT", str(value), "the answer") == value
 
 
 @pytest.mark.parametrize("value", ["u", "u" * 32, "é" * 16, "name with space"])
 def test_good_usernames(value):
-    assert config.check_username(value) == value
+    assert config.check("USERNAME", value, "username") == value
 
 
 @pytest.mark.parametrize("value", ["", "u" * 33, "é" * 17, "nul\0", "\udc80", 7, b"u"])
 def test_bad_usernames_are_refused_not_cut(value):
     with pytest.raises(ConfigurationError, match="^username must be 1 to 32 bytes"):
-        config.check_username(value)
+        config.check("USERNAME", value, "username")
 
 
 @pytest.mark.parametrize("value", ["", "a b", "a\nb", "\udc80", 7, "a..b", "a" * 64])
 def test_bad_hosts(value):
     with pytest.raises(ConfigurationError, match="^host must be"):
-        config.check_host(value)
+        config.check("HOST", value, "host")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost", "LOCALHOST"])
 def test_a_short_secret_will_do_on_loopback(host):
-    assert config.check_secret("bar", host) == Secret("bar")
+    assert config.check_secret(Secret("bar"), host) == Secret("bar")
 
 
 @pytest.mark.parametrize("host", ["10.0.0.1", "0.0.0.0", "::", "128.0.0.1", "localhost.example", "127.1"])
 def test_a_short_secret_is_refused_elsewhere(host):
     with pytest.raises(ConfigurationError, match="shorter than 16 characters.*token_urlsafe") as error:
-        config.check_secret("x" * 15, host)
+        config.check_secret(Secret("x" * 15), host)
     assert "x" * 15 not in str(error.value)
-    assert config.check_secret("x" * 16, host).reveal() == "x" * 16
+    assert config.check_secret(Secret("x" * 16), host).reveal() == "x" * 16
 
 
 @pytest.mark.parametrize("value", ["", "nul\0", "\udc80"])
 def test_an_empty_or_broken_secret_is_refused_even_on_loopback(value):
     with pytest.raises(ConfigurationError, match="empty, or has.*token_urlsafe"):
-        config.check_secret(value, "127.0.0.1")
-
-
-def test_a_made_secret_is_long_enough_and_new_each_time():
-    assert len(config.make_secret()) == 43 and config.make_secret() != config.make_secret()
+        config.check_secret(Secret(value), "127.0.0.1")
 
 
 # The file
@@ -321,102 +275,29 @@ def test_a_file_that_cannot_be_read(tmp_path):
         config.read_file(tmp_path)
 
 
-# Writing it
+def test_a_secret_file_has_the_secret_in_its_first_line(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text("correct horse battery\nanything else\n")
+    path.chmod(0o600)
+    assert config.read_secret_file(path).reveal() == "correct horse battery"
+    path.chmod(0o644)
+    with pytest.raises(ConfigurationError, match="chmod 600"):
+        config.read_secret_file(path)
 
 
-@given(username=st.text(min_size=1, max_size=8), secret=st.text(min_size=1))
-def test_what_is_written_is_read_back(tmp_path_factory, username, secret):
-    path = str(tmp_path_factory.mktemp("env") / "file")
-    try:
-        config.write_config("127.0.0.1", 1, username, secret, env_file=path)
-    except ConfigurationError:
-        assert set(username + secret) & set("\r\n\0")
-    else:
-        assert config.read_file(path) == {"HOST": "127.0.0.1", "PORT": "1", "USERNAME": username,
-                                          "SECRET_KEY": secret}
-
-
-@posix_only
-@pytest.mark.parametrize("secret", ["it's #1 \"$HOME\" `id` \\ !", "plain $HOME `id` \\n \" # !", "'" * 3])
-def test_a_shell_reads_the_file_the_same_way(other_file, secret):
-    config.write_config("127.0.0.1", 1, "u", secret, env_file=other_file)
-    script = '. "$0"; printf %s "$SECRET_KEY"'
-    assert subprocess.run(["sh", "-c", script, other_file], capture_output=True, text=True).stdout == secret
-
-
-@posix_only
-def test_a_written_file_is_its_owners_alone_from_the_first_byte(monkeypatch, other_file):
-    write(other_file, "HOST=old\n", 0o666)
-    moves = []
-    replace = os.replace
-
-    def move(fresh, path):
-        moves.append((os.stat(fresh).st_mode & 0o777, os.path.dirname(fresh) == os.path.dirname(path)))
-        replace(fresh, path)
-
-    monkeypatch.setattr(os, "replace", move)
-    mask = os.umask(0)
-    try:
-        assert config.write_config(**FULL, env_file=other_file) == other_file
-    finally:
-        os.umask(mask)
-    assert moves == [(0o600, True)] and os.stat(other_file).st_mode & 0o777 == 0o600
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_path, other_file):
-    config.write_config(**FULL, env_file=other_file)
-    before = os.listdir(tmp_path)
-    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(ConfigurationError, match="other.env cannot be written .No space.*ACHILLES_ENV_FILE"):
-        config.write_config("127.0.0.1", env_file=other_file)
-    assert config.read_file(other_file)["HOST"] == "10.0.0.1" and os.listdir(tmp_path) == before
-
-
-def test_a_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(ConfigurationError, match="cannot be written"):
-        config.write_config(**FULL, env_file=tmp_path / "none" / ".env")
-
-
-@pytest.mark.parametrize("name, value", [("username", "a\nb"), ("secret_key", LONG + "\r"), ("port", "1"),
-                                         ("host", ""), ("secret_key", "short"), ("username", "")])
-def test_nothing_unfit_is_written(other_file, name, value):
-    with pytest.raises(ConfigurationError):
-        config.write_config(**{**FULL, name: value}, env_file=other_file)
-    assert not os.path.exists(other_file)
-
-
-def test_a_file_written_without_values_is_complete():
-    config.write_config()
-    settings = config.resolve()
-    assert (settings.host, settings.port) == ("127.0.0.1", 9999)
-    assert settings.username and len(settings.secret.reveal()) >= 32
-
-
-def test_write_overwrites_settings_and_keeps_the_lines_of_others(other_file):
-    write(other_file, "# mine\nDATABASE=x\nexport HOST=old\nPREVIOUS_SECRET_KEY=old\n")
-    config.write_config(**FULL, env_file=other_file)
-    with open(other_file) as file:
-        assert file.read() == (f"# mine\nDATABASE=x\nHOST='10.0.0.1'\nPORT='1234'\nUSERNAME='ann'\n"
-                               f"SECRET_KEY='{LONG}'\n")
-
-
-def test_update_keeps_what_the_file_holds(other_file):
-    write(other_file, f"HOST=old\nUSERNAME=ann\nSECRET_KEY='{LONG}'\nPREVIOUS_SECRET_KEY='{LONG[::-1]}'\n")
-    config.update_config("10.0.0.2", 7, env_file=other_file)
-    assert config.read_file(other_file) == {"HOST": "10.0.0.2", "PORT": "7", "USERNAME": "ann",
-                                            "SECRET_KEY": LONG, "PREVIOUS_SECRET_KEY": LONG[::-1]}
-
-
-def test_update_needs_no_file(own_file):
-    assert config.update_config("10.0.0.2", 7) == own_file
-    assert config.read_file(own_file) == {"HOST": "10.0.0.2", "PORT": "7"}
-
-
-def test_update_does_not_move_a_short_secret_off_loopback(other_file):
-    config.write_config("127.0.0.1", 1, "foo", "bar", env_file=other_file)
-    with pytest.raises(ConfigurationError, match="shorter than 16"):
-        config.update_config("10.0.0.2", env_file=other_file)
-    assert config.read_file(other_file)["HOST"] == "127.0.0.1"
+def test_a_short_secret_is_named_by_where_it_came_from(tmp_path, monkeypatch):
+    file = write(tmp_path / "secret", "bar\n")
+    with pytest.raises(ConfigurationError, match=f"^the first line of {file} is shorter than 16.*token_urlsafe"):
+        config.resolve("10.0.0.1", 1, "u", config.read_secret_file(file))
+    monkeypatch.setenv("ACHILLES_SECRET_KEY", "bar")
+    monkeypatch.setenv("ACHILLES_PREVIOUS_SECRET_KEY", "old")
+    with pytest.raises(ConfigurationError, match="^ACHILLES_SECRET_KEY is shorter .* not at 0.0.0.0"):
+        config.resolve("127.0.0.1", 1, "u", role="server", bind="0.0.0.0")
+    monkeypatch.setenv("ACHILLES_SECRET_KEY", LONG)
+    with pytest.raises(ConfigurationError, match="^ACHILLES_PREVIOUS_SECRET_KEY is shorter .* not at 0.0.0.0"):
+        config.resolve("127.0.0.1", 1, "u", role="server", bind="0.0.0.0")
+    with pytest.raises(ConfigurationError, match="^bind must be"):
+        config.resolve("127.0.0.1", 1, "u", role="server", bind="a b")
 
 
 # The previous secret
@@ -455,92 +336,12 @@ def test_both_secrets_leave_the_environment(monkeypatch):
     assert [name for name in os.environ if name.startswith("ACHILLES_")] == ["ACHILLES_HOST"]
 
 
-# The dialogue
-
-
-def test_a_server_is_asked_for_all_four_with_defaults(terminal, own_file, capsys):
-    terminal += ["", "", "ann", ""]
-    settings = config.resolve(role="server")
-    assert (settings.host, settings.port, settings.username) == ("127.0.0.1", 9999, "ann")
-    assert len(settings.secret.reveal()) == 43 and settings.env_file == own_file and not terminal
-    assert config.read_file(own_file)["SECRET_KEY"] == settings.secret.reveal()
-    out, err = capsys.readouterr()
-    assert out == "" and settings.secret.reveal() not in err
-    for text in ("host [127.0.0.1]: ", "port [9999]: ", "username: ", f"Saved in {own_file}", "scp -p",
-                 "python -m achilles.node --env-file FILE"):
-        assert text in err
-
-
-def test_a_node_is_asked_for_what_is_missing_and_cannot_make_a_secret(terminal, other_file, capsys):
-    terminal += ["ann", "", LONG]
-    settings = config.resolve("10.0.0.1", 7, env_file=other_file, role="node")
-    assert settings == config.Settings("10.0.0.1", 7, "ann", Secret(LONG), other_file) and not terminal
-    assert config.resolve(env_file=other_file) == settings
-    assert "empty" in capsys.readouterr().err
-
-
-def test_an_answer_that_will_not_do_is_asked_for_again(terminal, other_file, capsys):
-    terminal += ["a host", " 10.0.0.1 ", "many", "80", "", "u" * 33, "ann", "short", LONG]
-    path = config.ask_config(env_file=other_file)
-    assert path == other_file and not terminal
-    assert config.read_file(path) == {"HOST": "10.0.0.1", "PORT": "80", "USERNAME": "ann", "SECRET_KEY": LONG}
-    err = capsys.readouterr().err
-    assert err.count("port [9999]: ") == 2 and "shorter than 16" in err and "short:" not in err
-
-
-def test_the_secret_is_asked_for_without_echo(monkeypatch, terminal, other_file):
-    monkeypatch.setattr(getpass, "getpass", lambda prompt: LONG)
-    config.ask_config("127.0.0.1", 1, "ann", env_file=other_file)
-    assert config.read_file(other_file)["SECRET_KEY"] == LONG
-
-
-def test_input_that_ends_saves_nothing(terminal, other_file):
-    terminal += ["127.0.0.1"]
-    with pytest.raises(ConfigurationError, match="input ended"):
-        config.resolve(env_file=other_file)
-    assert not os.path.exists(other_file)
-
-
-def test_the_dialogue_keeps_what_the_file_holds(terminal, other_file):
-    write(other_file, f"HOST=10.0.0.1\nPORT=7\nSECRET_KEY='{LONG}'\nOTHER=1\n")
-    terminal += ["ann"]
-    assert config.resolve(env_file=other_file).secret == Secret(LONG)
-    with open(other_file) as file:
-        assert file.readline() == "OTHER=1\n"
-    assert config.read_file(other_file)["PORT"] == "7" and not terminal
-
-
-def test_a_secret_file_has_the_secret_in_its_first_line(tmp_path):
-    path = tmp_path / "secret"
-    path.write_text("correct horse battery\nanything else\n")
-    path.chmod(0o600)
-    assert config.read_secret_file(path).reveal() == "correct horse battery"
-    path.chmod(0o644)
-    with pytest.raises(ConfigurationError, match="chmod 600"):
-        config.read_secret_file(path)
-
-
-def test_a_short_secret_is_named_by_where_it_came_from(tmp_path, monkeypatch):
-    file = write(tmp_path / "secret", "bar\n")
-    with pytest.raises(ConfigurationError, match=f"^the first line of {file} is shorter than 16.*token_urlsafe"):
-        config.resolve("10.0.0.1", 1, "u", config.read_secret_file(file))
-    monkeypatch.setenv("ACHILLES_SECRET_KEY", "bar")
-    monkeypatch.setenv("ACHILLES_PREVIOUS_SECRET_KEY", "old")
-    with pytest.raises(ConfigurationError, match="^ACHILLES_SECRET_KEY is shorter .* not at 0.0.0.0"):
-        config.resolve("127.0.0.1", 1, "u", role="server", bind="0.0.0.0")
-    monkeypatch.setenv("ACHILLES_SECRET_KEY", LONG)
-    with pytest.raises(ConfigurationError, match="^ACHILLES_PREVIOUS_SECRET_KEY is shorter .* not at 0.0.0.0"):
-        config.resolve("127.0.0.1", 1, "u", role="server", bind="0.0.0.0")
-    with pytest.raises(ConfigurationError, match="^bind must be"):
-        config.resolve("127.0.0.1", 1, "u", role="server", bind="a b")
-
-
 # Reading the secrets again
 
 
 def test_only_the_secrets_are_read_again(monkeypatch, other_file):
     monkeypatch.setenv("ACHILLES_PORT", "7")
-    config.write_config(**FULL, env_file=other_file)
+    configuring.write_config(**FULL, env_file=other_file)
     before = config.resolve(env_file=other_file, role="server")
     write(other_file, f"HOST=other\nPORT=1\nUSERNAME=other\nSECRET_KEY={LONG[::-1]!r}\nPREVIOUS_SECRET_KEY={LONG!r}\n")
     after = config.read_again(before, "server")
@@ -558,7 +359,7 @@ def test_only_the_secrets_are_read_again(monkeypatch, other_file):
     (f"SECRET_KEY={LONG!r}\nPREVIOUS_SECRET_KEY=short\n", 0o600, "PREVIOUS_SECRET_KEY in .* is shorter"),
 ])
 def test_a_file_that_is_no_good_when_it_is_read_again_says_why_in_one_line(other_file, text, mode, why):
-    config.write_config(**FULL, env_file=other_file)
+    configuring.write_config(**FULL, env_file=other_file)
     before = config.resolve(env_file=other_file, role="server")
     os.remove(other_file)
     if text is not None:
@@ -600,7 +401,7 @@ def test_no_local_variable_of_ours_shows_a_secret(monkeypatch, tmp_path, other_f
         monkeypatch.setenv("ACHILLES_SECRET_KEY", hidden)
     if wrong == "unwritable":
         monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left")))
-        found = shown(config.update_config, secret_key=secret or Secret(hidden), env_file=other_file)
+        found = shown(configuring.update_config, secret_key=secret or Secret(hidden), env_file=other_file)
     else:
         found = shown(config.resolve, secret_key=secret, env_file=other_file, role="server")
     assert "***" in found and hidden not in found
@@ -610,13 +411,3 @@ def test_a_refused_files_text_is_in_no_local_variable(other_file):
     for text, mode in ((f"SECRET_KEY={LONG!r}\n", 0o644), (f"SECRET_KEY={LONG!r}\nPREVIOUS_SECRET_KEY='abc\n", 0o600)):
         assert LONG not in (found := shown(config.read_file, write(other_file, text, mode))) and "other.env" in found
     assert LONG not in shown(config.read_secret_file, write(other_file, LONG, 0o644))
-
-
-def test_gen_config_without_anybody_to_ask_names_every_way(own_file):
-    with pytest.raises(ConfigurationError, match="input ended at 'host.*nothing is saved") as error:
-        config.gen_config(username="ann")
-    for way in ("no host, secret_key", "host=..., secret_key=...", "ACHILLES_SECRET_KEY", own_file, "--write-config"):
-        assert way in str(error.value)
-    with pytest.raises(ConfigurationError, match="no port"):
-        config.gen_config("h", None, "ann", LONG)
-    assert not os.path.exists(own_file)

@@ -24,7 +24,7 @@ from conftest import START_METHOD, wait_until
 
 import achilles
 from achilles import ClusterKilled, TaskTimeout, imap, imap_unordered, map  # noqa: A004
-from achilles.protocol.channel import PYTHON
+from achilles.protocol.connect import PYTHON
 
 METHODS = ("fork", "forkserver", "spawn")
 SIZES = (1, 3, 8)
@@ -192,9 +192,9 @@ def test_a_list_later_on_is_an_argument(eight):
 
 
 @pytest.mark.parametrize("call", [imap, imap_unordered])
-@pytest.mark.parametrize(("seconds", "window"), [(0.006, 2 * 8 + 64), (0.0, 2 * 8 + 64 + 4096)])
+@pytest.mark.parametrize(("seconds", "window"), [(0.06, 2 * 8 + 64 + 36), (0.0, 2 * 8 + 64 + 65_536)])
 def test_an_endless_generator_is_pulled_as_far_as_the_window(eight, call, seconds, window):
-    """Wider where tasks are quick; but it stands still where nobody takes."""
+    """Wider where calls are quick: 50 ms of work in each of 36 batches. But it stands still where nobody takes."""
     last, taken = [0], [0]
 
     def endless():
@@ -247,7 +247,7 @@ def test_buffersize_bounds_what_is_read_ahead(eight, chunksize, size):
     for packet in imap(tasks.square, args, chunksize=chunksize, buffersize=size, **eight.address):
         taken += packet["RESULT"]
         assert len(packet["RESULT"]) <= size
-        assert len(pulled) <= len(taken) + 2 * size + 1
+        assert len(pulled) <= len(taken) + size
     assert taken == [n ** 2 for n in range(12)]
     assert flat(map(tasks.square, range(12), buffersize=size, chunksize=chunksize, **eight.address)) == taken
 
@@ -413,7 +413,7 @@ def test_threads_share_a_cluster(mixed):
     assert found == {100 * n: True for n in range(8)}
 
 
-def test_controllers_of_several_processes_share_slice_by_slice(eight):
+def test_controllers_of_several_processes_share_chunk_by_chunk(eight):
     """A small job does not wait for the large one that came before it."""
     large = eight.start_script("""
         import functools, tasks
@@ -668,3 +668,116 @@ def test_the_environment_of_nodes_names_no_secret(eight):
     assert SECRET not in "".join(environment().values())
     found = flat(map(lambda _: dict(os.environ), [0], **eight.address))
     assert not any(SECRET in value for value in found[0].values())
+
+
+# What a chunk may expect, whatever it travels with.
+
+
+def test_quick_calls_do_not_wait_for_the_slow_one_that_travels_with_them(eight):
+    """3,000 instant calls say that a batch of hundreds is right; then one of them takes 4 s."""
+    assert len(flat(map(tasks.square, range(3000), **eight.address))) == 3000
+
+    def quick_but_one(number):
+        tasks.never.wait(4 if number == 700 else 0)
+        return number
+
+    began, times = time.monotonic(), {}
+    for packet in imap_unordered(quick_but_one, range(2000), **eight.address):
+        times.update(dict.fromkeys(packet["RESULT"], time.monotonic() - began))
+    assert times.keys() == set(range(2000)) and times.pop(700) >= 4
+    assert max(time_ for number, time_ in times.items() if not 693 <= number <= 707) < 2.5, "half a second, alone"
+
+
+def test_in_a_pool_1999_of_2000_come_at_once(eight):
+    def quick_but_one(number):
+        tasks.never.wait(4 if number == 700 else 0)
+        return number
+
+    with achilles.Pool(**eight.address) as pool:
+        assert len(pool.map(tasks.square, range(3000))) == 3000
+        began, times = time.monotonic(), {}
+        for number in pool.imap_unordered(quick_but_one, range(2000)):
+            times[number] = time.monotonic() - began
+    assert times.keys() == set(range(2000)) and times.pop(700) >= 4
+    assert max(times.values()) < 2.5, "half a second, alone"
+
+
+@pytest.mark.parametrize("chunksize", [1, 3])
+@pytest.mark.parametrize("slow", ["sleep", "c"])
+def test_two_calls_of_one_map_that_wait_for_each_other_meet(eight, tmp_path, slow, chunksize):
+    """Also where the worker that holds the other one back is in C code, which lets no thread of it run."""
+    def meet(number):
+        mine, other = 64 * (number // 64), 64 * (number // 64) + 1 + 2 * chunksize
+        if number not in (mine, other):
+            return number
+        (tmp_path / f"{number}").touch()
+        partner = tmp_path / f"{other if number == mine else mine}"
+        until = time.monotonic() + 20
+        while not partner.exists():
+            assert time.monotonic() < until, f"{number} is alone"
+            if slow == "c":
+                sum(range(10**8))
+            else:
+                time.sleep(0.01)
+        return number
+
+    assert flat(map(tasks.square, range(3000), chunksize=chunksize, **eight.address)) == [n ** 2 for n in range(3000)]
+    count = 60 if slow == "c" else 6 * 64  # some worker of the eight is always free
+    assert flat(map(meet, range(count), chunksize=chunksize, **eight.address)) == [*range(count)]
+
+
+def test_a_function_may_return_a_buffer_that_it_uses_again(eight):
+    def filled(number):
+        buffer = filled.__dict__.setdefault("buffer", bytearray(2_000_000))
+        buffer[:] = bytes([number]) * len(buffer)
+        return buffer
+
+    found = flat(map(filled, range(30), **eight.address))
+    assert [(each[0], each[-1], len(each)) for each in found] == [(n, n, 2_000_000) for n in range(30)]
+
+
+def test_a_function_may_change_its_argument(eight):
+    """The same object many times in args is another one in each chunk, as in multiprocessing."""
+    def grow(things):
+        things.append(len(things))
+        return things
+
+    shared = []
+    for args in ([shared] * 500, iter([shared] * 500)):
+        with achilles.Pool(**eight.address) as pool:
+            assert pool.map(grow, args, chunksize=1) == [[0]] * 500
+    assert shared == []
+
+
+def test_a_death_among_quick_calls_charges_one_argument(eight, oracle):
+    def touchy(number):
+        if number == 1234:
+            tasks.record(oracle.path, number)
+            os._exit(3)
+        return number
+
+    assert len(flat(map(tasks.square, range(3000), **eight.address))) == 3000
+    errors = []
+    found = flat(map(touchy, range(3000), callback_error=errors.append, **eight.address))
+    assert found == [None if n == 1234 else n for n in range(3000)]
+    assert [(type(error), error.index) for error in errors] == [(achilles.WorkerLost, 1234)]
+    assert oracle.counts() == {1234: 3}
+
+
+def test_a_letter_over_a_lowered_limit_is_letter_too_large(eight, monkeypatch):
+    monkeypatch.setattr("achilles.protocol.frames.LETTER_LIMIT_BYTES", 5000)
+    with pytest.raises(achilles.LetterTooLarge, match=r"argument 1 has 6,\d+ bytes, no more than 5,000") as raised:
+        map(len, [b"x", b"x" * 6000], **eight.address)
+    assert raised.value.index == 1
+
+
+@pytest.mark.parametrize("seed", [0, -7, 10**5000], ids=["0", "-7", "large"])
+def test_any_seed_gives_the_same_numbers_each_time(eight, seed):
+    def roll(_):
+        return random.random()
+
+    with achilles.Pool(**eight.address) as pool:
+        first = pool.map(roll, range(20), chunksize=3, seed=seed)
+        assert [*pool.imap(roll, range(20), seed=seed)] == first
+        assert pool.map(roll, range(20), seed=1) != first
+    assert len(set(first)) == 20

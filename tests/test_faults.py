@@ -84,7 +84,7 @@ def test_poison_is_lost_at_its_index_after_three_attempts(pair, oracle, how, sta
     for part in ("argument 37", f"node {error.node}", f"pid {error.pid}", said):
         assert part in str(error)
     counts = oracle.counts()
-    assert all(1 <= counts[n] <= 4 for n in range(100))  # once more, where it was in the same slice or message
+    assert all(1 <= counts[n] <= 4 for n in range(100))  # once more, where it was in the same batch
 
 
 def test_poison_among_tiny_tasks_that_travel_together(pair):
@@ -99,7 +99,7 @@ def test_poison_among_tiny_tasks_that_travel_together(pair):
     assert [(type(error), error.index, error.exitcode) for error in errors] == [(WorkerLost, 12_345, 9)]
 
 
-def test_poison_everywhere_in_a_slice(pair):
+def test_poison_everywhere_in_a_chunk(pair):
     errors = []
     found = flat(map(lambda _: os._exit(7), range(4), chunksize=2, callback_error=errors.append, **pair.address))
     assert found == [None] * 4
@@ -157,7 +157,7 @@ def test_workers_killed_all_the_time(pair, oracle):
 # A node dies.
 
 
-def test_a_killed_nodes_slices_go_to_another(tmp_path, oracle):
+def test_a_killed_nodes_chunks_go_to_another(tmp_path, oracle):
     with Cluster(tmp_path, 2, 3) as cluster:
         call = Call(functools.partial(tasks.recorded_square, oracle.path, 0.05), range(100), **cluster.address)
         oracle.wait_for(10)
@@ -165,7 +165,7 @@ def test_a_killed_nodes_slices_go_to_another(tmp_path, oracle):
         cluster.nodes[1].kill()
         wait_until(lambda: not any(map_alive(workers)), "the end of its workers", 5)
         assert call.result() == squares(100)
-        assert sum(oracle.counts().values()) <= 100 + 2 * 3  # what runs, and one message more
+        assert sum(oracle.counts().values()) <= 100 + 2 * 3  # what was in its batches
 
 
 def map_alive(pids):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from achilles import calls, config
+from achilles import calls, config, configuring
 from achilles.errors import ConfigurationError
 from achilles.node import loop as node_module
 from achilles.server import listen
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("unconfigured")
 @pytest.mark.parametrize(("module", "names"), [
     ("achilles_main", {
         "map": calls.map, "imap": calls.imap, "imap_unordered": calls.imap_unordered, "killCluster": calls.kill_cluster,
-        "getClusterStatus": calls.cluster_status, "genConfig": config.gen_config}),
-    ("achilles_server", {"runAchillesServer": listen.run_server, "genConfig": config.gen_config}),
+        "getClusterStatus": calls.cluster_status, "genConfig": configuring.ask_config}),
+    ("achilles_server", {"runAchillesServer": listen.run_server, "genConfig": configuring.ask_config}),
     ("achilles_node", {"runAchillesNode": node_module.run_node}),
 ])
 def test_they_are_the_packages_own(module, names):

@@ -15,8 +15,9 @@ import tasks
 from cluster import PYTHON, Process, alive, children, descendants, environment
 from conftest import SECONDS, wait_until
 
-from achilles import LocalCluster, ServerUnreachable, cluster_status, map  # noqa: A004
+from achilles import LocalCluster, ServerUnreachable, cluster_status, local_child, map  # noqa: A004
 from achilles.local import START_SECONDS
+from achilles.node.cores import usable_cores
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 
@@ -53,12 +54,12 @@ def test_its_attributes_and_a_map(local):
     assert [node["cpu_count"] for node in nodes] == [1, 1]
 
 
-def test_usable_cores_are_divided(monkeypatch, no_leftovers):
-    assert LocalCluster(nodes=2, cpu_count=5)._shares() == [5, 5]
-    monkeypatch.setattr("achilles.node.cores.usable_cores", lambda: 7)
-    assert LocalCluster(nodes=3)._shares() == [3, 2, 2]
-    monkeypatch.setattr("achilles.node.cores.usable_cores", lambda: 1)
-    assert LocalCluster(nodes=3)._shares() == [1, 1, 1]
+def test_usable_cores_are_divided(no_leftovers):
+    for count, shares in ((7, [3, 2, 2]), (1, [1, 1, 1]), (6, [2, 2, 2])):
+        assert [local_child.share(count, 3, index) for index in range(3)] == shares
+    with LocalCluster(nodes=2) as cluster:
+        found = [node["cpu_count"] for node in cluster_status(**address(cluster))["nodes"]]
+    assert sorted(found) == sorted(local_child.share(usable_cores(), 2, index) for index in range(2))
 
 
 @pytest.mark.parametrize("wrong", [{"nodes": 0}, {"nodes": -1}, {"nodes": "2"}, {"nodes": True}, {"cpu_count": 0}])
@@ -107,10 +108,17 @@ def test_it_has_a_session_of_its_own(local):
 
 
 def test_a_child_that_cannot_start_is_an_error(monkeypatch, no_leftovers, capfd):
-    monkeypatch.setattr("achilles.local.CHILD", "--nobody-knows-this")
+    monkeypatch.setattr("achilles.local.CHILD", ("-c", "raise SystemExit(2)"))
     with pytest.raises(ServerUnreachable, match="ended with status 2 before it was ready"):
         LocalCluster(nodes=1, cpu_count=1).start()
     assert START_SECONDS >= 10
+
+
+def test_a_child_that_is_never_ready_is_an_error(monkeypatch, no_leftovers):
+    monkeypatch.setattr("achilles.local.CHILD", ("-c", "import threading; threading.Event().wait()"))
+    monkeypatch.setattr("achilles.local.START_SECONDS", 0.5)
+    with pytest.raises(ServerUnreachable, match=r"was not ready within 0\.5 s"):
+        LocalCluster(nodes=1, cpu_count=1).start()
 
 
 KILLED = """
@@ -142,6 +150,20 @@ def test_it_is_gone_soon_after_its_caller_is_killed(tmp_path, no_leftovers, fork
     assert alive(child) == fork
     if fork:
         os.kill(child, signal.SIGKILL)
+
+
+@needs_proc
+def test_where_stdin_cannot_be_polled_it_is_gone_too(tmp_path, no_leftovers):
+    """As on Windows: there a child cannot poll a pipe, and its parent's id stays the same when the parent dies."""
+    source = KILLED.format(fork=False)
+    child = "import achilles.local_child as it; it.POLLS_STDIN = False; it.main()"
+    patch = f"    import achilles.local\n    achilles.local.CHILD = ('-c', {child!r})\n"
+    source = source.replace("    with LocalCluster", f"{patch}    with LocalCluster")
+    caller = start(tmp_path, source)
+    _, *cluster = [int(pid) for pid in caller.wait_for(r"([\d ]+) ready")[1].split()]
+    assert len(cluster) >= 4
+    caller.kill()
+    wait_until(lambda: not any(map_alive(cluster)), f"the end of {cluster}", 10)
 
 
 def map_alive(pids):

@@ -230,6 +230,7 @@ def test_the_connections_that_a_server_takes_are_those_of_its_limit_of_files(mon
     enough, = {*re.findall(r"`ulimit -n (\d+)` or `LimitNOFILE=`", text), units()["achilles.server"]["LimitNOFILE"]}
     assert f"it takes {connections(int(enough)):,} of them" in text
     assert connections(int(enough)) == listen.CONNECTIONS
+    assert int(units()["achilles.server"]["TasksMax"]) > 2 * listen.CONNECTIONS + listen.PLACES
 
 
 def test_the_table_of_options_is_the_signature_of_the_calls():

@@ -1,246 +1,297 @@
-"""The result buffer of one job, and the window that bounds what is outside of it.
+"""What has come of a call and is not taken yet, and the window that bounds what is out.
 
-Knows slices by number, units, and places in `args`; what an answer is it does not
-know, nor any socket, pickle or clock but the caller's deadlines.
+Knows chunks by number, runs of them, and answers; knows no socket, no pickle and no clock.
 
 ::
 
-    feeder ──Window.enter──▶  out: sent, running, or waiting here  ──take──▶ taken
-                 ▲ blocks                                             │
-                 └────────────────────── Window.leave ◀───────────────┘
+    feeder ──enter──▶ out: waiting, sent, running, or answered here ──take──▶ taken, and room for more
 
-What is delivered at once is a *unit* in the three original calls, a packet or a
-list: it is announced (`add`), answered slice by slice (`put`, the reader thread),
-and taken whole (`take`, the caller's thread). Elsewhere it is a slice by itself.
-Both come in the order of `args`, or as they become complete. Each class has one lock of its own, which
-guards everything in it, and a condition on it; no method calls out while holding it.
+A FlatResults gives each run of chunks as it comes, or in order (Pool, Executor). A PacketResults gives packets and
+lists whole (the three original calls).
+
+The lock of the connection guards everything here: every method needs it. `changed` is a condition on that lock, one a
+call, for the thread that takes; `room` is another, for the feeder.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterable, Sequence
-from itertools import islice
-from typing import Any
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
-__all__ = ["WINDOW_BYTES", "NotYet", "SliceBuffer", "Unit", "UnitBuffer", "Window"]
+from ..errors import ProtocolError
+from ..protocol.frames import Letter
 
-TAKE_UNITS = 64  # at a time: beyond, a lock a unit costs nothing any more ...
-TAKE_SLICES = 256  # ... and of slices, of which many are delivered together
-ENOUGH_ROOM = 0.75  # of the window out: then the feeder is woken, and has room for many slices, not for one
-WINDOW_BYTES = 256 << 20  # of arguments that are out: what a caller may hold twice, as objects and as bytes
+__all__ = ["WINDOW_BYTES", "Answered", "FlatResults", "PacketResults", "Results", "Run", "Unit"]
+
+WINDOW_BYTES = 256 << 20  # of arguments that are out: a caller may hold them twice, as objects and as letters
+ENOUGH_ROOM = 0.75  # of the window out: then the feeder is woken, and has room for many chunks, not for one
 
 
-class NotYet(TimeoutError):
-    """Nothing to take came in time. A class of its own: what users' code raises may be a TimeoutError, too."""
+class Run:
+    """Consecutive chunks of one job, each of `size` arguments; the last one may have fewer.
+
+    :ivar first: the number of the first chunk.  :ivar start: the index in args of its first argument, or the offset
+        in its list.  :ivar arguments: of all chunks.  :ivar place: the index of their list in args, where args are
+        lists.  :ivar alone: whether these chunks join no others in a batch.
+    """
+
+    __slots__ = ("alone", "arguments", "first", "letters", "place", "size", "start")
+
+    def __init__(
+        self, first: int, start: int, size: int, letters: list[Letter], arguments: int, place: int | None = None,
+        alone: bool = False,
+    ) -> None:
+        self.first, self.start, self.size, self.letters = first, start, size, letters
+        self.arguments, self.place, self.alone = arguments, place, alone
+
+    @property
+    def end(self) -> int:
+        """The number behind that of the last chunk."""
+        return self.first + len(self.letters)
+
+    def cut(self, at: int, to: int | None = None) -> Run:
+        """The chunks from the `at`-th up to the `to`-th."""
+        count = len(self.letters)
+        to = count if to is None else min(to, count)
+        arguments = (self.arguments if to == count else to * self.size) - at * self.size
+        return Run(self.first + at, self.start + at * self.size, self.size, self.letters[at:to], max(arguments, 0),
+                   self.place, self.alone)
+
+    def bytes(self) -> int:
+        """Of all letters."""
+        return sum(map(len, self.letters))
+
+    def name(self, offset: int) -> str:
+        """How to call an argument in an error."""
+        index = self.start + offset
+        return f"argument {index}" if self.place is None else f"argument {index} of the list args[{self.place}]"
+
+
+class Answered(NamedTuple):
+    """Chunks that have an answer: a status and a letter each, None where every argument was given up."""
+
+    run: Run
+    statuses: bytes
+    letters: Sequence[Letter | None]
+
+    def cut(self, at: int, to: int | None = None) -> Answered:
+        """The answers from the `at`-th up to the `to`-th."""
+        return Answered(self.run.cut(at, to), self.statuses[at:to], self.letters[at:to])
 
 
 class Unit:
-    """Consecutive slices that are delivered together.
+    """A packet, or a list: consecutive chunks that are delivered together. `place` is that of a list."""
 
-    `start` is the place of its first argument in `args` (of the list itself, where
-    args are lists), `span` how many places it fills, `answers` what came: slice -> answer.
-    """
+    __slots__ = ("end", "first", "got", "pieces", "place")
 
-    __slots__ = ("answers", "slices", "span", "start")
-
-    def __init__(self, start: int, span: int, slices: range) -> None:
-        self.start = start
-        self.span = span
-        self.slices = slices
-        self.answers: dict[int, Any] = {}
+    def __init__(self, first: int, end: int, place: int | None = None) -> None:
+        self.first, self.end, self.place = first, end, place
+        self.pieces: list[Answered] = []
+        self.got = 0  # chunks
 
 
-class _Buffer:
-    """What of one job has come and is not taken. Subclasses say in which pieces."""
+class Sink(Protocol):
+    """Where a job's answers go. Every method needs the connection's lock."""
 
-    def __init__(self, ordered: bool) -> None:
-        self._ordered = ordered
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._taken = 0  # places that were taken; in order, the next one
-        self._end: int | None = None  # places there are in all, once known
-        self._last_error: BaseException | None = None  # raised behind the last piece
-        self._error: BaseException | None = None  # raised at once
+    tells: bool  # whether batches shall ask for GIVEN
 
-    def finish(self, end: int, error: BaseException | None = None) -> None:
-        """There are `end` places in all; behind the last of them `error` is raised, if there is one."""
-        with self._lock:
-            self._end, self._last_error = end, error
-            self._changed.notify_all()
+    def put(self, answered: Answered) -> None:
+        """Chunks of this call were answered, each once."""
 
     def fail(self, error: BaseException) -> None:
-        """Raise `error` in whoever takes, now and from now on. The first error stays."""
-        with self._lock:
-            self._error = self._error or error
-            self._changed.notify_all()
+        """The job as a whole has failed."""
 
-    def take(self, timeout: float | None = None) -> list[Any]:
-        """The next pieces, some of them, or [] behind the last; blocks up to `timeout` seconds, then NotYet.
-
-        Raises the error of `fail` at once, that of `finish` in its place.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            while True:
-                if self._error is not None:
-                    raise self._error
-                pieces = self._next()
-                if pieces or self._taken == self._end:
-                    break
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise NotYet
-                self._changed.wait(left)
-            if not pieces and self._last_error is not None:
-                raise self._last_error
-            return pieces
-
-    def _next(self) -> list[Any]:
-        raise NotImplementedError
+    def abandon(self, error: BaseException, lock: threading.Lock) -> None:
+        """In a child of the caller: nothing will come. Takes no lock: `lock` is the connection's new one."""
 
 
-class SliceBuffer(_Buffer):
-    """Slices that are delivered one by one, each with its number; a slice is a place.
+class Results:
+    """The window of a mapping call, and the end of its results. Subclasses say what is taken at once.
 
-    Nothing is kept for a slice but its answer, and no step is taken for each of many that come at once.
+    :param by_argument: whether the window counts arguments (`buffersize`), not chunks.
+    :param ready: called when there may be something to take; must not block, nor take the lock.
     """
 
-    def __init__(self, ordered: bool) -> None:
-        super().__init__(ordered)
-        self._answers: dict[int, Any] = {}
+    tells = False
+
+    def __init__(
+        self, lock: threading.Lock, ordered: bool, by_argument: bool, ready: Callable[[], object] | None = None
+    ) -> None:
+        self.changed = threading.Condition(lock)
+        self.room = threading.Condition(lock)
+        self.ready = ready
+        self.by_argument = by_argument
+        self.out = 0  # of the window: chunks, or arguments
+        self.out_bytes = 0
+        self.limit = float("inf")  # when the feeder last asked
+        self.error: BaseException | None = None  # raised at once
+        self.last_error: BaseException | None = None  # raised behind the last result
+        self.end: int | None = None  # the number behind that of the call's last chunk, once that is known
+        self._ordered = ordered
+
+    def weight(self, run: Run) -> int:
+        """What these chunks take of the window. A list counts as one argument, with its first chunk."""
+        if not self.by_argument:
+            return len(run.letters)
+        return run.arguments if run.place is None else int(run.start == 0)
+
+    def enter(self, run: Run) -> None:
+        """These chunks are out."""
+        self.out += self.weight(run)
+        self.out_bytes += run.bytes()
+
+    def free(self, limit: float, weight: int = 1) -> float:
+        """What the window has left, 0 where that is less than `weight`. An empty window always takes one chunk."""
+        self.limit = limit
+        left = limit - self.out if self.out_bytes <= WINDOW_BYTES else 0
+        return left if left >= weight else 0 if self.out else weight
+
+    def taken(self, run: Run) -> None:
+        """These chunks are the caller's: there is room for others."""
+        self.out -= self.weight(run)
+        self.out_bytes -= run.bytes()
+        if self.out <= self.limit * ENOUGH_ROOM:
+            self.room.notify_all()
+
+    def finish(self, end: int, error: BaseException | None) -> None:
+        """The input has ended: chunk `end` will not come. Behind the last result `error` is raised."""
+        self.end, self.last_error = end, error
+        self._tell()
+
+    def fail(self, error: BaseException) -> None:
+        """Raise `error` in the thread that takes, now and from now on. The first error stays."""
+        self.error = self.error or error
+        self.room.notify_all()
+        self._tell()
+
+    def abandon(self, error: BaseException, lock: threading.Lock) -> None:
+        """As Sink says."""
+        self.changed = self.room = threading.Condition(lock)
+        self.ready, self.error = None, error
+
+    def _tell(self) -> None:
+        self.changed.notify_all()
+        if self.ready is not None:
+            self.ready()
+
+
+class FlatResults(Results):
+    """Chunks that are delivered run by run."""
+
+    def __init__(
+        self, lock: threading.Lock, ordered: bool, by_argument: bool, ready: Callable[[], object] | None = None
+    ) -> None:
+        super().__init__(lock, ordered, by_argument, ready)
+        self.next = 0  # the chunk that is delivered next, in order
+        self._answers: dict[int, Answered] = {}  # by their first chunk
 
     def begin(self, first: int) -> None:
-        """The first slice there will be, where it is not 0. Before all others; an error that came before stays."""
-        with self._lock:
-            self._taken = first
+        """The call's first chunk has this number."""
+        self.next = first
 
-    def put(self, slices: Iterable[int], answers: Iterable[Any]) -> None:
-        """The answers of slices, each of which is put once."""
-        with self._lock:
-            self._answers.update(zip(slices, answers))
-            if self._answers and (not self._ordered or self._taken in self._answers):
-                self._changed.notify_all()
+    def put(self, answered: Answered) -> None:
+        """As Sink says."""
+        self._answers[answered.run.first] = answered
+        if not self._ordered or self.next in self._answers:
+            self._tell()
 
-    def put_back(self, pieces: Sequence[tuple[int, Any]]) -> None:
-        """What was taken, and not delivered: the first of them was no good."""
-        with self._lock:
-            self._answers = dict(pieces[1:]) | self._answers
-            self._taken -= len(pieces)
+    def take(self) -> Answered | None:
+        """The next answers, if there are any."""
+        key = self.next if self._ordered else next(iter(self._answers), -1)
+        answered = self._answers.pop(key, None)
+        if answered is None:
+            return None
+        if self.by_argument and len(answered.letters) > 1:  # each chunk makes room when it is taken, not before
+            rest = answered.cut(1)
+            self._answers = {rest.run.first: rest} | self._answers
+            answered = answered.cut(0, 1)
+        self.next += len(answered.letters)
+        self.taken(answered.run)
+        return answered
 
-    def _next(self) -> list[tuple[int, Any]]:
-        """(slice, answer), as many as may be taken."""
-        answers, end = self._answers, self._taken
-        if self._ordered:
-            while end in answers and end - self._taken < TAKE_SLICES:
-                end += 1
-        numbers = range(self._taken, end) if self._ordered else list(islice(answers, TAKE_SLICES))
-        self._taken += len(numbers)
-        return [(number, answers.pop(number)) for number in numbers]
-
-
-class UnitBuffer(_Buffer):
-    """Units between their announcement and their taking; a place is an argument, or a list of a list of lists."""
-
-    def __init__(self, ordered: bool) -> None:
-        super().__init__(ordered)
-        self._open: dict[int, Unit] = {}  # slice -> its unit, while that is not complete
-        self._complete: dict[int, Unit] = {}  # start -> unit, complete and not taken
-
-    def add(self, unit: Unit) -> None:
-        """Announce a unit. One without slices is complete at once."""
-        with self._lock:
-            if unit.slices:
-                self._open.update(dict.fromkeys(unit.slices, unit))
-            else:
-                self._complete[unit.start] = unit
-                self._changed.notify_all()
-
-    def put(self, slices: Iterable[int], answers: Iterable[Any]) -> None:
-        """The answers of slices. A second one of the same slice is ignored."""
-        with self._lock:
-            for slice_, answer in zip(slices, answers):
-                unit = self._open.get(slice_)
-                if unit is None or slice_ in unit.answers:
-                    continue
-                unit.answers[slice_] = answer
-                if len(unit.answers) == len(unit.slices):
-                    for number in unit.slices:
-                        del self._open[number]
-                    self._complete[unit.start] = unit
-            if self._complete and (not self._ordered or self._taken in self._complete):
-                self._changed.notify_all()
-
-    def put_back(self, units: Sequence[Unit], slice_: int) -> None:
-        """Units that were taken, and not delivered: the answer of this slice, of the first of them, was no good."""
-        first, *others = units
-        with self._lock:
-            del first.answers[slice_]
-            self._open.update(dict.fromkeys(first.slices, first))
-            self._complete = {unit.start: unit for unit in others} | self._complete
-            self._taken -= sum(unit.span for unit in units)
-
-    def _next(self) -> list[Unit]:
-        units: list[Unit] = []
-        while self._complete and len(units) < TAKE_UNITS:
-            start = self._taken if self._ordered else next(iter(self._complete))
-            if start not in self._complete:
-                break
-            units.append(self._complete.pop(start))
-            self._taken += units[-1].span
-        return units
+    @property
+    def over(self) -> bool:
+        """Whether everything was taken."""
+        return self.next == self.end
 
 
-class Window:
-    """How much of a job may be out, counted in slices (or arguments) and in bytes. The only flow control."""
+class PacketResults(Results):
+    """Packets, which the GIVEN frames cut, and lists, each of which is a packet."""
 
-    def __init__(self, limit: float) -> None:
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._limit = limit
-        self._out = 0
-        self._bytes = 0
-        self.closed = False  # read without the lock, too
+    tells = True
 
-    def room(self, weight: int, size: int, timeout: float = 0.0) -> float:
-        """How much weight may enter, of which the first piece has `weight` and `size` bytes; 0 if that has no room.
+    def __init__(self, lock: threading.Lock, ordered: bool, by_argument: bool) -> None:
+        super().__init__(lock, ordered, by_argument)
+        self._units: list[Unit] = []  # not taken, in order
+        self._given: deque[tuple[int, int]] = deque()  # end of a given range, workers of its node; in order
+        self.given = 0  # chunks below this one were given
+        self._cut = 0  # chunks below this one belong to a unit
 
-        There always is for one, if nothing else is out. Where there is none, blocks until something changes,
-        `timeout` seconds at most, and looks once more. 0 if the window is `closed`.
+    def add_list(self, place: int, first: int, end: int) -> None:
+        """A list, perhaps empty, is a unit of its own."""
+        self.tells = False
+        self._units.append(Unit(first, end, place))
+        if first == end:
+            self._tell()
+
+    def give(self, first: int, count: int, workers: int, next_chunk: int) -> None:
+        """The server says: a node of so many workers was given these chunks. Cut the packets that begin there."""
+        if first != self.given or not count or not workers or first + count > next_chunk or not self.tells:
+            raise ProtocolError(f"{count} chunks from {first} on were given, which are not the next ones")
+        self.given = first + count
+        while self._cut < self.given:
+            end = self._cut + workers
+            self._units.append(Unit(self._cut, end if self.end is None else min(end, self.end)))
+            self._cut = self._units[-1].end
+
+    def cut(self, next_chunk: int, stuck: bool = False) -> None:
+        """The last packet ends before `next_chunk`, where it has begun: no chunk follows soon.
+
+        :param stuck: the window is full: cut the packet only if there is no other one, which would make room.
         """
-        with self._lock:
-            if not (room := self._room(weight, size)) and timeout and not self.closed:
-                self._changed.wait(timeout)
-                room = self._room(weight, size)
-            return 0 if self.closed else room
+        if stuck and len(self._units) > 1:
+            return
+        if self._units and self._units[-1].place is None and self._units[-1].first < next_chunk < self._units[-1].end:
+            self._units[-1].end = self._cut = next_chunk
+            self._look(self._units[-1])
 
-    def _room(self, weight: int, size: int) -> float:
-        room = self._limit - self._out if self._bytes + size <= WINDOW_BYTES else 0
-        return room if room >= weight else 0 if self._out else weight
+    def finish(self, end: int, error: BaseException | None) -> None:
+        """As Results says; the last packet ends there."""
+        self.cut(end)
+        super().finish(end, error)
 
-    def enter(self, weight: int, size: int) -> None:
-        """Take room that `room` said is there; only who asked does this, so that it still is."""
-        with self._lock:
-            self._out += weight
-            self._bytes += size
+    def put(self, answered: Answered) -> None:
+        """As Sink says. The runs are cut where the units are. Every chunk was given."""
+        while answered.letters:
+            first = answered.run.first
+            unit = self._units[bisect_right([each.first for each in self._units], first) - 1]
+            count = min(unit.end - first, len(answered.letters))
+            unit.pieces.append(answered.cut(0, count))
+            unit.got += count
+            self._look(unit)
+            answered = answered.cut(count)
 
-    def leave(self, weight: int, size: int) -> None:
-        """What was out has been taken."""
-        with self._lock:
-            self._out -= weight
-            self._bytes -= size
-            if self._out <= self._limit * ENOUGH_ROOM:
-                self._changed.notify_all()
+    def _look(self, unit: Unit) -> None:
+        if unit.got == unit.end - unit.first and (not self._ordered or unit is self._units[0]):
+            self._tell()
 
-    def resize(self, limit: float) -> None:
-        """A new limit, infinity to lift the window."""
-        with self._lock:
-            self._limit = limit
-            self._changed.notify_all()
+    def take(self) -> Unit | None:
+        """The next complete unit, if there is one."""
+        for at, unit in enumerate(self._units):
+            if unit.got == unit.end - unit.first:
+                del self._units[at]
+                unit.pieces.sort(key=lambda piece: piece.run.first)
+                for piece in unit.pieces:
+                    self.taken(piece.run)
+                return unit
+            if self._ordered:
+                break
+        return None
 
-    def close(self) -> None:
-        """Nothing will enter any more; whoever waits returns."""
-        with self._lock:
-            self.closed = True
-            self._changed.notify_all()
+    @property
+    def over(self) -> bool:
+        """Whether everything was taken."""
+        return self.end is not None and not self._units and (not self.tells or self._cut >= self.end)

@@ -1,92 +1,74 @@
 """Somebody else's executor in the place of a cluster: Dask, MPI, Slurm, or a ProcessPoolExecutor.
 
-Takes the Controller's place under a Job, with the server's own scheduler, in this process; each slice is one
-`submit`. Knows `concurrent.futures.Executor` and nothing of whose it is. It has no say over that one's
-processes: what is promised of lost workers, time limits and cancelling is theirs to keep.
+The Engine is a Link, as the Controller is; each batch is one `submit`. Knows `concurrent.futures.Executor`, and not
+which package's. It has no say over that executor's processes: lost workers, time limits and cancelling are the
+executor's to keep promises about.
 
 ::
 
-    Job ─post─▶ events ─▶ engine thread: Scheduler ─▶ submit(run_alone, …)       … worker.run_alone: Runner
-     ▲ answers ◀───────────────┘  ▲───────────────── Future.add_done_callback ◀──────────┘
+    Link.fill ─post─▶ events ─▶ engine thread: submit(run_batch, …)                … Runner
+     ▲ handle_batch ◀──────────────┘  ▲──── Future.add_done_callback ◀──────────────┘
 
-An event is a method that returns what is to be done next: the scheduler's own, but for answers. Threads: the
-engine's alone touches the scheduler and submits; any thread posts, an executor's while it holds who knows
-which locks. `lock` guards the jobs.
+Threads: the engine's alone submits, and takes answers; any thread posts, an executor's callbacks too, under any of
+that executor's locks.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from ..controller.job import Job, Link
-from ..node.worker import run_alone
-from ..protocol.channel import PYTHON
-from ..protocol.frames import LETTER_LIMIT_BYTES, Kind, Rows
-from ..server.scheduler import Action, Announce, Give, Scheduler
+from ..controller.job import Job
+from ..controller.link import Link
+from ..node.runner import Runner
+from ..protocol.frames import CAREFUL, TELL, U32, Batch, Gone, Kind, joined, letters_of
 
 __all__ = ["Engine"]
 
-NODE = 0  # the scheduler's number for all of the executor
+CONTEXTS_KEPT = 8  # in a process that is not ours: nobody tells it which are closed
+
+_alone = threading.local()  # `runner` and `contexts`, of each thread that `run_batch` is called in
 
 
 class Engine(Link):
-    """What a Controller is to its jobs, on somebody else's `executor`, which stays open."""
+    """Jobs on somebody else's `executor`, which stays open."""
 
-    connected = True
-
-    def __init__(self, executor: Executor) -> None:
-        self.lock, self.letter_limit = threading.Lock(), LETTER_LIMIT_BYTES
+    def __init__(self, executor: Executor, processes: int | None = None) -> None:
+        super().__init__(processes)
         self._executor, self._workers = executor, _count_workers(executor)
-        self._jobs: dict[int, Job] = {}
-        self._numbers, self._scheduler = itertools.count(1), Scheduler()
-        self._out: dict[Future[Any], int] = {}  # what the executor has, and of which job
-        self._events: queue.SimpleQueue[Callable[[], Iterable[Action] | None] | None] = queue.SimpleQueue()
+        self._submitted: dict[Future[Any], Batch] = {}  # the engine thread's
+        self._events: queue.SimpleQueue[tuple[Callable[..., object], Batch, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="achilles-engine", daemon=True)
-        self._put(self._scheduler.join, NODE, PYTHON, self._workers)
         self._thread.start()
 
-    def start(self, make: Callable[[Any, int], Job]) -> Job:
-        """As `Controller.start`. ValueError for an option that only our own nodes can keep."""
-        job = make(self, next(self._numbers))
+    def start(self, job: Job) -> Job:
+        """As Link says. ValueError for an option that only our own nodes can keep."""
         for name in {"timeout", "maxtasksperchild"} & job.options.keys():
             raise ValueError(f"only our own nodes can end a call or a worker: {name} is not possible there")
-        self._jobs[job.number] = job
-        self._put(self._scheduler.declare, job.number, self, PYTHON, job.options.get("processes"), job.context_id)
-        job.start()
-        return job
-
-    def end(self, job: Job, cancel: bool = False) -> None:
-        """As `Controller.end`; what runs, runs to its end."""
-        with self.lock:
-            job.ended = True
-            if self._jobs.pop(job.number, None) is not None:
-                self._put(self._end, job.number)
-        job.stop()
+        return super().start(job)
 
     def close(self) -> None:
         """Cancel what is open, and join the thread. Idempotent."""
-        for job in list(self._jobs.values()):
-            self.end(job, cancel=True)
+        with self.lock:
+            self._lost = InterruptedError("the engine was closed")
+            self.fail_jobs(self._lost)
+            for job in list(self.jobs.values()):
+                self.end(job)
         self._events.put(None)
-        if threading.current_thread() is not self._thread:
+        if self._thread.ident != threading.get_ident():
             self._thread.join()
 
-    # What a Job needs of its link.
-
-    def post(self, kind: Kind, body: dict[str, Any] | Rows) -> None:
-        """TASK and FLUSH are the scheduler's; there is nobody to tell anything else."""
-        if isinstance(body, Rows):
-            self._put(self._scheduler.add, body.job, body)
-        elif kind is Kind.FLUSH:
-            self._put(self._scheduler.flush, body["job"], body["upto"])
+    def post(self, kind: Kind, body: Batch) -> None:
+        """As Link says: the engine thread carries it out. Each batch brings what a JOB says."""
+        if kind is Kind.TASK:
+            self._events.put((self._submit, body, None))
+        elif kind is not Kind.JOB:
+            self._events.put((self._cancel, body, body.end if kind is Kind.CANCEL else float("inf")))
 
     def workers(self) -> tuple[int, int]:
         """The executor's, as of one node."""
@@ -94,52 +76,77 @@ class Engine(Link):
 
     # The engine thread.
 
-    def _put(self, event: Callable[..., Iterable[Action] | None], *args: Any) -> None:
-        self._events.put(partial(event, *args))
-
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
+            act, batch, more = event
             try:
-                for action in event() or ():
-                    job = self._jobs.get(action.job)
-                    if job and isinstance(action, Announce):
-                        for packet in action.packets:
-                            job.packet(*packet)
-                    elif job and isinstance(action, Give):
-                        self._give(job, action.rows)
-            except BaseException as error:  # nobody else would ever end the calls that wait
-                logging.getLogger(__name__).exception("the engine failed")
-                for each in [*self._jobs.values()]:
-                    each.fail(error)
+                act(batch, more)
+            except BaseException as error:  # of the executor: those of the user's function are in the answers
+                with self.lock:
+                    if (job := self.jobs.get(batch.job)) is not None and job.sink is not None:
+                        job.sink.fail(error)
 
-    def _give(self, job: Job, batches: list[Rows]) -> None:
-        run = partial(run_alone, job.declaration(), {f.digest.hex(): f.letter for f in job.functions().values()})
-        for rows in batches:
-            for number, attempt, (_, parts) in zip(rows.slices, rows.attempts, rows.letters()):
-                future = self._executor.submit(run, number, attempt, b"".join(parts))  # raises if it is shut down
-                self._out[future] = job.number
-                future.add_done_callback(partial(self._put, self._answer, job, number, attempt))
-
-    def _answer(self, job: Job, number: int, attempt: int, future: Future[Any]) -> Iterable[Action]:
-        del self._out[future]
-        try:
-            pace, answers = future.result()
-        except BaseException as error:  # not of the user's function: those are in the answers
-            job.fail(error)
+    def _submit(self, batch: Batch, _: None) -> None:
+        job = self.jobs.get(batch.job)
+        if job is None:
             return
-        for status, letter in answers:
-            rows = Rows.single(job.number, number, attempt, status, (letter,), pace=pace)
-            job.answers(rows)
-            yield from self._scheduler.answer(NODE, job.number, rows)[1]
+        if batch.flags & TELL:
+            self.handle_batch(Kind.GIVEN, Batch(batch.job, batch.first, batch.count, batch.attempt, self._workers))
+        letters = [bytes(joined(letter)) for letter in (job.function, job.initializer) if letter is not None]
+        future = self._executor.submit(
+            run_batch, job.number, job.declaration(), letters, batch.first,
+            [bytes(joined(letter)) for letter in batch.letters()], bool(batch.flags & CAREFUL))
+        self._submitted[future] = batch
+        future.add_done_callback(lambda done: self._events.put((self._answer, batch, done)))
 
-    def _end(self, job: int) -> None:
-        self._scheduler.end(job)
-        for future in [each for each, its_job in self._out.items() if its_job == job]:
-            future.cancel()
+    def _answer(self, batch: Batch, future: Future[Any]) -> None:
+        del self._submitted[future]
+        if future.cancelled():
+            self.handle_batch(
+                Kind.GONE, Batch(batch.job, batch.first, batch.count, batch.attempt, flags=Gone.RETURNED))
+            return
+        us, statuses, letters = future.result()
+        self.handle_batch(Kind.RESULT, Batch.pack(
+            batch.job, batch.first, letters_of(letters), attempt=batch.attempt, number=us, statuses=statuses))
+
+    def _cancel(self, chunks: Batch, end: float) -> None:
+        for future, batch in list(self._submitted.items()):
+            if batch.job == chunks.job and batch.first < end and chunks.first < batch.end:
+                future.cancel()
+
+
+def run_batch(
+    number: int, declaration: dict[str, Any], letters: list[bytes], first: int, chunks: list[bytes], careful: bool
+) -> tuple[int, bytes, list[bytes]]:
+    """Run a batch in a process that is no worker of ours, and is told nothing else.
+
+    :param letters: of the function and of the initializer, if there is one.
+    :returns: µs that it took, statuses, and the letters of the answers.
+    """
+    runner = _lone_runner(declaration["context"])
+    runner.declare(number, declaration, letters[0], letters[1] if len(letters) > 1 else None)
+    began = time.monotonic_ns()
+    failure = runner.prepare(number)
+    answers = []
+    for at, chunk in enumerate(chunks):
+        answer = failure or runner.run(number, first + at, chunk, careful)
+        if answer is not None:  # there is no limit here
+            answers.append((answer[0], b"".join(answer[1])))
+    runner.end(number)
+    return (min(max(1, (time.monotonic_ns() - began) // 1000), U32), bytes(status for status, _ in answers),
+            [letter for _, letter in answers])
+
+
+def _lone_runner(context: str) -> Runner:
+    """This thread's, with room for this context; some engines run batches in several threads of a process."""
+    if not hasattr(_alone, "contexts") or len(_alone.contexts | {context}) > CONTEXTS_KEPT:
+        _alone.runner, _alone.contexts = Runner(), set()
+    _alone.contexts.add(context)
+    return cast(Runner, _alone.runner)
 
 
 def _count_workers(executor: Any) -> int:
-    """How many slices it can run at a time, if it tells."""
+    """How many batches it can run at a time, if it tells."""
     if (nthreads := getattr(getattr(executor, "_client", None), "nthreads", None)) is not None:  # Dask's
         return max(1, int(sum(nthreads().values())))
     told = [getattr(executor, name, None) for name in ("num_workers", "max_workers", "_max_workers")]

@@ -4,10 +4,11 @@ Knows joblib's interface of backends (1.5 and later) and an Executor, which live
 """
 
 import importlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
-from .executor import Executor
+from .executor import Executor, Future
 
 __all__ = ["register_joblib_backend"]
 
@@ -32,28 +33,26 @@ class _Batches:
         return max(self._open()._max_workers + 1 + n_jobs, 1) if n_jobs is not None and n_jobs < 0 else n_jobs or 1
 
     def submit(self, func: Callable[[], Any], callback: Callable[[Any], object]) -> Any:
-        future = self._open().submit(func)
+        future = self._open().submit(operator.call, func)  # one function for all batches, which are its arguments
         future.add_done_callback(callback)
         return future
 
-    def retrieve_result_callback(self, out: Any) -> Any:
-        return out.result()
+    retrieve_result_callback = staticmethod(Future.result)
 
     def terminate(self, ensure_ready: bool = True) -> None:
         executor, self.executor = self.executor, None
         if executor is not None:
-            executor.shutdown(wait=False, cancel_futures=True)
-            executor._pool.terminate()
+            executor.terminate()
 
     abort_everything = terminate
 
     def get_nested_backend(self) -> tuple[Any, None]:
-        backends, level = importlib.import_module("joblib._parallel_backends"), getattr(self, "nesting_level", None)
-        return backends.SequentialBackend(nesting_level=(level or 0) + 1), None
+        backends = importlib.import_module("joblib._parallel_backends")
+        return backends.SequentialBackend(nesting_level=(getattr(self, "nesting_level", None) or 0) + 1), None
 
 
 def register_joblib_backend() -> None:
     """Make `joblib.parallel_config(backend="achilles")` work; it takes host, port, username and secret_key, too."""
     joblib, backends = importlib.import_module("joblib"), importlib.import_module("joblib._parallel_backends")
-    bases = _Batches, backends.AutoBatchingMixin, backends.ParallelBackendBase
-    joblib.register_parallel_backend("achilles", type("AchillesBackend", bases, {}))
+    joblib.register_parallel_backend("achilles", type(
+        "AchillesBackend", (_Batches, backends.AutoBatchingMixin, backends.ParallelBackendBase), {}))

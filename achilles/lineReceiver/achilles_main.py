@@ -3,6 +3,6 @@
 from ..calls import cluster_status as getClusterStatus
 from ..calls import imap, imap_unordered, map
 from ..calls import kill_cluster as killCluster
-from ..config import gen_config as genConfig
+from ..configuring import ask_config as genConfig
 
 __all__ = ["genConfig", "getClusterStatus", "imap", "imap_unordered", "killCluster", "map"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import ask_config, update_config
+from ..configuring import ask_config, update_config
 from ..node import run_node as runAchillesNode
 
 __all__ = ["genConfig", "runAchillesNode"]

@@ -1,22 +1,21 @@
 """A node: it lends the cores of its machine to a server, and runs users' code in workers.
 
 It imports `protocol` and `objects`, and knows one server and its own workers. It must not know a controller.
-`loop.py` and `workers.py` are one thread that opens no letter; `worker.py` is the process that does.
+`loop.py`, `workers.py` and `process.py` are one thread that opens no letter. `worker.py` is the process that does, and
+`runner.py` in it loads and calls users' code.
 """
 
 from __future__ import annotations
 
 TYPE_CHECKING = False  # as type checkers know it: typing takes most of the time of an import
 if TYPE_CHECKING:
-    from typing import Any
-
     from .loop import run_node
 
 __all__ = ["run_node"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
+def __getattr__(name: str) -> object:
+    if name != "run_node":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .loop import run_node
 

@@ -1,4 +1,4 @@
-"""`python -m achilles.node`: the command. What serves is `loop.py`."""
+"""`python -m achilles.node`: the command. `loop.py` serves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from .. import console
-from .cores import start_methods
 from .loop import run_node
 
 __all__ = ["main"]
@@ -16,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m achilles.node`: exit status 0 after a clean end, 2 refused or wrong settings, 130 for Ctrl-C."""
     parser = console.parser("node", "Lends this machine's cores to a cluster until it is killed. SIGTERM drains it.")
     parser.add_argument("--cpu-count", type=int, metavar="N", help="workers; by default the cores it may really use")
-    parser.add_argument("--start-method", choices=start_methods(), help="of its workers")
+    parser.add_argument("--start-method", metavar="METHOD", help="of its workers: fork, forkserver or spawn")
     args = console.parse(parser, argv)
     with console.errors_to_exit_status() as status:
         run_node(

@@ -13,28 +13,28 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import VersionError
+from ..errors import ConfigurationError, VersionError
 
 try:
     import multiprocess
 except ModuleNotFoundError as e:
     raise VersionError("multiprocess is needed here: pip install 'multiprocess>=0.70.19'") from e
 
-__all__ = ["check_multiprocess", "count_threads", "default_start_method", "start_methods", "usable_cores"]
+__all__ = ["check_start_method", "count_threads", "default_start_method", "usable_cores"]
 
 MULTIPROCESS_OLDEST = (0, 70, 19)  # the first that knows Python 3.13's start methods
+CGROUP = re.compile(r"^\d+:((?:.*,)?cpu(?:,.*)?|):/(.*)$", re.MULTILINE)  # the line of version 2, or version 1's of cpu
 
 
-def check_multiprocess() -> None:
-    """VersionError if multiprocess is too old: a vendored copy of this package has no pip to see to that."""
-    version = str(multiprocess.__version__)
-    if tuple(map(int, re.findall(r"\d+", version)[:3])) < MULTIPROCESS_OLDEST:
-        raise VersionError(f"multiprocess {version} is too old: pip install 'multiprocess>=0.70.19'")
+def check_start_method(method: str) -> None:
+    """ConfigurationError if workers cannot be started so here; VersionError if multiprocess is too old.
 
-
-def start_methods() -> list[str]:
-    """Those that this system has."""
-    return list(multiprocess.get_all_start_methods())
+    A vendored copy of this package has no pip to see to the version.
+    """
+    if tuple(map(int, re.findall(r"\d+", multiprocess.__version__)[:3])) < MULTIPROCESS_OLDEST:
+        raise VersionError(f"multiprocess {multiprocess.__version__} is too old: pip install 'multiprocess>=0.70.19'")
+    if method not in (methods := multiprocess.get_all_start_methods()):
+        raise ConfigurationError(f"start_method must be one of {', '.join(methods)}, not {method!r}")
 
 
 def default_start_method(threads: int = 1) -> str:
@@ -42,14 +42,11 @@ def default_start_method(threads: int = 1) -> str:
 
     :param threads: of the process that starts workers. A forked worker has a copy of every lock, but only the
         thread that forked: a lock that another thread holds is held there for ever. So beside other threads
-        the method is forkserver, whose workers are forks of a process with one thread.
+        the method is forkserver: its workers are forks of a process with one thread.
     """
-    methods = multiprocess.get_all_start_methods()
-    if "fork" not in methods or sys.platform == "darwin":
-        return "spawn"
-    if threads == 1:
-        return "fork"
-    return "forkserver" if "forkserver" in methods else "spawn"
+    wanted = "fork" if threads == 1 else "forkserver"
+    is_safe = wanted in multiprocess.get_all_start_methods() and sys.platform != "darwin"
+    return wanted if is_safe else "spawn"
 
 
 def count_threads(root: str = "/") -> int:
@@ -77,18 +74,13 @@ def usable_cores(root: str = "/") -> int:
 
 def _quotas(root: Path) -> Iterator[int]:
     """Each quota of our cgroup and of those above it, in cores, rounded up; versions 1 and 2."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        folders = [mount.joinpath(*Path(path).parts[1:end]) for end in range(1, len(Path(path).parts) + 1)]
-        for folder in folders:
-            text = _text(folder / "cpu.max") or " ".join(
+    for controllers, path in CGROUP.findall(_text(root / "proc/self/cgroup")):
+        own = root / "sys/fs/cgroup" / ("cpu" if controllers else "") / path
+        for folder in (own, *own.parents):
+            quota = _text(folder / "cpu.max") or " ".join(
                 _text(folder / name) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
-            quota, _, period = text.partition(" ")
-            if quota.isdigit() and period.strip().isdigit() and int(period):
-                yield -(-int(quota) // int(period))
+            if found := re.fullmatch(r"(\d+) ([1-9]\d*)", quota):
+                yield -(-int(found[1]) // int(found[2]))
 
 
 def _text(path: Path) -> str:

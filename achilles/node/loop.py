@@ -1,63 +1,49 @@
 """A node: it lends this machine's cores to a server, and comes back when it loses it.
 
-Knows one server and its own workers; knows no controller, and never opens a
-letter. One blocking loop over one selector, and no other thread, so that a
-worker can be forked at any moment and a stopped one holds nobody up:
+It knows one server and its own workers. It knows no controller, and never opens a letter. It is one blocking loop over
+one selector, and no other thread: so a worker can be forked at any moment, and a stopped one holds nobody up.
 
 ::
 
                        ┌──────────────── selector ────────────────┐
     server ◀═signed═▶ Channel ── Session ── Workers ── Channel ◀─▶ worker, one each
-                       wake-up ◀── SIGCHLD, SIGTERM (main thread alone; restored after)
 
     run_node ─▶ connect ─▶ HELLO ─▶ turns ─┬─ lost: nothing is remembered; back-off, connect anew
                    ▲                       ├─ BYE killed: over
-                   └── refused: an error ──┴─ SIGTERM: RETURNED, BYE leaving, what runs, over
+                   └── refused: an error ──┴─ SIGTERM: RETURNED, BYE leaving, the last answers, over
                        before the first join, tried again after it
 
-Limits: `channel.py`'s for silence; 30 s for what runs when it drains.
+Limits: `channel.py`'s for silence; 30 s for the chunks that run when it drains.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import random
 import selectors
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 from .. import config, console
-from ..config import Settings
 from ..errors import AchillesError, AuthenticationError, ConfigurationError, ProtocolError, ServerUnreachable
-from ..protocol import auth, channel
-from ..protocol.channel import Channel
-from ..protocol.frames import TEXT_CHARS, U16, Kind
-from .cores import check_multiprocess, count_threads, default_start_method, start_methods, usable_cores
+from ..protocol import auth, connect
+from ..protocol.channel import GOODBYE_SECONDS, Channel
+from ..protocol.frames import U16, Kind
+from ..protocol.reader import keep_freed_memory
+from .cores import check_start_method, count_threads, default_start_method, usable_cores
 from .workers import Workers, pump
 
 __all__ = ["Node", "run_node"]
 
-TICK_SECONDS = 0.05  # the longest that the loop sleeps: workers are looked at as often
+LOOK_SECONDS = 0.05  # how often a node without a server calls `look`
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.1, 5.0  # pauses between connections, doubled each time, with jitter
-DRAIN_SECONDS = 30.0  # for what runs; then it is the server's to give to others
-WAKE_BYTES = 4096  # signals that came while the loop was busy, a byte each
+DRAIN_SECONDS = 30.0  # for chunks that run; then the server gives them to others
 
 log = logging.getLogger(__name__)
-
-
-class SessionEnd(enum.Enum):
-    """Why a connection is over, where nothing went wrong with it."""
-
-    KILLED = "the cluster was killed"
-    LEFT = "drained"
-    RESTART = "the server restarts"
 
 
 def run_node(
@@ -67,74 +53,54 @@ def run_node(
 ) -> None:
     """Run a node until the cluster is killed or SIGTERM has drained it. Blocks; ends its workers in any case.
 
-    In the main thread it handles SIGTERM and SIGCHLD meanwhile; in another one it cannot be drained.
+    In the main thread it handles SIGTERM, SIGINT and SIGHUP meanwhile; in another one it cannot be drained.
 
     :param host, port, username, secret_key, env_file: as for `config.resolve`.
     :param cpu_count: how many workers, 1 to 65,535; by default the cores that this process may really use.
     :param start_method: "fork", "forkserver" or "spawn"; by default fork, or forkserver beside other threads.
     :raises ConfigurationError: a setting is missing or will not do.
     :raises AuthenticationError: the server refused this node before it had ever joined.
-    :raises ProtocolError: what answers there is not an achilles server, and has never been one.
+    :raises ProtocolError: the peer is no achilles server, and this node had never joined.
     """
     count = usable_cores() if cpu_count is None else cpu_count
-    method = start_method or default_start_method(count_threads())
     if not isinstance(count, int) or not 1 <= count <= U16:
         raise ConfigurationError(f"cpu_count must be an int in 1..{U16}, not {count!r}")
-    if method not in start_methods():
-        known = ", ".join(start_methods())
-        raise ConfigurationError(f"start_method must be one of {known}, not {method!r}")
     settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="node")
     config.remove_from_environment()
+    method = start_method or default_start_method(count_threads())
     with contextlib.closing(Node(settings, count, method)) as node, node.signals():
         node.run()
 
 
 class Node:
-    """What outlives a connection: settings, selector, wake-up, back-off. For the thread that calls `run`."""
+    """The state that outlives a connection: settings, selector, back-off. For the thread that calls `run`."""
 
-    def __init__(self, settings: Settings, cpu_count: int, start_method: str) -> None:
-        check_multiprocess()
+    def __init__(self, settings: config.Settings, cpu_count: int, start_method: str) -> None:
+        check_start_method(start_method)
         self.settings = settings
         self.cpu_count = cpu_count
         self.start_method = start_method
-        self.selector = selectors.DefaultSelector()
-        self.wake, self._waker = socket.socketpair()  # a signal writes to the second, the loop reads the first
-        self.woken = False  # since the last turn
+        self.selector = selectors.DefaultSelector()  # empty while there is no connection
         self.draining = False  # SIGTERM came
         self.joined = False  # ever
         self.delay = RETRY_SECONDS  # before the next connection
-        self._session: Session | None = None
         self._key = auth.derive_key(settings.username, settings.secret.reveal())
-        self._waits = False  # for a server that is not there, which was said
-        for end in (self.wake, self._waker):
-            end.setblocking(False)
-        self.selector.register(self.wake, selectors.EVENT_READ, self._on_wake)
-
-    @property
-    def inherited(self) -> tuple[socket.socket, ...]:
-        """What a forked worker must close."""
-        return self.wake, self._waker
 
     def run(self) -> None:
         """Join the server, again and again, until this node is not wanted any more."""
-        while True:
+        keep_freed_memory()
+        while not self.draining:
             try:
-                end = self._connect_and_serve()
+                log.info("%s", self._connect_and_serve())
+                return
             except (AuthenticationError, ProtocolError) as e:
                 if not self.joined:
                     raise
-                if self.draining:
-                    return
                 log.warning("%s; trying again", e)
                 self._read_anew()
             except (OSError, AchillesError) as e:
-                self._say_once(e)
-            else:
-                log.info("%s", end.value)
-                if end is not SessionEnd.RESTART:
-                    return
-            if self.draining:  # and the server is gone: there is nothing to come back for
-                return
+                if self.delay == RETRY_SECONDS and not self.draining:  # a line, and none until the server is there
+                    log.warning("lost the server: %s; connecting anew" if self.joined else "%s; waiting for it", e)
             self._pause()
 
     def greet(self, number: int, connections: int) -> None:
@@ -149,79 +115,47 @@ class Node:
         """Called in each turn of the loop and each pause, every 50 ms at least; raising SystemExit ends this node."""
 
     def close(self) -> None:
-        """Give the descriptors back."""
+        """Give the selector's descriptor back."""
         self.selector.close()
-        self.wake.close()
-        self._waker.close()
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """SIGTERM drains, SIGCHLD wakes the loop; as they were before, after. Nothing but in the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        handlers: dict[int, Any] = {signal.SIGTERM: self._on_sigterm}
-        if hasattr(signal, "SIGCHLD"):
-            handlers[signal.SIGCHLD] = _ignore  # a handler is what makes it write to the wake-up descriptor
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def signals(self) -> contextlib.AbstractContextManager[None]:
+        """SIGTERM drains, SIGINT and SIGHUP interrupt; as they were before, after. Only in the main thread."""
+        return console.signal_handlers(self._on_signal)
 
-    def _connect_and_serve(self) -> SessionEnd:
-        host, port, username = self.settings.host, self.settings.port, self.settings.username
+    def _on_signal(self, number: int, _: object) -> None:
+        """The first SIGTERM drains; the second, or one without a connection, ends this process as it stands."""
+        if number != signal.SIGTERM:
+            raise KeyboardInterrupt
+        if self.draining or not self.selector.get_map():
+            raise SystemExit(128 + number if self.draining else 0)
+        self.draining = True
+
+    def _connect_and_serve(self) -> str:
+        """Why the node ends; an exception if its connection has ended, or there was none."""
+        where = self.settings
         try:
-            link = channel.connect(host, port, auth.NODE, username, self._key)
+            link = connect.connect(where.host, where.port, auth.NODE, where.username, self._key)
         except AuthenticationError as e:
             raise AuthenticationError(
                 f"{e}. Copy it to this machine (scp -p), then run: python -m {__package__} --env-file FILE"
             ) from None
-        self._session = Session(self, link)
-        try:
-            return self._session.run()
-        finally:
-            self._session = None
-
-    def _say_once(self, error: Exception) -> None:
-        """The server is not there, or gone: a line now, and none until it was there again."""
-        if self.joined:
-            log.warning("lost the server: %s; connecting anew", error)
-        elif not self._waits:
-            self._waits = True
-            log.warning("%s; waiting for it", error)
+        return Session(self, link).run()
 
     def _pause(self) -> None:
-        """Wait before the next connection, from half of what is due to all of it."""
+        """Wait before the next connection, for half of the delay to all of it."""
         until = time.monotonic() + self.delay * (1 + random.random()) / 2
         self.delay = min(2 * self.delay, MAX_RETRY_SECONDS)
-        while (left := until - time.monotonic()) > 0:
+        while not self.draining and (left := until - time.monotonic()) > 0:
             self.look()
-            for key, events in self.selector.select(min(left, TICK_SECONDS)):
-                key.data(events)
+            threading.Event().wait(min(left, LOOK_SECONDS))
 
     def _read_anew(self) -> None:
         """The secret may have been replaced meanwhile: take it from the file it came from."""
-        if self.settings.env_file is not None:
-            try:
-                self.settings = config.read_again(self.settings, "node")
-                self._key = auth.derive_key(self.settings.username, self.settings.secret.reveal())
-            except ConfigurationError as e:  # perhaps half written: the next time, then
-                log.warning("the secret stays what it was: %s", e)
-
-    def _on_wake(self, events: int) -> None:
-        self.woken = True
-        with contextlib.suppress(BlockingIOError):
-            self.wake.recv(WAKE_BYTES)
-
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """The first one drains; the second, or one without a connection, ends this process as it stands."""
-        if self._session is None or self.draining:
-            raise SystemExit(128 + number if self.draining else 0)
-        self.draining = True
+        try:
+            self.settings = config.read_again(self.settings, "node")
+            self._key = auth.derive_key(self.settings.username, self.settings.secret.reveal())
+        except ConfigurationError as e:  # there is no file; or it is half written: the next time, then
+            log.warning("the secret stays what it was: %s", e)
 
 
 class Session:
@@ -230,110 +164,72 @@ class Session:
     def __init__(self, node: Node, link: Channel) -> None:
         self._node = node
         self._channel = link
-        self._workers: Workers | None = None  # from HELLO on
-        self._end: SessionEnd | None = None  # what `run` will return
+        self._workers = workers = Workers(0, node.start_method, node.selector, link.send)  # none until HELLO
+        self._end = ""  # the value that `run` will return
         self._drain_until = 0.0  # monotonic; 0 while it does not drain
-        self._close_by = 0.0  # for the server to close, too; 0 while anything is owed
-        self._handlers: dict[Kind, Callable[[Workers, Any], object]] = {
-            Kind.JOB: Workers.declare, Kind.FUNCTION: Workers.keep, Kind.TASK: Workers.add,
-            Kind.FORGET: lambda workers, body: workers.forget(body["function"]),
-            Kind.RECALL: lambda workers, body: workers.recall(body["job"], body["number"]),
-            Kind.CANCEL: lambda workers, body: workers.cancel(body["job"]),
-            Kind.END: lambda workers, body: workers.end(body["job"]),
-            Kind.CLOSE: lambda workers, body: workers.close_context(body["context"]),
+        self._handlers: dict[Kind, Callable[[Any], object]] = {
+            Kind.HELLO: self._greet, Kind.BYE: self._leave, Kind.ERROR: self._leave, Kind.PING: lambda body: None,
+            Kind.JOB: workers.declare, Kind.TASK: workers.add,
+            Kind.CANCEL: lambda batch: workers.cancel(batch.job, batch.first, batch.end),
+            Kind.END: lambda batch: workers.end(batch.job),
+            Kind.CLOSE: lambda body: workers.close_context(body["context"]),
         }
 
-    def run(self) -> SessionEnd:
-        """Serve until the connection is over; its workers are gone then. Raises why, if something went wrong."""
+    def run(self) -> str:
+        """Serve until the node is to end; the reason. Its workers are gone then. Raises why the connection ended."""
         self._channel.name = "server"
         self._channel.socket.setblocking(False)
         self._node.selector.register(self._channel.socket, selectors.EVENT_READ, self._on_server)
-        self._channel.send(Kind.HELLO, channel.hello(self._node.cpu_count))
+        self._channel.send(Kind.HELLO, connect.hello(self._node.cpu_count))
         try:
-            while self._end is None:
-                self._turn()
+            while not self._end:  # read, do the work that is due, write
+                for key, events in self._node.selector.select(self._workers.look_at - time.monotonic()):
+                    key.data(events)
+                self._node.look()
+                self._channel.tick()
+                self._workers.turn()
+                if self._node.draining:
+                    self._drain(time.monotonic())
+                pump(self._node.selector, self._channel)
             return self._end
         except ProtocolError as e:
-            self._complain(e)
+            self._channel.complain(e)
+            pump(self._node.selector, self._channel)
             raise ServerUnreachable(f"it breaks the protocol: {e}") from e
         finally:
-            if self._workers is not None:
-                self._workers.stop()
+            self._workers.stop()
             self._node.selector.unregister(self._channel.socket)
             self._channel.close()
 
-    def _turn(self) -> None:
-        """One turn of the loop: what came, then what is due, then what is to be written."""
-        for key, events in self._node.selector.select(TICK_SECONDS):
-            key.data(events)
-        woken, self._node.woken = self._node.woken, False
-        self._node.look()
-        self._channel.tick()
-        if self._workers is not None:
-            self._workers.turn(woken)
-        if self._node.draining:
-            self._drain(time.monotonic())
-        pump(self._node.selector, self._channel)
-
     def _on_server(self, events: int) -> None:
-        if not events & selectors.EVENT_READ:
-            return
-        frames = self._channel.receive()
-        if frames is None and not self._close_by:
+        received = self._channel.receive()
+        if received is None:  # perhaps after BYE: then nobody minds
             raise ServerUnreachable("it closed the connection")
-        if frames is None:
-            self._end = SessionEnd.LEFT
-        for kind, body in frames or ():
-            self._handle(kind, body)
+        for kind, body in received:
+            self._handlers[kind](body)
 
-    def _handle(self, kind: Kind, body: Any) -> None:
-        if kind is Kind.HELLO:
-            self._greet(body)
-        elif kind is Kind.BYE:
-            gone = SessionEnd.LEFT if self._node.draining else SessionEnd.RESTART
-            self._end = SessionEnd.KILLED if body["reason"] == "killed" else gone
-        elif kind is Kind.ERROR:
-            raise ServerUnreachable(f"it ended the connection: {body['message']}")
-        elif kind is not Kind.PING:
-            if self._workers is None:
-                raise ProtocolError(f"{kind.name} before HELLO")
-            self._handlers[kind](self._workers, body)
+    def _leave(self, body: dict[str, Any]) -> None:
+        """BYE or ERROR."""
+        if body.get("reason") != "killed":
+            raise ServerUnreachable(f"it ended the connection: {body.get('message', 'it restarts')}")
+        self._end = "the cluster was killed"
 
     def _greet(self, body: dict[str, Any]) -> None:
-        if self._workers is not None:
+        """HELLO."""
+        if self._workers.count:
             raise ProtocolError("a second HELLO")
-        node, number = self._node, body.get("client_id") or 0
-        node.joined, node.delay = True, RETRY_SECONDS
-        self._workers = Workers(
-            node.cpu_count, node.start_method, node.selector, self._channel.send, node=number,
-            inherited=(self._channel.socket, *node.inherited),
-        )
-        node.greet(number, body.get("connections") or 1)
+        self._node.joined, self._node.delay = True, RETRY_SECONDS
+        self._workers.count, self._workers.node = self._node.cpu_count, body.get("client_id") or 0
+        self._node.greet(self._workers.node, body.get("connections") or 1)
 
     def _drain(self, now: float) -> None:
-        """Say so and give back what no worker has; when nothing runs any more, close."""
-        if self._workers is None:
-            self._end = SessionEnd.LEFT
-        elif not self._drain_until:
+        """Say BYE and give back the chunks that have not begun; when nothing runs any more, close."""
+        if not self._drain_until:
             self._drain_until = now + DRAIN_SECONDS
             self._workers.drain()
             self._channel.send(Kind.BYE, {"reason": "leaving"})
-        elif not self._close_by:
-            if not self._workers.busy or now > self._drain_until:
-                self._channel.finish()
-                self._close_by = now + channel.GOODBYE_SECONDS
-        elif self._channel.wants_write:
-            self._close_by = max(self._close_by, now + channel.GOODBYE_SECONDS)
-        elif now > self._close_by:
-            self._end = SessionEnd.LEFT
-
-    def _complain(self, error: ProtocolError) -> None:
-        """Tell the server what it did wrong, if it still listens."""
-        self._channel.send(Kind.ERROR, {"code": "protocol", "message": str(error)[: TEXT_CHARS]})
-        self._channel.finish()
-        with contextlib.suppress(OSError):
-            self._channel.flush()
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """A signal whose only use is to wake the loop."""
+        elif now > self._drain_until:
+            self._end = "drained"
+        elif not self._workers.busy and not self._channel.wants_write:
+            self._channel.finish()
+            self._drain_until = min(self._drain_until, now + GOODBYE_SECONDS)  # then the server has closed, too

@@ -3,17 +3,13 @@
 Knows pickle's hooks and the kinds of things that belong to functions. Knows names.py, parts.py and the makers of
 loading.py. Knows no letters: what a letter brings, in which order, is definitions.py's.
 
-A Reducer dumps in one of three modes. VALUE dumps arguments, results, or a function with its callback. LOOK dumps the
-content of one entry, for its digest. DEFINE dumps the definitions of a letter. In the pickle stands::
+A pickle says a number in place of each thing that its definitions bring: a function, class or cell by value, a value
+that has to be one thing everywhere, and, but for arguments and results, each value that has a token. `refs` are these,
+in the order of their numbers. A function or class is named by a maker, once: pickle's memo is quicker than a hook.
 
-    for a function, class, cell     VALUE   its place among the letter's roots
-                                    LOOK    its token; the entry is noted
-                                    DEFINE  a call of its maker the first time, then pickle's memo
-    for a value with a token        its token, but in its own content
-    for a Step                      a call of a maker
-    for a cache, a variable, ...    a call of a maker, where no import gives it
+A value that gets its token now is a number in all pickles to come. So this pickle is made again, with its number.
 
-Threads: one thread uses a Reducer. That thread has the context's lock, but in the mode VALUE.
+Threads: one thread uses a Reducer. That thread has the context's lock, but for arguments and results.
 """
 
 from __future__ import annotations
@@ -30,35 +26,23 @@ import threading
 import types
 import typing
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-from .loading import MAKERS, SENTINEL, Loader
-from .names import (
-    MAINS,
-    MISSING,
-    STREAMS,
-    Entry,
-    Names,
-    Pid,
-    Slot,
-    by_path,
-    importable,
-    is_class,
-    is_stream,
-    travels_by_value,
-)
-from .parts import REDUCES, evaluated, exception_parts, has_own, is_c_type, parts_of
+from .loading import MAKERS, PICKLE, PIDS, SENTINEL, take_large
+from .names import MAINS, MISSING, STREAMS, Entry, Names, by_import, by_path, is_class, is_stream, travels_by_value
+from .parts import REDUCES, apart, evaluated, fill_of, has_own, is_c_type, shell_of
 
-__all__ = ["CACHE_TYPE", "DEFINE", "LOOK", "PICKLE", "VALUE", "Reducer", "Step"]
+__all__ = ["CACHE_TYPE", "Dumper"]
 
-VALUE, LOOK, DEFINE = range(3)  # what a Reducer dumps
-PICKLE = 5  # the protocol: the first with buffers out of band
 CACHE_TYPE = type(functools.lru_cache(lambda: None))
 CONNECTIONS = ("multiprocessing.connection", "multiprocess.connection")
-WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
-# Methods that pickle calls for a copy. A fork, whose objects are there already, does not.
+WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
+    weakref.ref: lambda reference: reference(), weakref.WeakSet: list, weakref.WeakValueDictionary: dict,
+    weakref.WeakKeyDictionary: dict,
+}
+# Methods that pickle calls for a copy. A fork has the objects already, and calls none of them.
 SPECIAL = (*REDUCES, "__new__", "__setstate__", "__setattr__", "__getattr__", "__iter__", "append", "extend", "items",
            "__setitem__")
 STATES = (*REDUCES, "__getstate__", "__getnewargs__", "__getnewargs_ex__")
@@ -66,56 +50,54 @@ ALIAS: Any = getattr(typing, "TypeAliasType", typing.NewType)  # Python 3.12
 VARIABLES = (typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, typing.NewType, ALIAS)
 NO_DEFAULT = getattr(typing, "NoDefault", None)
 OPTIONS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": "__contravariant__",
-           "infer_variance": "__infer_variance__", "default": "__default__"}
+           "infer_variance": "__infer_variance__", "default": "__default__", "type_params": "__type_params__"}
 
 
-class Step(NamedTuple):
-    """A call of a maker, when its turn comes.
+class Dumper:
+    """One attempt to dump by value; mixed in before C pickle's Pickler, and dill's.
 
-    :ivar entry: of the value that it makes, if it makes one.
+    :ivar entry: the entry that is dumped now; None for arguments, results, and functions with their callbacks.
+    :ivar shares: whether values with tokens are the same on the other side, not copies.
+    :ivar only: the tokens of values that may stand in the content; all by default.
+    :ivar is_final: whether the pickle says only what has a number already, and brings all else.
+    :ivar fresh: the entries of values that had no number; `before`: those of the attempt before.
     """
 
-    maker: Any
-    arguments: tuple[Any, ...]
-    entry: Entry | None = None
+    def __init__(self, names: Names, entry: Any = None, shares: bool = True, only: set[bytes] | None = None,
+                 refs: dict[Any, int] | None = None, before: Sequence[Entry] = ()) -> None:
+        self.names, self.entry, self.shares, self.only, self.before = names, entry, shares, only, before
+        self.tokens, self.is_final = names.tokens, refs is not None
+        self.refs: dict[Any, int] = {} if refs is None else refs
+        self.numbers: dict[int, Any] = dict(PIDS)  # and names of makers, by the ids of things
+        self.fresh: list[Entry] = []
+        self.alive: list[Any] = []  # what has to live until the definitions are made
+        self.plain: set[type] = set()  # classes by value: pickle takes their instances apart itself
+        self.begun: dict[int, Any] = {}  # variables of types, of which aliases may name themselves
+        self.file, self.views = io.BytesIO(), list[memoryview]()
+        take = functools.partial(take_large, self.views)
+        super().__init__(self.file, PICKLE, buffer_callback=take)  # type: ignore[call-arg]
 
+    def persistent_id(self, thing: Any) -> Any:
+        """The name of a maker, the number of what the definitions bring; None for what is dumped here."""
+        key = id(thing)
+        number = self.numbers.get(key)
+        if number is None and key in self.tokens:
+            entry = self.names.find(thing)
+            if entry is not None and self._cuts(entry):
+                number = self.numbers[key] = self.refs.setdefault(entry, len(self.refs))
+        return number
 
-class Reducer:
-    """The hooks of a pickler that takes functions and classes apart; mix it in before a Pickler.
-
-    :ivar mode: VALUE, LOOK or DEFINE.
-    :ivar pids: the persistent id of each object that has one, by the object's id.
-    :ivar entry: the entry whose content is dumped now.
-    :ivar roots: in VALUE, what the letter's definitions must bring; `indices`, where each is, by its id.
-    :ivar refs: in LOOK, the entries and globals that the content refers to; `fresh` if a value got its token just now.
-    :ivar carries: whether a letter brings what a process has made.
-    """
-
-    names: Names
-    mode: int
-    pids: dict[int, Pid]
-    entry: Entry | None
-    roots: list[Any]
-    indices: dict[int, int]
-    refs: list[Entry | Slot]
-    fresh: bool
-    plain: set[type]  # classes by value whose instances pickle takes apart itself
-    begun: dict[int, Any]  # variables of types, of which aliases may name themselves
-    carries: Callable[[bytes], bool]
-
-    def persistent_id(self, thing: Any) -> Pid | None:
-        """The name of a maker, the token of a value, the key of a script's globals; None for what is dumped here."""
-        pid = self.pids.get(id(thing))
-        if type(pid) is not bytes or self.mode == DEFINE:
-            return pid
-        entry = self.names.find(thing)
-        if entry is None or entry is self.entry or not (entry.named and entry.is_value):
-            return None
-        if self.mode == VALUE:
-            self._root(thing)
-        else:
-            self.refs.append(entry)
-        return entry.token
+    def _cuts(self, entry: Entry) -> bool:
+        """Whether a number stands in place of a thing."""
+        if self.is_final:
+            return entry in self.refs and entry.kind in ("space", "value")
+        if entry.kind == "space":
+            return True
+        if entry.kind != "value" or entry is self.entry or not (self.shares or entry.is_one):
+            return False
+        if self.only is not None:
+            return entry.token in self.only
+        return entry.named or self.entry is None or not self.entry.named
 
     def reducer_override(self, thing: Any) -> Any:
         """Take apart what pickle cannot, or would name by an import that fails elsewhere."""
@@ -126,7 +108,7 @@ class Reducer:
         if reduce is not None:
             return reduce(self, thing)
         if is_class(thing):
-            return self._class(thing)
+            return self._definition(thing)
         if is_stream(thing):  # a notebook's is no file
             return self._stream(thing)
         if kind.__module__ in CONNECTIONS:
@@ -136,87 +118,76 @@ class Reducer:
             return next((name for name, mark in marks.items() if mark is thing), NotImplemented)
         by_value = not is_c_type(kind) and travels_by_value(kind)
         if isinstance(thing, BaseException):
-            parts = exception_parts(thing, by_value)
-            return NotImplemented if parts is None else (MAKERS["exception"], *parts)
+            return self._exception(kind, thing, by_value)
         # pickle asks an empty instance for `__setstate__`: some `__getattr__` never come to an end then
-        plainly = self.mode != VALUE and has_own(kind, "__getattr__")
+        plainly = self.shares and has_own(kind, "__getattr__")
         return self._instance(kind, thing) if by_value or plainly else NotImplemented
+
+    def _exception(self, cls: Any, error: BaseException, by_value: bool) -> Any:
+        """An exception as its built-in base makes it, since its own `__init__` may take other arguments."""
+        if has_own(cls, *REDUCES) or not (by_value or has_own(cls, "__init__")):
+            return NotImplemented
+        arguments, state = apart(error)  # the state has the file name of an OSError, for one
+        names = copyreg._slotnames(cls)  # type: ignore[attr-defined]
+        attributes = {**(state or {}), **{name: getattr(error, name) for name in names if hasattr(error, name)}}
+        return MAKERS["plain"], (cls, *arguments), (None, attributes, [], {}), None, None, MAKERS["fill_plain"]
 
     def _instance(self, cls: Any, thing: Any) -> Any:
         """An instance of a class by value."""
         if isinstance(thing, enum.Enum):
             is_named = cls._member_map_.get(thing._name_) is thing
             return (MAKERS["member"], (cls, thing._name_)) if is_named else (cls, (thing._value_,))
-        special = REDUCES if self.mode == VALUE else SPECIAL
+        special = SPECIAL if self.shares else REDUCES
         if cls in copyreg.dispatch_table or not has_own(cls, *special):
             self.plain.add(cls)
             return NotImplemented
         reduced = thing.__reduce_ex__(PICKLE)
         if isinstance(reduced, str):
-            return self._singleton(thing, reduced, MAKERS["plain"], type(thing))
+            return self._singleton(thing, reduced, MAKERS["plain"], cls)
         maker = copyreg.__newobj__  # type: ignore[attr-defined]
-        if self.mode == VALUE or reduced[0] is not maker or has_own(cls, *STATES):
+        if not self.shares or reduced[0] is not maker or has_own(cls, *STATES):
             return reduced
         # As a fork has it: the object itself, of which neither `__new__` nor `__setstate__` knows.
+        state = reduced[2] if len(reduced) > 2 else None
+        state, slots = state if isinstance(state, tuple) else (state, {})
         items = list.copy(thing) if issubclass(cls, list) else []
         pairs = dict.copy(thing) if issubclass(cls, dict) else {}
-        content = reduced[2] if len(reduced) > 2 else None, items, pairs
-        return MAKERS["plain"], (cls, *reduced[1][1:]), content, None, None, MAKERS["fill_plain"]
+        return MAKERS["plain"], (cls, *reduced[1][1:]), (state, slots, items, pairs), None, None, MAKERS["fill_plain"]
+
+    def _refer(self, thing: Any) -> Any:
+        """A function, class or cell, which the definitions bring."""
+        entry = self.names.name(thing)
+        if self.is_final and entry not in self.refs:
+            # A `__reduce__` makes it anew each time: the definitions cannot bring this very one.
+            filled = fill_of(entry)
+            content = (entry.kind, filled) if filled else None
+            return MAKERS["inline"], (entry.kind, shell_of(entry)), content, None, None, MAKERS["fill_inline"]
+        self.alive.append(thing)
+        return MAKERS["thing"], (self.refs.setdefault(entry, len(self.refs)),)
+
+    def _one(self, thing: Any, *reduced: Any) -> Any:
+        """A value that has to be one thing everywhere; how pickle makes it, where it is dumped now."""
+        entry = self.names.name(thing)
+        if entry is self.entry or self.is_final or self.before:
+            return reduced
+        self.fresh.append(entry)
+        return tuple, ()  # in a pickle that is made again
 
     def _singleton(self, thing: Any, name: str, maker: Any, *arguments: Any) -> Any:
         """A thing that pickle takes for a global of its module."""
         if thing.__module__ not in MAINS and by_path(sys.modules.get(thing.__module__), name) is thing:
             return name
-        return self._elsewhere(thing) or (maker, arguments, getattr(thing, "__dict__", None))
+        self.names.name(thing).is_one = True
+        return self._one(thing, maker, arguments, getattr(thing, "__dict__", None))
 
     def _sentinel(self, thing: Any) -> Any:
         return self._singleton(thing, thing.__name__, MAKERS["sentinel"], thing.__name__, thing.__module__)
 
-    def _step(self, step: Step) -> Any:
-        if self.entry is not None and self.entry.named:  # the value of the step before is made by now
-            self.pids[self.entry.key] = self.entry.token
-        self.entry = step.entry
-        return step.maker, step.arguments
-
-    def _root(self, thing: Any) -> Any:
-        index = self.indices.setdefault(id(thing), len(self.roots))
-        if index == len(self.roots):
-            self.roots.append(thing)
-        return Loader.root, (index,)
-
-    def _elsewhere(self, thing: Any) -> Any:
-        """A reference to a thing that is dumped by itself; None where that is now."""
-        if self.mode == VALUE:
-            return self._root(thing)
-        entry = self.names.name(thing)
-        entry.named = entry.named or entry.is_value
-        if self.mode == LOOK and not (entry is self.entry and entry.is_value):
-            self.refs.append(entry)
-            self.fresh = self.fresh or entry.is_value
-            return Loader.refer, (entry.token,)
-        return None if self.carries(entry.token[:16]) else (Loader.refer, (entry.token,))
-
-    def _defined(self, thing: Any) -> Any:
-        """A function, class or cell by value."""
-        if (reference := self._elsewhere(thing)) is not None:
-            return reference
-        entry = self.names.name(thing)
-        maker = _MAKE.get(type(thing), Loader.make_class)
-        make, fill = parts_of(self.names, entry)
-        if entry.digest or maker is Loader.make_class:
-            return maker, (*entry.label, *make)
-        # Nobody has looked at it, since a `__reduce__` makes it anew each time: it is filled here.
-        return maker, (b"", 0, *make), fill, None, None, Loader.fill_now
-
-    def _function(self, function: FunctionType) -> Any:
-        return self._defined(function) if travels_by_value(function) else function.__qualname__
-
-    def _class(self, cls: type) -> Any:
-        if cls is type(None):
-            return type, (None,)
-        if not travels_by_value(cls):
-            return cls.__qualname__
-        return NotImplemented if is_c_type(cls) else self._defined(cls)  # dill knows types without a name
+    def _definition(self, thing: Any) -> Any:
+        """A function or class."""
+        if not travels_by_value(thing):
+            return thing.__qualname__
+        return NotImplemented if is_class(thing) and is_c_type(thing) else self._refer(thing)  # such as type(None)
 
     def _cache(self, cache: Any) -> Any:
         if not travels_by_value(cache):
@@ -225,18 +196,16 @@ class Reducer:
 
     def _mark(self, mark: object) -> Any:
         """An `object()`, of which nothing but its identity counts."""
-        return NotImplemented if self.mode == VALUE else self._elsewhere(mark) or (object, ())
+        return self._one(mark, object, ()) if self.shares else NotImplemented
 
     def _module(self, module: ModuleType) -> Any:
-        if sys.modules.get(module.__name__) is module and importable(module.__name__):
+        if by_import(module):
             return importlib.import_module, (module.__name__,)
-        if self.mode == VALUE:
-            return self._root(module)
         space = self.names.space_of(vars(module))
-        if isinstance(space, str):
-            return NotImplemented
-        self.refs += [(space, name) for name in space.names if not name.startswith("__")]
-        return Loader.module, (space.key,)
+        for name in vars(module) if not self.is_final else ():
+            if not name.startswith("__"):
+                self.refs.setdefault(space.slot(name), len(self.refs))
+        return MAKERS["module"], (vars(module),)
 
     def _method(self, method: MethodType) -> Any:
         if getattr(method.__self__, method.__name__, None) == method:
@@ -248,7 +217,8 @@ class Reducer:
         module = variable.__module__ or ""
         if module not in MAINS and by_path(sys.modules.get(module), variable.__name__) is variable:
             return NotImplemented
-        if (reference := self._elsewhere(variable)) is not None:
+        self.names.name(variable).is_one = True
+        if (reference := self._one(variable)):
             return reference
         if id(variable) in self.begun:
             raise TypeError(f"cannot pickle the type alias {variable.__name__}, which refers to itself")
@@ -261,7 +231,6 @@ class Reducer:
         elif type(variable) is ALIAS:
             value = evaluated(variable, "__value__")  # its name stands for a value that cannot be evaluated
             arguments = (typing.ForwardRef(variable.__name__) if value is None else value,)
-            options = {"type_params": variable.__type_params__}
         state = None if "type_params" in options else (None, {"__module__": variable.__module__})
         kind: Any = type(variable)
         return functools.partial(kind, variable.__name__, *arguments, **options), (), state
@@ -272,47 +241,37 @@ class Reducer:
 
     def _stream(self, stream: Any) -> Any:
         """A stream of the process goes by its name; in definitions, a file that is open for reading by its path."""
-        for name in STREAMS:
-            known = getattr(sys, name, None)
-            if stream is known:
-                return getattr, (sys, name)
-            if stream is getattr(known, "buffer", MISSING):
-                return getattr, (known, "buffer")
+        places = [(sys, name) for name in STREAMS] + [(getattr(sys, name, None), "buffer") for name in STREAMS]
+        for owner, name in places:
+            if getattr(owner, name, MISSING) is stream:
+                return getattr, (owner, name)
         mode, path = getattr(stream, "mode", None), getattr(stream, "name", None)
-        if self.mode == VALUE or mode not in ("r", "rb") or not isinstance(path, str) or stream.closed:
+        if not self.shares or mode not in ("r", "rb") or not isinstance(path, str) or stream.closed:
             return NotImplemented
         options = {} if mode == "rb" else {"encoding": stream.encoding, "errors": stream.errors}
         status = os.fstat(stream.fileno())
-        place = status.st_dev, status.st_ino
-        return MAKERS["file"], (os.path.abspath(path), place, mode, stream.tell(), options)
+        identity = status.st_dev, status.st_ino
+        return MAKERS["file"], (os.path.abspath(path), identity, mode, stream.tell(), options)
 
-    def _weak(self, reference: Any) -> Any:
-        if self.mode == VALUE:  # it would arrive dead
+    def _weak(self, weak: Any) -> Any:
+        if not self.shares:  # it would arrive dead
             return NotImplemented
-        target = reference()
-        return (MAKERS["dead"], ()) if target is None else (Loader.make_weak, (weakref.ref, target))
-
-    def _weak_collection(self, collection: Any) -> Any:
-        if self.mode == VALUE:
-            return NotImplemented
-        content = list(collection) if isinstance(collection, weakref.WeakSet) else dict(collection)
-        return Loader.make_weak, (type(collection), content)
+        content = WEAK[type(weak)](weak)
+        return (MAKERS["dead"], ()) if content is None else (MAKERS["weak"], (type(weak), content))
 
 
-_MAKE: dict[type, Any] = {FunctionType: Loader.make_function, CellType: Loader.make_cell}
-_REDUCE: dict[Any, Callable[[Reducer, Any], Any]] = {
-    Step: Reducer._step,
-    object: Reducer._mark,
-    FunctionType: Reducer._function,
-    CellType: Reducer._defined,
-    CACHE_TYPE: Reducer._cache,
-    ModuleType: Reducer._module,
-    MethodType: Reducer._method,
-    weakref.ref: Reducer._weak,
-    **dict.fromkeys(WEAK, Reducer._weak_collection),
-    **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Reducer._stream),
-    **dict.fromkeys(VARIABLES, Reducer._variable),
-    type(typing.Generic[typing.TypeVar("T")]): Reducer._alias,  # type: ignore[index]
+
+_REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
+    object: Dumper._mark,
+    FunctionType: Dumper._definition,
+    CellType: Dumper._refer,
+    CACHE_TYPE: Dumper._cache,
+    ModuleType: Dumper._module,
+    MethodType: Dumper._method,
+    **dict.fromkeys(WEAK, Dumper._weak),
+    **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
+    **dict.fromkeys(VARIABLES, Dumper._variable),
+    type(typing.Generic[typing.TypeVar("T")]): Dumper._alias,  # type: ignore[index]
     typing.ForwardRef: lambda _, thing: (typing.ForwardRef, (thing.__forward_arg__,)),
     functools.partialmethod: lambda _, thing: (MAKERS["partialmethod"], (thing.func, thing.args, thing.keywords)),
     struct.Struct: lambda _, thing: (struct.Struct, (thing.format,)),
@@ -325,4 +284,4 @@ _REDUCE: dict[Any, Callable[[Reducer, Any], Any]] = {
     type(threading.RLock()): lambda _, thing: (threading.RLock, ()),
 }
 if SENTINEL is not None:  # dill takes each for a mark of dataclasses
-    _REDUCE[SENTINEL] = Reducer._sentinel
+    _REDUCE[SENTINEL] = Dumper._sentinel

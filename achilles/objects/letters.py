@@ -1,111 +1,118 @@
 """Letters: users' objects as bytes, and back.
 
 Used in the caller and in workers alone: the server never imports this folder, and a node does so only for the workers
-that it forks. Knows the forms of a letter and which way of dumping is tried. Knows nothing of jobs, frames and peers.
-How functions and classes travel is definitions.py's and byvalue.py's.
+that it forks. Knows which way of dumping is tried. Knows nothing of jobs, frames and peers. The form of a letter is
+loading.py's. How functions and classes travel is definitions.py's and byvalue.py's.
 
 Three ways, each tried when the one before fails::
 
     1 plain     C pickle, where it neither fails nor names ``__main__``, which is another module elsewhere
     2 by value  C pickle with byvalue's hooks: functions, classes and what belongs to them
     3 dill      the same hooks on dill's Pickler, in Python: views, descriptors and other rarities. dill is imported at
-                the first need; its import extends the table of pickle's Python Pickler (`dill.extend`), never C
+                the first need. Its import extends the table of pickle's Python Pickler (`dill.extend`), never C
                 pickle's. Nothing else is changed
 
-A letter::
+A chunk has the offsets to skip in front of its letter::
 
-    0 | pickle                                          plain and small: nothing else to find
-    form 1, 2 or 3 | 3 zero | count u32 | length u64    big-endian; 1 plain, 2 by value, 3 by value with definitions
-    count lengths u64 | pickle | count buffers          each buffer begins at a multiple of 16 bytes
-    of a slice, in front: groups u16 | groups * 16 B    positions to skip, u32, the last ones padded
-    of form 3: the first buffer is a letter of form 2, the definitions
+    groups u16 | groups * 4 offsets u32 | letter        big-endian; the last group is padded
+    letter                                              a bare pickle, without offsets
 
 Globals. All functions by value of one module and one context share one globals dict in a worker. A name that running
 code has set there is kept. A global that came by letter is kept until a letter brings another version.
 
 Classes. One class of the caller is one class in a worker, whatever changes in it. An attribute that the caller changes
-is changed there. An attribute that running code has set there is kept. A letter to a worker carries definitions; a
+is changed there. An attribute that running code has set there is kept. A letter to a worker carries definitions. A
 letter to the caller names the caller's functions and classes alone.
 
 Threads: feeders dump and takers load at once. A context's lock guards its tables, while definitions are dumped and
 loaded, never while arguments and results are. User code may run under it, by the same thread, so it is reentrant.
 
-Limits: 65,535 groups of positions; buffers under OUT_OF_BAND_BYTES travel inside the pickle. Buffers out of band are
-views of the caller's memory: who writes there before the letter is answered changes it.
+Limits: 32,767 groups of offsets. Large buffers are views of the caller's memory: nobody may write there before the
+letter is answered.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import pickle
 import struct
 import sys
-import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from operator import is_, methodcaller
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import DumpError, VersionError
-from .byvalue import PICKLE
-from .definitions import Definitions
-from .loading import Buffer, Loader
-from .looks import Buffers
-from .names import UNFOUND, Names
+from . import loading
+from .definitions import Definitions, dumped, facts_of, way_to
+from .loading import PICKLE_START, Buffer, Loader
+from .names import Names, by_import
 
-__all__ = ["Buffer", "Context", "dump_slice", "letter_digest", "letter_length", "load_slice", "text_of", "with_skips"]
+__all__ = ["Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "joined", "letter_digest",
+           "load_chunk", "text_of", "with_skips"]
 
-ATOMS = frozenset({int, float, str, bytes, bool, type(None)})  # cannot name a module, whatever they hold
-FEW_ITEMS = 64  # above, searching the pickle (1.3 us for 1,000 ints) is cheaper than asking each type
-JOINED_BYTES = 65_536  # a pickle up to this is copied behind its prefix, so that it is one part
-ALIGNMENT_BYTES = 16  # what numpy's vector loops like
 REPR_CHARACTERS = 500  # of a value that could not be dumped
 DEFINITIONS_KEPT = 64  # letters of definitions of one job
 ROOTS_KEPT = 1024  # functions and classes of arguments that live until their results come; nobody else may hold them
-LETTERS_KEPT = 4  # of definitions, loaded once; more, while they have no more bytes than the next says
-LETTER_BYTES_KEPT, ROOT_BYTES = 1 << 20, 1024  # a function or class that they bring is taken for so many
+LETTERS_KEPT, LETTER_BYTES = 16, 1 << 17  # of definitions, loaded once; what a larger letter made ends by itself
+FUNCTIONS_KEPT = 64  # letters of functions that are compared before they are dumped again
 
 OWN_MAIN = sys.modules["__main__"]  # of this process
+TO_A_NODE = "to a node", "Send what it is made from and make it in the function"
+BACK = "back", "Return what it is made from"
 
-PLAIN, PLAIN_BUFFERS, BY_VALUE, DEFINED = range(4)  # the first byte of a letter
-HEAD = struct.Struct(">BxxxIQ")
 GROUPS = struct.Struct(">H")
 NO_SKIPS = GROUPS.pack(0)
-NO_POSITION = 0xFFFFFFFF  # pads the last group
+NO_OFFSETS: frozenset[int] = frozenset()
+NO_OFFSET = 0xFFFFFFFF  # pads the last group
+
+
+class _Known(NamedTuple):
+    """What is known of a function, and of its callback."""
+
+    value: tuple[Any, ...] = ()  # held, so that its ids stay its own
+    functions: list[Any] | None = None  # that it needs, and itself; None if it needs what may change in its place
+    facts: Sequence[Any] = ()  # what they refer to, from before the letter was dumped
+    counts: tuple[int, int] | None = None  # of changed versions and of modules, then; None if the facts say too little
+    letter: bytes = b""
+
+
+UNKNOWN = _Known()
 
 
 class Context:
     """What shares state in a process: globals by module, classes by token. One a Pool, Executor or call.
 
-    :param caller: True in the caller, whose letters carry definitions and globals; False in a worker, where what the
-        caller made is only named, because the caller has it.
+    :param caller: True in the caller: its letters carry definitions and globals. False in a worker: its letters only
+        name the things that the caller made and has.
     :param node: of a worker, the id of its node, for its exceptions to name.
     :param own: whether the process is ours, so that its ``__main__`` may be the caller's script. Any thread may call
         any method.
     """
 
     def __init__(self, caller: bool, node: int | None = None, own: bool = False) -> None:
-        self.lock = threading.RLock()  # guards all below
+        self.names = Names()
+        self.lock = self.names.lock  # guards all here
         self.node = node
+        self.known: dict[tuple[int, ...], _Known] = {}  # by the ids of a function and its callback
+        self.definitions = Definitions(self.names, lambda process: caller or process in (b"", self.names.process))
         self._caller, self._own = caller, own
-        self._names = Names()
-        self._definitions = Definitions(self._names, lambda process: caller or process in (b"", self._names.process))
-        self._dumped: dict[tuple[int, ...], tuple[Any, bytes]] = {}  # of this job: roots, and a letter, by their ids
-        self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT if caller else 0)  # those whose results may still come
+        self._dumped: dict[tuple[int, ...], tuple[Any, ...]] = {}  # of this job: roots, and a letter, by their ids
+        self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT if caller else 0)  # results may name them
         self._loaded: dict[bytes, tuple[Any, Any]] = {}  # by digest, the latest last
-        self._sizes: dict[bytes, int] = {}  # of their letters
 
     def refresh(self) -> None:
         """Look anew at classes and globals: to be called when a job begins."""
-        with self.lock:
-            self._definitions.looks.refresh()
-            self._dumped.clear()
+        if self._dumped:
+            with self.lock:
+                self.definitions.refresh()
+                self._dumped.clear()
 
     def become_main(self) -> None:
         """Make the caller's script this process's ``__main__``, as `pickle` in a user's function expects."""
         if self._own:
-            modules = (space.module for space in self._names.scripts if space.module is not None)
+            modules = (space.module for space in self.names.scripts if space.module is not None)
             sys.modules["__main__"] = next(modules, OWN_MAIN)
 
     def dump(self, value: Any, what: str | None = None) -> list[Buffer]:
@@ -118,7 +125,8 @@ class Context:
         :raises DumpError: neither pickle nor dill can dump it.
         :raises VersionError: dill is needed, and missing or too old.
         """
-        return self._dump(value, b"", what, shared=self._caller)
+        shared = self._caller and type(value) is not list
+        return self.dump_behind(b"", value, what, plain=not shared, shared=shared)
 
     def load(self, letter: Buffer, start: int = 0) -> Any:
         """Turn a letter into its object. Loading runs whatever code the letter names: only ever load
@@ -128,131 +136,168 @@ class Context:
         :param start: where in it the object begins, in bytes.
         :raises ModuleNotFoundError: the letter names a module that is not here.
         """
-        if letter[start] == PLAIN:
-            return pickle.loads(letter[start + 1 :] if len(letter) < JOINED_BYTES else memoryview(letter)[start + 1 :])
-        form, data, buffers = _opened(memoryview(letter), start)
-        if form == PLAIN_BUFFERS:
+        if letter[start] == PICKLE_START:
+            return pickle.loads(memoryview(letter)[start:] if start else letter)
+        form, data, buffers = loading.opened(memoryview(letter), start)
+        if form == loading.PLAIN_BUFFERS:
             return pickle.loads(data, buffers=buffers)
-        roots, kept = self._define(buffers.pop(0)) if form == DEFINED else ((), None)
-        value = Loader(self._names, data, buffers, roots).load()
-        del kept
-        return value
+        found = self._define(buffers.pop(0)) if form == loading.DEFINED else [()]
+        return Loader(self.names, data, buffers, found[0]).load()
 
-    def _dump(
-        self, value: Any, prefix: bytes, what: str | None, plain: bool = True, shared: bool = False
-    ) -> list[Buffer]:
-        if type(value) is list and len(value) <= FEW_ITEMS and set(map(type, value)) <= ATOMS:
-            if len(value) == 1 and type(value[0]) is bytes and len(value[0]) > JOINED_BYTES:
-                return [_dump_behind(prefix + b"\0", value)]
-            return _letter(PLAIN, prefix, pickle.dumps(value, PICKLE), ())
-        buffers = Buffers()
+    def dump_behind(self, prefix: bytes, value: Any, what: str | None, plain: bool = True,
+                    shared: bool = False) -> list[Buffer]:
+        """As `dump`, behind a prefix.
+
+        :param plain: whether C pickle is tried alone first.
+        :param shared: whether what has a token is the same on the other side, not a copy.
+        """
+        parts = loading.dump_plain(prefix, value) if plain else None
         try:
-            if plain and not shared:
-                data = pickle.dumps(value, PICKLE, buffer_callback=buffers)
-                if not any(name in data for name in UNFOUND):
-                    return _letter(PLAIN, prefix, data, buffers.views)
-        except Exception:
-            pass  # the next way tells what is wrong
-        try:
-            return self._dump_by_value(value, prefix, shared)
+            return parts or self._dump_by_value(prefix, value, shared)
         except VersionError:
             raise
         except Exception as error:
-            whither, remedy = ("to a node", "Send what it is made from and make it in the function")
-            if not self._caller:
-                whither, remedy = "back", "Return what it is made from"
-            way, text = self._definitions.looks.way_to(value), text_of(error, str).rstrip(".")
+            whither, remedy = TO_A_NODE if self._caller else BACK
+            way, text = way_to(self.names, value), text_of(error, str).rstrip(".")
             if shared:  # a function stands before its callback, an initializer before its arguments
                 way = way.replace("its [0].", "its .", 1)
-            told = DumpError(f"{what or _name_of(value)} cannot be sent {whither}: {way}{text}. {remedy}")
+            name = getattr(value, "__qualname__", None)
+            name = f"{type(value).__name__} {name}" if name else f"an object of type {type(value).__qualname__}"
+            told = DumpError(f"{what or name} cannot be sent {whither}: {way}{text}. {remedy}")
             told.where = getattr(error, "where", "") or (way if "." in way or "'" in way else "")
             raise told from (error.__cause__ if isinstance(error, DumpError) else error)
 
-    def _dump_by_value(self, value: Any, prefix: bytes, shared: bool) -> list[Buffer]:
+    def _dump_by_value(self, prefix: bytes, value: Any, shared: bool) -> list[Buffer]:
         if shared:
             with self.lock:
-                self._definitions.share(value)
-        dumper = self._definitions.looks.dump_value(value, shared)
-        views = dumper.buffers.views
-        if dumper.roots:
+                self.definitions.share(value)
+        dumper = dumped(self.names, methodcaller("dump", value), shares=shared)
+        views, roots = dumper.views, [*dumper.refs]
+        if roots:
             with self.lock:
-                views = [memoryview(self._defined(dumper.roots)), *views]
+                views = [memoryview(self._defined(roots)), *views]
                 if not shared:
-                    self._roots.extend(root for root in dumper.roots if isinstance(root, (type, FunctionType)))
-        return _letter(DEFINED if dumper.roots else BY_VALUE, prefix, dumper.file.getbuffer(), views)
+                    self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
+        return loading.letter_of(loading.DEFINED if roots else loading.BY_VALUE, prefix, dumper.file.getbuffer(), views)
 
     def _defined(self, roots: list[Any]) -> bytes:
         """The letter that brings what definitions need for these; of one job, always the same one."""
         key = tuple(map(id, roots))
-        if key not in self._dumped:
-            dumper = self._definitions.dump(roots)
-            parts = _letter(BY_VALUE, b"", dumper.file.getbuffer(), dumper.buffers.views)
-            if not self._caller:
-                self._definitions.looks.refresh()
-                if any(map(self._is_own, roots)):
-                    return b"".join(parts)  # what is made here may change, and ends when nobody holds it
+        if key in self._dumped:
+            return bytes(self._dumped[key][-1])
+        if not self._caller:
+            self.definitions.refresh()  # what is made here may change
+        dumper = self.definitions.dump(roots)
+        letter = b"".join(loading.letter_of(loading.BY_VALUE, b"", dumper.file.getbuffer(), dumper.views))
+        if self._caller or not any(map(self.definitions.carries, roots)):  # else it ends when nobody holds it
             if len(self._dumped) >= DEFINITIONS_KEPT:
                 self._dumped.clear()
-            self._dumped[key] = roots, b"".join(parts)
-        return self._dumped[key][1]
+            self._dumped[key] = [root.thing for root in roots], roots, letter
+        return letter
 
-    def _is_own(self, thing: Any) -> bool:
-        """Whether this process has made a thing, and not only loaded it."""
-        entry = self._names.find(thing)
-        return entry is None or entry.token[:16] == self._names.process
-
-    def _define(self, letter: memoryview) -> tuple[Any, Any]:
-        """The roots of a letter of definitions; loaded once, as long as it is among the latest."""
+    def _define(self, letter: memoryview) -> Any:
+        """The roots of a letter of definitions, and their entries; loaded once, while it is among the latest."""
         digest = letter_digest([letter])
         with self.lock:
             found = self._loaded.pop(digest, None)
             if found is None:
-                _, data, buffers = _opened(letter, 0)
-                found = self._definitions.load(data, buffers)
+                loader = Loader(self.names, *loading.opened(letter, 0)[1:])
+                found = loader.define(), loader.entries
                 self.become_main()
-            if self._caller and not all(map(self._is_own, found[0])):
-                return found  # what a worker made ends when nobody holds it
-            self._loaded[digest] = found
-            self._sizes[digest] = len(letter) + ROOT_BYTES * len(found[0])
-            while len(self._loaded) > LETTERS_KEPT and sum(self._sizes.values()) > LETTER_BYTES_KEPT:
-                oldest = next(iter(self._loaded))
-                del self._loaded[oldest], self._sizes[oldest]
-            return found
+            if len(letter) <= LETTER_BYTES:
+                self._loaded[digest] = found
+            if len(self._loaded) > LETTERS_KEPT:
+                del self._loaded[next(iter(self._loaded))]
+        return found
 
 
-def dump_slice(context: Context, arguments: list[Any]) -> list[Buffer]:
-    """Turn consecutive arguments into the letter of a slice, with no position to skip.
+def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
+    """Turn consecutive arguments into the letter of a chunk, with no offset to skip.
 
     :raises DumpError: the message names the type of the first argument that cannot be dumped.
     """
     try:
-        return context._dump(arguments, NO_SKIPS, "a slice of arguments")
+        return context.dump_behind(NO_SKIPS, arguments, "a chunk of arguments")
     except DumpError:
         for argument in arguments:
-            context._dump(argument, b"", f"an argument of type {type(argument).__qualname__}")
+            context.dump_behind(b"", argument, f"an argument of type {type(argument).__qualname__}")
         raise
 
 
-def with_skips(parts: Sequence[Buffer], positions: Collection[int]) -> list[Buffer]:
-    """The same slice, with these positions (0 to the number of its arguments - 1) to be left out.
+def dump_chunks(context: Context, arguments: list[Any], size: int) -> list[Buffer]:
+    """Turn arguments into the letters of consecutive chunks, as quickly as pickle can.
 
-    :param parts: a letter of `dump_slice`, or of this function, whose positions are replaced.
+    :param size: how many arguments a chunk has; the last chunk may be shorter.
+    :returns: a letter in one piece for each chunk: a copy, which no later change of an array reaches.
+    :raises DumpError: as `dump_chunk` does.
+    """
+    chunks = [arguments[at : at + size] for at in range(0, len(arguments), size)]
+    if not chunks:
+        return []
+    first = joined(dump_chunk(context, chunks[0]))
+    if len(chunks) > 1 and len(first) <= loading.JOINED_BYTES:
+        try:
+            letters = [pickle.dumps(chunk, loading.PICKLE) for chunk in chunks]
+            if loading.is_plain(b"".join(letters)):
+                return list(letters)
+        except Exception:
+            pass  # dump_chunk tells what is wrong, or pickles by value
+    return [first, *(joined(dump_chunk(context, chunk)) for chunk in chunks[1:])]
+
+
+def joined(parts: Sequence[Buffer]) -> Buffer:
+    """A letter in one piece, of the caller's own."""
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
+
+
+def dump_function(context: Context, value: tuple[Any, ...], what: str | None = None) -> bytes:
+    """Turn a function and its callback, or an initializer and its arguments, into a letter, in the caller.
+
+    Looks anew at all that the function refers to, as `Context.refresh` does. The letter is the same if nothing has
+    changed. From its third dump on, a function that needs constants, imports and other such functions alone is
+    compared by identity instead. Any thread may call it, at every call.
+
+    :param what: how to call the value in an error.
+    :raises DumpError: as `Context.dump` does.
+    """
+    context.refresh()
+    key = tuple(map(id, value))
+    known = context.known.get(key, UNKNOWN)
+    facts = [] if known.functions is None else facts_of(known.functions)
+    counts = context.names.changes, len(sys.modules)  # a submodule may be among the modules
+    if known.counts == counts and len(facts) == len(known.facts) and all(map(is_, facts, known.facts)):
+        return known.letter
+    with context.lock:
+        context.definitions.order = []
+        letter = b"".join(context.dump(value, what))
+        is_fixed = all(type(each) is FunctionType or by_import(each) for each in value)
+        functions = context.definitions.functions() if is_fixed else None
+        if len(context.known) >= FUNCTIONS_KEPT:
+            context.known.clear()
+        is_same = functions is not None and functions == known.functions
+        letter = known.letter if letter == known.letter else letter
+        context.known[key] = _Known(value, functions, facts, counts if is_same else None, letter)
+    return letter
+
+
+def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer]:
+    """The same chunk, with these offsets (0 to the number of its arguments - 1) to be left out.
+
+    :param parts: a letter of `dump_chunk`, or of this function. Its offsets are replaced.
     """
     first = memoryview(parts[0])
-    groups = -(-len(positions) // 4)
-    padded = [*sorted(positions), *[NO_POSITION] * (4 * groups - len(positions))]
+    groups = -(-len(offsets) // 4)
+    padded = [*sorted(offsets), *[NO_OFFSET] * (4 * groups - len(offsets))]
     skips = GROUPS.pack(groups) + struct.pack(f">{4 * groups}I", *padded)
-    return [skips, first[_skips_end(first):], *parts[1:]]
+    return [skips, first[_skipped(first)[1] :], *parts[1:]]
 
 
-def load_slice(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:
-    """The arguments of a slice and the positions among them to skip; as `Context.load` otherwise."""
-    if letter[: GROUPS.size] == NO_SKIPS:
-        return context.load(letter, GROUPS.size), frozenset()
-    view = memoryview(letter)
-    end = _skips_end(view)
-    positions = struct.unpack_from(f">{(end - GROUPS.size) // 4}I", view, GROUPS.size)
-    return context.load(letter, end), frozenset(positions) - {NO_POSITION}
+def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:
+    """The arguments of a chunk and the offsets among them to skip; as `Context.load` otherwise."""
+    if letter[0] == PICKLE_START:
+        return pickle.loads(letter), NO_OFFSETS
+    offsets, end = _skipped(memoryview(letter))
+    return context.load(letter, end), offsets
 
 
 def letter_digest(parts: Iterable[Buffer]) -> bytes:
@@ -263,62 +308,13 @@ def letter_digest(parts: Iterable[Buffer]) -> bytes:
     return digest.digest()
 
 
-def letter_length(parts: Iterable[Buffer]) -> int:
-    """Bytes of a letter."""
-    return sum(map(len, parts))
-
-
-def _letter(form: int, prefix: bytes, data: Buffer, buffers: Sequence[memoryview]) -> list[Buffer]:
-    start = len(prefix)
-    if form == PLAIN and not buffers:
-        prefix += b"\0"
-    else:
-        lengths = [view.nbytes for view in buffers]
-        head = HEAD.pack(form or PLAIN_BUFFERS, len(buffers), len(data))
-        prefix += head + struct.pack(f">{len(lengths)}Q", *lengths)
-    parts: list[Buffer] = [prefix + data] if len(data) <= JOINED_BYTES else [prefix, data]
-    at = start + HEAD.size + 8 * len(buffers) + len(data)
-    for view in buffers:
-        padding = _padding(at)
-        parts += [bytes(padding), view] if padding else [view]
-        at += padding + view.nbytes
-    return parts
-
-
-def _dump_behind(prefix: bytes, value: Any) -> Buffer:
-    """A plain letter of large bytes: copied once, by the file that both are written to, and not once more to join."""
-    file = io.BytesIO()
-    file.write(prefix)
-    pickle.Pickler(file, PICKLE).dump(value)
-    return file.getvalue()
-
-
-def _opened(letter: memoryview, start: int) -> tuple[int, memoryview, list[memoryview]]:
-    """The form of a letter, its pickle and its buffers."""
-    form, count, length = HEAD.unpack_from(letter, start)
-    lengths = struct.unpack_from(f">{count}Q", letter, start + HEAD.size)
-    at = start + HEAD.size + 8 * count
-    data, buffers = letter[at:at + length], []
-    at += length
-    for length in lengths:
-        at += _padding(at)
-        buffers.append(letter[at:at + length])
-        at += length
-    return form, data, buffers
-
-
-def _padding(at: int) -> int:
-    return -at % ALIGNMENT_BYTES
-
-
-def _skips_end(view: memoryview) -> int:
-    groups: int = GROUPS.unpack_from(view)[0]
-    return GROUPS.size + 16 * groups
-
-
-def _name_of(value: Any) -> str:
-    name = getattr(value, "__qualname__", None)
-    return f"{type(value).__name__} {name}" if name else f"an object of type {type(value).__qualname__}"
+def _skipped(view: memoryview) -> tuple[frozenset[int], int]:
+    """The offsets to skip in a chunk, and where its arguments begin."""
+    if view[0] == PICKLE_START:
+        return NO_OFFSETS, 0
+    groups, = GROUPS.unpack_from(view)
+    offsets = struct.unpack_from(f">{4 * groups}I", view, GROUPS.size)
+    return frozenset(offsets) - {NO_OFFSET}, GROUPS.size + 16 * groups
 
 
 def text_of(value: Any, text: Any = repr) -> str:

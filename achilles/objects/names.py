@@ -5,141 +5,142 @@ Knows identity and modules. Knows neither pickles nor letters: what refers to wh
 An *entry* is a thing with a token: 16 bytes of the process that named it, and 8 of its number there. That process
 resolves the token to its own thing. The *version* of an entry is a number that changes when its content does.
 
-A *space* is the globals dict of a module that no import gives: ``__main__``, or a module loaded by its path. All
-functions of one space share one dict on the other side.
+A *space* is the entry of a module's globals dict. All functions of one space share one dict on the other side. A *slot*
+is a global in it.
 
-Threads: the context's lock guards all of this. Limits: an entry holds its thing by a weak reference, where the type
-allows one. A list or cell is looked up in the function or class that has it; a list that a global has is held by its
-entry. Spaces of scripts are kept for ever. Of the other unused spaces the last SPACES_KEPT are kept.
+Threads: the lock guards all of this, and the tables of the context.
+
+Limits: an entry holds its thing by a weak reference, where the type allows one, and lives as long as the thing. The
+entry of a list or cell holds it, and lives as long as the entries of what refers to it do. OWNED_KEPT entries are kept
+at most. Spaces of scripts are kept for ever. Of the other unused spaces the last SPACES_KEPT are kept.
 """
 
 from __future__ import annotations
 
 import builtins
-import contextlib
 import functools
+import importlib
 import itertools
 import os
 import sys
+import threading
 import weakref
 from collections import deque
-from types import CellType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Key", "Names", "Pid", "Place", "Slot", "Space",
-           "by_path", "importable", "is_class", "is_stream", "travels_by_value"]
+__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Item", "Names", "Place", "Slot",
+           "Space", "by_import", "by_path", "is_class", "is_stream", "travels_by_value"]
 
-Key = tuple[bytes, str, int]  # of a space: its process, the name of its module, its number
-Pid = str | bytes | Key  # what a pickle says in place of a maker, a thing with a token, the globals of a script
-Slot = tuple["Space", str]  # a global
 Place = tuple[str, str, str]  # what holds a value: ("global", "log", "work") is the global log of the function work
 
 ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None), type(...), type(NotImplemented)})
+KINDS = {FunctionType: "function", CellType: "cell"}  # else a class or a value
 MAINS = ("__main__", "__mp_main__")  # the second is what multiprocessing calls it in a spawned child
-MISSING = object()  # no value, where None is one
-GLOBAL = object()  # the owner of what a global has
+MISSING: Any = object()  # no value, where None is one
 STREAMS = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")  # each process has its own
 SPACES_KEPT = 64
+OWNED_KEPT = 4096  # entries; beyond, what was used least lately is forgotten: a list of a class may hold the class
 MODULES_REMEMBERED = 1024
 # Names in a pickle that are not there, or something else, elsewhere. A copy of a connection would close the original.
 UNFOUND = {b"_main__", b"multiprocessing.connection", b"multiprocess.connection"}
 
 
-class Entry:
-    """One thing with a token.
+class Item:
+    """What a letter of definitions brings: an entry, or a global.
 
-    :ivar is_value: whether it is no class, function or cell.
     :ivar named: whether letters say the token. Letters do not say the token of a function that is no global, nor those
         of lists that it alone holds. So a lambda that is made again and again has the same letter each time.
-    :ivar version: of the content here; `digest`: of the content as it was dumped last; `state`: that of all
-        that the content holds, too.
-    :ivar known: tokens that stood in the content when the digest was taken.
-    :ivar holds: what must live as long as this entry.
-    :ivar came: the attributes of a class as they came by letter; `brought`: the names of those that came last.
+    :ivar looked: in which look at all content this item was looked at last.
+    :ivar digest: of the content as it was dumped last; `known`: tokens that stood in it.
+    :ivar state: the digest, and the versions of what stood in the content.
+    :ivar refs: the items that stood in the content; `needs`: these, and what else must be there before.
     :ivar place: where the thing was found, for errors.
     """
 
-    def __init__(self, names: Names, token: bytes, thing: Any) -> None:
-        self.names, self.token = names, token
-        self.key = id(thing)
-        self.is_value = not (is_class(thing) or type(thing) in (FunctionType, CellType))
-        try:
-            self._ref: Any = weakref.ref(thing, functools.partial(names.owned.pop, self.key))
-        except TypeError:
-            self._ref = lambda: thing
-        self.is_weak = isinstance(self._ref, weakref.ref)
-        self.named = self.is_weak and type(thing) is not FunctionType
-        self.version, self.digest = 0, b""
-        self.known: set[bytes] = set()
-        self.owner: Any = None
-        self.owners: list[weakref.ref[Any]] = []
-        self.state: Any = None
-        self.holds: list[Any] = []
-        self.came: dict[str, Any] = {}
-        self.brought: set[str] = set()
+    def __init__(self, kind: str, token: bytes, named: bool) -> None:
+        self.kind, self.token, self.named = kind, token, named
+        self.version, self.looked, self.digest, self.state = 0, -1, b"", None
+        self.known: set[bytes] | None = None
+        self.refs: list[Entry] = []
+        self.needs: list[Any] = []
         self.place: Place | None = None
-
-    @property
-    def thing(self) -> Any:
-        """The thing; None if it has ended."""
-        return self._ref()
 
     @property
     def label(self) -> tuple[bytes, int]:
         """The token and the version that a letter says."""
         return (self.token, self.version) if self.named else (b"", 0)
 
-    def belong(self, owner: Any) -> None:
-        """Hold a list, a cell or the like only as long as the function or class that has it does: it may refer back."""
-        if self.is_weak or owner is None or self.owner is GLOBAL:
-            return
-        one = weakref.ref(owner)
-        if _search(one, self.key) is not None:  # else it is deeper inside
-            self.owner = one
-            self.owners = [each for each in self.owners if each() is not None and each() is not owner] + [one]
-            self._ref = functools.partial(_search_all, self.owners, self.key)
 
-    def anchor(self) -> None:
-        """Hold the thing, since a global has it, too."""
-        if not self.is_weak:
-            thing, self.owner = self.thing, GLOBAL
-            self._ref = lambda: thing
+class Entry(Item):
+    """One thing with a token.
 
-    def __del__(self) -> None:
-        if self.names.pids.get(self.key) == self.token:  # else another thing is at this address
-            del self.names.pids[self.key]
-
-
-class Space:
-    """One globals dict.
-
-    :ivar module: what has the dict, if it was made here.
-    :ivar came: the version of each global that came by letter, and what must live as long as the global.
-    :ivar sent: each global as it was dumped last: its value or entry, the version of the entry, and its own version.
+    :ivar is_one: whether arguments refer to the thing, too, and bring no copy.
+    :ivar came: the attributes of a class as they came by letter; `brought`: the names of those that came last.
     """
 
-    def __init__(self, key: Key, names: dict[str, Any] | None = None) -> None:
-        self.key = key
-        self.module: ModuleType | None = None
-        if names is None:
-            self.module = _Main(key[1]) if key[1] in MAINS else ModuleType(key[1])
-            names = vars(self.module)
-            names["__builtins__"] = builtins
-        self.names = names
-        self.came: dict[str, tuple[int, Any]] = {}
-        self.sent: dict[str, tuple[Any, int, int]] = {}
+    def __init__(self, names: Names, token: bytes, thing: Any) -> None:
+        super().__init__("class" if is_class(thing) else KINDS.get(type(thing), "value"), token, False)
+        self.names, self.key, self.is_one = names, id(thing), False
+        try:
+            self._ref: Any = weakref.ref(thing, functools.partial(names.owned.pop, self.key))
+        except TypeError:
+            self._ref = lambda: thing
+        self.is_weak = isinstance(self._ref, weakref.ref)
+        self.named = self.is_weak and self.kind != "function"
+        self.came: dict[str, Any] = {}
+        self.brought: set[str] = set()
 
-    def value(self, name: str) -> Any:
-        """The value of a global. A lazy import (Python 3.15) happens now."""
-        value = self.names[name]
-        return value.resolve() if type(value).__name__ == "lazy_import" else value
+    @property
+    def thing(self) -> Any:
+        """The thing; None if it has ended."""
+        return self._ref()
+
+    def __del__(self) -> None:
+        if self.names.tokens.get(self.key) == self.token:  # else another thing is at this address
+            del self.names.tokens[self.key]
+
+
+class Space(Entry):
+    """The entry of a globals dict.
+
+    :ivar module: what has the dict, if it was made here.
+    :ivar is_imported: whether an import gives the module.
+    :ivar came: the version of each global that came by letter, and what must live as long as the global.
+    """
+
+    def __init__(self, names: Names, token: bytes, thing: dict[str, Any], module: ModuleType | None = None) -> None:
+        super().__init__(names, token, thing)
+        self.kind, self.module, self.name = "space", module, str(thing.get("__name__") or MAINS[0])
+        self.slots: dict[str, Slot] = {}
+        self.is_imported = self.name not in MAINS and importable(self.name) and (
+            vars(sys.modules[self.name]) is thing)
+        self.named = not self.is_imported
+
+    def slot(self, name: str) -> Slot:
+        """One of the globals."""
+        return self.slots.setdefault(name, Slot(self, name))
 
     def bring(self, name: str, version: int, value: Any, holds: Any) -> None:
         """Set a global, unless it came in this version before or running code has set it."""
         known, _ = self.came.get(name, (version, None))
-        if name not in self.names or known != version:
-            self.names[name] = value
+        if name not in self.thing or (known != version and not self.is_imported):
+            self.thing[name] = value
         self.came[name] = version, holds
+
+
+class Slot(Item):
+    """A global."""
+
+    def __init__(self, space: Space, name: str) -> None:
+        super().__init__("slot", space.token, space.named)
+        self.space, self.name = space, name
+
+    @property
+    def thing(self) -> Any:
+        """The value of the global. A lazy import (Python 3.15) happens now."""
+        value = self.space.thing[self.name]
+        return value.resolve() if type(value).__name__ == "lazy_import" else value
 
 
 class _Main(ModuleType):
@@ -156,31 +157,33 @@ class _Main(ModuleType):
 
 
 class Names:
-    """The entries and spaces of one context.
+    """The entries of one context.
 
-    :ivar pids: the token of each entry by the id of its thing, where picklers look for each object.
+    :ivar lock: the context's. Arguments and results are dumped without it, and take it to give a token.
+    :ivar tokens: the token of each entry by the id of its thing, where picklers look for each object.
     :ivar owned: entries that live as long as their things, by the ids of these.
     :ivar scripts: the spaces of scripts and notebooks, the first one first.
     """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self.process = os.urandom(16)
-        self.numbers = itertools.count(1)  # of tokens, spaces and versions alike
-        self.pids: dict[int, Pid] = {}
+        self.changes = 0  # of the versions of what has had one before
+        self.numbers = itertools.count(1)  # of tokens and versions alike
+        self.tokens: dict[int, bytes] = {}
         self.owned: dict[int, Entry] = {}
         self.scripts: list[Space] = []
-        self._entries: weakref.WeakValueDictionary[Any, Entry] = weakref.WeakValueDictionary()
-        self._spaces: weakref.WeakValueDictionary[Any, Space] = weakref.WeakValueDictionary()  # by key, and by id
+        self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()
         self._recent: deque[Space] = deque(maxlen=SPACES_KEPT)
 
-    def of_token(self, token: Any) -> Entry | None:
+    def of_token(self, token: Any) -> Any:
         """The entry of a token, if its thing is here."""
         entry = self._entries.get(token)
-        return None if entry is None or entry.thing is None else entry
+        return None if entry is None or entry.thing is None else self.own(entry)
 
-    def find(self, thing: Any) -> Entry | None:
+    def find(self, thing: Any) -> Any:
         """The entry of a thing, if it has one."""
-        entry = self._entries.get(self.pids.get(id(thing)))
+        entry = self._entries.get(self.tokens.get(id(thing), b""))
         return entry if entry is not None and entry.thing is thing else None
 
     def name(self, thing: Any, token: bytes = b"") -> Entry:
@@ -188,60 +191,45 @@ class Names:
 
         :param token: under which the thing came by letter.
         """
-        entry = self.find(thing)
-        if entry is None:
-            entry = Entry(self, token or self.process + next(self.numbers).to_bytes(8, "big"), thing)
-            self.pids[entry.key], self._entries[entry.token] = entry.token, entry
-            if entry.is_weak:
-                self.owned[entry.key] = entry
+        with self.lock:
+            return self.find(thing) or self._add(Entry(self, token or self._token(), thing))
+
+    def own(self, entry: Entry) -> Entry:
+        """Let an entry that letters name live as long as its thing."""
+        if entry.named and entry.is_weak:
+            self.owned.pop(entry.key, None)
+            self.owned[entry.key] = entry
+            if len(self.owned) > OWNED_KEPT:
+                del self.owned[next(iter(self.owned))]
         return entry
 
-    def space_of(self, names: dict[str, Any]) -> Space | str:
-        """The space of a globals dict; the name of its module, where an import gives it."""
-        space = self._spaces.get(id(names))
-        if space is None or space.names is not names:
-            name = str(names.get("__name__") or MAINS[0])
-            if name not in MAINS and importable(name) and getattr(sys.modules[name], "__dict__", None) is names:
-                return name
-            space = self._add(Space((self.process, name, next(self.numbers)), names))
+    def space_of(self, names: dict[str, Any]) -> Any:
+        """The space of a globals dict, made at need."""
+        return self.find(names) or self._add(Space(self, self._token(), names))
+
+    def space(self, token: bytes, name: str) -> Any:
+        """The space of a token, made with a module of this name at need. Without a token, an import gives it."""
+        if not token:
+            return self.space_of(vars(importlib.import_module(name)))
+        if (space := self.of_token(token)) is None:
+            module = _Main(name) if name in MAINS else ModuleType(name)
+            vars(module)["__builtins__"] = builtins
+            space = self._add(Space(self, token, vars(module), module))
         return space
 
-    def space(self, key: Key) -> Space:
-        """The space of a key, made at need."""
-        return self._spaces.get(key) or self._add(Space(key))
+    def _token(self) -> bytes:
+        return self.process + next(self.numbers).to_bytes(8, "big")
 
-    def _add(self, space: Space) -> Space:
-        self._spaces[space.key] = self._spaces[id(space.names)] = space
-        if space.key[1] in MAINS:
-            self.scripts.append(space)
-            self.pids[id(space.names)] = space.key
-        else:
-            self._recent.append(space)
-        return space
+    def _add(self, entry: Entry) -> Entry:
+        self.tokens[entry.key], self._entries[entry.token] = entry.token, entry
+        if isinstance(entry, Space):
+            (self.scripts if entry.name in MAINS else self._recent).append(entry)
+        return self.own(entry)
 
 
 def is_class(thing: Any) -> bool:
     """Whether this is a class, whatever its `__class__` says."""
     return issubclass(type(thing), type)
-
-
-def _search_all(owners: list[weakref.ref[Any]], key: int) -> Any:
-    found = (_search(owner, key) for owner in owners)
-    return next((thing for thing in found if thing is not None), None)
-
-
-def _search(owner: weakref.ref[Any], key: int) -> Any:
-    """Of what a function or class has, the thing with this id; None if it has it no more."""
-    held: Any = owner()
-    if type(held) is not FunctionType:
-        values = [] if held is None else vars(held).values()
-        return next((value for value in values if id(value) == key), None)
-    found = [*(held.__defaults__ or ()), *(held.__kwdefaults__ or {}).values(), *vars(held).values()]
-    for cell in held.__closure__ or ():
-        found.append(cell)
-        with contextlib.suppress(ValueError):  # an empty one
-            found.append(cell.cell_contents)
-    return next((value for value in found if id(value) == key), None)
 
 
 def importable(name: str) -> bool:
@@ -267,6 +255,15 @@ def travels_by_value(thing: Any) -> bool:
     if module is None or module in MAINS or not importable(module):
         return True
     return by_path(sys.modules[module], getattr(thing, "__qualname__", "")) is not thing
+
+
+def by_import(value: Any) -> bool:
+    """Whether a value is a constant, or what an import gives."""
+    if isinstance(value, ModuleType):
+        return sys.modules.get(value.__name__) is value and importable(value.__name__)
+    if is_class(value) or type(value) in (FunctionType, BuiltinFunctionType):
+        return not travels_by_value(value)
+    return type(value) in ATOMS or (type(value) in (tuple, frozenset) and all(type(each) in ATOMS for each in value))
 
 
 def is_stream(thing: Any) -> bool:

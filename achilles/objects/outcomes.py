@@ -6,44 +6,47 @@ Knows letters. Knows nothing of jobs and frames: which status an answer has is t
 from __future__ import annotations
 
 import importlib
+import pickle
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import AchillesError, DumpError, RemoteError, VersionError
 from .letters import Buffer, Context, text_of
+from .loading import PICKLE_START, dump_plain
 
-__all__ = ["dump_outcomes", "encoding_error", "load_outcomes", "mark", "own_error"]
+__all__ = ["dump_outcomes", "encoding_error", "fresh", "load_outcomes", "load_values", "mark", "own_error"]
 
 
 def dump_outcomes(context: Context, values: list[Any],
                   errors: dict[int, BaseException]) -> tuple[bool, list[Buffer]]:
-    """Turn what a slice gave into a letter, in the worker; never raises for what the user returned.
+    """Turn what a chunk gave into a letter, in the worker; never raises for what the user returned.
 
-    :param values: one a position; what stands where there is an error is ignored.
-    :param errors: exceptions by position. One that cannot be rebuilt travels as text.
+    :param values: one an offset; what stands where there is an error is ignored.
+    :param errors: exceptions by offset. One that cannot be rebuilt travels as text.
     :returns: whether there is any error, and the letter. A value that cannot be dumped becomes a
-        `multiprocessing.pool.MaybeEncodingError` at its position.
+        `multiprocessing.pool.MaybeEncodingError` at its offset.
     """
     if not errors:
         try:
-            return False, context.dump(values)
+            return False, dump_plain(b"", values) or context.dump_behind(b"", values, None, plain=False)
         except (DumpError, VersionError):
             pass
-    entries = {position: _error_entry(context, error) for position, error in errors.items()}
-    kept: list[Any] = []
-    for position, value in enumerate(values):
+    entries = {offset: _error_entry(context, error) for offset, error in errors.items()}
+    kept: list[bytes | None] = [None] * len(values)
+    for offset, value in enumerate(values):
         try:
-            kept.append(None if position in entries else b"".join(context.dump(value)))
+            if offset not in errors:
+                kept[offset] = b"".join(context.dump(value))
         except (DumpError, VersionError) as error:
             letter, text, _ = _error_entry(context, encoding_error(own_error(error), value))
-            entries[position] = letter, text, ""  # of no code of the user's
-            kept.append(None)
+            entries[offset] = letter, text, ""  # of no code of the user's
     return True, context.dump([kept, entries, context.node])
 
 
 def load_outcomes(context: Context, letter: Buffer,
                   raised: bool) -> tuple[list[Any], dict[int, BaseException]]:
-    """The values of a slice and its exceptions by position, in the caller.
+    """The values of a chunk and its exceptions by offset, in the caller.
 
     Each exception has the remote traceback, a `multiprocessing.pool.RemoteTraceback`, as `__cause__`, and
     the node's id as `node`; one that cannot be rebuilt here is a `RemoteError` with its text.
@@ -53,7 +56,12 @@ def load_outcomes(context: Context, letter: Buffer,
         return loaded, {}
     kept, entries, node = loaded
     values = [None if each is None else context.load(bytearray(each)) for each in kept]
-    return values, {position: _error_of(context, node, *entry) for position, entry in entries.items()}
+    return values, {offset: _error_of(context, node, *entry) for offset, entry in entries.items()}
+
+
+def load_values(context: Context, letters: Iterable[Buffer]) -> list[list[Any]]:
+    """The values of many chunks in which nothing was raised; as `load_outcomes` of each, but quicker."""
+    return [pickle.loads(letter) if letter[0] == PICKLE_START else context.load(letter) for letter in letters]
 
 
 def encoding_error(error: BaseException, value: Any) -> BaseException:
@@ -89,14 +97,12 @@ def _error_entry(context: Context, error: BaseException) -> tuple[bytes | None, 
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception:  # of an attribute that raises
         text = "".join(traceback.format_tb(error.__traceback__)) + type(error).__qualname__
-    letter: bytes | None = None
     try:
-        letter = b"".join(context._dump(error, b"", None, plain=False))
-        if not isinstance(context.load(letter), BaseException):
-            letter = None
+        letter = b"".join(context.dump_behind(b"", error, None, plain=False))
+        travels = isinstance(context.load(letter), BaseException)
     except Exception:
-        letter = None
-    return letter, f"{type(error).__qualname__}: {text_of(error, str)}", text
+        travels = False
+    return letter if travels else None, f"{type(error).__qualname__}: {text_of(error, str)}", text
 
 
 def _error_of(
@@ -113,3 +119,11 @@ def _error_of(
     return mark(error, node=node)  # type: ignore[no-any-return]
 
 
+def fresh(error: BaseException) -> BaseException:
+    """An exception of ours, made anew for one caller: threads that raise one object would share its traceback."""
+    if not isinstance(error, (AchillesError, InterruptedError)):
+        return error
+    made = type(error)(*error.args)
+    made.__dict__.update(error.__dict__)
+    made.__cause__ = error.__cause__
+    return made

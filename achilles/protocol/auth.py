@@ -1,8 +1,8 @@
 """The handshake and the tag of a frame, as functions over bytes.
 
-No sockets, no files, no threads, no waiting: `channel.py` moves the bytes, and
-decides when a refusal is sent. PROTOCOL.md, section 2, is the rule; the same
-ladder, with who computes what::
+This module knows no socket, no file and no thread, and never waits. `connect.py` and `server/listen.py`
+move the bytes. The latter decides when a refusal is sent. PROTOCOL.md, section 2, is the rule. This ladder adds the
+computation of each side::
 
       client                                              server
         │  ◀──────────── greeting(nonce_s) ────────────────  │  M1
@@ -13,14 +13,16 @@ ladder, with who computes what::
      compares proof_s                                        │
         ▼  Tagger(client_data), Checker(server_data)         ▼  the other way round
 
-Every comparison of a proof or a tag is `hmac.compare_digest`. Keys live in the
-objects made here and in nothing that is printed or logged.
+Every comparison of a proof or a tag is `hmac.compare_digest`. Keys live in this module's objects,
+and in nothing that is printed or logged. Any thread may call any function.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
+import os
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,8 +31,8 @@ from ..errors import AuthenticationError, ProtocolError
 from .frames import Buffer
 
 __all__ = [
-    "CONTROLLER", "NODE", "Checker", "Claim", "Key", "Keys", "Tagger", "accept_claim", "check_user", "claim",
-    "derive_key", "greeting", "is_proof", "read_claim", "read_greeting", "session_keys",
+    "CONTROLLER", "NODE", "Checker", "Claim", "Key", "Keys", "Tagger", "accept_claim", "check_answer", "check_user",
+    "claim", "derive_key", "greeting", "read_claim", "read_greeting", "session_keys",
     "AUTH_BYTES", "GREETING_BYTES", "NONCE_BYTES", "PROOF_BYTES", "REFUSAL",
 ]
 
@@ -45,7 +47,8 @@ AUTH_BYTES = CLAIM.size + PROOF_BYTES
 REFUSAL = bytes(PROOF_BYTES)
 BINDING = bytes(32)  # room for the hash of a TLS certificate
 LABEL = b"achilles/1 "
-SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1  # 16 MiB and 40 ms a guess; paid once a process
+SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1  # 16 MiB and 40 to 80 ms a guess
+KEPT_KEYS = 8  # derived keys that a process keeps: more secrets than a process uses in turns
 SEQUENCE = struct.Struct(">Q")
 
 
@@ -58,20 +61,20 @@ class Key(bytes):
     __str__ = __repr__
 
 
+_cache_key = Key(os.urandom(32))  # of this process: hashes with it tell nothing of a secret
+
+
 class Keys(NamedTuple):
-    """What both sides of one connection derive: a proof and a key for each direction."""
+    """The proofs and keys that both sides of one connection derive: one of each for each direction."""
 
     client_proof: bytes
     server_proof: bytes
     client_data: bytes
     server_data: bytes
 
-    def __repr__(self) -> str:
-        return "Keys(***)"
-
 
 class Claim(NamedTuple):
-    """What a client says of itself in M2; nothing of it is true before its proof is checked."""
+    """The fields of an M2. Nothing in them is true before the proof is checked."""
 
     role: bytes
     user: bytes
@@ -79,15 +82,32 @@ class Claim(NamedTuple):
     proof: bytes
 
 
-def derive_key(username: str, secret: str) -> bytes:
-    """K: 32 bytes from the username and the secret (scrypt, RFC 7914). Takes some 40 ms of one core."""
-    hidden, secret = Key(secret.encode()), ""
+def derive_key(username: str, secret: str, known: bytes = b"") -> bytes:
+    """Return K: 32 bytes from the username and the secret (scrypt, RFC 7914).
+
+    Takes 40 to 80 ms of one core, without the interpreter's lock. The last eight keys are kept, so a process pays
+    once for a secret. The cache knows the secret by a keyed hash alone.
+
+    :param known: K, if another process has derived it; then this one does not.
+    :raises ValueError: as :func:`check_user`.
+    """
+    hidden, secret = Key(secret.encode()), ""  # a traceback may show the locals
     user = check_user(username)
-    return Key(hashlib.scrypt(hidden, salt=LABEL + user, n=SCRYPT_N, r=SCRYPT_R, p=SCRYPT_P, dklen=32))
+    place = _place(hmac.digest(_cache_key, user.ljust(USER_BYTES, b"\0") + hidden, "sha256"))
+    if not place:
+        place.append(Key(known or hashlib.scrypt(
+            hidden, salt=LABEL + user, n=SCRYPT_N, r=SCRYPT_R, p=SCRYPT_P, dklen=32)))
+    return place[0]
+
+
+@functools.lru_cache(maxsize=KEPT_KEYS)
+def _place(name: bytes) -> list[Key]:
+    """Return the cache's place for one K, which is empty until K is derived."""
+    return []
 
 
 def check_user(username: str) -> bytes:
-    """The username as it is signed; ValueError unless it is 1 to 32 bytes of UTF-8 without NUL."""
+    """Return the username as it is signed; ValueError unless it is 1 to 32 bytes of UTF-8 without NUL."""
     user = username.encode()
     if not 1 <= len(user) <= USER_BYTES or b"\0" in user:
         raise ValueError(f"a username has 1 to {USER_BYTES} bytes of UTF-8 and no NUL, this one has {len(user)}")
@@ -95,15 +115,15 @@ def check_user(username: str) -> bytes:
 
 
 def greeting(nonce: bytes) -> bytes:
-    """M1, which the server sends first."""
+    """Return M1, which the server sends first."""
     return GREETING.pack(MAGIC, VERSION, nonce)
 
 
 def read_greeting(message: bytes) -> None:
-    """ProtocolError unless `message` is an M1 of this version. All of M1 is signed, so there is nothing to keep."""
+    """Check that `message` is an M1 of this version, else ProtocolError. All of M1 is signed: nothing is kept."""
     magic, version, _ = GREETING.unpack(message) if len(message) == GREETING_BYTES else (b"", 0, b"")
     if magic != MAGIC or message[6:8] != bytes(2):
-        raise ProtocolError("what listens there is not an achilles server: check host and port")
+        raise ProtocolError("the program that listens there is not an achilles server: check host and port")
     if version != VERSION:
         raise ProtocolError(
             f"the server speaks version {version} of the protocol, this is version {VERSION}: "
@@ -112,12 +132,12 @@ def read_greeting(message: bytes) -> None:
 
 
 def claim(role: bytes, username: str, nonce: bytes) -> bytes:
-    """M2 without its proof: 72 bytes."""
+    """Return M2 without its proof: 72 bytes."""
     return CLAIM.pack(MAGIC, VERSION, role, nonce, check_user(username))
 
 
 def read_claim(message: bytes) -> Claim:
-    """M2 taken apart; ProtocolError if it is malformed, in which case it gets no answer."""
+    """Take M2 apart. ProtocolError if it is malformed: then the client gets no answer."""
     if len(message) != AUTH_BYTES:
         raise ProtocolError(f"an AUTH has {AUTH_BYTES} bytes, this one has {len(message)}")
     signed, proof = message[: CLAIM.size], message[CLAIM.size :]
@@ -130,7 +150,7 @@ def read_claim(message: bytes) -> Claim:
 
 
 def session_keys(key: bytes, m1: bytes, signed: bytes) -> Keys:
-    """The four keys of one connection from K and what both sides said (HKDF, RFC 5869)."""
+    """Return the four keys of one connection from K and the words of both sides (HKDF, RFC 5869)."""
     transcript = hashlib.sha256(BINDING + m1 + signed).digest()
     prk = Key(hmac.digest(transcript, key, "sha256"))
     labels = (b"client proof", b"server proof", b"client data", b"server data")
@@ -138,15 +158,17 @@ def session_keys(key: bytes, m1: bytes, signed: bytes) -> Keys:
 
 
 def accept_claim(keys: Sequence[bytes], m1: bytes, claimed: Claim) -> Keys | None:
-    """The session's keys if one of these K made the proof, else None. The same work, whichever it was."""
+    """Return the session's keys if one of these K made the proof, else None. Each K costs the same work."""
     sessions = [session_keys(key, m1, claimed.signed) for key in keys]
     matches = [hmac.compare_digest(session.client_proof, claimed.proof) for session in sessions]
     return sessions[matches.index(True)] if any(matches) else None
 
 
-def is_proof(keys: Keys, answer: bytes) -> bool:
-    """Whether M3 proves that the server knows the secret."""
-    return hmac.compare_digest(keys.server_proof, answer)
+def check_answer(keys: Keys, answer: bytes) -> None:
+    """AuthenticationError unless M3 proves that the server knows the secret."""
+    if not hmac.compare_digest(keys.server_proof, answer):
+        text = "the peer does not know the secret: it is not our server"
+        raise AuthenticationError("the server refused the username or the secret" if answer == REFUSAL else text)
 
 
 class Tagger:
@@ -157,21 +179,18 @@ class Tagger:
         self._sequence = 0
 
     def tag(self, head: Buffer, envelope: Buffer) -> bytes:
-        """The tag of the next frame: HMAC-SHA256(key, seq || head || envelope)."""
+        """Return the tag of the next frame: HMAC-SHA256(key, seq || head || envelope)."""
         mac = self._base.copy()
         mac.update(SEQUENCE.pack(self._sequence) + head)
         mac.update(envelope)
         self._sequence += 1
         return mac.digest()
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(***)"
-
 
 class Checker(Tagger):
     """Checks the frames of one direction, in the order in which they come. For one thread."""
 
     def check(self, head: Buffer, envelope: Buffer, tag: Buffer) -> None:
-        """AuthenticationError if this is not the tag of the next frame; the connection has no future then."""
+        """Check the tag of the next frame. After an AuthenticationError the connection cannot go on."""
         if not hmac.compare_digest(self.tag(head, envelope), tag):
             raise AuthenticationError("a frame with a wrong tag: the connection was altered on its way")

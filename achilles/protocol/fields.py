@@ -1,19 +1,19 @@
-"""JSON that a peer sent: read, and checked to its leaves before anybody sees it.
+"""JSON that a peer sent: read, and checked to its leaves before any other code sees it.
 
 PROTOCOL.md, section 6, is the rule. Every JSON of a peer comes through `read_object`: the envelopes of the JSON
-kinds (frames.py) and the notes on lost slices (job.py). Behind it nothing of that JSON needs to be escaped: any of
-its texts may be written to a terminal, a log or an exception.
+kinds, the declaration of a JOB (`frames.py`), and the notes on lost chunks (`controller/job.py`). A text that has
+passed may be written to a terminal, a log or an exception as it is.
 
 ::
 
     bytes ─▶ JSON ─▶ each text, keys too, at any depth, known or not: printable
-                 ─▶ each field of the table: type, range or length, form, choices; the same for what is inside of it
+                 ─▶ each field of the table: type, range or length, form; the same for the fields inside
 
-Refused is what a reader could take for something else: control characters (C0, DEL, C1), direction marks and
-other invisible ones, line separators, surrogates, NaN and infinities. Whatever does not fit is a ProtocolError,
-whose text has names from our tables only, and nothing of the peer's.
+Refused are control characters (C0, DEL, C1), direction marks and other invisible ones, line separators, surrogates,
+NaN and infinities. The refusal is a ProtocolError. Its text has names from the tables of achilles, and no text of the
+peer's.
 
-Knows no kinds, frames or sockets; the tables are frames.py's. Pure functions, for any thread.
+The module knows no kind, frame or socket. The tables are those of `kinds.py`. Any thread may call the functions.
 """
 
 from __future__ import annotations
@@ -26,34 +26,30 @@ from typing import Any, NamedTuple
 
 from ..errors import ProtocolError
 
-__all__ = ["NAME_CHARS", "TEXT_CHARS", "U16", "U32", "U64", "Field", "check_fields", "read_object"]
+__all__ = ["HEX_FORM", "NAME_CHARS", "TEXT_CHARS", "U16", "U32", "U64", "Field", "check_fields", "read_object"]
 
 TEXT_CHARS = 4096  # the longest text in a field: a screen or two
 NAME_CHARS = 64  # versions, codes, reasons, addresses
-HEX_DIGITS = frozenset("0123456789abcdef")  # lower case alone, so that equal digests are equal texts
+HEX_FORM = "[0-9a-f]*"  # lower case alone, so that equal digests are equal texts
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
 
 
 class Field(NamedTuple):
-    """What one field of an object may be.
+    """The limits of one field of an object.
 
     :ivar type: bool fits no other type than bool.
     :ivar low, high: the range of a number; else of the length of a text, or of the count of entries.
     :ivar required: whether the field must be there; else it may be absent or null.
-    :ivar hex: whether a text consists of hex digits.
     :ivar form: a regular expression that matches a whole text, or each key of an object.
-    :ivar choices: the texts that there are, where they are few.
     :ivar inside: the fields of an object, or of each object in a list.
-    :ivar entry: each value of an object whose keys are names of the peer's choice.
+    :ivar entry: each value of an object, where the peer chooses the keys.
     """
 
     type: type[Any] | tuple[type[Any], ...]
     low: float = 0
     high: float = U32
     required: bool = True
-    hex: bool = False
     form: str = ""
-    choices: tuple[str, ...] = ()
     inside: Mapping[str, Field] | None = None
     entry: Field | None = None
 
@@ -74,7 +70,7 @@ def read_object(what: str, text: bytes, fields: Mapping[str, Field]) -> dict[str
 
 
 def check_fields(what: str, body: object, fields: Mapping[str, Field]) -> None:
-    """ProtocolError unless `body` is an object whose known fields fit, and all that is inside of them."""
+    """ProtocolError unless `body` is an object, and its known fields fit, with the fields inside of them."""
     if not isinstance(body, dict):
         raise ProtocolError(f"{what} is not an object")
     for name, field in fields.items():
@@ -104,18 +100,14 @@ def _check_texts(what: str, body: object) -> None:
 
 
 def _fits(value: Any, field: Field) -> bool:
-    """Whether a value has its field's type, range or length, form and choices; `inside` is left to the caller."""
-    if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
+    """Return whether a value has its field's type, range or length, form and entries, whatever is inside."""
+    if not isinstance(value, field.type) or isinstance(value, bool) is not (field.type is bool):
         return False
     measure = value if isinstance(value, (int, float)) else len(value)
     if not field.low <= measure <= field.high:
         return False
-    if field.hex and not HEX_DIGITS.issuperset(value):
-        return False
     texts = [value] if isinstance(value, str) else value
     if field.form and not all(re.fullmatch(field.form, text) for text in texts):
-        return False
-    if field.choices and value not in field.choices:
         return False
     if field.entry is None:
         return True
@@ -123,7 +115,7 @@ def _fits(value: Any, field: Field) -> bool:
 
 
 def _finite(text: str) -> float:
-    """ValueError for what is not JSON, though Python reads it: NaN, Infinity, 1e999."""
+    """Return the number; ValueError for NaN, Infinity and 1e999, which Python reads though they are no JSON."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(text)

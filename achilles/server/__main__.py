@@ -1,20 +1,18 @@
-"""`python -m achilles.server`: the command, and its questions to a running server.
+"""`python -m achilles.server`: the command, and its question to a running server.
 
-Knows options, configuration files and exit statuses. What listens is `listen.py`.
+This module knows options, configuration files and exit statuses. `listen.py` listens.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
-from .. import config, console
-from ..config import Settings
+from .. import config, configuring, console
 from ..errors import ConfigurationError, ServerUnreachable
-from ..protocol import auth, channel
-from ..protocol.frames import Frame, Kind
+from ..protocol import auth, connect
+from ..protocol.frames import Kind
 from .listen import run_server
 
 __all__ = ["ask_status", "main"]
@@ -33,13 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json and not args.status:
         parser.error("--json goes with --status")
     with console.errors_to_exit_status() as status:
-        secret = console.read_secret(args.secret_key_file)
-        given = (args.host, args.port, args.username, secret)
+        given = (args.host, args.port, args.username, console.read_secret(args.secret_key_file))
         if args.write_config:
-            path = _write_config(args.host, args.port, args.username, secret, args.env_file)
-            console.say(f"Saved in {path}\n{config.next_step(path)}".rstrip())
+            path = _write_config(*given, env_file=args.env_file)
+            console.say(f"Saved in {path}\n{configuring.next_step(path)}".rstrip())
         elif args.status:
-            status.code = _print_status(config.resolve(*given, env_file=args.env_file), args.json)
+            state = ask_status(config.resolve(*given, env_file=args.env_file))
+            console.say(json.dumps(state, indent=2) if args.json else console.status_table(state))
+            status.code = 0 if state["nodes"] else NO_NODES_STATUS
         else:
             status.code = run_server(*given, bind=args.bind, env_file=args.env_file)
     return status.code
@@ -48,46 +47,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _write_config(
     host: str | None, port: int | None, username: str | None, secret: config.Secret | None, env_file: str | None
 ) -> str:
-    """`--write-config`: a secret that is there is kept, since nodes may have it; only a new file gets a new one."""
+    """Write a file for `--write-config`. A secret in the old file stays, because nodes may have it."""
     if host in ("0.0.0.0", "::"):
         raise ConfigurationError(f"nobody can connect to {host}: give the address at which nodes reach this machine, "
                                  f"and start the server with --bind {host}")
-    path = config.env_path(env_file)
-    there = config.read_file(path).items() if os.path.exists(path) else ()
-    kept = [config.Secret(value) for name, value in there if name == "SECRET_KEY"]
-    del there  # a traceback may show the locals
-    return config.write_config(host, port, username, secret or (kept[0] if kept else None), env_file=path)
+    kept, _ = config.of_file(config.env_path(env_file)).get("SECRET_KEY", (None, ""))
+    return configuring.write_config(host, port, username, secret or kept, env_file=env_file)
 
 
-def _print_status(settings: Settings, as_json: bool) -> int:
-    """What `--status` shows; a connection of its own, as a controller's."""
-    state = ask_status(settings)
-    console.say(json.dumps(state, indent=2) if as_json else console.status_table(state))
-    return 0 if state["nodes"] else NO_NODES_STATUS
-
-
-def ask_status(settings: Settings) -> dict[str, Any]:
-    """A running server's STATUS. Blocks some seconds at most. Raises ServerUnreachable, AuthenticationError."""
+def ask_status(settings: config.Settings) -> Any:
+    """Return a running server's STATUS. Blocks some seconds at most. Raises ServerUnreachable, AuthenticationError."""
     key = auth.derive_key(settings.username, settings.secret.reveal())
     try:
-        link = channel.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key)
+        link = connect.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key)
     except ServerUnreachable as e:
         raise ServerUnreachable(f"{e}. Start a server: python -m {__package__}") from e
-    answers: list[dict[str, Any]] = []
+    found: dict[Kind, Any] = {}
 
-    def keep(frame: Frame) -> None:
-        if frame.kind is Kind.STATUS:
-            answers.append(frame.body)
+    def leave_when_told() -> None:
+        if Kind.STATUS in found:
             link.finish("leaving")
 
-    link.send(Kind.HELLO, channel.hello())
+    link.send(Kind.HELLO, connect.hello())
     link.send(Kind.STATUS, {})
     link.start_writer()
-    why = link.run(keep)
+    why = link.run(lambda frame: found.update({frame.kind: frame.body}), leave_when_told)
     link.close()
-    if not answers:
+    if Kind.STATUS not in found:
         raise ServerUnreachable(f"the server at {settings.host}:{settings.port} gave no status: {why}")
-    return answers[0]
+    return found[Kind.STATUS]
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
-"""The server: where nodes and controllers meet.
+"""The server: it listens, gives places, authenticates, and reads each connection.
 
-This module listens, gives places, authenticates, and reads each connection; what the frames mean
-is `exchange.py`'s. The server opens no letter: it imports neither pickle nor dill, and a test says so.
+`exchange.py` gives the frames their meaning. The server opens no letter: it imports neither pickle nor dill, and a
+test says so.
 
 ::
 
     accept ─▶ a place (64) ─▶ handshake, 5 s ─▶ Peer ─▶ frames ─▶ Exchange ─▶ outboxes of other peers
-    serving thread   handler thread of the connection ─────────────┘             │
+    accepter thread  reader thread of the connection ─────────────┘             │
                      writer thread of each connection:  sends ◀──────────────────┘
 
-Threads: the one that calls `serve_forever` accepts; each connection has a handler thread, which
-reads, and a writer. A reader never waits for another connection's writer: it queues. `_places_lock`
-guards the places of those who are not authenticated yet; no other lock is taken under it.
+Threads: the thread that calls `run` waits for the reason to end, and closes all. The accepter is the loop of a
+`socketserver.ThreadingTCPServer`, which gives each connection its reader thread. Each connection has a writer, too.
+A reader never waits for another connection's writer: it queues.
+`_places_lock` guards the places of connections that are not authenticated yet. Under this lock the server takes no
+other lock, writes no log and waits for nothing.
 
-Not for a network where others may read what is computed: nothing is encrypted (README, Trust).
+Not for a network where others may read your data: nothing is encrypted (README, Trust).
 """
 
 from __future__ import annotations
@@ -31,200 +33,170 @@ import socketserver
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import config, console
-from ..config import Settings
 from ..errors import AddressError, ProtocolError
-from ..protocol import auth, channel
-from ..protocol.channel import Channel
+from ..protocol import auth, channel, connect
+from ..protocol.reader import keep_freed_memory
 from .exchange import Exchange, Peer
 
 __all__ = ["Server", "run_server"]
 
 BACKLOG = 1024  # a lab that starts 150 clients at once must not lose any (5 lost 107 of 150)
 PLACES = 64  # connections that are not authenticated yet
-POLL_SECONDS = 0.2  # how soon serve_forever sees that it shall end
+POLL_SECONDS = 0.2  # how soon accepting ends; how soon Windows sees Ctrl-C
 HANDSHAKE_SECONDS = 5.0  # for all of it, whatever arrives
 REFUSAL_SECONDS = 1.0  # a guess costs the guesser this, and its place meanwhile
-PLACE_SECONDS = 0.02  # ... and how often who waits so looks whether it still has a place
-KILLED_SECONDS = 10.0  # how long those who come back after `kill_cluster` are told
-READ_AGAIN = "read again"  # among the reasons to end: this one is none
+KILLED_SECONDS = 10.0  # after `kill_cluster`, the server still tells peers that come back
+READ_AGAIN = "read again"  # in the queue of the reasons to end, but no reason to end
 JOIN_SECONDS = 2.0  # for a connection's threads, when the server ends
-NO_FILES_SECONDS = 0.2  # a pause where accept has no descriptor left: it would be called again at once
-CONNECTIONS, SPARE_FILES = 10_000, 8  # at most, and what the process needs besides connections
+NO_ROOM_SECONDS = 0.2  # a pause where no descriptor or thread is left: accept would be called again at once
+CONNECTIONS = 2_000  # at most: so many were tried
+SPARE_FILES = 8  # descriptors that the process needs besides connections
+REASONS = {  # not to listen, with remedies
+    errno.EADDRINUSE: "another program does; end it, or choose another port (port 0 takes any free one)",
+    errno.EACCES: "ports below 1024 are the system's; choose another, such as 9999",
+}
 
 log = logging.getLogger(__name__)
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server:
     """A server that listens at `settings.host` (or `bind`) and `settings.port`; port 0 takes any free one.
 
-    `run()` blocks until `end(reason)`, from any thread, a signal handler's too. Deriving the
-    keys takes some 80 ms. Raises AddressError where it cannot listen.
+    `run()` blocks until `end(reason)`, which any thread and any signal handler may call. The keys take 40 to 80 ms
+    to derive. Raises AddressError if the server cannot listen.
     """
 
-    allow_reuse_address = os.name == "posix"  # elsewhere that option lets another process take the port over
-    daemon_threads = True  # our own set of peers is closed and joined instead, with a deadline
-    request_queue_size = BACKLOG
-
-    def __init__(self, settings: Settings, bind: str | None = None) -> None:
+    def __init__(self, settings: config.Settings, bind: str | None = None) -> None:
         from .. import __version__
 
         self.settings = settings
         self._bind = bind
-        self._user = settings.username.encode()
         self._keys = _derive(settings)
         self._decoys = [secrets.token_bytes(32), secrets.token_bytes(32)]  # for unknown users: the same work
-        self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # why to end; a signal handler may put
+        self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # to end; a signal handler may put
         self._exchange = Exchange(__version__, kill=lambda: self.end("killed"))
-        self._ending = threading.Event()
+        self._readers: set[threading.Thread] = set()  # reader threads that have not ended
         self._places_lock = threading.Lock()
-        self._places: dict[socket.socket, str] = {}  # connections before authentication, the oldest first
-        self._readers: set[threading.Thread] = set()  # handler threads that have not ended
-        host = bind or settings.host
-        try:
-            found = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            self.address_family, *_, address = found[0]
-            super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
-        except OSError as e:
-            error = AddressError(_explain(e, host, settings.port))
-            error.errno = e.errno
-            raise error from e
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """The host as it was given, and the port at which it listens, which is never 0."""
-        return self.settings.host, self.server_address[1]
+        # Connections before authentication, the oldest first: the address, and an event for the loss of the place.
+        self._places: dict[socket.socket, tuple[str, threading.Event]] = {}
+        self._listener = _listen(bind or settings.host, settings.port, self._serve)
+        self.address = settings.host, self._listener.server_address[1]  # the host as it was given; the port is never 0
 
     def run(self) -> None:
-        """Serve until `end` is called; then say BYE to all, and close everything. Blocks."""
-        ender = threading.Thread(target=self._end_when_told, name="achilles-ender", daemon=True)
-        ender.start()
-        try:
-            self.serve_forever(POLL_SECONDS)
-        finally:
-            self.end("restart")
-            ender.join(KILLED_SECONDS + 2 * JOIN_SECONDS)
-            self.server_close()
+        """Serve until `end` is called; then say BYE to all peers, and close everything. Blocks."""
+        keep_freed_memory()
+        accepter = threading.Thread(
+            target=self._listener.serve_forever, args=(POLL_SECONDS,), name="achilles-accepter", daemon=True)
+        accepter.start()
+        reason = self._wait_for_reason()
+        if reason == "killed":
+            self._exchange.say_goodbye(reason)
+            self._wait_for_reason(reason, KILLED_SECONDS)  # a person may end this process sooner
+        self._listener.shutdown()
+        accepter.join(JOIN_SECONDS)
+        self._listener.server_close()
+        self._close_all(reason)
 
     def end(self, reason: str) -> None:
-        """Let `run` return. `restart`: peers come back. `killed`: they end, and for ten seconds so does who comes."""
+        """Let `run` return. `restart`: peers come back. `killed`: peers end, and so do those of the next 10 s."""
         self._reasons.put(reason)
 
     def read_again(self) -> None:
-        """Take the secrets that the configuration file has now, soon; connections stay. A signal handler may call."""
+        """Let `run` take the secrets that the file has now; connections stay. A signal handler may call this."""
         self._reasons.put(READ_AGAIN)
 
-    def _end_when_told(self) -> None:
-        """The ender thread: `shutdown` would wait for ever in the thread that serves, and in a signal handler."""
-        while (reason := self._reasons.get()) == READ_AGAIN:
-            self._read_again()
+    # In the thread that calls `run`.
+
+    def _wait_for_reason(self, known: str = "", seconds: float = threading.TIMEOUT_MAX) -> str:
+        """Return the next reason to end but `known`; return `known` when the time is over."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self._exchange.tick(time.monotonic())
+            with contextlib.suppress(queue.Empty):
+                reason = self._reasons.get(timeout=POLL_SECONDS)
+                if reason == READ_AGAIN:
+                    self._read_again()
+                elif reason != known:
+                    return reason
+        return known
+
+    def _read_again(self) -> None:
+        """Take the secrets that the file has now. If the file is bad, the old secrets stay good."""
+        try:
+            settings = config.read_again(self.settings, "server", self._bind)
+            self._keys = _derive(settings)  # for the next client; a handshake under way has the old keys
+        except Exception as e:
+            log.error("the secrets stay as they were: %s", e)
+        else:
+            new = "as it was" if settings.secret == self.settings.secret else "a new one"
+            more = "the previous one good as well" if settings.previous else "no other one good"
+            log.info("%s was read again: the secret is %s, %s", settings.env_file, new, more)
+            self.settings = settings
+
+    def _close_all(self, reason: str) -> None:
+        """End every connection, and wait for its threads."""
         peers = self._exchange.say_goodbye(reason)
-        self._ending.set()
-        if reason == "killed":
-            self._wait_for_another_reason(KILLED_SECONDS)
-            peers = self._exchange.say_goodbye(reason)
-        self.shutdown()
         deadline = time.monotonic() + JOIN_SECONDS
         with self._places_lock:
-            for sock in self._places:
-                _shut_down(sock)
+            for sock, (_, lost) in self._places.items():
+                _take_away(sock, lost)
         for peer in peers:
             peer.channel.wait_written(deadline - time.monotonic())
             peer.channel.close()
         for reader in list(self._readers):
             reader.join(max(deadline - time.monotonic(), 0))
 
-    def _read_again(self) -> None:
-        """Whatever is wrong with the file, the secrets of before are good still, and the server serves."""
-        try:
-            settings = config.read_again(self.settings, "server", self._bind)
-            self._keys = _derive(settings)  # at once for who comes next; a handshake under way has the old ones
-        except Exception as e:
-            log.error("the secrets stay what they were: %s", e)
-            return
-        what = "as it was" if settings.secret == self.settings.secret else "a new one"
-        more = ", the previous one good as well" if settings.previous else ", no other one good"
-        self.settings = settings
-        log.info("%s was read again: the secret is %s%s", settings.env_file, what, more)
+    # In a connection's reader thread.
 
-    def _wait_for_another_reason(self, seconds: float) -> None:
-        """Whoever has killed the cluster may be in a hurry to end this process, too."""
-        deadline = time.monotonic() + seconds
-        with contextlib.suppress(queue.Empty):
-            while self._reasons.get(timeout=max(deadline - time.monotonic(), 0)) in ("killed", READ_AGAIN):
-                pass
-
-    # Accepting, in the serving thread.
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """accept(); where there is no descriptor left, pause, since the listener stays readable."""
-        try:
-            return super().get_request()
-        except OSError as e:
-            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.error("cannot accept a connection: %s", e.strerror)
-                threading.Event().wait(NO_FILES_SECONDS)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection a place, at the cost of whoever holds most of them, and a thread."""
-        with self._places_lock:
-            self._places[request] = client_address[0]
-            if len(self._places) > PLACES:
-                most = Counter(self._places.values()).most_common(1)[0][0]
-                oldest = next(sock for sock, address in self._places.items() if address == most)
-                del self._places[oldest]
-                _shut_down(oldest)
-        try:
-            super().process_request(request, client_address)
-        except BaseException:  # no thread to be had
-            with self._places_lock:
-                self._places.pop(request, None)
-            raise
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """An error of our own in a handler thread: to the log, with its traceback."""
-        log.exception("a connection failed: %s", client_address)
-
-    # One connection, in its handler thread.
-
-    def serve_connection(self, sock: socket.socket, address: str) -> None:
-        """Authenticate a client, then read its frames until it is gone."""
+    def _serve(self, sock: socket.socket, client_address: Any, _: object) -> None:
+        """Authenticate a client, then read its frames until it is gone. The listener closes the socket."""
+        address = client_address[0]
+        threading.current_thread().name = f"achilles-reader {address}"
         self._readers.add(threading.current_thread())
         try:
-            self._authenticate(sock, address)
+            with self._place(sock, address) as lost:
+                claimed, keys = connect.answer_claim(sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS)
+                if keys is None:
+                    log.warning("refused %s as user %r", address, claimed.user.decode(errors="replace"))
+                    lost.wait(REFUSAL_SECONDS)  # without its place, a client has no right to a thread either
+                sock.sendall(keys.server_proof if keys else auth.REFUSAL)
+            if keys is not None:
+                self._serve_peer(sock, address, claimed, keys)
+        except (OSError, ProtocolError) as e:
+            log.info("%s did not authenticate: %s", address, e)
         finally:
             self._readers.discard(threading.current_thread())
 
-    def _authenticate(self, sock: socket.socket, address: str) -> None:
+    def _find_keys(self, claimed: auth.Claim) -> list[bytes]:
+        return self._keys if hmac.compare_digest(claimed.user, self.settings.username.encode()) else self._decoys
+
+    @contextlib.contextmanager
+    def _place(self, sock: socket.socket, address: str) -> Iterator[threading.Event]:
+        """Hold a place for a client. If there are too many, the address with most places loses its oldest one.
+
+        Yields an event that is set when this place is lost.
+        """
+        lost = threading.Event()
+        with self._places_lock:
+            self._places[sock] = address, lost
+            if len(self._places) > PLACES:
+                most = Counter(held for held, _ in self._places.values()).most_common(1)[0][0]
+                oldest = next(each for each, (held, _) in self._places.items() if held == most)
+                _take_away(oldest, self._places.pop(oldest)[1])
         try:
-            claimed, keys = channel.answer_claim(sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS)
-            if keys is None:
-                log.warning("refused %s as user %r", address, claimed.user.decode(errors="replace"))
-                self._wait_refused(sock)
-            sock.sendall(keys.server_proof if keys else auth.REFUSAL)
-        except (OSError, ProtocolError) as e:
-            log.info("%s did not authenticate: %s", address, e)
-            return
+            yield lost
         finally:
             with self._places_lock:
                 self._places.pop(sock, None)
-        if keys is not None:
-            self._serve_peer(sock, claimed, keys, address)
 
-    def _wait_refused(self, sock: socket.socket) -> None:
-        """What a guess costs. Who has lost its place waits no longer: its thread and descriptor are for others."""
-        until = time.monotonic() + REFUSAL_SECONDS
-        while sock in self._places and (left := until - time.monotonic()) > 0:
-            if self._ending.wait(min(left, PLACE_SECONDS)):
-                return
-
-    def _serve_peer(self, sock: socket.socket, claimed: auth.Claim, keys: auth.Keys, address: str) -> None:
+    def _serve_peer(self, sock: socket.socket, address: str, claimed: auth.Claim, keys: auth.Keys) -> None:
         sock.settimeout(channel.TICK_SECONDS)
-        channel.set_options(sock)
-        link = Channel(sock, claimed.role.decode() + "S", (keys.server_data, keys.client_data))
+        connect.set_options(sock)
+        link = channel.Channel(sock, claimed.role.decode() + "S", (keys.server_data, keys.client_data))
         peer = Peer(link, claimed.role, claimed.user.decode(errors="replace"), address)
         link.start_writer()
         self._exchange.enter(peer, _most_connections())
@@ -235,26 +207,23 @@ class Server(socketserver.ThreadingTCPServer):
             link.close()
         log.info("%s left: %s", link.name, why)
 
-    def _find_keys(self, claimed: auth.Claim) -> list[bytes]:
-        return self._keys if hmac.compare_digest(claimed.user, self._user) else self._decoys
-
 
 def run_server(
     host: str | None = None, port: int | None = None, username: str | None = None,
     secret_key: config.SecretKey = None, *, bind: str | None = None, env_file: config.EnvFile = None,
 ) -> int:
-    """Run a server in this thread until SIGTERM, Ctrl-C, or `kill_cluster`; returns its exit status.
+    """Run a server in this thread until SIGTERM, Ctrl-C, or `kill_cluster`. Return its exit status.
 
-    On SIGHUP it takes the secrets anew from the file they came from, and goes on. It ends on SIGHUP where that says
-    that the terminal in which it was started was closed.
+    On SIGHUP the server takes the secrets anew from their file, and goes on. If SIGHUP says that the terminal of its
+    start was closed, the server ends.
 
-    :param host: the address under which nodes and callers reach it, and at which it listens.
-    :param port: 0..65535, 9999 where none is given; 0 takes any free one.
+    :param host: nodes and callers reach the server at this address; the server listens there.
+    :param port: 0..65535, 9999 by default; 0 takes any free one.
     :param bind: listen at this address instead, such as 0.0.0.0.
-    What is None is looked for in the environment and the file, then asked for on a terminal.
+    A setting that is None is looked for in the environment and the file, then asked for on a terminal.
     Prints two lines when it listens. Signals are handled in the main thread alone.
-    :raises ConfigurationError: something is missing or malformed.
-    :raises AddressError: it cannot listen there.
+    :raises ConfigurationError: a setting is missing or malformed.
+    :raises AddressError: the server cannot listen there.
     """
     settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="server", bind=bind)
     server = Server(settings, bind)
@@ -262,42 +231,33 @@ def run_server(
 
     def on_signal(number: int, _: object) -> None:
         if told:
-            os._exit(128 + number)  # at once: other threads may hold whatever an orderly end would need
+            os._exit(128 + number)  # at once: other threads may hold the locks of an orderly end
         told.append(number)
         server.end("restart")
 
-    # Before the lines: whoever waits for them may signal at once.
+    # Before the lines: a program that waits for the lines may signal at once.
     with console.signal_handlers(on_signal, server.read_again):
-        console.say("ALERT: achilles_server initiated at {}:{}".format(*server.address))
-        console.say("Listening for connections...")
+        console.say("ALERT: achilles_server initiated at {}:{}\nListening for connections...".format(*server.address))
         server.run()
     return 130 if signal.SIGINT in told else 0
 
 
-class _Handler(socketserver.BaseRequestHandler):
-    """socketserver's way to a thread per connection; all it does is the server's."""
-
-    server: Server
-
-    def handle(self) -> None:
-        threading.current_thread().name = f"achilles-reader {self.client_address[0]}"
-        self.server.serve_connection(self.request, self.client_address[0])
-
-
-def _shut_down(sock: socket.socket) -> None:
-    """Let its reader find an end of file."""
+def _take_away(sock: socket.socket, lost: threading.Event) -> None:
+    """End a client's handshake: its reader finds an end of file, and waits no longer."""
+    lost.set()
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def _derive(settings: Settings) -> list[bytes]:
-    """K of the secret, and of the previous one, or of one that nobody has: two proofs are computed always."""
-    previous = settings.previous or config.Secret(secrets.token_urlsafe())
-    return [auth.derive_key(settings.username, secret.reveal()) for secret in (settings.secret, previous)]
+def _derive(settings: config.Settings) -> list[bytes]:
+    """Return K of the secret, and of the previous one. Without a previous one, nobody knows the second K."""
+    given = [each for each in (settings.secret, settings.previous) if each is not None]
+    keys = [auth.derive_key(settings.username, each.reveal()) for each in given]
+    return [*keys, secrets.token_bytes(32)][:2]  # the same work, with and without a previous secret
 
 
 def _most_connections() -> int:
-    """How many peers fit well below this process's limit of open files."""
+    """Return how many peers fit well below this process's limit of open files."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -306,11 +266,42 @@ def _most_connections() -> int:
     return min(CONNECTIONS, max(1, (limit - SPARE_FILES) * 3 // 4)) if limit != resource.RLIM_INFINITY else CONNECTIONS
 
 
-def _explain(e: OSError, host: str, port: int) -> str:
-    """Why the server cannot listen, and what to do."""
-    where = f"the server cannot listen at {host}:{port}"
-    if e.errno == errno.EADDRINUSE:
-        return f"{where}: another program does; end it, or choose another port (port 0 takes any free one)"
-    if e.errno == errno.EACCES:
-        return f"{where}: ports below 1024 are the system's; choose another, such as 9999"
-    return f"{where}: {e.strerror or e}; is this an address of this machine? --bind 0.0.0.0 listens at all of them"
+class _Listener(socketserver.ThreadingTCPServer):
+    """Accepts connections. Where the system has no descriptor, it pauses: the listening socket stays readable."""
+
+    allow_reuse_address = os.name == "posix"  # elsewhere that option lets another process take the port over
+    daemon_threads = True  # the server joins its readers itself, with a deadline
+    request_queue_size = BACKLOG
+
+    def __init__(self, family: socket.AddressFamily, address: Any, serve: Any) -> None:
+        self.address_family = family
+        super().__init__(address, serve)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """accept()."""
+        try:
+            return super().get_request()
+        except OSError as e:
+            if not isinstance(e, ConnectionError):  # the client has left already
+                log.error("cannot accept a connection: %s", e)
+                threading.Event().wait(NO_ROOM_SECONDS)
+            raise
+
+    def handle_error(self, request: object, client_address: Any) -> None:
+        """Our own error in a reader thread, or no thread for the reader or the writer: then pause as well."""
+        log.exception("a connection failed: %s", client_address[0])
+        threading.Event().wait(NO_ROOM_SECONDS)
+
+
+def _listen(host: str, port: int, serve: Callable[[socket.socket, Any, Any], None]) -> _Listener:
+    """Return a listener that gives connections to `serve`; AddressError, with a remedy, if there is none."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
+        return _Listener(family, address[:2], serve)
+    except OSError as e:
+        other = f"{e.strerror or e}; is this an address of this machine? --bind 0.0.0.0 listens at all of them"
+        reason = REASONS.get(e.errno or 0, other)
+        error = AddressError(f"the server cannot listen at {host}:{port}: {reason}")
+        error.errno = e.errno
+        raise error from e

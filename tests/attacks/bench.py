@@ -20,7 +20,7 @@ from faults.bench import Bench as FaultBench
 from faults.bench import Call, Skipped
 
 import achilles
-from achilles.protocol.channel import PYTHON
+from achilles.protocol.connect import PYTHON
 
 from . import raw
 

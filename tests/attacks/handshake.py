@@ -25,7 +25,7 @@ from achilles.errors import AuthenticationError, ConfigurationError, ProtocolErr
 
 from . import raw
 from .bench import HELLO, KEY, SECRET, USER, USER_BYTES, WRONG, Bench, Watched, attack
-from .victims import session_up
+from .victims import job, session_up
 
 
 def victim(serve: Callable[[socket.socket], object], port: int = 0) -> Any:
@@ -319,8 +319,8 @@ def pickles(bench: Bench) -> None:
     def frames_without(place: int) -> None:
         """The pickle in the envelope of a frame, which stands where its tag, if any, is wrong."""
         with cluster.join() as link:
-            kind = ("HELLO", "JOB", "TASK", "FUNCTION", "STATUS")[place]
-            frame = raw.encode(kind, bomb, None if place not in (2, 3) else [raw.Row(0, letter=bomb)], 1)
+            kind = ("HELLO", "JOB", "TASK", "TASK", "STATUS")[place]
+            frame = raw.encode(kind, chunks=[raw.Chunk(0, letter=bomb)]) if place == 3 else raw.encode(kind, bomb)
             link.sock.sendall(frame._replace(tag=os.urandom(32)).raw)
             assert not [f for f in link.rest() if f.kind not in ("CLUSTER", "PING")]
 
@@ -329,7 +329,8 @@ def pickles(bench: Bench) -> None:
         link.sequence[raw.UP] = 0
         for frame in session_up(link)[1:]:
             link.sock.sendall(frame.raw)
-        link.send("FUNCTION", rows=[raw.Row(0, letter=bomb)])
+        link.send("JOB", chunks=job(bomb, bomb), job=2)
+        link.send("TASK", chunks=[raw.Chunk(0, letter=bomb)], job=2)
         link.send("STATUS")
         for _ in range(5):
             link.wait_for("STATUS")

@@ -13,20 +13,18 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import achilles
 from achilles import config, console
 from achilles.errors import AchillesError, TaskTimeout, VersionError, WorkerLost
-from achilles.objects import letters, outcomes
 from achilles.server.__main__ import ask_status
 
 from . import raw
 from .bench import HELLO, KEY, SECRET, USER, USER_BYTES, WRONG, Bench, Watched, attack, eventually
-from .raw import Row
 from .roles import declare, take
-from .victims import ANSWER, WORKER_HELLO, NodeVictim, attack_controller
+from .victims import ANSWER, WORKER_HELLO, NodeVictim, answer_of, attack_controller
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}Z (DEBUG|INFO|WARNING|ERROR) [\w.]+: ")
 FORGED = "2026-01-01 00:00:00,000Z INFO achilles.server.exchange: node 7 at 10.0.0.1 joined"
@@ -35,8 +33,8 @@ NAMES = (
     "a\u0085b", "\b\b\b\bname", "%s%n%(name)s{0}", "\x7f", "\u200bhidden",
 )
 UNFIT = tuple(name for name in NAMES if not name.isprintable())
-DIED, TIMEOUT = 2, 3  # statuses of a RESULT row
-CLUSTER = {"nodes": 1, "workers": 0, "largest": 0, "pythons": {"3.9": 1}, "letter_limit": 1 << 30}
+DIED, TIMEOUT = 2, 3  # statuses of a RESULT
+CLUSTER = {"nodes": 1, "workers": 0, "largest": 0, "pythons": {"3.9": 1}}
 STATUS: dict[str, Any] = {
     "nodes": [{"id": 0, "address": "10.0.0.2", "python": "3.11", "version": "1.0.0", "cpu_count": 8, "busy": 3,
                "done": 12, "since": 1.5}],
@@ -161,10 +159,17 @@ def telling(state: Any = None, cluster: Any = None) -> Iterator[int]:
         with contextlib.suppress(OSError):
             serve()
 
-    thread = threading.Thread(target=serve_until_shut, name="telling", daemon=True)
+    with _serving(listening, serve_until_shut):
+        yield listening.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _serving(listening: socket.socket, serve: Callable[[], None]) -> Iterator[None]:
+    """Run it in a thread, until the block ends."""
+    thread = threading.Thread(target=serve, name="a server of the attacker's", daemon=True)
     thread.start()
     try:
-        yield listening.getsockname()[1]
+        yield
     finally:
         with contextlib.suppress(OSError):
             listening.shutdown(socket.SHUT_RDWR)
@@ -198,47 +203,67 @@ def pythons_from_a_server(bench: Bench) -> None:
 
 
 def notes(text: Any) -> list[tuple[int, dict[str, Any]]]:
-    """Status and note of slices that were lost: this stands in each field that an error tells, or that it has."""
-    gone = {"position": -1, "phase": "node", "lost": 10, "node": 0, "pid": 1, "exitcode": 1}
+    """Status and note of chunks that were lost: this stands in each field that an error tells, or that it has."""
+    gone = {"offset": -1, "phase": "call", "node": 0, "pid": 1, "exitcode": 1}
     return [
-        *((DIED, gone | {name: text}) for name in ("lost", "node", "pid", "exitcode")),
-        (DIED, {"position": 0, "phase": text}), (TIMEOUT, {"position": 0, "phase": "call", "node": text}),
+        *((DIED, gone | {name: text}) for name in ("node", "pid", "exitcode", "offset")),
+        (DIED, {"offset": 0, "phase": text}), (TIMEOUT, {"offset": 0, "phase": "call", "node": text}),
         (DIED, gone | {"new": text}),
     ]
 
 
-def lost(status: int, note: dict[str, Any]) -> list[raw.Frame]:
-    """RESULTs of slice 0 that say of each argument, three times, that a worker died so: then it is given up."""
-    told = [note | {"position": n} for n in range(len(ANSWER))] if note["position"] == 0 else [note]
-    said = [json.dumps(each).encode() for each in told for _ in range(3)]
-    return [raw.encode("RESULT", rows=[Row(0, status=status, letter=letter)], job=1) for letter in said]
+def lose(link: raw.Link, status: int, note: dict[str, Any]) -> None:
+    """Be a server of a node on which a worker dies so under each chunk that comes: three times under each argument."""
+    link.send("HELLO", WORKER_HELLO)
+    link.send("CLUSTER", CLUSTER | {"workers": 1, "largest": 1, "pythons": {HELLO["python"]: 1}})
+    deaths = 0
+    while True:
+        frame = link.wait_for("TASK")
+        told = note | ({"offset": deaths // 3} if note["offset"] == 0 else {})
+        letter = json.dumps(told).encode()
+        if frame.flags & raw.TELL:
+            link.send("GIVEN", chunks=frame.chunks, job=frame.job, number=1)
+        answers = [chunk._replace(status=status, letter=letter, digest=None) for chunk in frame.chunks]
+        link.send("RESULT", chunks=answers, job=frame.job)
+        deaths += 1
+
+
+@contextlib.contextmanager
+def losing(status: int, note: dict[str, Any]) -> Iterator[int]:
+    """A server on which every worker dies so; its port. Whoever comes back is ended."""
+    listening = raw.listener()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError, raw.Ended):
+            with raw.accept(listening, KEY) as link:
+                lose(link, status, note)
+        with contextlib.suppress(OSError, raw.Ended):
+            with raw.accept(listening, KEY) as link:
+                link.send("HELLO", WORKER_HELLO)
+                link.send("BYE", {"reason": "killed"})
+                link.rest()
+
+    with _serving(listening, serve):
+        yield listening.getsockname()[1]
 
 
 @attack("server", "escapes in what a server says of a dead worker")
 def notes_from_a_server(bench: Bench) -> None:
-    """Phase, node, pid, exit code and count of a note end in a WorkerLost: they are what they should be, or refused."""
-    def call(status: int, note: dict[str, Any]) -> BaseException | None:
-        sessions: list[raw.Keys] = []
+    """Phase, node, pid and exit code of a note end in a WorkerLost: they are what they should be, or refused."""
+    def call(status: int, note: dict[str, Any]) -> BaseException:
+        with losing(status, note) as port:
+            try:
+                achilles.map(abs, ANSWER, chunksize=len(ANSWER), host="127.0.0.1", port=port, username=USER,
+                             secret_key=SECRET)
+            except AchillesError as error:
+                check_shown(error)
+                return error
+        raise AssertionError("no error")
 
-        def change(messages: list[bytes]) -> list[bytes]:
-            if len(messages) == 1:
-                return messages
-            key = sessions[-1].data[raw.DOWN]  # behind M1, M3, HELLO, CLUSTER and PACKET
-            return [*messages[:5], *(raw.tag(key, n, frame).raw for n, frame in enumerate(lost(status, note), 3))]
-
-        error = attack_controller(change, sessions=sessions).error
-        check_shown(error)
-        return error
-
-    def is_shown(status: int, note: dict[str, Any]) -> None:
-        """Which it is where the caller takes it before it sees the end of the connection."""
-        kind = WorkerLost if status == DIED else TaskTimeout
-        eventually(lambda: isinstance(call(status, note), kind), f"a {kind.__name__}")
-
-    for _, note in notes(3)[:4]:
-        is_shown(DIED, note)
-    is_shown(DIED, {"position": 0, "phase": "dump"})
-    is_shown(TIMEOUT, {"position": 0, "phase": "call"})
+    good = [*notes(3)[:3], (DIED, {"offset": 0, "phase": "dump"}), (TIMEOUT, {"offset": 0, "phase": "call"})]
+    for status, note in good:
+        error = call(status, note)
+        assert isinstance(error, WorkerLost if status == DIED else TaskTimeout), repr(error)
     for text in ([bench.rng.choice(UNFIT)] if bench.short else UNFIT):
         for what in (text, [text], {text: 1}):
             for status, note in notes(what):
@@ -254,14 +279,13 @@ def notes_from_a_node(bench: Bench) -> None:
         call = bench.call(cluster, "map", abs, [-7])
         for text in UNFIT[:1] if bench.short else UNFIT:
             for status, note in notes(text):
-                number, (row,) = take(node, 1)
+                number, (chunk,) = take(node, 1)
                 letter = json.dumps(note).encode()
-                node.send("RESULT", rows=[row._replace(status=status, letter=letter)], job=number)
+                node.send("RESULT", chunks=[chunk._replace(status=status, letter=letter)], job=number)
                 assert not call.ended.wait(0.01), ascii(call.error or call.found)
                 bench.count()
-        number, (row,) = take(node, 1)  # the caller has connected anew, and sent its job again
-        _, parts = outcomes.dump_outcomes(letters.Context(caller=False), [7], {})
-        node.send("RESULT", rows=[row._replace(status=0, letter=b"".join(parts))], job=number)
+        number, (chunk,) = take(node, 1)  # the caller has connected anew, and sent its job again
+        node.send("RESULT", chunks=[chunk._replace(letter=answer_of([7]))], job=number)
         assert call.result(30) == {0: 7}
     cluster.check_alive()
     check_log(cluster.log())

@@ -24,10 +24,14 @@ GREETING_BYTES, SIGNED_BYTES, PROOF_BYTES, TAG_BYTES, SHORT_BYTES = 40, 72, 32, 
 AUTH_BYTES = SIGNED_BYTES + PROOF_BYTES
 REFUSAL = bytes(PROOF_BYTES)
 KINDS = {name: number for number, name in enumerate((
-    "HELLO", "BYE", "PING", "ERROR", "CLUSTER", "JOB", "FUNCTION", "FORGET", "TASK", "FLUSH", "PACKET", "RESULT",
-    "RECALL", "RETURNED", "CANCEL", "END", "CLOSE", "STATUS", "KILL"), 1)}
+    "HELLO", "BYE", "PING", "ERROR", "CLUSTER", "JOB", "TASK", "GIVEN", "RESULT", "RETURNED", "GONE", "CANCEL", "END",
+    "CLOSE", "STATUS", "KILL"), 1)}
 NAMES = {number: name for name, number in KINDS.items()}
-WITH_ROWS = {"FUNCTION", "TASK", "PACKET", "RESULT", "RETURNED"}
+WITH_LETTERS = {"JOB", "TASK", "RESULT"}
+WITH_RANGE = WITH_LETTERS | {"GIVEN", "RETURNED", "GONE", "CANCEL", "END"}
+RANGE = ">IQIII"  # job, first, count, attempt, number
+RANGE_BYTES = struct.calcsize(RANGE)
+CAREFUL, TELL = 1, 2  # flags of a TASK
 UP, DOWN = 0, 1  # client to server, and back
 
 
@@ -43,10 +47,10 @@ class Keys(NamedTuple):
     data: tuple[bytes, bytes]  # UP, DOWN
 
 
-class Row(NamedTuple):
-    """A slice with its letter; `digest` is sent as it is, where it is given."""
+class Chunk(NamedTuple):
+    """A chunk with its letter; `digest` is sent as it is, where it is given. In a JOB, one of its letters."""
 
-    slice: int
+    number: int
     attempt: int = 0
     status: int = 0
     letter: bytes = b""
@@ -73,26 +77,38 @@ class Frame(NamedTuple):
         return json.loads(self.envelope)  # type: ignore[no-any-return]
 
     @property
-    def job(self) -> int:
-        """Of a kind with rows."""
-        return int.from_bytes(self.envelope[:4], "big")
+    def span(self) -> tuple[int, int, int, int, int]:
+        """Of a kind with a range: job, first, count, attempt, number."""
+        return struct.unpack_from(RANGE, self.envelope)
 
     @property
-    def rows(self) -> list[Row]:
-        """Each row with its letter, and with its digest where that is a long one."""
-        table = _table(self.head, self.envelope)
-        long = sum(length > SHORT_BYTES for *_, length in table)
-        digests = 8 + 16 * len(table)
-        short, after, rows = digests + 32 * long, 0, []
-        for number, attempt, status, length in table if self.kind not in ("PACKET", "RETURNED") else ():
+    def job(self) -> int:
+        """The number of the job."""
+        return self.span[0]
+
+    @property
+    def flags(self) -> int:
+        """Of the head."""
+        return self.head[1]
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """Each chunk with its letter, and with its digest where that is a long one; of a bare range, the chunks."""
+        _, first, count, attempt, _ = self.span
+        if self.kind not in WITH_LETTERS:
+            return [Chunk(first + n, attempt) for n in range(count)]
+        statuses = self.envelope[RANGE_BYTES : RANGE_BYTES + count] if self.kind == "RESULT" else bytes(count)
+        lengths, digests = _table(self.kind, self.envelope)
+        short, after, chunks = digests + 32 * sum(length > SHORT_BYTES for length in lengths), 0, []
+        for n, length in enumerate(lengths):
             if length > SHORT_BYTES:
                 digest = self.envelope[digests : digests + 32]
-                rows.append(Row(number, attempt, status, self.letters[after : after + length], digest))
+                chunks.append(Chunk(first + n, attempt, statuses[n], self.letters[after : after + length], digest))
                 digests, after = digests + 32, after + length
             else:
-                rows.append(Row(number, attempt, status, self.envelope[short : short + length]))
+                chunks.append(Chunk(first + n, attempt, statuses[n], self.envelope[short : short + length]))
                 short += length
-        return rows
+        return chunks
 
 
 @functools.lru_cache(None)
@@ -123,20 +139,31 @@ def signed_auth(
     return struct.pack(">4sHsB32s32s", magic, version, role, pad, nonce, user)
 
 
-def encode(kind: str | int, body: Any = None, rows: Sequence[Row] | None = None, job: int = 0) -> Frame:
-    """A frame without its tag; `body` is JSON, or bytes that shall be the envelope."""
-    number = KINDS[kind] if isinstance(kind, str) else kind
-    if rows is None:
+def encode(
+    kind: str | int, body: Any = None, chunks: Sequence[Chunk] | None = None, job: int = 0, *, count: int | None = None,
+    number: int = 0, flags: int = 0,
+) -> Frame:
+    """A frame without its tag; `body` is JSON, or bytes that shall be the envelope.
+
+    The range is that of the chunks, which are consecutive and of one attempt; `count` gives it another length.
+    """
+    code = KINDS[kind] if isinstance(kind, str) else kind
+    if kind not in WITH_RANGE or body is not None:
         envelope = body if isinstance(body, bytes) else json.dumps(body or {}, separators=(",", ":")).encode()
-        return Frame(str(kind), struct.pack(">BBHI", number, 0, 0, len(envelope)), envelope, b"", b"")
-    long = [row for row in rows if len(row.letter) > SHORT_BYTES]
-    envelope = b"".join((
-        struct.pack(">II", job, 0),
-        *(struct.pack(">QHBxI", row.slice, row.attempt, row.status, len(row.letter)) for row in rows),
-        *(hashlib.sha256(row.letter).digest() if row.digest is None else row.digest for row in long),
-        *(row.letter for row in rows if len(row.letter) <= SHORT_BYTES)))
-    head = struct.pack(">BBHI", number, 0, len(rows), len(envelope))
-    return Frame(str(kind), head, envelope, b"", b"".join(row.letter for row in long))
+        return Frame(str(kind), struct.pack(">BBHI", code, flags, 0, len(envelope)), envelope, b"", b"")
+    chunks = chunks or []
+    first = chunks[0] if chunks else Chunk(0)
+    envelope = struct.pack(RANGE, job, first.number, len(chunks) if count is None else count, first.attempt, number)
+    long = [chunk for chunk in chunks if len(chunk.letter) > SHORT_BYTES and kind in WITH_LETTERS]
+    if kind == "RESULT":
+        envelope += bytes(chunk.status for chunk in chunks)
+    if kind in WITH_LETTERS:
+        envelope += b"".join((
+            *(struct.pack(">Q", len(chunk.letter)) for chunk in chunks),
+            *(hashlib.sha256(chunk.letter).digest() if chunk.digest is None else chunk.digest for chunk in long),
+            *(chunk.letter for chunk in chunks if len(chunk.letter) <= SHORT_BYTES)))
+    head = struct.pack(">BBHI", code, flags, 0, len(envelope))
+    return Frame(str(kind), head, envelope, b"", b"".join(chunk.letter for chunk in long))
 
 
 def tag(key: bytes, sequence: int, frame: Frame) -> Frame:
@@ -166,7 +193,7 @@ def read_frame(sock: socket.socket) -> Frame:
     envelope = read(sock, length)
     mac = read(sock, TAG_BYTES)
     name = NAMES.get(number, str(number))
-    long = sum(n for *_, n in _table(head, envelope) if n > SHORT_BYTES) if name in WITH_ROWS else 0
+    long = sum(length for length in _table(name, envelope)[0] if length > SHORT_BYTES) if name in WITH_LETTERS else 0
     return Frame(name, head, envelope, mac, read(sock, long))
 
 
@@ -179,9 +206,11 @@ def read_to_end(sock: socket.socket) -> bytes:
     return data
 
 
-def _table(head: bytes, envelope: bytes) -> list[tuple[int, int, int, int]]:
-    count = struct.unpack(">BBHI", head)[2]
-    return list(struct.iter_unpack(">QHBxI", envelope[8 : 8 + 16 * count]))
+def _table(kind: str, envelope: bytes) -> tuple[tuple[int, ...], int]:
+    """The lengths of the letters in an envelope, and where the digests begin."""
+    count = struct.unpack_from(RANGE, envelope)[2]
+    start = RANGE_BYTES + (count if kind == "RESULT" else 0)
+    return struct.unpack_from(f">{count}Q", envelope, start), start + 8 * count
 
 
 class Link:
@@ -191,16 +220,20 @@ class Link:
         self.sock, self.keys, self.way = sock, keys, way
         self.sequence = [0, 0]  # of the next frame each way
 
-    def make(self, kind: str | int, body: Any = None, rows: Sequence[Row] | None = None, job: int = 0) -> Frame:
-        """The next frame, tagged."""
-        frame = tag(self.keys.data[self.way], self.sequence[self.way], encode(kind, body, rows, job))
+    def make(
+        self, kind: str | int, body: Any = None, chunks: Sequence[Chunk] | None = None, job: int = 0, **more: int,
+    ) -> Frame:
+        """The next frame, tagged; arguments as of `encode`."""
+        frame = tag(self.keys.data[self.way], self.sequence[self.way], encode(kind, body, chunks, job, **more))
         self.sequence[self.way] += 1
         return frame
 
-    def send(self, kind: str | int, body: Any = None, rows: Sequence[Row] | None = None, job: int = 0) -> None:
+    def send(
+        self, kind: str | int, body: Any = None, chunks: Sequence[Chunk] | None = None, job: int = 0, **more: int,
+    ) -> None:
         """Make it and send it. Lost, if the other end has closed; what it said before that is there to be read."""
         with contextlib.suppress(ConnectionError):
-            self.sock.sendall(self.make(kind, body, rows, job).raw)
+            self.sock.sendall(self.make(kind, body, chunks, job, **more).raw)
 
     def read(self) -> Frame:
         """The next frame, whose tag must be good. Ended at end of file."""

@@ -24,7 +24,7 @@ import multiprocess
 from faults import tree
 
 import achilles
-from achilles import LocalCluster, config, local
+from achilles import LocalCluster, config, configuring, local
 from achilles.controller.connection import Controller
 from achilles.errors import AchillesError
 from achilles.node import __main__ as node_command
@@ -204,9 +204,9 @@ def secret_in_messages(bench: Bench) -> None:
     given(f"SECRET_KEY='{SECRET}\0'\n")
     path = folder / "env"
     for secret, host in ((SECRET + "\0", "127.0.0.1"), (SECRET[:15], "10.0.0.1"), (SECRET.encode(), "127.0.0.1")):
-        write = functools.partial(config.write_config, host, 1, USER, secret, env_file=path)  # type: ignore[arg-type]
+        write = functools.partial(configuring.write_config, host, 1, USER, secret, env_file=path)  # type: ignore[arg-type]
         errors.append(_error(write))
-    errors.append(_error(lambda: config.write_config("127.0.0.1", 1, USER, SECRET + "\n", env_file=path)))
+    errors.append(_error(lambda: configuring.write_config("127.0.0.1", 1, USER, SECRET + "\n", env_file=path)))
     errors.append(_error(lambda: achilles.cluster_status("127.0.0.1", 1, USER, SECRET)))
     for error in errors:
         clean("".join(traceback.format_exception(error)) + repr(error), repr(error), [*needles(), SECRET[:15]])
@@ -234,7 +234,7 @@ def _things(settings: config.Settings, controller: Controller, cluster: Watched)
     key = auth.derive_key(USER, SECRET)
     keys = auth.session_keys(key, auth.greeting(bytes(32)), auth.claim(auth.NODE, USER, bytes(32)))
     made = listen.Server(settings_of(0, settings))
-    made.server_close()
+    made._listener.server_close()
     pool = achilles.Pool(1, **cluster.address)
     pool.terminate()
     pool.join()

@@ -5,15 +5,15 @@ altered is what somebody without the secret could alter on the way.
 
 ::
 
-    attack_server      raw client ── AUTH HELLO STATUS FUNCTION JOB … ──▶ [altered] ──▶ real server
-    attack_controller  raw server ── M1 M3 HELLO CLUSTER PACKET RESULT ─▶ [altered] ──▶ achilles.map in this process
-    NodeVictim         raw server ── M1 M3 HELLO FUNCTION JOB TASK ─────▶ [altered] ──▶ real node, which comes back
+    attack_server      raw client ── AUTH HELLO STATUS JOB TASK ... ────▶ [altered] ──▶ real server
+    attack_controller  raw server ── M1 M3 HELLO CLUSTER GIVEN RESULT ──▶ [altered] ──▶ achilles.map in this process
+    NodeVictim         raw server ── M1 M3 HELLO STALE JOB TASK ────────▶ [altered] ──▶ real node, which comes back
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import json
 import os
 import socket
 import threading
@@ -29,11 +29,12 @@ from achilles.objects import letters, outcomes
 
 from . import raw
 from .bench import HELLO, KEY, SECRET, USER, USER_BYTES, Watched
-from .raw import Frame, Row
+from .raw import Chunk, Frame
 
 LONG = bytes(range(256)) * 4 + b"!"  # the shortest long letter
 FUNCTION = b"a function, to a server"
 ANSWER = (1, -2, 3)  # what `abs` is called with
+ALTERED = 4  # status of a RESULT
 WORKER_HELLO = {"python": HELLO["python"], "version": achilles.__version__, "client_id": 0, "connections": 1}
 
 Change = Callable[[list[bytes]], "list[bytes]"]  # a session's messages in one direction, and as they arrive
@@ -48,20 +49,21 @@ class Told(NamedTuple):
     rest: int  # bytes after the last good frame
 
 
-def job(number: int, function: bytes, **more: Any) -> dict[str, Any]:
-    """The body of a JOB."""
-    context = os.urandom(16).hex() if "context" not in more else more.pop("context")
-    return {"job": number, "context": context, "function": hashlib.sha256(function).hexdigest(), "initializer": None,
-            "resumed": False, "options": more}
+def job(function: bytes, initializer: bytes | None = None, **more: Any) -> list[Chunk]:
+    """The letters of a JOB: its declaration with these options, its function, perhaps an initializer."""
+    context = more.pop("context") if "context" in more else os.urandom(16).hex()
+    declaration = {"context": context, "initializer": initializer is not None} | more
+    parts = [json.dumps(declaration).encode(), function] + ([] if initializer is None else [initializer])
+    return [Chunk(n, letter=part) for n, part in enumerate(parts)]
 
 
 def session_up(link: raw.Link) -> list[Frame]:
     """What a controller says: each thing is followed by a question, so that it shows how far the server has gone."""
     return [
-        link.make("HELLO", HELLO), link.make("STATUS"),
-        link.make("FUNCTION", rows=[Row(0, letter=FUNCTION)]), link.make("JOB", job(1, FUNCTION)), link.make("STATUS"),
-        link.make("TASK", rows=[Row(0, letter=b"hello"), Row(1, letter=LONG)], job=1), link.make("STATUS"),
-        link.make("FLUSH", {"job": 1, "upto": 2}), link.make("END", {"job": 1}), link.make("STATUS"),
+        link.make("HELLO", HELLO), link.make("STATUS"), link.make("JOB", chunks=job(FUNCTION), job=1),
+        link.make("STATUS"),
+        link.make("TASK", chunks=[Chunk(0, letter=b"hello"), Chunk(1, letter=LONG)], job=1, flags=raw.TELL),
+        link.make("STATUS"), link.make("CANCEL", job=1, count=1), link.make("END", job=1), link.make("STATUS"),
     ]
 
 
@@ -147,13 +149,14 @@ class Called(NamedTuple):
 def attack_controller(
     change: Change, way: str = "map", *, goodbye: str | None = None,
     answers: Sequence[Sequence[Any]] = ((1, 2, 3),), sessions: list[raw.Keys] | None = None,
-    packets: Sequence[int] = (), taken: int = 0,
+    workers: int = 1, taken: int = 0,
 ) -> Called:
-    """One session: `change` gets M1, M3, HELLO, CLUSTER, PACKET, RESULTs, and returns what arrives of each.
+    """One session: `change` gets M1, M3, HELLO, CLUSTER, all GIVENs, RESULTs, and returns what arrives of each.
 
+    It is asked once more, for all of them, when the TASKs have come, since GIVEN and RESULT repeat their attempts.
     `sessions` is told the keys before `change` is asked for more than M1. From the first message that is not as it
     was on, all is sent without waiting for the controller but for `taken` packets of an imap, and then the end of
-    file. `packets`: how many answers each has; all are of one where it is empty.
+    file. `workers` of the node that all is given to: so many answers has a packet.
     """
     values: list[Any] = []
     errors: list[BaseException] = []
@@ -180,7 +183,7 @@ def attack_controller(
         listening.close()
         with sock, contextlib.suppress(raw.Ended, OSError):
             sock.settimeout(raw.SECONDS)
-            _serve(sock, change, answers, packets or [len(answers)], said, goodbye,
+            _serve(sock, change, answers, workers, said, goodbye,
                    [] if sessions is None else sessions, lambda: len(values) >= taken or bool(errors))
     finally:
         listening.close()
@@ -190,7 +193,7 @@ def attack_controller(
 
 
 def _serve(
-    sock: socket.socket, change: Change, answers: Sequence[Sequence[Any]], packets: Sequence[int], said: list[Frame],
+    sock: socket.socket, change: Change, answers: Sequence[Sequence[Any]], workers: int, said: list[Frame],
     goodbye: str | None, sessions: list[raw.Keys], enough: Callable[[], bool],
 ) -> None:
     m1 = raw.greeting(os.urandom(32))
@@ -204,44 +207,62 @@ def _serve(
     keys = raw.session(KEY, m1, auth[: raw.SIGNED_BYTES])
     sessions.append(keys)
     link = raw.Link(sock, keys, raw.DOWN)
-    messages = [m1, keys.server_proof, *(frame.raw for frame in session_down(link, answers, packets))]
-    if goodbye:
-        messages.append(link.make("BYE", {"reason": goodbye}).raw)
+    batches = [(0, len(answers), 0)]
+
+    def make() -> list[bytes]:
+        link.sequence[raw.DOWN] = 0
+        down = [m1, keys.server_proof, *session_down(link, answers, workers, batches)]
+        return down + ([link.make("BYE", {"reason": goodbye}).raw] if goodbye else [])
+
+    messages = make()
     arriving = change(messages)
     waited = False
-    for number, arrives in enumerate(arriving[1:], 1):
+    number = 1
+    while number < len(arriving):
         honest = messages[: number + 1] == arriving[: number + 1]
-        if number >= 4 and honest and not waited:
-            said += _read_tasks(link, len(answers))
+        if number >= 4 and messages[:4] == arriving[:4] and not waited:
+            tasks = _read_tasks(link, len(answers))
+            said += tasks
             waited = True
+            batches[:] = [frame.span[1:4] for frame in tasks if frame.kind == "TASK"]
+            messages = make()
+            arriving = change(messages)
+            continue
         if not honest:
             wait_until(enough, "the caller to take what came")
-        sock.sendall(arrives)
+        sock.sendall(arriving[number])
+        number += 1
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
     said += link.rest()
 
 
-def _read_tasks(link: raw.Link, slices: int) -> list[Frame]:
+def _read_tasks(link: raw.Link, chunks: int) -> list[Frame]:
     frames: list[Frame] = []
-    while sum(len(frame.rows) for frame in frames if frame.kind == "TASK") < slices:
+    while sum(frame.span[2] for frame in frames if frame.kind == "TASK") < chunks:
         frames.append(link.read())
     return frames
 
 
-def session_down(link: raw.Link, answers: Sequence[Sequence[Any]], packets: Sequence[int]) -> list[Frame]:
-    """What a server says to a controller whose job has so many slices in each packet, with an answer for each."""
-    cluster = {"nodes": 1, "workers": len(answers), "largest": len(answers), "letter_limit": 1 << 30,
-               "pythons": {HELLO["python"]: 1}}
-    first = [sum(packets[:n]) for n in range(len(packets))]
-    packet = raw.encode("PACKET", rows=[Row(*row) for row in zip(first, packets)], job=1)
-    frames = [link.make("HELLO", WORKER_HELLO), link.make("CLUSTER", cluster)]
-    frames.append(raw.tag(link.keys.data[raw.DOWN], 2, packet))
-    link.sequence[raw.DOWN] = 3
-    for number, values in enumerate(answers):
-        _, parts = outcomes.dump_outcomes(letters.Context(caller=False), list(values), {})
-        frames.append(link.make("RESULT", rows=[Row(number, letter=b"".join(parts))], job=1))
-    return frames
+def session_down(
+    link: raw.Link, answers: Sequence[Sequence[Any]], workers: int, batches: Sequence[tuple[int, int, int]],
+) -> list[bytes]:
+    """What a server says to a controller whose chunks came in these batches (first, count, attempt): all GIVENs, then
+    a RESULT for each answer."""
+    cluster = {"nodes": 1, "workers": workers, "largest": workers, "pythons": {HELLO["python"]: 1}}
+    messages = [link.make("HELLO", WORKER_HELLO).raw, link.make("CLUSTER", cluster).raw]
+    given = [link.make("GIVEN", chunks=[Chunk(first, attempt)], job=1, count=count, number=workers).raw
+             for first, count, attempt in batches]
+    messages.append(b"".join(given))
+    for n, values in enumerate(answers):
+        attempt = next(attempt for first, count, attempt in batches if first <= n < first + count)
+        messages.append(link.make("RESULT", chunks=[Chunk(n, attempt, letter=answer_of(values))], job=1, number=1).raw)
+    return messages
+
+
+def answer_of(values: Sequence[Any]) -> bytes:
+    """The letter of these results."""
+    return b"".join(outcomes.dump_outcomes(letters.Context(caller=False), list(values), {})[1])
 
 
 class NodeVictim:
@@ -252,7 +273,7 @@ class NodeVictim:
         self.listening = raw.listener()
         context = letters.Context(caller=True)
         self.function = b"".join(context.dump((Work(self.oracle.path), None)))
-        self.arguments = b"".join(letters.dump_slice(context, [7]))
+        self.arguments = b"".join(letters.dump_chunk(context, [7]))
         self.process = cluster.start_node(1, "--port", str(self.listening.getsockname()[1]), wait=False)
         self.runs = 0
 
@@ -264,8 +285,8 @@ class NodeVictim:
         self.listening.close()
 
     def attack(self, change: Change) -> list[Frame]:
-        """One session: `change` gets M1, M3, HELLO, RECALL, FUNCTION, JOB, TASK. Returns what the node said after
-        its answer to RECALL, for which it is waited, so that it has joined. Where nothing is changed: its RESULT.
+        """One session: `change` gets M1, M3, HELLO, JOB, TASK, TASK. Returns what the node said after its answer to the
+        first TASK, for which it is waited, so that it has joined. Where nothing is changed: its second RESULT.
         """
         sock, _ = self.listening.accept()
         said: list[Frame] = []
@@ -287,10 +308,10 @@ class NodeVictim:
                 messages = [m1, keys.server_proof, *(frame.raw for frame in self.session(link))]
                 arriving = change(messages)
                 honest = messages == arriving
-                sock.sendall(b"".join(arriving[1:4]))
-                if messages[:4] == arriving[:4]:
-                    link.wait_for("RETURNED")
-                sock.sendall(b"".join(arriving[4:]))
+                sock.sendall(b"".join(arriving[1:5]))
+                if messages[:5] == arriving[:5]:
+                    assert [chunk.status for chunk in link.wait_for("RESULT").chunks] == [ALTERED]
+                sock.sendall(b"".join(arriving[5:]))
                 if honest:
                     said.append(link.wait_for("RESULT"))
                 else:
@@ -302,11 +323,11 @@ class NodeVictim:
         return said
 
     def session(self, link: raw.Link) -> list[Frame]:
-        """What a server says to a node."""
+        """What a server says to a node: its first TASK has a letter that does not match its digest."""
         return [
-            link.make("HELLO", WORKER_HELLO), link.make("RECALL", {"job": 99, "number": 1}),
-            link.make("FUNCTION", rows=[Row(0, letter=self.function)]), link.make("JOB", job(1, self.function)),
-            link.make("TASK", rows=[Row(0, letter=self.arguments)], job=1),
+            link.make("HELLO", WORKER_HELLO), link.make("JOB", chunks=job(self.function), job=1),
+            link.make("TASK", chunks=[Chunk(0, letter=LONG, digest=bytes(32))], job=1),
+            link.make("TASK", chunks=[Chunk(1, 1, letter=self.arguments)], job=1),
         ]
 
     def check_honest(self) -> None:
@@ -314,7 +335,7 @@ class NodeVictim:
         before = sum(self.oracle.counts().values())
         said = self.attack(lambda messages: messages)
         assert [frame.kind for frame in said] == ["RESULT"], said
-        assert said[0].rows[0].status == 0, said
+        assert said[0].chunks[0].status == 0, said
         wait_until(lambda: sum(self.oracle.counts().values()) == before + 1)
         self.runs = before + 1
 

@@ -42,6 +42,7 @@ def main() -> None:
 
 
 def _measure(asked: dict[str, Any], found: dict[str, Any]) -> None:
+    import bench.waits  # noqa: F401  # registers its rows
     from bench.peers import PEERS
     from bench.rows import ROWS
     from bench.timing import Meter

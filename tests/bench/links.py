@@ -21,12 +21,12 @@ __all__ = ["LINKS", "Crossed", "crossings"]
 
 SIZE = 20_000_000
 MAPS, ITEMS = 100, 8
-SENT = re.compile(r"> FUNCTION \((\d+) bytes\)")
+SENT = re.compile(r"> JOB job \d+, (\d+) bytes")
 LINKS = ("caller to server", "server to node", "node to workers")
 
 
 class Crossed(NamedTuple):
-    """What one link carried of functions."""
+    """What one link carried of JOBs, which bring the functions."""
 
     frames: int
     bytes: int
@@ -83,6 +83,6 @@ def report(args: argparse.Namespace) -> str:
     """A line a link; each worker has a link of its own."""
     found: dict[str, Any] = crossings(SIZE, 3 if args.small else MAPS, args.workers)
     links = {"caller to server": 1, "server to node": 1, "node to workers": args.workers}
-    return markdown([["link", "FUNCTION frames", "bytes", "links", "once each"], *(
+    return markdown([["link", "JOB frames", "bytes", "links", "once each"], *(
         [link, str(crossed.frames), f"{crossed.bytes:,}", str(links[link]),
          "yes" if crossed.frames == links[link] else "NO"] for link, crossed in found.items())])

@@ -1,7 +1,8 @@
 """The peers: how each is started, given a map, and ended, as its own documentation advises.
 
-A peer is a small adapter. All of them get the same functions and the same arguments and give a list of results;
-one that cannot send a function, or that is not installed, says so. Each runs in a process of its own (drive.py).
+A peer is a small adapter. All peers get the same functions and the same arguments. A peer has those of the methods
+`map`, `imap`, `unordered`, `apply_async` and `submit` that its package has; a row that needs another one leaves the
+peer out. Each peer runs in a process of its own (drive.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,29 @@ class Peer:
     def start(self) -> None:
         """Have workers that can be given work."""
 
+    @classmethod
+    def can(cls, method: str) -> bool:
+        """Whether this peer has a method of its own of this name."""
+        return getattr(cls, method) is not getattr(Peer, method)
+
     def map(self, function: Callable[[Any], Any], args: Iterable[Any], chunksize: int | None) -> list[Any]:
         """All results, in any order."""
+        raise NotImplementedError
+
+    def imap(self, function: Callable[[Any], Any], args: Iterable[Any]) -> Iterator[Any]:
+        """The results in the order of the arguments, chunksize 1."""
+        raise NotImplementedError
+
+    def unordered(self, function: Callable[[Any], Any], args: Iterable[Any]) -> Iterator[Any]:
+        """The results as they come, chunksize 1."""
+        raise NotImplementedError
+
+    def apply_async(self, function: Callable[[Any], Any], argument: Any) -> Any:
+        """Begin one call; `get` of the answer gives the result."""
+        raise NotImplementedError
+
+    def submit(self, function: Callable[[Any], Any], argument: Any) -> Any:
+        """Begin one call; `result` of the answer gives the result."""
         raise NotImplementedError
 
     def end(self) -> None:
@@ -74,24 +96,60 @@ def absent(name: str) -> str:
     return "" if shutil.which(peer.command(2)[0]) else "not installed"
 
 
-class Achilles(Peer):
-    """The Pool, on a server and one node that are processes of this machine."""
+class Pooled(Peer):
+    """A peer with a Pool, which has the standard library's methods."""
 
-    name, package, statement = "achilles", "achilles", "import achilles"
+    pool: Any
+
+    def map(self, function: Callable[[Any], Any], args: Iterable[Any], chunksize: int | None) -> list[Any]:
+        return self.pool.map(function, args, chunksize)  # type: ignore[no-any-return]
+
+    def imap(self, function: Callable[[Any], Any], args: Iterable[Any]) -> Iterator[Any]:
+        return self.pool.imap(function, args)  # type: ignore[no-any-return]
+
+    def unordered(self, function: Callable[[Any], Any], args: Iterable[Any]) -> Iterator[Any]:
+        return self.pool.imap_unordered(function, args)  # type: ignore[no-any-return]
+
+    def apply_async(self, function: Callable[[Any], Any], argument: Any) -> Any:
+        return self.pool.apply_async(function, (argument,))
+
+    def end(self) -> None:
+        self.pool.close()
+        self.pool.join()
+
+
+class Executing(Peer):
+    """A peer with an executor, which has the standard library's methods."""
+
+    executor: Any
+
+    def map(self, function: Callable[[Any], Any], args: Iterable[Any], chunksize: int | None) -> list[Any]:
+        return list(self.executor.map(function, args, chunksize=chunksize or 1))
+
+    def submit(self, function: Callable[[Any], Any], argument: Any) -> Any:
+        return self.executor.submit(function, argument)
+
+    def end(self) -> None:
+        self.executor.shutdown(wait=True)
+
+
+class OnLocalCluster(Peer):
+    """A server and one node that are processes of this machine."""
+
+    package, statement = "achilles", "import achilles"
 
     def start(self) -> None:
         import time
 
-        from achilles import LocalCluster, Pool, local
+        from achilles import LocalCluster, local
 
         self._parts: dict[str, float] = {}
-        began = time.monotonic()
+        self._began = time.monotonic()
         original = local._wait_ready
 
         def noted(process: Any, deadline: float) -> Any:
             answer = original(process, deadline)
-            self._parts["server listens" if process is self.cluster.server else "node has joined"] = (
-                time.monotonic() - began)
+            self._note("server listens" if process is self.cluster.server else "node has joined")
             return answer
 
         self.cluster = LocalCluster(nodes=1, cpu_count=self.workers)
@@ -102,16 +160,8 @@ class Achilles(Peer):
             local._wait_ready = original
         self.where = {"host": self.cluster.host, "port": self.cluster.port, "username": self.cluster.username,
                       "secret_key": self.cluster.secret_key}
-        self.pool: Any = Pool(**self.where) if self.name == "achilles" else None
-        self._parts["caller is connected"] = time.monotonic() - began
-
-    def map(self, function: Callable[[Any], Any], args: Iterable[Any], chunksize: int | None) -> list[Any]:
-        return self.pool.map(function, args, chunksize)  # type: ignore[no-any-return]
 
     def end(self) -> None:
-        if self.pool is not None:
-            self.pool.close()
-            self.pool.join()
         self.cluster.stop()
 
     def roles(self) -> Mapping[str, Sequence[int]]:
@@ -123,9 +173,44 @@ class Achilles(Peer):
     def parts(self) -> dict[str, float]:
         return self._parts
 
+    def _note(self, part: str) -> None:
+        import time
 
-class AchillesCalls(Achilles):
-    """The original imap_unordered, on the same; each call connects anew."""
+        self._parts[part] = time.monotonic() - self._began
+
+
+class Achilles(Pooled, OnLocalCluster):
+    """The Pool, and from the first `submit` on an Executor beside it."""
+
+    name = "achilles"
+
+    def start(self) -> None:
+        from achilles import Pool
+
+        OnLocalCluster.start(self)
+        self.pool = Pool(**self.where)
+        self.executor: Any = None
+        self._note("caller is connected")
+
+    def submit(self, function: Callable[[Any], Any], argument: Any) -> Any:
+        if self.executor is None:
+            from achilles import Executor
+
+            self.executor = Executor(**self.where)
+        return self.executor.submit(function, argument)
+
+    def end(self) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(wait=True)
+        Pooled.end(self)
+        OnLocalCluster.end(self)
+
+
+class AchillesCalls(OnLocalCluster):
+    """The original calls, on the same; each connects anew.
+
+    It has no `unordered`: a packet holds a result for each worker of a node, so that one waits for its neighbours.
+    """
 
     name = "achilles.imap_unordered"
 
@@ -135,8 +220,15 @@ class AchillesCalls(Achilles):
         with imap_unordered(function, args, chunksize=chunksize or 1, **self.where) as packets:
             return [value for packet in packets for value in packet["RESULT"]]
 
+    def imap(self, function: Callable[[Any], Any], args: Iterable[Any]) -> Iterator[Any]:
+        from achilles import imap
 
-class Multiprocessing(Peer):
+        with imap(function, args, **self.where) as packets:
+            for packet in packets:
+                yield from packet["RESULT"]
+
+
+class Multiprocessing(Pooled):
     """The standard library's Pool."""
 
     name = package = "multiprocessing"
@@ -145,13 +237,6 @@ class Multiprocessing(Peer):
 
     def start(self) -> None:
         self.pool: Any = importlib.import_module(self.package).Pool(self.workers)
-
-    def map(self, function: Callable[[Any], Any], args: Iterable[Any], chunksize: int | None) -> list[Any]:
-        return self.pool.map(function, args, chunksize)  # type: ignore[no-any-return]
-
-    def end(self) -> None:
-        self.pool.close()
-        self.pool.join()
 
 
 class Multiprocess(Multiprocessing):
@@ -220,6 +305,9 @@ class Dask(Peer):
         self.client.close()
         self.cluster.close()
 
+    def submit(self, function: Callable[[Any], Any], argument: Any) -> Any:
+        return self.client.submit(function, argument, pure=False)
+
 
 class Joblib(Peer):
     """Parallel, on its loky processes, which it keeps while the `with` lasts."""
@@ -242,7 +330,20 @@ class Joblib(Peer):
         self.parallel.__exit__(None, None, None)
 
 
-class Loky(Peer):
+class Futures(Executing):
+    """The standard library's ProcessPoolExecutor."""
+
+    name = package = "concurrent.futures"
+    statement = "from concurrent.futures import ProcessPoolExecutor"
+    by_value = False
+
+    def start(self) -> None:
+        from concurrent.futures import ProcessPoolExecutor
+
+        self.executor = ProcessPoolExecutor(self.workers)
+
+
+class Loky(Executing):
     """Its reusable executor."""
 
     name = package = "loky"
@@ -251,16 +352,10 @@ class Loky(Peer):
     def start(self) -> None:
         from loky import get_reusable_executor
 
-        self.executor: Any = get_reusable_executor(self.workers, timeout=None)
-
-    def map(self, function: Callable[[Any], Any], args: Iterable[Any], chunksize: int | None) -> list[Any]:
-        return list(self.executor.map(function, args, chunksize=chunksize or 1))
-
-    def end(self) -> None:
-        self.executor.shutdown(wait=True)
+        self.executor = get_reusable_executor(self.workers, timeout=None)
 
 
-class Mpi4py(Peer):
+class Mpi4py(Executing):
     """mpi4py.futures, started with all its processes by mpiexec; it pickles functions by name alone."""
 
     name, package, statement = "mpi4py", "mpi4py", "import mpi4py.futures"
@@ -275,14 +370,11 @@ class Mpi4py(Peer):
     def start(self) -> None:
         from mpi4py.futures import MPIPoolExecutor
 
-        self.executor: Any = MPIPoolExecutor()
+        self.executor = MPIPoolExecutor()
         self.executor.bootup()
 
     def map(self, function: Callable[[Any], Any], args: Iterable[Any], chunksize: int | None) -> list[Any]:
         return list(self.executor.map(function, args, chunksize=chunksize or 1, unordered=True))
-
-    def end(self) -> None:
-        self.executor.shutdown()
 
 
 class Scoop(Peer):

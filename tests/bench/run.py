@@ -26,10 +26,10 @@ from .timing import Meter, Sample
 __all__ = ["drive", "main"]
 
 OURS = ("achilles", "achilles.imap_unordered")
-USUAL = "multiprocessing,multiprocess,dask,ray,joblib,loky,mpi4py,scoop"
+USUAL = "multiprocessing,concurrent.futures,multiprocess,dask,ray,joblib,loky,mpi4py,scoop"
 DRIVE_SECONDS = 180.0  # for one peer and one row: tells a hang from a wait
 PATHS = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]  # of the tests, and of the package
-for _name in ("floors", "chunks", "links", "memory", "simulate", "swarm"):
+for _name in ("waits", "floors", "chunks", "links", "memory", "simulate", "swarm"):
     importlib.import_module(f".{_name}", __package__)
 
 
@@ -88,12 +88,12 @@ def _compare(rows: Sequence[Row], args: argparse.Namespace) -> int:
             print(f"{row.name}: left out, without {', '.join(lacking)}")
             continue
         found[row.name] = {}
-        good = [name for name in peers if not row.refuses(PEERS[name]) and (row.started or name != OURS[1])]
+        good = [name for name in peers if _takes_part(row, name)]
         for turn in range(args.repeats):
             for name in good[turn % len(good):] + good[: turn % len(good)]:  # nobody is always the first
                 samples, said, error = _one(row, name, args)
                 found[row.name].setdefault(name, []).append(samples)
-                if name == OURS[0]:
+                if name == row.ours:
                     for key, value in said.items():
                         notes.setdefault(row.name, {}).setdefault(key, []).append(value)
                 if error:
@@ -101,9 +101,12 @@ def _compare(rows: Sequence[Row], args: argparse.Namespace) -> int:
                     print(f"{row.name}, {name}: FAILED: {error.strip().splitlines()[-1]}", flush=True)
         print(f"{row.name}: " + ", ".join(
             f"{name} {table.number(table.spread([row.value(s) for each in rounds for s in each]).median)}"
-            for name, rounds in found[row.name].items() if any(rounds)) + f" {row.unit}", flush=True)
+            for name, rounds in found[row.name].items() if any(rounds)) + f" {row.unit}")
+        for line in table.asked({row.name: found[row.name]}, ROWS).splitlines()[2:]:
+            print(f"    {line}", flush=True)
     print(f"\n## Figures: the median, and the least and the greatest\n\n{table.figures(found, ROWS, peers)}")
     print(f"\n## Ratios: how many times better achilles is\n\n{table.ratios(found, ROWS, peers)}")
+    print(f"\n## Asked for\n\n{table.asked(found, ROWS)}")
     for name in OURS:
         print(f"\n## Where the time of {name} goes: µs of a processor\n\n{table.times(found, ROWS, name)}")
     for row_name, said in notes.items():
@@ -112,10 +115,17 @@ def _compare(rows: Sequence[Row], args: argparse.Namespace) -> int:
     return failures
 
 
+def _takes_part(row: Row, name: str) -> bool:
+    """Whether a row is measured with a peer."""
+    if row.refuses(PEERS[name]) or not (row.started or name != OURS[1]):
+        return False
+    return row.ours == OURS[0] or name in OURS  # a row about the original calls is ours alone
+
+
 def _one(row: Row, name: str, args: argparse.Namespace) -> tuple[list[Sample], dict[str, float], str]:
     """One row with one peer once: samples, notes, or an error."""
     if row.started:
-        found = drive(name, [row.name], args)
+        found = drive(name, [row.name], args, row.workers)
         about = found.get(row.name, {"samples": [], "notes": {}})
         return [Sample(*sample) for sample in about["samples"]], about["notes"], found.get("error", "")
     meter = Meter(args.seconds, 1, dict)
@@ -123,14 +133,15 @@ def _one(row: Row, name: str, args: argparse.Namespace) -> tuple[list[Sample], d
     return meter.samples, meter.notes, ""
 
 
-def drive(name: str, rows: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+def drive(name: str, rows: Sequence[str], args: argparse.Namespace, workers: int | None = None) -> dict[str, Any]:
     """What a driver of that peer, in a process of its own, finds of these rows."""
+    workers = workers or args.workers
     with tempfile.TemporaryDirectory(prefix="achilles-bench-") as folder:
         out = Path(folder) / "out"
-        asked = {"peer": name, "rows": list(rows), "workers": args.workers, "seconds": args.seconds,
+        asked = {"peer": name, "rows": list(rows), "workers": workers, "seconds": args.seconds,
                  "times": args.times, "small": args.small, "out": str(out), "began": time.monotonic()}
         with open(Path(folder) / "said", "w+") as said:
-            command = [*PEERS[name].command(args.workers), json.dumps(asked)]
+            command = [*PEERS[name].command(workers), json.dumps(asked)]
             process = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL,
                                        start_new_session=True, env=_environment(name))
             try:

@@ -1,15 +1,15 @@
-"""The real scheduler with many nodes that are none: what a slice costs, and what a node and a job weigh.
+"""The real scheduler with many nodes that are none: the cost of a batch, and the weight of a node and a job.
 
 ::
 
-    Feed  keeps each job's window full: add(64 rows) ────────────▶ ┌───────────┐ ─▶ actions: Give, Recall, …
-    Nodes answer what they hold, in turns: answer(rows) ─────────▶ │ Scheduler │
-    some die, others join: lose(), join() ───────────────────────▶ └───────────┘
+    controllers  keep each job's window full, and send again what is GONE: add() ─▶ ┌───────────┐ ─▶ TASK, RESULT,
+    nodes        answer in turns, or return a part: hear() ───────────────────────▶ │ Scheduler │    GONE, …
+    some nodes die, others join: lose(), join() ──────────────────────────────────▶ └───────────┘
 
-Processor time is counted, inside the scheduler alone. Every event has as many slices with 10 nodes as with 10,000.
-What more nodes cost has two parts, which the line *same memory* tells apart: it drives so many schedulers of 10
-nodes, in turns, that they hold as much as the large one. What it costs more than one of them alone is the
-processor's caches and the garbage collector; what the large one costs beyond that would be the scheduler's way.
+Processor time is counted, inside the scheduler alone. Every event has as many chunks with 10 nodes as with 10,000.
+More nodes cost more for two reasons, which the line *same memory* tells apart. It drives so many schedulers of 10
+nodes, in turns, that they hold as much as the large one. They cost more than one of them alone through the
+processor's caches and the garbage collector. If the large one costs more still, the scheduler's way is the reason.
 """
 
 from __future__ import annotations
@@ -20,97 +20,97 @@ import random
 import time
 import tracemalloc
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-from achilles.errors import ProtocolError
-from achilles.protocol.frames import ROW, Rows
-from achilles.server.scheduler import Action, Cancel, Dead, End, Give, Recall, Scheduler
+from achilles.protocol.frames import Batch, Gone, Kind
+from achilles.server.scheduler import Scheduler
 
 from .sections import section
 from .table import markdown, number
 from .timing import spread
 
-__all__ = ["Cluster", "Found", "ProtocolError", "simulate"]
+__all__ = ["Cluster", "Found", "simulate"]
 
 PYTHON = "3.11"
 CPU_COUNT = 16
 JOBS, MANY_JOBS = 32, 1_000
-LETTER_BYTES = 24  # of a slice: a small argument
-FRAME_ROWS = 64  # of one TASK
-SLICES = 1_000_000
+CHUNKS = 8  # of a batch
+BATCHES = 200_000
 NODES = (10, 100, 1_000, 10_000)
-DEATHS = 2_000  # slices for each death and each joining
-PACE_US = 10_000  # of a slice: none travels with others for being quick, so every grant is as large as an answer
+DEATHS = 500  # batches for each death and each joining
+RETURNS = 20  # batches for each one that comes back in part
+TICKS = 2_000  # batches for each tick: 0.2 s at 10,000 batches a second
+BATCH_US = 5_000  # so long a batch is thought to take: second places are used, too
 
 
 class Found(NamedTuple):
-    """What one simulation found."""
+    """The result of one simulation."""
 
     seconds: float  # inside the scheduler
-    slices: int  # that were answered
-    events: int
+    batches: int  # that were answered
     worst: float  # seconds of the longest event
 
     @property
     def us(self) -> float:
-        """Microseconds a slice."""
-        return self.seconds / self.slices * 1e6
+        """Microseconds a batch."""
+        return self.seconds / self.batches * 1e6
 
 
 class Cluster:
     """Nodes that answer, jobs that are fed, and one scheduler between them.
 
     :param nodes: how many.
-    :param rows: slices of one RESULT.
-    :param churn: slices after which one node dies and another joins; 0: never.
+    :param chunks: of each batch.
+    :param churn: batches after which one node dies and another joins; 0: never.
+    :param returns: batches after which a node returns all but the first chunk of one; 0: never.
     """
 
-    def __init__(self, nodes: int, rows: int, churn: int = 0, jobs: int = JOBS, seed: int = 1) -> None:
-        self.scheduler = Scheduler()
-        self.seconds, self.worst, self.events, self.answered = 0.0, 0.0, 0, 0
-        self.done: Counter[int] = Counter()  # job to answered slices
-        self._rng = random.Random(seed)
-        self._rows, self._churn = rows, churn
-        self._held: dict[int, dict[int, dict[int, int]]] = {}  # node to job to slice to attempt
-        self._turns: deque[int] = deque()  # nodes that hold something, whose turn it is first
-        self._in_line: set[int] = set()
-        self._recalls: deque[Recall] = deque()  # under way
+    def __init__(self, nodes: int, chunks: int = CHUNKS, churn: int = 0, returns: int = 0, jobs: int = JOBS) -> None:
+        self._said: deque[tuple[Kind, int | None, Batch]] = deque()
+        self.scheduler = Scheduler(lambda kind, node, batch: self._said.append((kind, node, batch)))
+        self.seconds, self.worst, self.answered = 0.0, 0.0, 0
+        self._rng = random.Random(1)
+        self._chunks, self._churn, self._returns = chunks, churn, returns
+        self._held: dict[int, deque[Batch]] = {}  # node -> batches, the first is answered next
+        self._turns: deque[int] = deque()  # nodes, one entry for each batch
         self._alive: list[int] = []
-        self._added: Counter[int] = Counter()
         self._jobs = list(range(jobs))
+        self._sent, self._done, self._attempts = Counter[int](), Counter[int](), Counter[int]()
+        self._out: Counter[int] = Counter()  # chunks of a job that are neither answered nor GONE
+        self._again: deque[Batch] = deque()  # GONE
         self._next_node = 0
-        self._window = 3 * nodes * CPU_COUNT // jobs + 2 * FRAME_ROWS  # something always waits
-        self.warm = 2 * nodes * CPU_COUNT  # slices until each node has answered all that it was given first
+        self._window = chunks * (3 * nodes * CPU_COUNT // jobs + 2)  # something always waits
+        self.warm = 3 * nodes * CPU_COUNT  # batches until each node has answered all that it was given first
         for _ in range(nodes):
             self._join()
         for job in self._jobs:
-            self._call(lambda job=job: self.scheduler.declare(job, object(), PYTHON) or [])
-        self._until_death = churn
+            self._call(lambda job=job: self.scheduler.declare(job, PYTHON))
 
-    def run(self, slices: int) -> None:
-        """Answer so many slices, feeding all the time."""
-        goal = self.answered + slices
+    def run(self, batches: int) -> None:
+        """Answer so many batches, feeding all the time."""
+        goal = self.answered + batches
         for job in self._jobs:
             self._feed(job)
         while self.answered < goal:
-            self._answer()
-            if self._churn and self._until_death <= 0:
-                self._until_death += self._churn
+            if not self._answer():
+                continue
+            if self._churn and self.answered % self._churn == 0:
                 self._die()
                 self._join()
+            if self.answered % TICKS == 0:
+                self._call(lambda: self.scheduler.tick(0.2 * self.answered / TICKS))
 
     def finish(self) -> None:
-        """Answer all that is out, feeding no more, and end the jobs. AssertionError if a slice was lost."""
-        for job in self._jobs:
-            self._call(lambda job=job: self.scheduler.flush(job, self._added[job]))
-        while self._turns or self._recalls:
+        """Answer all that is out, feeding no more, and end the jobs. AssertionError if a chunk was lost."""
+        self._returns = 0
+        while self._turns:
             self._answer(feed=False)
-        lost = {job: self._added[job] - self.done[job] for job in self._jobs if self._added[job] != self.done[job]}
-        assert not lost, f"slices that were never answered: {lost}"
+        lost = {job: self._sent[job] - self._done[job] for job in self._jobs if self._sent[job] != self._done[job]}
+        assert not lost, f"chunks that were never answered: {lost}"
         for job in self._jobs:
             self._call(lambda job=job: self.scheduler.end(job))
-        assert self.scheduler.job_states() == []
+        assert not self.scheduler.jobs
 
     def weigh(self) -> tuple[float, float]:
         """Bytes a node and a job, when both hold nothing."""
@@ -125,26 +125,38 @@ class Cluster:
             return grown / count
 
         node = growth(lambda number: self.scheduler.join(number, "other", CPU_COUNT))
-        job = growth(lambda number: self.scheduler.declare(number, None, "other"))
+        job = growth(lambda number: self.scheduler.declare(number, "other"))
         return node, job
 
     # Events.
 
-    def _call(self, event: Callable[[], Any]) -> Any:
+    def _call(self, event: Callable[[], object]) -> None:
         began = time.thread_time()
-        found = event()
+        event()
         took = time.thread_time() - began
         self.seconds += took
         self.worst = max(self.worst, took)
-        self.events += 1
-        accepted, actions = found if isinstance(found, tuple) else (None, found)
-        self._carry_out(actions)
-        return accepted
+        while self._said:
+            self._carry_out(*self._said.popleft())
+        while self._again:
+            gone = self._again.popleft()
+            self._send(gone.job, gone.first, gone.count)
+
+    def _carry_out(self, kind: Kind, node: int | None, batch: Batch) -> None:
+        if kind is Kind.TASK and node is not None:
+            self._held[node].append(batch)
+            self._turns.append(node)
+        elif kind is Kind.RESULT:
+            self._done[batch.job] += batch.count
+            self._out[batch.job] -= batch.count
+        elif kind is Kind.GONE:
+            self._out[batch.job] -= batch.count
+            self._again.append(batch)
 
     def _join(self) -> None:
         number, self._next_node = self._next_node, self._next_node + 1
         self._alive.append(number)
-        self._held[number] = {}
+        self._held[number] = deque()
         self._call(lambda: self.scheduler.join(number, PYTHON, CPU_COUNT))
 
     def _die(self) -> None:
@@ -155,110 +167,74 @@ class Cluster:
         self._call(lambda: self.scheduler.lose(number))
 
     def _feed(self, job: int) -> None:
-        while self._added[job] - self.done[job] <= self._window - FRAME_ROWS:
-            first = self._added[job]
-            self._added[job] += FRAME_ROWS
-            rows = _rows(job, [(slice_, 0) for slice_ in range(first, first + FRAME_ROWS)], LETTER_BYTES)
-            self._call(lambda rows=rows: self.scheduler.add(job, rows))
+        while self._out[job] <= self._window - self._chunks:
+            self._sent[job] += self._chunks
+            self._send(job, self._sent[job] - self._chunks, self._chunks)
 
-    def _answer(self, feed: bool = True) -> None:
-        """The next node answers up to `rows` slices of the job it was given first; a recall comes before it."""
-        if self._recalls:
-            self._give_back(self._recalls.popleft())
-        if not self._turns:
-            return
+    def _send(self, job: int, first: int, count: int) -> None:
+        self._attempts[job] += 1
+        self._out[job] += count
+        batch = Batch(job, first, count, self._attempts[job], BATCH_US)
+        self._call(lambda: self.scheduler.add(batch))
+
+    def _answer(self, feed: bool = True) -> bool:
+        """The next node answers the batch that it was given first, or its first chunk, and returns the others.
+
+        False if that node has died.
+        """
         node = self._turns.popleft()
-        self._in_line.discard(node)
-        held = self._held.get(node)
-        if not held:
-            return
-        job, slices = next(iter(held.items()))
-        answered = [(slice_, slices.pop(slice_)) for slice_ in list(slices)[: self._rows]]
-        if not slices:
-            del held[job]
-        self._line_up(node)
-        rows = _rows(job, answered, 0, PACE_US)
-        accepted = self._call(lambda: self.scheduler.answer(node, job, rows))
-        assert accepted is rows, "an answer that did not count"
-        self.done[job] += len(answered)
-        self.answered += len(answered)
-        self._until_death -= len(answered)
+        if node not in self._held:
+            return False
+        batch = self._held[node].popleft()
+        returned = bool(self._returns) and self.answered % self._returns == 0 and batch.count > 1
+        answer = Batch(batch.job, batch.first, 1 if returned else batch.count, batch.attempt)
+        self.answered += 1
+        self._call(lambda: self.scheduler.hear(node, Kind.RESULT, answer, 0.0))
+        if returned:
+            late = Batch(batch.job, batch.first + 1, batch.count - 1, batch.attempt, flags=Gone.RETURNED)
+            self._call(lambda: self.scheduler.hear(node, Kind.RETURNED, late, 0.0))
         if feed:
-            self._feed(job)
-
-    def _line_up(self, node: int) -> None:
-        if self._held[node] and node not in self._in_line:
-            self._turns.append(node)
-            self._in_line.add(node)
-
-    def _carry_out(self, actions: Iterable[Action]) -> None:
-        for action in actions:
-            if isinstance(action, Give):
-                held = self._held[action.node].setdefault(action.job, {})
-                for rows in action.rows:
-                    held.update(zip(rows.slices, rows.attempts))
-                self._line_up(action.node)
-            elif isinstance(action, Recall):
-                self._recalls.append(action)
-            elif isinstance(action, Cancel | End):
-                self._held[action.node].pop(action.job, None)
-            elif isinstance(action, Dead):
-                self.done[action.job] += 1
-
-    def _give_back(self, recall: Recall) -> None:
-        """What was given last, of what no worker has."""
-        if recall.node not in self._held:
-            return
-        held = self._held[recall.node].get(recall.job, {})
-        back = list(held)[CPU_COUNT:][-recall.number :]
-        for slice_ in back:
-            del held[slice_]
-        self._call(lambda: self.scheduler.returned(recall.node, recall.job, back))
+            self._feed(batch.job)
+        return True
 
 
-def simulate(nodes: int, rows: int, slices: int, churn: int = 0, jobs: int = JOBS) -> Found:
-    """One cluster, warm; AssertionError if any slice was lost."""
-    return together([Cluster(nodes, rows, churn, jobs)], slices)
+def simulate(
+    nodes: int, batches: int, chunks: int = CHUNKS, churn: int = 0, returns: int = 0, jobs: int = JOBS
+) -> Found:
+    """One cluster, warm; AssertionError if any chunk was lost."""
+    return together([Cluster(nodes, chunks, churn, returns, jobs)], batches)
 
 
-def together(clusters: list[Cluster], slices: int) -> Found:
-    """Several, in turns of one RESULT each."""
+def together(clusters: list[Cluster], batches: int) -> Found:
+    """Several, in turns of one batch each."""
     for cluster in clusters:
         cluster.run(cluster.warm)
         cluster.seconds = cluster.worst = 0.0
-        cluster.events = 0
     before = sum(cluster.answered for cluster in clusters)
-    while sum(cluster.answered for cluster in clusters) - before < slices:
+    while sum(cluster.answered for cluster in clusters) - before < batches:
         for cluster in clusters:
-            cluster.run(1 if len(clusters) > 1 else slices)
-    found = Found(sum(c.seconds for c in clusters), sum(c.answered for c in clusters) - before,
-                  sum(c.events for c in clusters), max(c.worst for c in clusters))
+            cluster.run(1 if len(clusters) > 1 else batches)
+    answered = sum(cluster.answered for cluster in clusters) - before
+    found = Found(sum(c.seconds for c in clusters), answered, max(c.worst for c in clusters))
     for cluster in clusters:
         cluster.finish()
     return found
 
 
-def _rows(job: int, slices: list[tuple[int, int]], letter_bytes: int, pace: int = 0) -> Rows:
-    """A TASK's or a RESULT's: (slice, attempt) each, all letters alike."""
-    table = b"".join([ROW.pack(slice_, attempt, 0, letter_bytes) for slice_, attempt in slices])
-    return Rows(job, table, b"", bytes(letter_bytes * len(slices)), (), pace)
-
-
 @section("simulate", "Scale: the real scheduler with false nodes of 16 workers")
 def scale(args: argparse.Namespace) -> str:
     """All sizes, in turns."""
-    slices = SLICES // 100 if args.small else SLICES * 10 if args.long else SLICES
+    batches = BATCHES // 100 if args.small else BATCHES * 10 if args.long else BATCHES
     sizes = NODES[:2] if args.small else NODES
     repeats = 1 if args.small or args.long else min(args.repeats, 3)
     kinds: dict[str, Callable[[int], Found]] = {
-        "16 slices an answer": lambda nodes: simulate(nodes, 16, slices),
-        "16, and nodes die and join": lambda nodes: simulate(nodes, 16, slices, DEATHS),
-        "16, of 1,000 jobs": lambda nodes: simulate(nodes, 16, slices, jobs=MANY_JOBS),
-        "1 slice an answer": lambda nodes: simulate(nodes, 1, slices // 4),
-        "same memory, 16 an answer": lambda nodes: together(
-            [Cluster(10, 16, jobs=4) for _ in range(nodes // 10)], slices),
+        f"batches of {CHUNKS} chunks": lambda nodes: simulate(nodes, batches),
+        "the same, and nodes die and join": lambda nodes: simulate(nodes, batches, churn=DEATHS),
+        "the same, and a twentieth comes back": lambda nodes: simulate(nodes, batches, returns=RETURNS),
+        "the same, of 1,000 jobs": lambda nodes: simulate(nodes, batches, jobs=MANY_JOBS),
+        "same memory": lambda nodes: together([Cluster(10, jobs=4) for _ in range(nodes // 10)], batches),
     }
-    lines = [["µs a slice", *(f"{nodes:,} nodes" for nodes in sizes), f"{sizes[-1]:,} over {sizes[0]}"]]
+    lines = [["µs a batch", *(f"{nodes:,} nodes" for nodes in sizes), f"{sizes[-1]:,} over {sizes[0]}"]]
     for name, run in kinds.items():
         found: dict[int, list[float]] = {nodes: [] for nodes in sizes}
         for _ in range(repeats):
@@ -268,5 +244,5 @@ def scale(args: argparse.Namespace) -> str:
         ratio = spread([large / small for small, large in zip(found[sizes[0]], found[sizes[-1]])])
         lines.append([name, *(number(spread(values).median) for values in found.values()),
                       f"{number(ratio.median)} ({number(ratio.low)}–{number(ratio.high)})"])
-    node, job = Cluster(1, 16).weigh()
+    node, job = Cluster(1).weigh()
     return f"{markdown(lines)}\n\nA node without work weighs {node:,.0f} bytes, a job {job:,.0f}."

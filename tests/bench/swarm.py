@@ -3,11 +3,11 @@
 ::
 
     this process, one loop                                      a real server, a process of its own
-    false controller: keeps a job's slices waiting ── TASK ──▶
-    false nodes: answer every TASK at once          ◀─ TASK ──
+    false controller: keeps batches waiting ──────── TASK ──▶
+    false nodes: answer every TASK at once, whole   ◀─ TASK ──
                                                     ─ RESULT ▶  counts frames by what came and went here
 
-They speak the real protocol over channel.py, as a node's loop does; nothing is loaded, called or dumped, so that the
+They speak the real protocol over channel.py, as a node's loop does. Nothing is loaded, called or dumped, so that the
 server has as much to do as this process can make. What is compared is its processor time a frame.
 """
 
@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import selectors
+import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,20 +29,20 @@ from typing import Any, NamedTuple
 from cluster import SECRET, USER, Cluster
 from faults import tree
 
-from achilles.controller import connection
-from achilles.protocol import auth, channel, frames
+from achilles.protocol import auth, channel, connect
 from achilles.protocol.channel import Channel
-from achilles.protocol.frames import ASKED, PACKED, ROW, Kind, Rows
+from achilles.protocol.frames import SHORT_LETTER_BYTES, Batch, Kind, LongLetter
 
 from .sections import section
 from .table import markdown, number
 
-__all__ = ["Load", "Passed", "Swarm", "serving"]
+__all__ = ["LOADS", "Load", "Passed", "Swarm", "serving"]
 
 CPU_COUNT = 16
 CROWD, FEW = 500, 4
 CONNECTORS = 32  # threads that connect at once: half of the places that a server has for strangers
-FRAME_ROWS = 64  # of one TASK of the controller's
+BATCH_US = 5_000  # so long a batch is said to take: nodes use their second places, too
+MOST_WAITING_BYTES = 64 << 20
 SECONDS = 60.0  # tells a hang from a wait
 TICK_SECONDS = 2.0
 FUNCTION = b"no function: nobody calls it"
@@ -50,25 +52,26 @@ class Load(NamedTuple):
     """What a job is like."""
 
     what: str
-    slices: int
+    batches: int
+    count: int  # of chunks in a batch
     letter_bytes: int
-    pace_us: int  # what nodes say that a slice takes: it decides how many travel together
 
-    def rows(self, job: int, first: int, count: int) -> Rows:
-        """A TASK's."""
-        if self.letter_bytes > frames.SHORT_LETTER_BYTES:
-            digests, letter = b"\1" * frames.DIGEST_BYTES * count, bytes(self.letter_bytes)
-            shorts, longs = b"", [(letter,)] * count
-        else:
-            digests, shorts, longs = b"", bytes(self.letter_bytes * count), []
-        table = b"".join([ROW.pack(n, 0, PACKED, self.letter_bytes) for n in range(first, first + count)])
-        return Rows(job, table, digests, shorts, longs)
+    def task(self, job: int, place: int) -> Batch:
+        """The TASK of one batch."""
+        first, attempt = place * self.count, place + 1
+        if self.letter_bytes > SHORT_LETTER_BYTES:
+            letter = LongLetter([bytes(self.letter_bytes)], b"\1" * 32, self.letter_bytes)
+            return Batch.pack(job, first, [letter] * self.count, attempt=attempt, number=BATCH_US)
+        table = struct.pack(">Q", self.letter_bytes) * self.count
+        return Batch(job, first, self.count, attempt, BATCH_US, table=table,
+                     shorts=bytes(self.letter_bytes * self.count))
 
 
 LOADS = (
-    Load("16 slices a frame", 200_000, 24, 10_000),
-    Load("quick slices, hundreds a frame", 2_000_000, 24, 10),
-    Load("1 MiB a slice", 1_000, 1 << 20, 10_000),
+    Load("1 chunk a batch", 20_000, 1, 24),
+    Load("64 chunks a batch", 20_000, 64, 24),
+    Load("1,024 chunks a batch", 10_000, 1_024, 24),
+    Load("1 chunk of 1 MiB a batch", 1_000, 1, 1 << 20),
 )
 
 
@@ -78,7 +81,7 @@ class Passed(NamedTuple):
     seconds: float
     processor: float  # seconds of the server's
     frames: int  # that it received and sent
-    slices: int
+    chunks: int
 
 
 class Swarm:
@@ -92,17 +95,14 @@ class Swarm:
         self.frames = 0  # received and sent
         self.joined_seconds = 0.0
         self._port = port
-        self._key = connection.derive_key(USER, SECRET)
+        self._key = auth.derive_key(USER, SECRET)
         self._selector = selectors.DefaultSelector()
         self._greeted = 0
-        self._answered: set[int] = set()
+        self._out: dict[tuple[int, int], int] = {}  # first chunk and attempt -> count, of batches without an answer
         self._job = 0
-        self._pace = 1
         self._controller = self._connect(auth.CONTROLLER)
         self._enter(self._controller, 0)
         self._turn_until(lambda: self._greeted == 1)
-        letter = (FUNCTION,)
-        self._send(self._controller, Kind.FUNCTION, Rows.single(0, 0, 0, 0, letter, hashlib.sha256(FUNCTION).digest()))
 
     def join(self, count: int) -> None:
         """So many nodes more."""
@@ -115,22 +115,17 @@ class Swarm:
         self.joined_seconds = time.monotonic() - began
 
     def carry(self, load: Load, server: int) -> Passed:
-        """One job of this load, all of whose slices are answered; AssertionError if one is not."""
+        """One job of this load, all of whose batches are answered; AssertionError if one is not, or is twice."""
         self._job += 1
-        self._answered.clear()
-        self._pace = load.pace_us
-        self._send(self._controller, Kind.JOB, {
-            "job": self._job, "context": "0c" * 16, "function": hashlib.sha256(FUNCTION).hexdigest(),
-            "resumed": False, "options": {},
-        })
+        declaration = json.dumps({"context": hashlib.md5(FUNCTION).hexdigest(), "initializer": False}).encode()
+        self._send(self._controller, Kind.JOB, Batch.pack(self._job, 0, [declaration, FUNCTION]))
         used, began, frames = tree.seconds_used(server), time.monotonic(), self.frames
         for _ in self._feed(load):
             self._turn()
-        self._turn_until(lambda: len(self._answered) >= load.slices)
+        self._turn_until(lambda: not self._out)
         seconds, used = time.monotonic() - began, tree.seconds_used(server) - used
-        assert self._answered == set(range(load.slices)), "slices that nobody asked for"
-        found = Passed(seconds, used, self.frames - frames, load.slices)
-        self._send(self._controller, Kind.END, {"job": self._job})
+        found = Passed(seconds, used, self.frames - frames, load.batches * load.count)
+        self._send(self._controller, Kind.END, Batch(self._job))
         return found
 
     def close(self) -> None:
@@ -142,38 +137,38 @@ class Swarm:
     # The controller.
 
     def _feed(self, load: Load) -> Iterator[None]:
-        """Keep half as many slices waiting as the workers could hold, in frames of FRAME_ROWS; 64 MiB at most."""
-        most = 3 * CPU_COUNT * len(self.nodes) * (16 if load.pace_us < 100 else 1) + 2 * FRAME_ROWS
-        rows = FRAME_ROWS if load.letter_bytes <= frames.SHORT_LETTER_BYTES else 1
-        most = min(most, max(rows, (64 << 20) // load.letter_bytes))
-        sent = 0
-        while sent < load.slices:
-            while sent < load.slices and sent - len(self._answered) + rows <= most:
-                count = min(rows, load.slices - sent)
-                self._send(self._controller, Kind.TASK, load.rows(self._job, sent, count))
-                sent += count
-            yield
+        """Keep as many batches out as the nodes have places, and some that wait; 64 MiB at most."""
+        most = 2 * CPU_COUNT * len(self.nodes) + 64
+        most = min(most, max(2, MOST_WAITING_BYTES // (load.count * load.letter_bytes)))
+        for place in range(load.batches):
+            while len(self._out) >= most:
+                yield
+            task = load.task(self._job, place)
+            self._out[task.first, task.attempt] = task.count
+            self._send(self._controller, Kind.TASK, task)
 
     # The loop.
 
     def _connect(self, role: bytes) -> Channel:
-        return channel.connect("127.0.0.1", self._port, role, USER, self._key, SECONDS)
+        return connect.connect("127.0.0.1", self._port, role, USER, self._key, SECONDS)
 
     def _enter(self, link: Channel, cpu_count: int) -> None:
         link.socket.setblocking(False)
         self._selector.register(link.socket, selectors.EVENT_READ, link)
-        self._send(link, Kind.HELLO, channel.hello(cpu_count))
+        self._send(link, Kind.HELLO, connect.hello(cpu_count))
 
-    def _turn_until(self, happened: Any) -> None:
+    def _turn_until(self, happened: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS
         while not happened():
-            assert time.monotonic() < deadline, f"a swarm that hangs: {len(self._answered)} answers"
+            assert time.monotonic() < deadline, f"a swarm that hangs: {len(self._out)} batches without an answer"
             self._turn()
 
     def _turn(self) -> None:
         for key, events in self._selector.select(TICK_SECONDS):
             link: Channel = key.data
-            for frame in (link.receive() or []) if events & selectors.EVENT_READ else []:
+            received = link.receive() if events & selectors.EVENT_READ else []
+            assert received is not None, "the server has closed a connection"
+            for frame in received:
                 self.frames += 1
                 self._handle(link, frame.kind, frame.body)
             self._flush(link)
@@ -187,16 +182,14 @@ class Swarm:
         if kind is Kind.HELLO:
             self._greeted += 1
         elif kind is Kind.TASK:
-            table = b"".join([ROW.pack(slice_, attempt, 0, 0) for slice_, attempt in zip(body.slices, body.attempts)])
-            self._send(link, Kind.RESULT, Rows(body.job, table, pace=self._pace))
-        elif kind is Kind.RECALL:
-            self._send(link, Kind.RETURNED, Rows(body["job"], b"", pace=ASKED))
+            self._send(link, Kind.RESULT, Batch(
+                body.job, body.first, body.count, body.attempt, 1, statuses=bytes(body.count),
+                table=bytes(8 * body.count)))
         elif kind is Kind.RESULT:
-            before = len(self._answered)
-            self._answered.update(body.slices)
-            assert len(self._answered) == before + len(body), "a slice that was answered twice"
-        elif kind is Kind.ERROR:
-            raise AssertionError(body["message"])
+            count = self._out.pop((body.first, body.attempt), None)
+            assert count == body.count, f"an answer of {body.count} chunks from {body.first} on, and not of {count}"
+        elif kind in (Kind.GONE, Kind.ERROR):
+            raise AssertionError(f"{kind.name}: {body}")
 
     def _send(self, link: Channel, kind: Kind, body: Any) -> None:
         self.frames += 1
@@ -228,7 +221,7 @@ def serving() -> Iterator[tuple[Cluster, Swarm]]:
 @section("swarm", "Scale: false nodes of 16 workers on a real server")
 def report(args: argparse.Namespace) -> str:
     """A few, then many."""
-    lines = [["nodes", "load", "frames/s", "slices/s", "MB/s", "server's µs a frame", "µs a slice", "server busy"]]
+    lines = [["nodes", "load", "frames/s", "chunks/s", "MB/s", "server's µs a frame", "µs a chunk", "server busy"]]
     crowd = 20 if args.small else CROWD
     for nodes in (FEW, crowd):
         with serving() as (cluster, swarm):
@@ -238,12 +231,12 @@ def report(args: argparse.Namespace) -> str:
             joined = swarm.joined_seconds
             memory, threads, files = [(now - was) / nodes for now, was in zip(_state(server), before)]
             for load in LOADS:
-                load = load._replace(slices=load.slices // 100) if args.small else load
+                load = load._replace(batches=load.batches // 100) if args.small else load
                 found = swarm.carry(load, server)
                 lines.append([str(nodes), load.what, *map(number, [
-                    found.frames / found.seconds, found.slices / found.seconds,
-                    found.slices * load.letter_bytes / found.seconds / 1e6, found.processor / found.frames * 1e6,
-                    found.processor / found.slices * 1e6]), f"{found.processor / found.seconds:.0%}"])
+                    found.frames / found.seconds, found.chunks / found.seconds,
+                    found.chunks * load.letter_bytes / found.seconds / 1e6, found.processor / found.frames * 1e6,
+                    found.processor / found.chunks * 1e6]), f"{found.processor / found.seconds:.0%}"])
             after = (_state(server)[0] - before[0]) / nodes
     return (f"{markdown(lines)}\n\n{crowd} nodes joined in {joined:.2f} s. A connection costs the server {threads:.1f} "
             f"threads, {files:.1f} descriptors and {memory / 1024:.0f} KiB; {after / 1024:.0f} KiB after these loads.")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from .rows import Row
 from .timing import Sample, Spread, spread
 
-__all__ = ["Rounds", "figures", "markdown", "number", "ratios", "times"]
+__all__ = ["Rounds", "asked", "figures", "markdown", "number", "ratios", "times"]
 
-OURS = "achilles"
 Rounds = dict[str, list[list[Sample]]]  # peer to the samples of each round
 
 
@@ -22,6 +22,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def number(value: float) -> str:
     """Three digits that count."""
+    if not math.isfinite(value):
+        return "hang" if value > 0 else "–"
     if abs(value) >= 100:
         digits = len(str(int(abs(value))))
         return f"{round(value, 3 - digits):,.0f}"
@@ -44,25 +46,35 @@ def figures(found: Mapping[str, Rounds], rows: Mapping[str, Row], peers: Iterabl
     return markdown(table)
 
 
-def ratios(found: Mapping[str, Rounds], rows: Mapping[str, Row], peers: Iterable[str]) -> str:
-    """How many times better we are than each, round by round; and what is asked for."""
-    peers = [peer for peer in peers if peer != OURS]
-    table = [["", *peers, "asked for", "held"]]
+def asked(found: Mapping[str, Rounds], rows: Mapping[str, Row]) -> str:
+    """A line for each figure that is asked for: how many times better ours is, or the figure itself."""
+    table = [["", "against", "must be", "is", "held"]]
     for name, rounds in found.items():
         row = rows[name]
-        each = {peer: _ratio(row, rounds.get(OURS, []), rounds.get(peer, [])) for peer in peers}
-        held = [ratio.median >= least for peer, least in row.goals.items() if (ratio := each.get(peer))]
-        own = _values(row, rounds.get(OURS, []))
+        for peer, least in row.goals.items():
+            if ratio := _ratio(row, rounds.get(row.ours, []), rounds.get(peer, [])):
+                table.append([row.what, peer, f"{least:g}", shown(ratio), "yes" if ratio.median >= least else "NO"])
+        own = _values(row, rounds.get(row.ours, []))
         if row.limit is not None and own:
-            held.append(spread(own).median <= row.limit)
-        asked = [f"{least:g} × {peer}" for peer, least in row.goals.items()]
-        asked += [f"at most {row.limit:g} {row.unit}"] if row.limit is not None else []
-        cells = [shown(ratio) if ratio else "–" for ratio in each.values()]
-        table.append([row.what, *cells, ", ".join(asked), "" if not held else "yes" if all(held) else "NO"])
+            figure = spread(own)
+            table.append([row.what, "", f"at most {row.limit:g} {row.unit}", shown(figure),
+                          "yes" if figure.median <= row.limit else "NO"])
     return markdown(table)
 
 
-def times(found: Mapping[str, Rounds], rows: Mapping[str, Row], peer: str = OURS) -> str:
+def ratios(found: Mapping[str, Rounds], rows: Mapping[str, Row], peers: Iterable[str]) -> str:
+    """How many times better we are than each, round by round."""
+    peers = list(peers)
+    table = [["", *peers]]
+    for name, rounds in found.items():
+        row = rows[name]
+        each = [None if peer == row.ours else _ratio(row, rounds.get(row.ours, []), rounds.get(peer, []))
+                for peer in peers]
+        table.append([row.what, *(shown(ratio) if ratio else "–" for ratio in each)])
+    return markdown(table)
+
+
+def times(found: Mapping[str, Rounds], rows: Mapping[str, Row], peer: str) -> str:
     """Where the time goes: µs of a processor by role for one of what the row counts, and by the clock."""
     roles = ["caller", "server", "node", "workers"]
     table = [["", "µs a", *roles, "all", "by the clock"]]
@@ -83,8 +95,7 @@ def _values(row: Row, rounds: Sequence[Sequence[Sample]]) -> list[float]:
 
 def _ratio(row: Row, ours: Sequence[Sequence[Sample]], theirs: Sequence[Sequence[Sample]]) -> Spread | None:
     """Of the medians of each round."""
-    found = [
-        row.better(spread(_values(row, [mine])).median, spread(_values(row, [other])).median)
-        for mine, other in zip(ours, theirs) if mine and other
-    ]
+    pairs = [(spread(_values(row, [mine])).median, spread(_values(row, [other])).median)
+             for mine, other in zip(ours, theirs) if mine and other]
+    found = [row.better(*pair) for pair in pairs if math.inf not in pair]  # a hang is no time
     return spread(found) if found else None

@@ -74,6 +74,14 @@ class Meter:
         after = _used(roles)
         self.samples.append(Sample(amount, seconds, {role: after[role] - before[role] for role in roles}))
 
+    def fixed(self, run: Callable[[int], object], count: int) -> int:
+        """`count`, or a tenth of it with a peer for which `count` takes much longer than a stretch; a warming up."""
+        tenth = max(1, count // 10)
+        began = time.monotonic()
+        run(tenth)
+        slow = time.monotonic() - began > PATIENCE / 5 * self.seconds
+        return max(1, tenth // 10) if self.small else tenth if slow else count
+
     def enough(self, run: Callable[[int], object], least: int = 1, most: int = 1 << 26) -> int:
         """How many of the same thing `run` takes for one stretch; a warming up as well."""
         return enough(run, self.seconds, least, most)

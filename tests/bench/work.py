@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+WAIT_SECONDS = 10.0  # a call that waits longer for another one hangs
 
 
 def successor(number: int) -> int:
@@ -20,6 +23,11 @@ def ends_of(data: Any) -> tuple[int, int, int]:
 def incremented(array: Any) -> Any:
     """As large as what came, and new, so that nobody can answer with a reference."""
     return array + 1
+
+
+def lengthened(data: bytes) -> bytes:
+    """As large as what came and a byte more, and new."""
+    return data + b"."
 
 
 class Chunks:
@@ -39,6 +47,42 @@ def nap(seconds: float) -> float:
     return seconds
 
 
+class Scene:
+    """A function that is instant but for some calls: of those it has a deed, each.
+
+    :param deeds: number of a call to a pair. ("nap", seconds) sleeps, ("sum", count) spends the time in C code that
+        holds the interpreter, ("say", path) makes a file, ("wait", path) waits until that file is there.
+    """
+
+    def __init__(self, deeds: Mapping[int, tuple[str, Any]]) -> None:
+        self.deeds = deeds
+
+    def __call__(self, number: int) -> tuple[int, bool]:
+        """The number, and whether all went well: False after a wait that was in vain."""
+        if number not in self.deeds:
+            return number, True
+        deed, value = self.deeds[number]
+        if deed == "wait":
+            return number, wait_for_file(value)
+        if deed == "nap":
+            time.sleep(value)
+        elif deed == "sum":
+            sum(range(value))
+        else:
+            open(value, "x").close()
+        return number, True
+
+
+def wait_for_file(path: str) -> bool:
+    """Whether the file is there within WAIT_SECONDS."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not os.path.exists(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
+
+
 def spin_1_us(number: int) -> int:
     """A microsecond or so of work; the number's successor."""
     return _spin(number, 1_000)
@@ -52,6 +96,11 @@ def spin_10_us(number: int) -> int:
 def spin_100_us(number: int) -> int:
     """A hundred of them."""
     return _spin(number, 100_000)
+
+
+def spin_200_us(number: int) -> int:
+    """Two hundred of them."""
+    return _spin(number, 200_000)
 
 
 def spin_1_ms(number: int) -> int:

@@ -15,12 +15,14 @@ from fakes import SECONDS, SECRET, Node, serving, settings
 from faults.proxy import Proxy
 
 from achilles.controller import connection as controller_module
+from achilles.controller.call import Call
 from achilles.controller.connection import Controller
-from achilles.controller.job import Function, Job
-from achilles.errors import AuthenticationError, ClusterKilled, ServerUnreachable, VersionError
+from achilles.controller.job import Job
+from achilles.errors import AuthenticationError, ClusterKilled, ProtocolError, ServerUnreachable, VersionError
 from achilles.objects import letters
 from achilles.protocol import auth
-from achilles.protocol.frames import PACKED, Kind
+from achilles.protocol.connect import PYTHON
+from achilles.protocol.frames import Batch, Kind, Status
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
@@ -50,18 +52,26 @@ def square(x):
     return x * x
 
 
-def begin(controller, args, func=square, **options):
-    """A job on this controller."""
+def begin(controller, args, func=square, *, options=None, **more):
+    """A call of a job of its own on this controller."""
     context = letters.Context(caller=True)
-    function = Function(context.dump((func, None)))
-    return controller.start(
-        lambda link, number: Job(link, number, context, secrets.token_bytes(16), function, args, **options))
+    with controller.lock:
+        job = controller.start(Job(
+            context, secrets.token_bytes(16), letters.dump_function(context, (func, None)), options=options))
+    call = Call(controller, job, args, **more)
+    call.start()
+    return call
 
 
-def results(job):
+def end(call, error=None):
+    """The call is over; its job, too."""
+    call.close(None, error or InterruptedError("over"))
+
+
+def results(call):
     """All that is left of it, flat."""
     out = []
-    while (taken := job.take(SECONDS)) is not None:
+    while (taken := call.take(SECONDS)) is not None:
         out += taken[1]
     return out
 
@@ -135,7 +145,7 @@ def test_status_is_nodes_jobs_and_server(server, connect):
     controller = connect()
     with Node(server.address[1], cpu_count=3, most=0) as node:
         job = begin(controller, range(3))
-        node.wait(node.tasks)
+        node.wait(lambda: len(node.tasks()) == 3)
         state = controller.status()
         (found,), (running,) = state["nodes"], state["jobs"]
         assert (found["id"], found["cpu_count"], found["done"]) == (0, 3, 0)
@@ -144,7 +154,7 @@ def test_status_is_nodes_jobs_and_server(server, connect):
         assert state["server"]["uptime"] >= 0
         node.let()
         assert results(job) == [0, 1, 4]
-        controller.end(job)
+        end(job)
         assert controller.status()["nodes"][0]["done"] == 3
         assert controller.status()["jobs"] == []
 
@@ -162,18 +172,6 @@ def test_kill_is_cluster_killed_in_running_calls_and_at_who_comes_back(server, c
         connect()
 
 
-def test_a_function_crosses_once_for_two_jobs(server, connect):
-    controller = connect()
-    with Node(server.address[1]) as node:
-        context = letters.Context(caller=True)
-        function = Function(context.dump((square, None)))
-        for _ in range(2):
-            job = controller.start(lambda link, number: Job(link, number, context, bytes(16), function, range(9)))
-            assert results(job) == [n * n for n in range(9)]
-            controller.end(job)
-        assert len(node.kinds(Kind.FUNCTION)) == 1 and len(node.kinds(Kind.JOB)) == 2
-
-
 def test_several_threads_with_several_jobs(server, connect):
     controller = connect()
     with Node(server.address[1]):
@@ -184,7 +182,7 @@ def test_several_threads_with_several_jobs(server, connect):
                 args = range(base, base + 50)
                 job = begin(controller, args, chunksize=n + 1)
                 found[base, n] = results(job) == [x * x for x in args]
-                controller.end(job)
+                end(job)
 
         threads = [threading.Thread(target=run, args=(1000 * n,)) for n in range(4)]
         for thread in threads:
@@ -198,12 +196,16 @@ def test_several_threads_with_several_jobs(server, connect):
 def test_cancelled_jobs_leave_the_connection_whole(server, connect):
     """Frames of a job that has ended would be a breach, and end the connection."""
     controller = connect()
-    with Node(server.address[1], most=20) as node:
+    with Node(server.address[1], most=0) as node:
         link = controller._channel
-        for _ in range(10):
+        for number in range(10):
             job = begin(controller, itertools.count())
-            job.take(SECONDS) if node.most > 8 else node.wait(node.tasks)
-            controller.end(job, cancel=True)
+            node.wait(lambda: len(node.kinds(Kind.JOB)) > number)  # noqa: B023
+            if number % 2:
+                node.let(200)  # more than all jobs have there
+                job.take(SECONDS)
+                node.let(0)
+            end(job)
         node.let()
         job = begin(controller, range(10))
         assert results(job) == [n * n for n in range(10)]
@@ -216,19 +218,16 @@ def test_a_lost_server_gets_the_jobs_anew_and_only_what_is_not_answered(free_por
         controller = Controller(lambda: settings(free_port))
         controller.open()
         with Node(free_port, cpu_count=4, most=6) as node:
-            job = begin(controller, range(12))
-            first = job.take(SECONDS)
-            assert first == (0, [0, 1, 4, 9], {})
-            wait_until(lambda: job._waiting == set(range(6, 12)))
-            packeted = set(node.tasks()) - set(range(6))
-            assert packeted >= {6, 7}
+            call = begin(controller, range(12))
+            assert call.take(SECONDS) == (0, [0, 1, 4, 9], {})
+            wait_until(lambda: call.results._units[0].got == 2)  # of four: 4 and 5 are answered
+            node.wait(lambda: set(node.tasks()) >= {*range(8)})
     wait_until(lambda: not controller.connected)
     with serving(free_port), Node(free_port, cpu_count=4) as node:
-        assert results(job) == [n * n for n in range(4, 12)]
+        assert call.take(SECONDS) == (4, [16, 25, 36, 49], {}), "the packet that had begun stays what it is"
+        assert results(call) == [n * n for n in range(8, 12)]
         assert sorted(node.tasks()) == list(range(6, 12))
-        assert node.kinds(Kind.JOB)[0]["resumed"] is True
-        packed = {n for rows in node.kinds(Kind.TASK) for n, s in zip(rows.slices, rows.statuses) if s & PACKED}
-        assert packed >= packeted
+        assert len(node.kinds(Kind.JOB)) == 1
         controller.close()
 
 
@@ -243,6 +242,41 @@ def test_a_server_that_stays_away_is_named(free_port, monkeypatch):
     with pytest.raises(ServerUnreachable):
         begin(controller, range(3))
     controller.close()
+
+
+def test_a_server_that_complains_each_time_is_believed_the_third_time(server, connect, monkeypatch):
+    """To connect again, and to say the same, would never end."""
+    monkeypatch.setattr(controller_module, "BACKOFF_SECONDS", (0.02, 0.1))
+    declared = []
+
+    def refuse(exchange, peer, batch):
+        declared.append(batch)
+        raise ProtocolError("this is no JOB")
+
+    monkeypatch.setattr("achilles.server.exchange.Exchange._declare", refuse)
+    controller = connect()
+    with Node(server.address[1]):
+        call = begin(controller, [1])
+        with pytest.raises(ServerUnreachable, match="says: this is no JOB"):
+            call.take(SECONDS)
+    assert len(declared) == 3
+
+
+def test_a_letter_that_is_altered_twice_is_a_reason_to_declare_the_job_anew(server, connect, monkeypatch):
+    """A function that was altered on its way is kept at the server, and at the node."""
+    monkeypatch.setattr(controller_module, "BACKOFF_SECONDS", (0.02, 0.1))
+    controller = connect()
+    with Node(server.address[1], cpu_count=1, most=0) as node:
+        call = begin(controller, [3])
+        for _ in range(2):
+            node.wait(lambda: len(node.held) == 1)
+            held, = node.held
+            node.held.clear()
+            node.link.send(Kind.RESULT, Batch.pack(
+                held.job, held.number, [b""], attempt=held.attempt, statuses=bytes([Status.ALTERED])))
+        node.wait(lambda: len(node.kinds(Kind.JOB)) == 2)
+        node.let()
+        assert results(call) == [9]
 
 
 def test_close_while_it_reconnects_leaves_nothing(free_port, monkeypatch):
@@ -268,13 +302,13 @@ def test_nodes_of_another_python_are_an_error_that_names_both(server, connect):
     controller = connect()
     with Node(server.address[1], python="3.9"):
         wait_until(lambda: controller._cluster["nodes"])
-        with pytest.raises(VersionError, match=rf"Python {controller_module.PYTHON}, the nodes run 3\.9"):
+        with pytest.raises(VersionError, match=rf"Python {PYTHON}, the nodes run 3\.9"):
             begin(controller, range(3))
 
 
 def test_free_threaded_nodes_are_another_python(server, connect):
     """A node that says in its HELLO that it is the other build of this version gets no job of this one."""
-    this = controller_module.PYTHON
+    this = PYTHON
     other = this.removesuffix("t") if this.endswith("t") else f"{this}t"
     controller = connect()
     with Node(server.address[1], python=other) as node:
@@ -297,10 +331,10 @@ def test_while_the_only_node_drains_a_job_waits_for_another(server, connect):
 
 
 def test_whatever_ends_the_reader_ends_the_jobs(server, connect, monkeypatch):
-    def fail(self, rows):
+    def fail(self, batch, found):
         raise MemoryError("no room for a result")
 
-    monkeypatch.setattr(Job, "answers", fail)
+    monkeypatch.setattr(Job, "answered", fail)
     controller = connect()
     with Node(server.address[1]):
         with pytest.raises(ServerUnreachable, match="no room for a result") as caught:
@@ -351,7 +385,7 @@ def test_a_forked_child_neither_keeps_nor_breaks_the_connection(server, connect)
                         use()
                     except ServerUnreachable as e:
                         said.append("parent process" in str(e))
-                controller.end(job, cancel=True)
+                end(job)
                 controller.close()
                 os.write(say_write, b"%d" % sum(said))
                 os.read(stay_read, 1)
@@ -364,7 +398,7 @@ def test_a_forked_child_neither_keeps_nor_breaks_the_connection(server, connect)
             assert select.select([say_read], [], [], SECONDS)[0] and os.read(say_read, 1) == b"4"
             node.let()
             assert results(job) == [n * n for n in range(10)]
-            controller.end(job)
+            end(job)
             controller.close()
             wait_until(lambda: len(server._exchange._peers) == 1, "the end of the connection, as the server sees it")
         finally:
@@ -390,148 +424,66 @@ def test_settings_are_resolved_anew_for_each_connection(free_port, monkeypatch):
     wait_until(lambda: len(asked) > 1)
     controller.close()
 
-# Calls that follow each other.
+
+# Jobs that are kept.
 
 
 @pytest.fixture
-def call(monkeypatch):
-    """Calls of one context, as a pool makes them: each ends when its results are taken. It may be followed for long."""
-    monkeypatch.setattr(controller_module, "KEPT_SECONDS", 3600.0)
+def call_again():
+    """Calls of one context, as a pool makes them: the job is kept when its results are taken."""
     context, context_id = letters.Context(caller=True), secrets.token_bytes(16)
 
     def run(controller, args, func=square, **options):
-        function = Function(context.dump((func, None)))
-        job = controller.start(lambda link, number: Job(
-            link, number, context, context_id, function, args, **{"flat": True} | options))
-        values = results(job)
-        controller.end(job)
+        function = letters.dump_function(context, (func, None))
+        key = function, str(options)
+        with controller.lock:
+            job = controller.take(key, lambda: Job(context, context_id, function, options=options))
+        call = Call(controller, job, args, flat=True)
+        call.start()
+        values = results(call)
+        call.close(key, None)
         return values
 
     return run
 
 
-def test_a_short_call_alike_follows_under_the_same_number(server, connect, call):
+def test_calls_of_one_function_go_on_in_one_job(server, connect, call_again):
     controller = connect()
     with Node(server.address[1]) as node:
-        assert call(controller, range(3)) == [0, 1, 4]
         for n in range(20):
-            assert call(controller, [n]) == [n * n]
-        assert call(controller, range(4), chunksize=4) == [0, 1, 4, 9]
+            assert call_again(controller, [n]) == [n * n]
         assert len(node.kinds(Kind.JOB)) == 1 and not node.kinds(Kind.END)
-        assert node.tasks() == list(range(24))
+        assert node.tasks() == list(range(20))
+        assert call_again(controller, [-3], abs) == [3]
+        assert call_again(controller, [3], timeout=9) == [9]
+        assert len(node.kinds(Kind.JOB)) == 3
 
 
-@pytest.mark.parametrize("change", [
-    {"func": abs}, {"options": {"seed": 1}}, {"args": [1, 2]}, {"args": iter([1])}, {"flat": False}])
-def test_another_function_or_option_or_a_longer_call_begins_anew(server, connect, call, change):
+def test_no_more_than_sixteen_jobs_are_open_anywhere(server, connect, call_again):
     controller = connect()
     with Node(server.address[1]) as node:
-        assert call(controller, [1]) == [1]
-        call(controller, **{"args": [1]} | change)
-        assert len(node.kinds(Kind.JOB)) == 2
+        for n in range(40):
+            assert call_again(controller, [n], timeout=n + 1) == [n * n]
+        node.wait(lambda: len(node.kinds(Kind.END)) == 40 - 16)
+        assert [body.job for body in node.kinds(Kind.END)] == [body.job for body in node.kinds(Kind.JOB)[:24]]
+        assert len(controller.jobs) == len(controller.status()["jobs"]) == 16
 
 
-def test_what_no_call_follows_is_ended_within_seconds_and_before_a_status(server, connect, call, monkeypatch):
-    controller = connect()
-    with Node(server.address[1]) as node:
-        assert call(controller, [2]) == [4]
-        assert not node.kinds(Kind.END) and controller._kept
-        monkeypatch.setattr(controller_module, "KEPT_SECONDS", 0.5)
-        node.wait(lambda: len(node.kinds(Kind.END)) == 1)
-        monkeypatch.setattr(controller_module, "KEPT_SECONDS", 3600.0)
-        assert call(controller, [2]) == [4]
-        assert controller.status()["jobs"] == []
-        node.wait(lambda: len(node.kinds(Kind.END)) == 2)
-        assert len(node.kinds(Kind.JOB)) == 2 and not controller._kept
-
-
-def test_no_more_than_some_wait_to_be_followed(server, connect, call):
-    controller = connect()
-    with Node(server.address[1]) as node:
-        for n in range(3 * controller_module.KEPT_JOBS):
-            assert call(controller, [n], options={"seed": n}) == [n * n]
-            assert len(controller._kept) <= controller_module.KEPT_JOBS
-        ends = len(node.kinds(Kind.END))
-        assert ends >= 2 * controller_module.KEPT_JOBS - 1
-        assert {body["job"] for body in node.kinds(Kind.END)} == set(range(1, ends + 1))  # the oldest first
-
-
-def test_a_call_that_was_cancelled_is_not_followed(server, connect, call):
-    controller = connect()
-    with Node(server.address[1]) as node:
-        node.let(0)
-        job = begin(controller, [1], flat=True)
-        controller.end(job, cancel=True)
-        node.let()
-        assert not controller._kept
-        node.wait(lambda: len(node.kinds(Kind.END)) == 1)
-
-
-def test_after_a_reconnection_nothing_is_followed_and_a_follower_is_declared(free_port, monkeypatch, call):
-    monkeypatch.setattr(controller_module, "BACKOFF_SECONDS", (0.02, 0.1))
-    with serving(free_port):
-        controller = Controller(lambda: settings(free_port))
-        controller.open()
-        with Node(free_port) as node:
-            assert call(controller, [3]) == call(controller, [3]) == [9]
-            assert node.tasks() == [0, 1]
-    wait_until(lambda: not controller.connected)
-    with serving(free_port), Node(free_port) as node:
-        wait_until(lambda: controller.connected)
-        assert call(controller, [3]) == [9]
-        assert [body["resumed"] for body in node.kinds(Kind.JOB)] == [False] and node.tasks() == [0]
-        controller.close()
-
-
-def test_a_follower_is_sent_again_to_a_server_that_is_back(free_port, monkeypatch, call):
+def test_a_kept_job_is_declared_anew_to_a_server_that_is_back(free_port, monkeypatch, call_again):
     monkeypatch.setattr(controller_module, "BACKOFF_SECONDS", (0.02, 0.1))
     answers = []
     with serving(free_port):
         controller = Controller(lambda: settings(free_port))
         controller.open()
         with Node(free_port) as node:
-            assert call(controller, [3]) == [9]
+            assert call_again(controller, [3]) == call_again(controller, [3]) == [9]
             node.let(0)
-            thread = threading.Thread(target=lambda: answers.append(call(controller, [4])))
+            thread = threading.Thread(target=lambda: answers.append(call_again(controller, [4])))
             thread.start()
-            node.wait(lambda: node.tasks() == [0, 1])
+            node.wait(lambda: node.tasks() == [0, 1, 2])
     wait_until(lambda: not controller.connected)
     with serving(free_port), Node(free_port) as node:
         thread.join(SECONDS)
-        assert answers == [[16]] and node.tasks() == [1]
-        assert [body["resumed"] for body in node.kinds(Kind.JOB)] == [True]
+        assert answers == [[16]] and node.tasks() == [2]
+        assert call_again(controller, [5]) == [25] and len(node.kinds(Kind.JOB)) == 1
         controller.close()
-
-
-def test_what_ended_a_call_before_it_began_to_follow_is_raised(server, connect, call):
-    controller = connect()
-    with Node(server.address[1]):
-        context, context_id = letters.Context(caller=True), secrets.token_bytes(16)
-        function = Function(context.dump((square, None)))
-
-        def make(link, number, fails=False):
-            job = Job(link, number, context, context_id, function, [3], flat=True)
-            if fails:  # another thread, that knows the job by now
-                job.fail(InterruptedError("cancelled"))
-            return job
-
-        job = controller.start(make)
-        assert results(job) == [9]
-        controller.end(job)
-        job = controller.start(lambda link, number: make(link, number, True))
-        with pytest.raises(InterruptedError):
-            job.take(SECONDS)
-        controller.end(job, cancel=True)
-
-
-def test_a_call_that_ended_before_it_began_leaves_nothing(server, connect):
-    controller = connect()
-
-    def make(link, number):
-        context = letters.Context(caller=True)
-        job = Job(link, number, context, bytes(16), Function(context.dump((square, None))), [3], flat=True)
-        controller.end(job, cancel=True)
-        return job
-
-    controller.start(make)
-    assert not controller._jobs and controller.status()["jobs"] == []

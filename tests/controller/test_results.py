@@ -1,181 +1,371 @@
-"""The result buffer and the window, without a cluster."""
+"""What is answered and not taken, and the window: without a cluster, a thread or a pickle."""
+
+from __future__ import annotations
 
 import threading
 
 import pytest
 
-from achilles.controller.results import WINDOW_BYTES, SliceBuffer, Unit, UnitBuffer, Window
+from achilles.controller.results import WINDOW_BYTES, Answered, FlatResults, PacketResults, Run
+from achilles.controller.singles import Singles
+from achilles.errors import ProtocolError
 
 
-def buffer(ordered, *sizes):
-    """A buffer with units of so many slices of one argument each."""
-    buf, start = UnitBuffer(ordered), 0
-    for size in sizes:
-        buf.add(Unit(start, size, range(start, start + size)))
-        start += size
-    buf.finish(start)
-    return buf
+def run(first, count=1, size=1, arguments=None, place=None, start=None, letter=b"x"):
+    return Run(first, first * size if start is None else start, size, [letter] * count,
+               size * count if arguments is None else arguments, place)
 
 
-def taken(buf):
-    out = []
-    while units := buf.take(0):
-        out += [(unit.start, [unit.answers[n] for n in unit.slices]) for unit in units]
-    return out
+def answered(first, letters, **more):
+    """One answer a chunk: its letter is its name."""
+    made = run(first, len(letters), **more)
+    return Answered(made, bytes(len(letters)), [letter.encode() for letter in letters])
 
 
-def test_ordered_waits_for_the_next_one():
-    buf = buffer(True, 2, 1)
-    buf.put([2], ["c"])
-    with pytest.raises(TimeoutError):
-        buf.take(0)
-    buf.put([1], ["b"])
-    buf.put([0], ["a"])
-    assert taken(buf) == [(0, ["a", "b"]), (2, ["c"])]
+def names(found):
+    return None if found is None else b"".join(found.letters).decode()
 
 
-def test_unordered_gives_what_is_complete():
-    buf = buffer(False, 2, 1)
-    buf.put([2], ["c"])
-    assert [unit.start for unit in buf.take(0)] == [2]
-    buf.put([0], ["a"])
-    with pytest.raises(TimeoutError):
-        buf.take(0)
-    buf.put([1], ["b"])
-    assert taken(buf) == [(0, ["a", "b"])]
+class Length:
+    """A letter of which only the length counts."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
 
 
-def test_a_second_answer_is_ignored():
-    buf = buffer(True, 2)
-    buf.put([0], ["first"])
-    buf.put([0], ["second"])
-    buf.put([1], ["b"])
-    buf.put([1], ["late"])
-    assert taken(buf) == [(0, ["first", "b"])]
+@pytest.fixture(params=[True, False], ids=["ordered", "unordered"])
+def ordered(request):
+    return request.param
 
 
-def test_an_answer_that_was_no_good_is_waited_for_again():
-    buf = buffer(True, 1, 1)
-    buf.put([0], ["bad"])
-    buf.put([1], ["b"])
-    buf.put_back(buf.take(0), 0)
-    with pytest.raises(TimeoutError):
-        buf.take(0)
-    buf.put([0], ["good"])
-    assert taken(buf) == [(0, ["good"]), (1, ["b"])]
+def flat(ordered, *, by_argument=False, first=0, ready=None):
+    made = FlatResults(threading.Lock(), ordered, by_argument, ready)
+    made.begin(first)
+    made.changed = made.room = Told()
+    return made
 
 
-def test_a_unit_without_slices_keeps_its_place():
-    buf = UnitBuffer(True)
-    buf.add(Unit(0, 1, range(0, 1)))
-    buf.add(Unit(1, 1, range(0)))
-    buf.finish(2)
-    with pytest.raises(TimeoutError):
-        buf.take(0)
-    buf.put([0], ["a"])
-    assert taken(buf) == [(0, ["a"]), (1, [])]
+def packets(ordered, by_argument=False):
+    made = PacketResults(threading.Lock(), ordered, by_argument)
+    made.changed = made.room = Told()
+    return made
 
 
-def test_nothing_at_all_ends_at_once():
-    assert taken(buffer(True)) == []
+class Told:
+    """In a condition's place: nobody waits."""
+
+    def __init__(self):
+        self.count = 0
+
+    def notify_all(self):
+        self.count += 1
 
 
-def test_the_iterables_own_error_comes_in_its_place():
-    buf = UnitBuffer(True)
-    buf.add(Unit(0, 1, range(1)))
-    buf.finish(1, KeyError("mine"))
-    buf.put([0], ["a"])
-    assert [unit.answers for unit in buf.take(0)] == [{0: "a"}]
-    with pytest.raises(KeyError):
-        buf.take(0)
+# Runs.
 
 
-def test_a_failure_comes_at_once_and_the_first_stays():
-    buf = buffer(True, 1)
-    buf.put([0], ["a"])
-    buf.fail(ConnectionError("first"))
+def test_a_run_is_cut_with_its_arguments():
+    whole = Run(10, 30, 3, ["a", "b", "c", "d"], 11)
+    assert (whole.end, whole.cut(1, 3).first, whole.cut(1, 3).start) == (14, 11, 33)
+    assert [whole.cut(at, at + 1).arguments for at in range(4)] == [3, 3, 3, 2], "the last chunk may be short"
+    assert (whole.cut(2).letters, whole.cut(2).arguments) == (["c", "d"], 5)
+    assert (whole.cut(0).arguments, whole.cut(4).letters, whole.cut(4).arguments) == (11, [], 0)
+
+
+def test_an_argument_is_named_by_its_index_or_by_its_place_in_a_list():
+    assert run(4, size=3).name(2) == "argument 14"
+    assert run(4, start=5, place=7).name(1) == "argument 6 of the list args[7]"
+
+
+# Chunks by themselves.
+
+
+def test_in_order_nothing_comes_before_the_next_one():
+    buf = flat(True)
+    buf.put(answered(1, "b"))
+    assert buf.take() is None
+    buf.put(answered(2, "cd"))
+    buf.put(answered(0, "a"))
+    assert [names(buf.take()) for _ in range(3)] == ["a", "b", "cd"]
+    assert buf.take() is None and not buf.over
+    buf.finish(4, None)
+    assert buf.over
+
+
+def test_out_of_order_it_comes_as_it_was_answered():
+    buf = flat(False)
+    buf.put(answered(3, "d"))
+    buf.put(answered(0, "ab"))
+    assert [names(buf.take()) for _ in range(3)] == ["d", "ab", None]
+    buf.finish(4, None)
+    assert not buf.over
+    buf.put(answered(2, "c"))
+    buf.take()
+    assert buf.over
+
+
+def test_a_call_begins_where_the_one_before_it_in_its_job_ended(ordered):
+    buf = flat(ordered, first=100)
+    buf.put(answered(100, "ab", start=0))
+    assert buf.take().run.start == 0
+    buf.finish(102, None)
+    assert buf.over
+
+
+def test_nothing_at_all_is_over_at_once(ordered):
+    buf = flat(ordered)
+    buf.finish(0, None)
+    assert buf.over and buf.take() is None
+
+
+def test_who_takes_is_told_when_the_next_one_is_there_and_of_the_end(ordered):
+    told = []
+    buf = flat(ordered, ready=lambda: told.append(1))
+    buf.put(answered(1, "b"))
+    assert len(told) == (not ordered)
+    buf.put(answered(0, "a"))
+    assert len(told) == 1 + (not ordered)
+    before = len(told)
+    buf.finish(2, None)
+    assert len(told) == before + 1
+
+
+def test_the_first_failure_stays():
+    buf = flat(True)
+    first = ConnectionError("first")
+    buf.fail(first)
     buf.fail(KeyError("second"))
-    with pytest.raises(ConnectionError):
-        buf.take(0)
+    assert buf.error is first
 
 
-def test_take_is_woken():
-    buf = buffer(True, 1)
-    threading.Timer(0.02, buf.put, ([0], ["a"])).start()
-    assert [unit.answers for unit in buf.take(30)] == [{0: "a"}]
+# The window.
 
 
-def entered(window, weight, size, timeout=0.0):
-    """Whether there was room for so much, which is taken then."""
-    room = window.room(weight, size, timeout) >= weight
-    if room:
-        window.enter(weight, size)
-    return room
+def test_the_window_counts_chunks_until_they_are_taken():
+    buf = flat(True)
+    assert buf.free(2) == 2
+    buf.enter(run(0, 2))
+    assert buf.free(2) == 0
+    buf.put(answered(0, "a"))
+    assert buf.free(2) == 0, "an answer is not taken yet"
+    buf.take()
+    assert buf.free(2) == 1
+    buf.put(answered(1, "b"))
+    buf.take()
+    assert buf.free(2) == 2
 
 
-def test_slices_come_in_their_order_as_many_as_there_are():
-    buf = SliceBuffer(True)
-    buf.put([1, 2, 4], "bce")
-    with pytest.raises(TimeoutError):
-        buf.take(0)
-    buf.put([0], "a")
-    assert buf.take(0) == [(0, "a"), (1, "b"), (2, "c")]
-    buf.put([3], "d")
-    buf.finish(5, KeyError("behind the last"))
-    assert buf.take(0) == [(3, "d"), (4, "e")]
-    with pytest.raises(KeyError):
-        buf.take(0)
+def test_a_window_of_arguments_is_given_back_chunk_by_chunk(ordered):
+    buf = flat(ordered, by_argument=True)
+    buf.enter(run(0, 3, size=2, arguments=5))
+    assert buf.free(5) == 0
+    buf.put(answered(0, "abc", size=2, arguments=5))
+    found = []
+    while (taken := buf.take()) is not None:
+        found.append((names(taken), taken.run.arguments, buf.free(5)))
+    assert found == [("a", 2, 2), ("b", 2, 4), ("c", 1, 5)]
 
 
-def test_slices_come_as_they_are_answered():
-    buf = SliceBuffer(False)
-    buf.put([2], "c")
-    assert buf.take(0) == [(2, "c")]
-    buf.put([1, 0], "ba")
-    buf.finish(3)
-    assert buf.take(0) == [(1, "b"), (0, "a")]
-    assert buf.take(0) == []
+def test_no_more_enters_than_256_mib():
+    buf = flat(True)
+    buf.enter(run(0, letter=Length(WINDOW_BYTES)))
+    assert buf.free(10) == 9
+    buf.enter(run(1, letter=Length(1)))
+    assert buf.free(10) == 0
+    buf.taken(run(0, letter=Length(WINDOW_BYTES)))
+    assert buf.free(10) == 9
 
 
-@pytest.mark.parametrize("ordered", [True, False])
-def test_slices_that_were_not_delivered_come_again_but_for_the_bad_one(ordered):
-    buf = SliceBuffer(ordered)
-    buf.put([0, 1], ["bad", "b"])
-    buf.put_back(buf.take(0))
-    buf.put([0], ["good"])
-    buf.finish(2)
-    assert sorted(buf.take(0)) == [(0, "good"), (1, "b")]
-    assert buf.take(0) == []
+def test_one_chunk_may_always_go_when_nothing_is_out():
+    buf = flat(True)
+    assert buf.free(2, 5) == 5
+    buf.enter(run(0, letter=Length(2 * WINDOW_BYTES)))
+    assert buf.free(2, 1) == 0
 
 
-def test_the_window_counts_weight_and_bytes():
-    window = Window(2)
-    assert window.room(1, 0) == 2
-    assert entered(window, 1, 0) and entered(window, 1, 0) and not entered(window, 1, 0)
-    window.leave(1, 0)
-    assert entered(window, 1, WINDOW_BYTES)
-    window.leave(1, 0)
-    assert not entered(window, 1, 1)
+def test_a_list_counts_as_one_argument():
+    buf = packets(True, by_argument=True)
+    buf.enter(run(0, 3, size=4, place=0, start=0))
+    buf.enter(run(3, 2, size=3, place=0, start=12))
+    assert buf.out == 1
+    buf.taken(run(3, 2, size=3, place=0, start=12))
+    buf.taken(run(0, 3, size=4, place=0, start=0))
+    assert buf.out == 0
 
 
-def test_one_may_always_go_when_nothing_is_out():
-    window = Window(2)
-    assert window.room(5, 2 * WINDOW_BYTES) == 5
-    window.enter(5, 2 * WINDOW_BYTES)
-    assert not entered(window, 1, 0)
+def test_the_feeder_is_woken_when_a_quarter_of_the_window_is_free():
+    buf = flat(True)
+    assert buf.free(8) == 8
+    buf.enter(run(0, 8))
+    buf.taken(run(0))
+    assert buf.room.count == 0
+    buf.taken(run(1))
+    assert buf.room.count == 1
 
 
-def test_a_lifted_window_has_no_end():
-    window = Window(1)
-    assert entered(window, 1, 0) and not entered(window, 1, 0)
-    window.resize(float("inf"))
-    assert all(entered(window, 1, 0) for _ in range(1000))
+# Packets.
 
 
-def test_whoever_waits_is_woken_by_leave_and_by_close():
-    window = Window(1)
-    window.enter(1, 0)
-    threading.Timer(0.02, window.leave, (1, 0)).start()
-    assert entered(window, 1, 0, 30)
-    threading.Timer(0.02, window.close).start()
-    assert not entered(window, 1, 0, 30) and window.closed
+def lengths(buf):
+    """The lengths of the packets that are there, in chunks."""
+    found = []
+    while (unit := buf.take()) is not None:
+        found.append(sum(len(piece.letters) for piece in unit.pieces))
+    return found
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_packets_of_nodes_of_two_and_six_workers_are_contiguous_and_as_long_as_their_node(order):
+    buf = packets(False)
+    buf.give(0, 3, 2, 100)  # packets of 2: chunks 0 and 1, 2 and 3
+    buf.give(3, 1, 6, 100)  # chunk 3 belongs to the second packet
+    buf.give(4, 4, 6, 100)  # 4 to 9
+    buf.give(8, 1, 2, 100)
+    buf.give(9, 5, 2, 100)  # 10 and 11, 12 and 13
+    pieces = [answered(0, "abcdefg"), answered(7, "hijklmn")]
+    for number in order:
+        buf.put(pieces[number])
+    found = [(unit.first, b"".join(b"".join(piece.letters) for piece in unit.pieces))
+             for unit in iter(buf.take, None)]
+    assert sorted(found) == [(0, b"ab"), (2, b"cd"), (4, b"efghij"), (10, b"kl"), (12, b"mn")]
+
+
+def test_a_packet_is_delivered_whole_and_in_order():
+    buf = packets(True)
+    buf.give(0, 4, 2, 4)
+    for number in (3, 2, 1):
+        buf.put(answered(number, "dcba"[3 - number]))
+        assert buf.take() is None
+    assert buf.changed.count == 0, "nobody is woken for nothing"
+    buf.put(answered(0, "a"))
+    assert lengths(buf) == [2, 2]
+    buf.finish(4, None)
+    assert buf.over
+
+
+def test_out_of_order_a_packet_comes_when_it_is_complete():
+    buf = packets(False)
+    buf.give(0, 4, 2, 4)
+    buf.put(answered(2, "cd"))
+    assert buf.take().first == 2
+    buf.put(answered(0, "ab"))
+    assert buf.take().first == 0
+
+
+def test_the_last_packet_ends_with_the_call():
+    buf = packets(True)
+    buf.give(0, 1, 8, 1)
+    buf.put(answered(0, "a"))
+    assert buf.take() is None
+    buf.finish(1, None)
+    assert lengths(buf) == [1] and buf.over
+
+
+def test_a_packet_that_is_given_after_the_end_is_no_longer_than_what_is_left():
+    buf = packets(True)
+    buf.finish(3, None)
+    assert not buf.over
+    buf.give(0, 3, 2, 3)
+    buf.put(answered(0, "abc"))
+    assert lengths(buf) == [2, 1] and buf.over
+
+
+def test_a_feeder_that_is_held_up_cuts_the_packet_that_has_begun():
+    buf = packets(True)
+    buf.cut(0)
+    buf.give(0, 3, 8, 3)
+    buf.put(answered(0, "abc"))
+    assert buf.take() is None
+    buf.cut(3)
+    assert lengths(buf) == [3]
+    buf.give(3, 2, 2, 5)
+    buf.put(answered(3, "de"))
+    assert lengths(buf) == [2], "the next one begins there"
+
+
+def test_a_full_window_cuts_no_packet_while_another_one_will_make_room():
+    buf = packets(True)
+    buf.give(0, 5, 4, 5)
+    buf.put(answered(0, "abc"))
+    buf.put(answered(4, "e"))
+    buf.cut(5, stuck=True)
+    assert buf.take() is None
+    buf.put(answered(3, "d"))
+    assert lengths(buf) == [4]
+    buf.cut(5, stuck=True)
+    assert lengths(buf) == [1]
+
+
+def test_what_was_not_given_is_not_cut():
+    buf = packets(True)
+    buf.cut(3)
+    buf.give(0, 3, 2, 3)
+    assert [(unit.first, unit.end) for unit in buf._units] == [(0, 2), (2, 4)]
+
+
+@pytest.mark.parametrize("given", [(0, 2, 2), (3, 1, 2), (2, 0, 2), (2, 1, 0), (2, 9, 2)])
+def test_giving_what_is_not_next_is_the_servers_fault(given):
+    buf = packets(True)
+    buf.give(0, 2, 2, 5)
+    with pytest.raises(ProtocolError, match="given"):
+        buf.give(*given, 5)
+
+
+def test_each_list_is_a_packet_of_its_own_empty_ones_too():
+    buf = packets(True)
+    buf.add_list(0, 0, 2)
+    buf.add_list(1, 2, 2)
+    buf.add_list(2, 2, 3)
+    buf.put(answered(2, "c", place=2))
+    assert buf.take() is None
+    buf.put(answered(0, "ab", place=0))
+    assert [unit.place for unit in iter(buf.take, None)] == [0, 1, 2]
+    buf.finish(3, None)
+    assert buf.over
+    with pytest.raises(ProtocolError):
+        buf.give(3, 1, 1, 9)
+
+
+# Single calls.
+
+
+class Entry:
+    def __init__(self):
+        self.said = []
+
+    def put(self, status, letter):
+        self.said.append((status, letter))
+
+    def fail(self, error):
+        self.said.append(error)
+
+
+def test_each_entry_gets_its_answer_and_the_last_one_leaves_the_job_idle():
+    idle = []
+    sink = Singles(lambda: idle.append(1))
+    first, second = sink.entries[0], sink.entries[1] = Entry(), Entry()
+    sink.put(answered(0, "a"))
+    assert not idle
+    sink.put(answered(1, "b"))
+    assert (first.said, second.said) == ([(0, b"a")], [(0, b"b")])
+    assert idle and not sink.entries
+
+
+def test_what_nobody_waits_for_any_more_is_dropped():
+    sink = Singles(lambda: None)
+    entry = sink.entries[0] = Entry()
+    sink.leave(0)
+    sink.put(answered(0, "a"))
+    assert entry.said == []
+
+
+def test_a_failed_job_fails_each_entry_once():
+    sink = Singles(lambda: None)
+    entry, error = Entry(), KeyError("mine")
+    sink.entries[0] = entry
+    sink.fail(error)
+    sink.fail(error)
+    assert entry.said == [error]

@@ -19,7 +19,7 @@ from conftest import SECONDS, wait_until
 
 import achilles
 from achilles import Pool
-from achilles.node.worker import CONTEXTS_KEPT
+from achilles.dropin.engine import CONTEXTS_KEPT
 
 
 def square(x):
@@ -182,10 +182,20 @@ def test_what_has_not_begun_is_cancelled_with_its_job(tmp_path):
         wait_until((tmp_path / "begun 0").exists, "the first call")
         wait_until(lambda: executor._work_queue.qsize(), "a second one behind it")
         results.cancel()
-        wait_until(lambda: not pool._controller._jobs, "the end of the job")
+        wait_until(lambda: not pool._controller.jobs, "the end of the job")
         assert pool._controller._events.empty() or wait_until(pool._controller._events.empty)
         (tmp_path / "go").touch()
     assert [*tmp_path.glob("begun *")] == [tmp_path / "begun 0"]
+
+
+def test_a_call_that_begins_as_its_pool_is_terminated_hangs_nobody(executor):
+    pool = Pool(executor=executor)
+    pool.terminate()
+    pool._state = "RUN"  # as the thread of the call has seen it
+    for method in (pool.map, pool.map_async, pool.imap, pool.apply_async):
+        with pytest.raises(InterruptedError, match="closed"):
+            method(square, [1, 2])
+    pool.terminate()
 
 
 def test_what_breaks_the_executor_is_the_error_of_the_call():
@@ -196,18 +206,16 @@ def test_what_breaks_the_executor_is_the_error_of_the_call():
             pool.map(square, [1])
 
 
-def test_an_error_in_the_engines_thread_ends_every_call_and_later_ones_work(monkeypatch, caplog):
+def test_what_the_executor_refuses_is_the_error_of_that_call_and_others_go_on(monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(1) as executor, Pool(executor=executor) as pool:
+        first = pool.map_async(wait_for_go, [1])
+        wait_until(lambda: executor._threads, "its submit")
         with monkeypatch.context() as patch:
-            first = pool.map_async(wait_for_go, [1])
-            patch.setattr(pool._controller._scheduler, "add", lambda *args: 1 // 0)
-            second = pool.map_async(square, [1])
-            for result in (first, second):
-                with pytest.raises(ZeroDivisionError):
-                    result.get(SECONDS)
+            patch.setattr(executor, "submit", lambda *args: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                pool.map(square, [1])
         go.set()
-        assert pool.map(square, range(3)) == [0, 1, 4]
-    assert "ZeroDivisionError" in caplog.text
+        assert first.get(SECONDS) == [True] and pool.map(square, range(3)) == [0, 1, 4]
 
 
 def test_what_only_our_nodes_can_do_is_refused(executor):

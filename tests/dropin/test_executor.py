@@ -14,7 +14,8 @@ import pytest
 from conftest import SECONDS, in_a_child, wait_until
 
 from achilles import Executor, LocalCluster, ServerUnreachable, cluster_status
-from achilles.dropin.executor import Future, _Call
+from achilles.controller.job import Job
+from achilles.dropin.executor import Future
 
 
 def square(x):
@@ -94,10 +95,10 @@ def test_many_calls_that_cannot_be_sent_fail_one_by_one(make):
 
 
 @pytest.mark.parametrize("where", ["the dump", "the first step", "the second step"])
-def test_ctrl_c_while_a_call_is_given_out_reaches_who_submits_and_breaks_nothing(make, monkeypatch, where):
+def test_ctrl_c_while_a_call_is_queued_reaches_who_submits_and_breaks_nothing(make, monkeypatch, where):
     executor, began = make(), []
-    steps = {"the dump": (executor._pool, "_start"), "the first step": (_Call, "begin"),
-             "the second step": (Future, "set_running_or_notify_cancel")}
+    steps = {"the dump": (executor, "_function"), "the first step": (Job, "__init__"),
+             "the second step": (Future, "begin")}
 
     def interrupt(*args, **more):
         began.append(args)
@@ -107,7 +108,7 @@ def test_ctrl_c_while_a_call_is_given_out_reaches_who_submits_and_breaks_nothing
         patch.setattr(*steps[where], interrupt)
         with pytest.raises(KeyboardInterrupt):
             executor.submit(square, 2)
-    assert len(began) == 1 and not executor._giving and executor._out == 0
+    assert len(began) == 1 and not executor._dispatcher.open
     assert executor.submit(square, 3).result(SECONDS) == 9
     executor.shutdown()
 
@@ -142,7 +143,7 @@ def test_a_map_that_is_closed_or_dropped_is_cancelled_though_it_has_no_end(make,
         assert list(results) == []
     del results
     gc.collect()
-    wait_until(lambda: not executor._pool._dispatcher.takers, "the end of the work")
+    wait_until(lambda: not executor._dispatcher.open, "the end of the work")
     executor.shutdown()
 
 
@@ -166,11 +167,10 @@ def test_a_queued_call_is_cancelled_for_certain(make, cluster, tmp_path):
     begun(path)
     queued = [executor.submit(wait_for, str(tmp_path / f"never {n}")) for n in range(5)]
     pending = [future for future in queued if not future.running()]
-    assert len(pending) == 4 and not first.cancel() and first.running()
+    assert len(pending) == 5 and not first.cancel() and first.running()
     assert all(future.cancel() and future.cancel() for future in pending)
     done, _ = concurrent.futures.wait(pending, SECONDS)
-    assert len(done) == 4 and all(future.cancelled() for future in pending)
-    assert queued[0].cancel(kill=True)  # it is with the server, which has one of them run at a time
+    assert len(done) == 5 and all(future.cancelled() for future in pending)
     wait_until(lambda: not any(job["queued"] for job in cluster_status(
         cluster.host, cluster.port, cluster.username, cluster.secret_key)["jobs"]))
     release(path)
@@ -196,10 +196,22 @@ def test_a_running_call_is_stopped_with_kill(make, tmp_path):
     assert not future.cancel() and future.cancel(kill=True)
     with pytest.raises(concurrent.futures.CancelledError):
         future.result(SECONDS)
-    assert future.cancelled() and not future.cancel(kill=True)
+    assert future.cancelled() and future.cancel(kill=True)
     with pytest.raises(concurrent.futures.CancelledError):
         future.exception()
     assert executor.submit(square, 3).result(SECONDS) == 9
+
+
+def test_a_call_that_is_killed_leaves_the_others_of_its_function_alone(make, tmp_path):
+    executor, paths = make(), [str(tmp_path / str(n)) for n in range(2)]
+    killed, kept = [executor.submit(wait_for, path) for path in paths]
+    begun(paths[0]), begun(paths[1])
+    assert killed.cancel(kill=True) and not kept.done()
+    job, = executor._controller.jobs.values()
+    wait_until(lambda: len(job.out) == 1, "the return of the call that was killed")
+    assert not job.waiting, "it is not sent again"
+    release(paths[1])
+    assert kept.result(SECONDS) is None and executor.submit(square, 3).result(SECONDS) == 9
 
 
 def test_shutdown_waits_for_what_was_submitted(make):
@@ -220,7 +232,7 @@ def test_shutdown_without_waiting_leaves_the_work_to_be_done(make, tmp_path):
     assert not any(future.done() for future in futures)
     release(path)
     assert [future.result(SECONDS) for future in futures] == [None] * 8
-    wait_until(lambda: not executor._pool._dispatcher._thread.is_alive(), "the end of the dispatcher")
+    wait_until(lambda: not executor._dispatcher._thread.is_alive(), "the end of the dispatcher")
 
 
 def test_shutdown_may_cancel_what_is_queued(make, tmp_path):
@@ -229,7 +241,7 @@ def test_shutdown_may_cancel_what_is_queued(make, tmp_path):
     begun(path)
     executor.shutdown(wait=False, cancel_futures=True)
     release(path)
-    assert [future.cancelled() for future in futures] == [False] * 2 + [True] * 6
+    assert [future.cancelled() for future in futures] == [False] + [True] * 7
 
 
 def test_an_executor_that_is_dropped_ends_in_silence(make, cluster):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import functools
 import gc
 import inspect
@@ -19,6 +20,7 @@ import threading
 import time
 import weakref
 from multiprocessing.pool import MaybeEncodingError, RemoteTraceback, ThreadPool
+from pathlib import Path
 
 import pytest
 import tasks
@@ -33,11 +35,12 @@ from achilles import (
     LocalCluster,
     NoNodesError,
     Pool,
+    ServerUnreachable,
     TaskTimeout,
     WorkerLost,
-    cluster_status,
     kill_cluster,
 )
+from achilles.controller import Controller
 from achilles.dropin.async_results import AsyncResult, PoolIterator, ResultTimeout
 from achilles.objects import letters
 from achilles.protocol.channel import Channel
@@ -434,9 +437,12 @@ def test_a_callback_that_raises_is_told_and_the_next_one_is_called(make, monkeyp
     monkeypatch.setattr(threading, "excepthook", complaints.append)
     assert pool.apply_async(square, (3,), callback=inverse_of_nothing).get(SECONDS) == 9
     assert pool.map_async(square, [4], callback=heard.append).get(SECONDS) == heard[0] == [16]
-    assert [each.exc_type for each in complaints] == [ZeroDivisionError]
+    assert pool.map_async(square, [5], callback=inverse_of_nothing).get(SECONDS) == [25]
     pool.close()
-    pool.join()
+    joining = threading.Thread(target=pool.join, daemon=True)
+    joining.start()
+    joining.join(SECONDS)
+    assert not joining.is_alive() and [each.exc_type for each in complaints] == [ZeroDivisionError] * 2
 
 
 def inverse_of_nothing(_):
@@ -512,13 +518,49 @@ def test_an_iterator_and_a_result_that_are_dropped_are_done_all_the_same(make, t
         assert sorted(int(line.split()[0]) for line in file) == list(range(300))
 
 
+def test_ctrl_c_reaches_a_join_that_waits_for_an_iterator(make):
+    pool = make()
+    iterator = pool.imap(after, [60])
+    pool.close()
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.join()
+    timer.join()
+    with pytest.raises(KeyboardInterrupt):
+        iterator.next(SECONDS)
+
+
+def test_where_no_thread_can_be_started_the_call_says_so_and_is_over(make, monkeypatch):
+    pool, start = make(), threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "achilles-feeder":
+            raise RuntimeError("no more threads")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="no more threads"):
+        pool.imap(square, iter([1]))
+    assert not pool._dispatcher.open and pool.map(square, [2]) == [4]
+
+
+def test_an_iterator_that_is_left_over_at_the_end_of_the_interpreter_is_silent(cluster):
+    place = where(cluster) | {"secret_key": cluster.settings.secret.reveal()}
+    script = f"import achilles, operator; pool = achilles.Pool(**{place!r}); " \
+        "iterator = pool.imap(operator.neg, range(2000), buffersize=4); next(iterator); pool._state = 'TERMINATE'"
+    done = subprocess.run([*PYTHON, "-c", script], env=environment(), capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
 def test_an_iterator_that_is_dropped_when_its_window_is_full_goes_on(make):
     pool = make()
     iterator = pool.imap(square, range(50), buffersize=2)
-    job = iterator.job
-    wait_until(lambda: len(job.slices) == 2 and not job._waiting, "a full window, all answered")
+    call = iterator._stream.call
+    wait_until(lambda: call.results.out == 2 and not call.job.owes, "a full window, all answered")
     del iterator
-    wait_until(lambda: not pool._controller._jobs, "the end of its job")
+    wait_until(lambda: not pool._dispatcher.open, "the end of its call")
+    assert call.results.over
 
 
 def test_terminate_ends_who_waits(make):
@@ -526,13 +568,35 @@ def test_terminate_ends_who_waits(make):
     result, iterator, told = pool.map_async(after, [60, 60]), pool.imap(after, [60, 60]), []
     waiting = threading.Thread(target=lambda: told.append(outcome(lambda: pool.map(after, [60]))))
     waiting.start()
-    wait_until(lambda: len(pool._controller._jobs) == 3)
+    wait_until(lambda: len(pool._controller.jobs) == 3)
     pool.terminate()
     pool.join()
     waiting.join(SECONDS)
     for found in (outcome(result.get), outcome(iterator.next), *told):
         assert found[:2] == (InterruptedError, "the pool was terminated before this was done")
     assert len(told) == 1
+
+
+def test_a_call_that_begins_while_its_pool_is_terminated_fails(make, monkeypatch):
+    pool, fail_jobs = make(), Controller.fail_jobs
+    result = []
+
+    def fail_and_begin(self, error):
+        fail_jobs(self, error)
+        if not result:
+            monkeypatch.setattr(Controller, "fail_jobs", fail_jobs)
+            threading.Timer(0, lambda: result.append(pool.map_async(after, [60]))).start()
+            self.lock.release()
+            wait_until(lambda: result)
+            self.lock.acquire()
+
+    monkeypatch.setattr(Controller, "fail_jobs", fail_and_begin)
+    begin = pool._check_running
+    monkeypatch.setattr(pool, "_check_running", lambda: None)  # it has looked just before
+    pool.terminate()
+    monkeypatch.setattr(pool, "_check_running", begin)
+    with pytest.raises(ServerUnreachable):
+        result[0].get(SECONDS)
 
 
 def test_a_pool_that_is_dropped_warns_and_closes(cluster, no_leftovers):
@@ -576,10 +640,11 @@ def test_nothing_is_kept_alive_after_it_is_delivered(make):
     iterator = pool.imap(type, arguments)
     result = pool.map_async(square, range(10))
     assert next(iterator).__name__ == "Odd" and result.get(SECONDS)
-    assert [*iterator] and result.job is None and iterator.job is None
+    assert [*iterator] and result.call is None and iterator._stream.call is None
     del arguments
     wait_until(lambda: gc.collect() is not None and not any(ref() for ref in seen), "the end of the arguments")
-    wait_until(lambda: not pool._dispatcher.kept and not pool._controller._jobs, "the end of the jobs")
+    wait_until(lambda: not pool._dispatcher.open, "the end of the calls")
+    assert not any(job.sink or job.owes for job in pool._controller.jobs.values())
 
 
 def test_a_result_is_gone_when_the_caller_lets_go_of_it(make):
@@ -627,13 +692,17 @@ def pid_of(seconds):
     return os.getpid()
 
 
-def test_quick_slices_of_few_processes_go_together(make, cluster):
-    def done():
-        return sum(node["done"] for node in cluster_status(**where(cluster))["nodes"])
+def test_quick_chunks_of_few_processes_go_together(make, monkeypatch):
+    batches, send = [], Channel.send
 
-    pool, before = make(processes=1), done()
+    def counting(self, kind, body, **options):
+        batches.extend([body] if kind is Kind.TASK else [])
+        send(self, kind, body, **options)
+
+    monkeypatch.setattr(Channel, "send", counting)
+    pool = make(processes=1)
     assert pool.map(square, range(3000), 1) == list(pool.imap(square, range(3000))) == [*map(square, range(3000))]
-    assert done() - before < 1500
+    assert len(batches) < 1500
 
 
 def test_the_number_of_workers_is_that_of_the_cluster_as_it_grows_and_shrinks(tmp_path):
@@ -754,8 +823,8 @@ def test_a_large_function_crosses_each_link_once(tmp_path, monkeypatch, unconfig
     sent, greeted, send = [], [], Channel.send
 
     def counting(self, kind, body, **options):
-        if kind is Kind.FUNCTION:
-            sent.append((self.name.split()[0], body.size()))
+        if kind is Kind.JOB:
+            sent.append((self.name.split()[0], sum(map(len, body.letters()))))
         elif kind is Kind.HELLO:
             greeted.append(self.name.split()[0])
         send(self, kind, body, **options)
@@ -864,3 +933,55 @@ def test_a_cluster_that_is_killed_ends_the_calls():
             result.get(SECONDS)
         with pytest.raises(ClusterKilled):
             pool.map(square, [1])
+
+
+class RecordedLock:
+    """A lock that notes where in the package it was made, once it is used."""
+
+    used: set[str] = set()
+
+    def __init__(self):
+        self.lock, frame = _thread.allocate_lock(), sys._getframe(1)
+        while "threading.py" in frame.f_code.co_filename:
+            frame = frame.f_back
+        self.place = f"{Path(frame.f_code.co_filename).stem}.{frame.f_lineno}"
+        self.own = "achilles" in Path(frame.f_code.co_filename).parts
+
+    def acquire(self, *args, **options):
+        if self.own:
+            self.used.add(self.place)
+        return self.lock.acquire(*args, **options)
+
+    def release(self):
+        self.lock.release()
+
+    def locked(self):
+        return self.lock.locked()
+
+    def __enter__(self):
+        return self.acquire()
+
+    def __exit__(self, *_):
+        self.release()
+
+
+def test_a_map_of_a_list_has_two_threads_and_five_locks(make, monkeypatch):
+    before = {*threading.enumerate()}
+    monkeypatch.setattr(threading, "Lock", RecordedLock)
+    pool = make()
+    monkeypatch.undo()
+    RecordedLock.used.clear()
+    seen = set()
+
+    def watch():
+        while not done.wait(0.005):
+            seen.update(thread.name.split()[0] for thread in {*threading.enumerate()} - before)
+
+    done = threading.Event()
+    watcher = threading.Thread(target=watch, name="watcher")
+    watcher.start()
+    pool.map(square, list(range(20_000)), 1)
+    done.set()
+    watcher.join()
+    assert seen == {"achilles-reader", "achilles-writer", "watcher"}
+    assert len(RecordedLock.used) <= 3, RecordedLock.used  # and two that are made for each map and its objects

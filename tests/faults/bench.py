@@ -191,7 +191,7 @@ class Bench:
 
     def note(self, again: Again | None = None, *, detect: float | None = None, recover: float | None = None,
              repeated: int | None = None, remark: str | None = None) -> None:
-        """What was measured. A fault that hit no slice has nothing to say of time."""
+        """What was measured. A fault that hit no chunk has nothing to say of time."""
         if again is not None and again.indexes:
             detect, recover = again.detect, again.recover
         for values, value in ((self.detect, detect), (self.recover, recover), (self.repeated, repeated),
@@ -221,8 +221,8 @@ class Bench:
             for process in cluster.processes:
                 text = process.err.read_text(errors="replace")
                 role = process.err.name.partition("-")[0] in ("server", "node")
-                if process.popen.returncode == -signal.SIGKILL and "forkserver.py" in text:
-                    continue  # killed while its fork server began a worker, which says what it did not get to read
+                if process.popen.returncode == -signal.SIGKILL and ("forkserver.py" in text or "spawn.py" in text):
+                    continue  # killed while a worker began, which says what it did not get to read
                 assert not (role and "Traceback" in text), f"{process.err}: {text[text.index('Traceback') :][:1000]}"
 
     def _folder(self, name: str) -> Path:

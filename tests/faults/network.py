@@ -75,7 +75,7 @@ def _far(bench: Bench, *nodes: int) -> tuple[Link, _FarCluster]:
 def _black_hole(bench: Bench, sides: tuple[int, ...], busy: bool) -> None:
     """A node behind a cable that swallows: both ends notice within 20 s, and all ends right when it heals.
 
-    Busy: there are slices there, and data that nobody acknowledges.
+    Busy: there are chunks there, and data that nobody acknowledges.
     """
     link, cluster = _far(bench, 2)
     node = cluster.nodes[0]
@@ -183,7 +183,7 @@ def black_hole_short(bench: Bench) -> None:
 def black_hole_flapping(bench: Bench) -> None:
     """No livelock: in the good half of the time work gets done.
 
-    A slice that ten nodes were lost with would be an error: what has not begun is not charged, whatever is lost here.
+    A chunk that ten nodes were lost with would be an error: what has not begun is not charged, whatever is lost here.
     """
     link, cluster = _far(bench, 2)
     oracle, over = bench.oracle(), threading.Event()
@@ -332,7 +332,7 @@ def _altered(bench: Bench, times: int, *, at_node: bool, up: bool) -> Call:
     call = bench.call(cluster, "imap", echo, args, **({} if at_node else {"port": proxy.port}))
     found = call.result(30)
     assert not rule.times, "nothing was altered"
-    assert proxy.accepted == 1, "the connection was given up"
+    assert proxy.accepted == 1 or (times > 1 and up and not at_node), "the connection was given up"
     assert {n: v for n, v in found.items() if n != 3} == {n: v for n, v in enumerate(args) if n != 3}
     assert 3 in call.errors or found[3] == args[3], "what was altered was taken for right"
     return call
@@ -340,7 +340,7 @@ def _altered(bench: Bench, times: int, *, at_node: bool, up: bool) -> Call:
 
 @fault(6, "one bit of a letter is turned, once and twice", short=True)
 def altered(bench: Bench) -> None:
-    """Whoever opens it sees it; the slice is sent again."""
+    """Whoever opens it sees it; the chunk is sent again."""
     links = ((False, True), (False, False), (True, True), (True, False))
     for times in (2,) if bench.short else (1, 2):
         for at_node, up in links[::3] if bench.short else links:
@@ -356,7 +356,7 @@ def altered_always(bench: Bench) -> None:
 
 @fault(6, "one bit of the function is turned", short=True)
 def altered_function(bench: Bench) -> None:
-    """Who keeps it under its digest ends the connection, as after a wrong tag; all is sent again."""
+    """The worker that opens it says so twice. Then the caller connects anew, and sends all again."""
     big = b"mark" * 2000
 
     def work(number: int) -> int:
@@ -371,11 +371,11 @@ def altered_function(bench: Bench) -> None:
         port = {} if at_node else {"port": proxy.port}
         assert bench.call(cluster, "map", work, range(5), **port).result(30) == {n: n + 8000 for n in range(5)}
         assert not rule.times
-        assert proxy.accepted == 2, proxy.accepted
+        assert proxy.accepted == (1 if at_node else 2), proxy.accepted
 
 
-# Heads of frames with one row and a short envelope: kind, flags, count, and a length under 65,536.
-TASK_HEAD, RESULT_HEAD = b"\x09\x00\x00\x01\x00\x00", b"\x0c\x00\x00\x01\x00\x00"
+# Heads of frames with a short envelope: kind, flags, zero, and a length under 65,536.
+TASK_HEAD, RESULT_HEAD = b"\x07\x02\x00\x00\x00\x00", b"\x09\x00\x00\x00\x00\x00"
 
 
 @fault(6, "one bit of a frame's length is turned, idle after it")

@@ -143,7 +143,6 @@ def ten_nodes_of_one(bench: Bench) -> None:
         node = cluster.start_node(1)
         wait_until(lambda: oracle.counts()[0] == number, f"attempt {number}")  # noqa: B023
         node.kill()
-    assert set(oracle.counts()) == {0}
     cluster.start_node(1)
     found = call.result()
     assert set(call.errors) == {0}, call.errors
@@ -180,7 +179,7 @@ def forkserver_killed(bench: Bench) -> None:
 
 @fault(3, "node SIGSTOPped for 25 s", runs=1)
 def node_stopped(bench: Bench) -> None:
-    """Its slices go to the other after 20 s; what it answers late is dropped, and it joins again by itself."""
+    """Its chunks go to the other after 20 s; what it answers late is dropped, and it joins again by itself."""
     cluster, oracle = bench.cluster(2, 2), bench.oracle()
     node = cluster.nodes[1]
     call = bench.call(cluster, "imap", Work(oracle.path, 0.05), iter(range(1000)))

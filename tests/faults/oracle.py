@@ -26,7 +26,7 @@ class Event(NamedTuple):
 
 
 class Again(NamedTuple):
-    """What became of the slices that a fault has hit."""
+    """What became of the chunks that a fault has hit."""
 
     indexes: list[int]
     detect: float  # seconds from the fault to the first that was begun again
@@ -81,7 +81,7 @@ class Oracle:
         return sum(count - 1 for count in self.counts().values())
 
     def hit(self, since: float, pids: set[int] | None = None) -> Again:
-        """The slices that had begun, and not ended, at `since`, in these processes, and were run again."""
+        """The chunks that had begun, and not ended, at `since`, in these processes, and were run again."""
         before: dict[tuple[int, int], float] = {}
         events = self.events()
         for event in events:

@@ -38,7 +38,7 @@ def poison_exit(bench: Bench) -> None:
 
 
 @fault(2, "poison: os._exit(1), chunksize 64", runs=3)
-def poison_exit_in_a_slice(bench: Bench) -> None:
+def poison_exit_in_a_chunk(bench: Bench) -> None:
     _poison(bench, 200, 64, "exit", 1, seconds=0.001)
 
 
@@ -53,7 +53,7 @@ def poison_segfault(bench: Bench) -> None:
 
 
 @fault(2, "poison: SIGSEGV, chunksize 64", runs=3)
-def poison_segfault_in_a_slice(bench: Bench) -> None:
+def poison_segfault_in_a_chunk(bench: Bench) -> None:
     _poison(bench, 200, 64, "segfault", -signal.SIGSEGV, seconds=0.001)
 
 
@@ -68,7 +68,7 @@ def poison_memory(bench: Bench) -> None:
 
 
 @fault(2, "poison: out of memory, chunksize 64", runs=3)
-def poison_memory_in_a_slice(bench: Bench) -> None:
+def poison_memory_in_a_chunk(bench: Bench) -> None:
     _poison(bench, 200, 64, "memory", -signal.SIGABRT, seconds=0.001)
 
 
@@ -88,7 +88,7 @@ def poison_dump(bench: Bench) -> None:
 
 
 @fault(2, "poison: a value that kills who dumps it, chunksize 64", runs=3, short=True)
-def poison_dump_in_a_slice(bench: Bench) -> None:
+def poison_dump_in_a_chunk(bench: Bench) -> None:
     _poison(bench, 200, 64, "dump", 1, seconds=0.001)
 
 

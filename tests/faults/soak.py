@@ -40,10 +40,10 @@ __all__ = ["Round", "soak"]
 
 MARK = b"soak"  # what heavy arguments are made of; to alter them on the way
 JOBS = (1, 4)  # in a round
-NODE_FAULTS = 6  # a job, at most: a slice that was lost with ten nodes is given up, rightly
+NODE_FAULTS = 6  # a job, at most: a chunk that was lost with ten nodes is given up, rightly
 WORKER_KILLS = 2  # under one argument, at most: the third would be its end
 JOB_SECONDS = 150.0  # (short: 90) tells a hang from a long way back: silence, back-off and the job itself
-ROUND_TRIP_SECONDS = 0.2  # over a slow network, of a window of one slice: 3,000 of them took 150 s once
+ROUND_TRIP_SECONDS = 0.2  # over a slow network, of a window of one chunk: 3,000 of them took 150 s once
 TIMEOUT_SECONDS = 6.0  # of a job with arguments that hang: longer than anybody is stopped who is not given up
 SLOW_SECONDS = 15.0  # a round that takes longer shows its plan: somebody waited for a silence to end
 LONG_SILENCE = 0.04  # of all holds: over the limit of 20 s
@@ -141,7 +141,7 @@ class Round:
     # Faults.
 
     def _disturb(self, call: Call, oracle: Oracle, rng: random.Random, seconds: float, deaths: int) -> int:
-        """Do harm while the call runs; how many slices may have been repeated for it, and for `deaths` of workers.
+        """Do harm while the call runs; how many chunks may have been repeated for it, and for `deaths` of workers.
 
         A worker loses two messages at most. Whatever else befalls, no more is out than the window lets out.
         """
@@ -265,7 +265,7 @@ class Round:
         proxy.up.piece = proxy.down.piece = 65536
 
     def altering_network(self, oracle: Oracle, rng: random.Random) -> None:
-        """Letters of arguments, where they are heavy: twice is one less than a slice may be altered in a row."""
+        """Letters of arguments, where they are heavy: twice is one less than a chunk may be altered in a row."""
         rule = self._a_proxy(rng).up if rng.random() < 0.5 else self.for_nodes.down
         rule.spoil, rule.times = MARK * 300, 2
 

@@ -61,9 +61,9 @@ def worker_with_a_child(bench: Bench) -> None:
         tree.kill(process)
 
 
-@fault(1, "worker SIGKILLed in a task, three arguments of a slice, twice each", runs=20, short=True)
+@fault(1, "worker SIGKILLed in a task, three arguments of a chunk, twice each", runs=20, short=True)
 def worker_charges_one(bench: Bench) -> None:
-    """Six deaths of one slice: that argument alone is charged each time, so none of them is given up."""
+    """Six deaths of one chunk: that argument alone is charged each time, so none of them is given up."""
     cluster, oracle = bench.cluster(1), bench.oracle()
     bad = tuple(bench.rng.sample(range(8), 3))
     call = bench.call(cluster, "map", Work(oracle.path, 0, bad, "kill", times=2), range(8), chunksize=8)
@@ -115,7 +115,7 @@ def worker_receiving(bench: Bench) -> None:
     (victim,) = node.workers(1)
     tree.kill(victim, signal.SIGSTOP)
     call = bench.call(cluster, "map", length, [b"x" * (4 << 20)] * 5)
-    wait_until(lambda: any(job["running"] for job in cluster.status()["jobs"]), "slices at the node")
+    wait_until(lambda: any(job["running"] for job in cluster.status()["jobs"]), "chunks at the node")
     _wait(0.2)  # for the socket to be full
     node.signal(signal.SIGSTOP)
     used = tree.seconds_used(victim)

@@ -7,7 +7,7 @@ In an environment with atheris and the checkout:
 
 Options are libFuzzer's; further arguments are folders of inputs, of which the first is written to. Without one it
 begins with the frames of every kind. The first byte of an input says what it is given to: the frame decoder of one
-of the six links, with or without a signature, the parser of one kind's payload, or the handshake. What is found
+of the six links, with or without a signature, the parser of one kind's envelope, or the handshake. What is found
 is written to a file `crash-...`; the command with that file as its argument runs it again.
 """
 
@@ -24,8 +24,8 @@ with atheris.instrument_imports(include=["achilles", "json"]):
     import json.decoder
     import json.scanner
 
-    from achilles.protocol import frames
-    from achilles.protocol.frames import Kind, Rows
+    from achilles.protocol import frames, kinds, reader
+    from achilles.protocol.frames import Batch, Kind, LongLetter
 
 import targets
 
@@ -37,7 +37,8 @@ json.scanner.make_scanner = json.scanner.py_make_scanner  # type: ignore[attr-de
 json.decoder.scanner.make_scanner = json.scanner.py_make_scanner  # type: ignore[attr-defined]
 json._default_decoder = json.decoder.JSONDecoder()  # type: ignore[attr-defined]
 
-frames.BUFFER_BYTES, frames.LETTER_STEP_BYTES = 64, 256  # so that short inputs, too, make the buffers move and grow
+# So that short inputs, too, make the buffers move and grow.
+reader.BUFFER_BYTES, reader.DIRECT_BYTES, reader.LETTER_STEP_BYTES = 64, 16, 256
 
 STEPS = (1, 7, 64, 1 << 16)  # bytes in one piece
 SIGNED, PAYLOAD, HANDSHAKE = 0x40, 0x80, 0xC0  # the two highest bits of the first byte; 0 is an unsigned stream
@@ -48,7 +49,7 @@ def run_one(data: bytes) -> None:
     if not data:
         return
     mode, low, rest = data[0] & 0xC0, data[0] & 0x3F, data[1:]
-    link, step = frames.LINKS[low % len(frames.LINKS)], STEPS[low // len(frames.LINKS) % len(STEPS)]
+    link, step = kinds.LINKS[low % len(kinds.LINKS)], STEPS[low // len(kinds.LINKS) % len(STEPS)]
     if mode == PAYLOAD:
         targets.check_control(list(Kind)[low % len(Kind)], rest)
     elif mode == HANDSHAKE:
@@ -61,28 +62,34 @@ def run_one(data: bytes) -> None:
 
 def seeds() -> list[bytes]:
     """An input for each kind on each of its links, and for each payload."""
-    hex64 = "0f" * 32
     values = {"python": "3.11", "version": "1.0.0", "reason": "leaving", "code": "full", "context": "0f" * 16,
-              "function": hex64, "initializer": hex64, "message": "", "resumed": False, "pythons": {"3.11": 1},
-              "options": {"timeout": 2.5, "processes": 1, "maxtasksperchild": 1, "seed": -1, "call": "star"},
+              "message": "", "pythons": {"3.11": 1},
               "nodes": [{"id": 0, "address": "10.0.0.2", "python": "3.11", "version": "1", "cpu_count": 8, "busy": 3,
                          "done": 12, "since": 1.5}],
               "jobs": [{"id": 7, "user": "ann", "queued": 5, "running": 3, "done": 9}],
-              "server": {"version": "1", "uptime": 1.5, "memory": 1}, "letter_limit": 1 << 20}
-    long = bytes(range(256)) * 5
-    rows = frames.merge([Rows.single(7, 0, 0, 0, (b"ab",)), Rows.single(7, 1, 1, 0, (long,), frames.digest([long]))])
+              "server": {"version": "1", "uptime": 1.5, "memory": 1}}
+    data = bytes(range(256)) * 5
+    long = LongLetter((data,), frames.digest([data]), len(data))
+    options = '"timeout":2.5,"maxtasksperchild":1,"seed":"%s","call":"star"' % ("0f" * 32)
+    declaration = f'{{"context":"{"0f" * 16}","initializer":true,{options}}}'.encode()
     claim = b"ACHL\0\1C\0" + bytes(32) + b"ann".ljust(64, b"\0")
     found = [bytes([HANDSHAKE]) + message for message in (targets.GREETING, claim)]
-    for kind, links in frames.DIRECTIONS.items():
-        if kind in frames.ROW_COUNTS:
-            body = rows.cut(0, 1) if kind is Kind.FUNCTION else rows
-            body = Rows(7, frames.ROW.pack(3, 8, 0, 0)) if kind in frames.LETTERLESS else body
+    for kind, links in kinds.DIRECTIONS.items():
+        if kind is Kind.JOB:
+            body = Batch.pack(7, 0, [declaration, long, b"initializer"])
+        elif kind in kinds.LETTERS:
+            body = Batch.pack(7, 3, [b"ab", long], attempt=1, statuses=b"\0\1" if kind is Kind.RESULT else b"")
+        elif kind in kinds.RANGES:
+            body = Batch(7, *(low for low, _ in kinds.RANGES[kind]))
         else:
+            fields = dict(kinds.FIELDS[kind])
+            for link in links:
+                fields |= kinds.LINK_FIELDS.get((link, kind), {})
             numbers = {"nodes": 1} if kind is Kind.CLUSTER else {}
-            body = {name: (values | numbers).get(name, 7) for name in frames.FIELDS[kind]}
+            body = {name: (values | numbers).get(name, 7) for name in fields}
         frame = frames.Frame(kind, body)
-        found += [bytes([frames.LINKS.index(link)]) + 2 * targets.encoded(frame) for link in links]
-        found.append(bytes([SIGNED | frames.LINKS.index(links[0])]) + targets.encoded(frame) + bytes(32))
+        found += [bytes([kinds.LINKS.index(link)]) + 2 * targets.encoded(frame) for link in links]
+        found.append(bytes([SIGNED | kinds.LINKS.index(links[0])]) + targets.encoded(frame) + bytes(32))
         found.append(bytes([PAYLOAD | list(Kind).index(kind)]) + frames.encode(kind, body)[1])
     return found
 

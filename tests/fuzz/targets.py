@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from achilles.controller import job
+from achilles.controller import trouble
 from achilles.errors import AuthenticationError, ProtocolError
 from achilles.protocol import auth, frames
+from achilles.protocol import reader as reading
 from achilles.protocol.fields import read_object
-from achilles.protocol.frames import HEAD, FrameReader, Kind, Rows
+from achilles.protocol.frames import HEAD, Batch, Kind, LongLetter, joined
+from achilles.protocol.kinds import DIRECTIONS, FLAGS, LETTERS
+from achilles.protocol.reader import FrameReader
 
 KEY = bytes(range(32))
-LETTER_LIMIT_BYTES = 1 << 20
 GREETING = auth.greeting(bytes(32))
 
 
 def memory_bytes(reader: FrameReader) -> int:
     """What a reader holds for what has not come whole."""
-    return len(reader._buffer) + len(reader._letter)
+    return len(reader._buffer) + len(reader._letter.obj)
 
 
 def read(reader: FrameReader, data: bytes, step: int) -> tuple[list[frames.Frame], int]:
@@ -39,7 +41,7 @@ def read(reader: FrameReader, data: bytes, step: int) -> tuple[list[frames.Frame
             found += reader.received(count)
         except (ProtocolError, AuthenticationError):
             return found, taken
-        bound = frames.BUFFER_BYTES + frames.LETTER_STEP_BYTES + 2 * taken
+        bound = reading.BUFFER_BYTES + reading.LETTER_STEP_BYTES + 2 * taken
         assert memory_bytes(reader) <= bound, "memory was taken from a length field"
     return found, taken
 
@@ -47,10 +49,12 @@ def read(reader: FrameReader, data: bytes, step: int) -> tuple[list[frames.Frame
 def plain(frame: frames.Frame) -> Any:
     """What there is to compare of a frame."""
     kind, body = frame
-    if not isinstance(body, Rows):
+    if not isinstance(body, Batch):
         return kind, body
-    letters = [(digest, b"".join(parts)) for digest, parts in body.letters()]
-    return kind, body.job, body.pace, body.table, body.digests, letters
+    letters = [bytes(joined(letter)) for letter in body.letters()] if kind in LETTERS else []
+    digests = [long.digest for long in body.longs]
+    span = body.job, body.first, body.count, body.attempt, body.number, body.flags
+    return kind, span, body.statuses, body.table, digests, letters, body.declaration
 
 
 def encoded(frame: frames.Frame) -> bytes:
@@ -61,17 +65,17 @@ def encoded(frame: frames.Frame) -> bytes:
 
 def check_stream(link: str, data: bytes, step: int) -> int:
     """A worker's link, without tags: whatever the pieces, the same frames; each is what its bytes were; how many."""
-    found, _ = read(FrameReader(link, None, LETTER_LIMIT_BYTES), data, step)
-    whole, _ = read(FrameReader(link, None, LETTER_LIMIT_BYTES), data, len(data) or 1)
+    found, _ = read(FrameReader(link, None), data, step)
+    whole, _ = read(FrameReader(link, None), data, len(data) or 1)
     # A whole piece may bring good frames together with the error that ends the connection: then they are dropped.
     assert list(map(plain, whole)) == list(map(plain, found))[: len(whole)]
     at = 0
     for frame in found:
-        assert link in frames.DIRECTIONS[frame.kind]
+        assert link in DIRECTIONS[frame.kind]
         written = encoded(frame)
-        if isinstance(frame.body, Rows):
+        if isinstance(frame.body, Batch):
             assert data[at : at + len(written)] == written
-            check_rows(frame.kind, frame.body)
+            check_batch(frame.kind, frame.body)
             at += len(written)
         else:
             again, lengths = frames.decode(frame.kind, 0, written[HEAD.size :])
@@ -82,37 +86,49 @@ def check_stream(link: str, data: bytes, step: int) -> int:
     return len(found)
 
 
-def check_rows(kind: Kind, rows: Rows) -> None:
-    """What the server and a node do with rows, without a look at their letters."""
-    assert rows.size() == sum(sum(map(len, parts)) for _, parts in rows.letters())
-    middle = len(rows) // 2
-    pieces = [piece for piece in (rows.cut(0, middle), rows.cut(middle, len(rows))) if len(piece)]
-    if pieces:
-        assert plain(frames.Frame(kind, frames.merge(pieces))) == plain(frames.Frame(kind, rows))
-    assert rows.renumbered(7).again().slices == rows.slices
+def check_batch(kind: Kind, batch: Batch) -> None:
+    """What the server and a node do with a batch, without a look at its letters."""
+    assert batch.flags in FLAGS.get(kind, (0,)) and 0 <= batch.first <= batch.end <= 2**64
+    other = plain(frames.Frame(kind, batch.renumbered(7)))
+    assert (other[1][1:], other[2:]) == (plain(frames.Frame(kind, batch))[1][1:], plain(frames.Frame(kind, batch))[2:])
+    if kind in LETTERS:
+        letters = batch.letters()
+        assert len(letters) == batch.count and batch.size() == sum(map(len, letters)) == sum(batch.lengths)
+        for letter in letters:
+            assert isinstance(letter, LongLetter) == (len(letter) > frames.SHORT_LETTER_BYTES)
+        statuses = batch.statuses if kind is Kind.RESULT else b""
+        again = Batch.pack(batch.job, batch.first, letters, attempt=batch.attempt, number=batch.number,
+                           flags=batch.flags, statuses=statuses)
+        again.declaration = batch.declaration
+        assert plain(frames.Frame(kind, again)) == plain(frames.Frame(kind, batch))
 
 
 def check_signed_stream(link: str, data: bytes, step: int) -> int:
     """A signed link: bytes of one who has not the key never become a frame."""
-    frames, _ = read(FrameReader(link, auth.Checker(KEY).check, LETTER_LIMIT_BYTES), data, step)
+    frames, _ = read(FrameReader(link, auth.Checker(KEY).check), data, step)
     assert not frames, "a frame with a wrong tag was read"
     return 0
 
 
 def check_control(kind: Kind, envelope: bytes) -> bool:
-    """A payload by itself, under each number of rows that it could have; whether it is one."""
-    for count in {0, 1, max(len(envelope) - frames.ADDRESS.size, 0) // frames.ROW.size & frames.U16}:
+    """An envelope by itself, under each flag that it could have; whether it is one."""
+    good = False
+    for flags in range(5):
         try:
-            body, lengths = frames.decode(kind, count, envelope)
+            body, lengths = frames.decode(kind, flags, envelope)
         except ProtocolError:
             continue
-        assert sum(lengths) <= max(frames.MAX_LONG_BYTES, frames.U32)
-        if not isinstance(body, Rows):
+        good = True
+        assert max(lengths, default=0) <= frames.LETTER_LIMIT_BYTES
+        assert len(lengths) < 2 or kind is Kind.JOB or sum(lengths) <= frames.MAX_LONG_BYTES
+        if isinstance(body, Batch):
+            assert frames.encode(kind, body)[1] == envelope
+            check_texts(body.declaration)
+        else:
             again = json.dumps(body)  # the server writes JSON of its peers anew
             assert frames.decode(kind, 0, again.encode())[0] == body
             check_texts(body)
-        return True
-    return False
+    return good
 
 
 def check_texts(body: dict[str, Any]) -> None:
@@ -121,13 +137,13 @@ def check_texts(body: dict[str, Any]) -> None:
 
 
 def check_note(letter: bytes) -> bool:
-    """The letter of a slice that died; whether it is one. What is said of it can be shown."""
+    """The letter of a chunk that died; whether it is one. What is said of it can be shown."""
     try:
         note = read_object("the note", letter, frames.NOTE)
     except ProtocolError:
         return False
     check_texts(note)
-    error = job._lost("x", note)
+    error = trouble.lost("x", note)
     assert str(error).isprintable()
     assert all(value is None or type(value) is int for value in (error.node, error.pid, error.exitcode))
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -20,11 +21,12 @@ from multiprocess import resource_tracker
 
 from achilles.errors import ConfigurationError
 from achilles.node import loop
-from achilles.objects.letters import Context, dump_slice, letter_digest
+from achilles.objects.letters import Context, dump_chunk
 from achilles.objects.outcomes import load_outcomes
 from achilles.protocol import auth
-from achilles.protocol.channel import PYTHON, Channel, answer_claim, hello
-from achilles.protocol.frames import Kind, Rows, Status, merge
+from achilles.protocol.channel import Channel
+from achilles.protocol.connect import PYTHON, answer_claim, hello
+from achilles.protocol.frames import Batch, Gone, Kind, LongLetter, Status, digest, joined
 
 USER, SECRET = "u", "s" * 20
 SECONDS = 20.0  # tells a hang from a wait
@@ -41,6 +43,7 @@ class Server:
         self.context = Context(caller=True)
         self.peer: Channel | None = None
         self.frames: list[tuple[Kind, Any]] = []
+        self.given: dict[tuple[int, int], Batch] = {}  # by job and number
 
     def accept(self, client_id: int = 0, secret: str = SECRET, greet: bool = True) -> dict[str, Any]:
         """The handshake and both HELLOs; the node's."""
@@ -86,24 +89,36 @@ class Server:
         return frames is not None
 
     def give(self, function: Any, arguments: list[Any], job: int = 1) -> None:
+        """A job, and a batch for each argument."""
         parts = self.context.dump((function, None))
-        digest = letter_digest(parts)
-        self.say(Kind.FUNCTION, Rows.single(0, 0, 0, 0, parts, digest))
-        body = {"job": job, "context": "c" * 32, "function": digest.hex(), "resumed": False, "options": {}}
-        self.say(Kind.JOB, body)
-        letters = [dump_slice(self.context, [argument]) for argument in arguments]
-        self.say(Kind.TASK, merge([
-            Rows.single(job, n, 0, 0, parts, letter_digest(parts)) for n, parts in enumerate(letters)]))
+        length = sum(map(len, parts))
+        letter = LongLetter(parts, digest(parts), length) if length > 1024 else b"".join(parts)
+        declaration = json.dumps({"context": "c" * 32, "initializer": False}).encode()
+        self.say(Kind.JOB, Batch.pack(job, 0, [declaration, letter]))
+        for number, argument in enumerate(arguments):
+            parts = dump_chunk(self.context, [argument])
+            self.given[job, number] = Batch.pack(job, number, [b"".join(parts)])
+            self.say(Kind.TASK, self.given[job, number])
 
     def results(self, count: int) -> dict[int, Any]:
-        """What that many slices gave, by their numbers."""
+        """The values of so many chunks, by their numbers. What waited for too long is given again."""
         values: dict[int, Any] = {}
-        while len(values) < count:
-            rows = self.expect(Kind.RESULT)
-            for number, state, (_, letter) in zip(rows.slices, rows.statuses, rows.letters()):
-                assert state == Status.VALUES
-                values[number] = load_outcomes(self.context, bytearray(b"".join(letter)), False)[0][0]
+        deadline = time.monotonic() + SECONDS
+        while len(values) < count and time.monotonic() < deadline:
+            while self.frames:
+                kind, batch = self.frames.pop(0)
+                if kind is Kind.RETURNED and batch.flags == Gone.WAITED:
+                    self.say(Kind.TASK, self.given[batch.job, batch.first])
+                elif kind is Kind.RESULT:
+                    values |= self._values(batch)
+            assert len(values) == count or self.read(), "the node closed"
         return values
+
+    def _values(self, batch: Batch) -> dict[int, Any]:
+        assert set(batch.statuses) == {Status.VALUES}
+        return {
+            number: load_outcomes(self.context, bytearray(joined(letter)), False)[0][0]
+            for number, letter in enumerate(batch.letters(), batch.first)}
 
     def close(self) -> None:
         if self.peer:
@@ -234,6 +249,25 @@ def test_it_waits_for_a_server_that_is_not_there_yet_and_says_so_once(start: Any
     assert sum("waiting for it" in line for line in it.errors) == 1
 
 
+def test_it_says_once_each_time_that_it_lost_the_server(server: Server, start: Any) -> None:
+    it = start(server.port)
+
+    def said(words: str) -> int:
+        return sum(words in line for line in it.errors)
+
+    for client_id in range(3):
+        server.accept(client_id)
+        it.read(4)
+        assert said("lost the server") == client_id
+        if client_id < 2:
+            server.peer.close()  # type: ignore[union-attr]
+
+    server.close()
+    wait_until(lambda: said("lost the server") == 3)
+    threading.Event().wait(0.7)  # it tries again after 0.1, 0.2, 0.4 s
+    assert said("lost the server") == 3 and said("waiting for it") == 0
+
+
 def test_a_refusal_before_the_first_join_ends_it_and_says_what_to_do(server: Server, start: Any) -> None:
     it = start(server.port, secret="another secret, long")
     assert server.accept() == {}
@@ -293,11 +327,14 @@ def test_sigterm_gives_back_what_no_worker_has_finishes_what_runs_and_exits_0(
 ) -> None:
     it = start(server.port)
     server.accept()
-    server.give(note_and_sleep, [(path, 1.0) for _ in range(5)])
+    server.give(note_and_sleep, [(path, 1.0) for _ in range(2)])
     wait_for_work(it, 2, path)
+    server.give(note_and_sleep, [(path, 1.0) for _ in range(3)], job=2)
+    threading.Event().wait(0.1)  # it has them in its queue
     it.process.terminate()
-    returned = server.expect(Kind.RETURNED)
-    assert list(returned.slices) == [2, 3, 4]
+    returned = [server.expect(Kind.RETURNED) for _ in range(3)]
+    assert [(batch.job, batch.first, batch.count) for batch in returned] == [(2, n, 1) for n in range(3)]
+    assert {batch.flags for batch in returned} <= {Gone.LEFT, Gone.WAITED}
     assert server.expect(Kind.BYE) == {"reason": "leaving"}
     assert server.results(2) == {0: 1.0, 1: 1.0}
     while server.read():
@@ -371,14 +408,14 @@ def test_heartbeats_go_on_while_workers_work_and_silence_is_noticed(server: Serv
         server.say(Kind.BYE, {"reason": "killed"})
 
 
-@pytest.mark.parametrize("kind", [Kind.RECALL, Kind.HELLO])
+@pytest.mark.parametrize("kind", [Kind.TASK, Kind.HELLO])
 def test_what_may_not_be_said_is_told_and_ends_the_connection(server: Server, start: Any, kind: Kind) -> None:
     it = start(server.port)
     server.accept(greet=kind is Kind.HELLO)
     if kind is Kind.HELLO:
         server.say(kind, hello() | {"client_id": 0, "connections": 1})
     else:
-        server.say(kind, {"job": 1, "number": 1})
+        server.say(kind, Batch.pack(1, 0, [b""]))
     assert server.expect(Kind.ERROR)["code"] == "protocol"
     server.accept(client_id=1)
     assert it.process.poll() is None

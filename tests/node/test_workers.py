@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,28 @@ from conftest import START_METHOD
 from multiprocess import forkserver, resource_tracker
 
 from achilles.errors import ProtocolError
+from achilles.node import process
 from achilles.node import workers as module
 from achilles.node.cores import default_start_method, usable_cores
+from achilles.node.runner import CALL, CHUNK, PHASE
 from achilles.node.workers import Workers
-from achilles.objects.letters import Context, dump_slice, letter_digest
+from achilles.objects.letters import Context, dump_chunk
 from achilles.objects.outcomes import load_outcomes
-from achilles.protocol.frames import ASKED, PACE_SLICES, Kind, Rows, Status, merge
+from achilles.protocol.fields import check_fields
+from achilles.protocol.frames import (
+    CAREFUL,
+    NOTE,
+    Batch,
+    Gone,
+    Kind,
+    Letter,
+    LongLetter,
+    Status,
+    digest,
+    encode,
+    joined,
+)
+from achilles.protocol.reader import FrameReader
 
 METHODS = multiprocess.get_all_start_methods()
 SECONDS = 20.0  # tells a hang from a wait
@@ -37,41 +56,45 @@ class Loop:
 
     def __init__(self, count: int = 1, method: str = START_METHOD or default_start_method()) -> None:
         self.selector = selectors.DefaultSelector()
-        self.heard: list[tuple[Kind, Rows]] = []
-        self.workers = Workers(count, method, self.selector, lambda kind, rows: self.heard.append((kind, rows)), node=3)
-        self.given: dict[int, Rows] = {}
+        self.heard: list[tuple[Kind, Batch]] = []
+        self.workers = Workers(count, method, self.selector, lambda kind, body: self.heard.append((kind, body)), node=3)
+        self.given: dict[tuple[int, int], Letter] = {}  # by job and number
         self.given_again = 0  # of what is heard, up to here
         self.context = Context(caller=True)
+        self.had: set[str] = set()  # contexts whose initializer was sent
 
     def declare(
         self, function: Any, job: int = 1, context: str = "c", initializer: Any = None, **options: Any
     ) -> None:
-        first = None if initializer is None else self.keep((initializer, ()))
-        body = {"job": job, "context": context * 32, "function": self.keep((function, None)), "initializer": first}
-        self.workers.declare(body | {"resumed": False, "options": options})
+        declaration = {"context": context * 32, "initializer": initializer is not None} | options
+        letters = [json.dumps(declaration).encode(), letter(self.context.dump((function, None)))]
+        if initializer is not None and context not in self.had:
+            self.had.add(context)
+            letters.append(letter(self.context.dump((initializer, ()))))
+        self.workers.declare(came(Kind.JOB, Batch.pack(job, 0, letters)))
 
-    def keep(self, value: Any) -> str:
-        parts = self.context.dump(value)
-        digest = letter_digest(parts)
-        self.workers.keep(Rows.single(0, 0, 0, 0, parts, digest if sum(map(len, parts)) > 1024 else b""))
-        return digest.hex()
+    def add(self, *chunks: Any, job: int = 1, first: int = 0, us: int = 0, flags: int = 0) -> None:
+        """One batch, each chunk a list of arguments."""
+        letters = [letter(dump_chunk(self.context, list(arguments))) for arguments in chunks]
+        self.given.update(((job, number), each) for number, each in enumerate(letters, first))
+        self.workers.add(came(Kind.TASK, Batch.pack(job, first, letters, attempt=2, number=us, flags=flags)))
 
-    def add(self, *slices: Any, job: int = 1, first: int = 0) -> None:
-        """Each slice a list of arguments."""
-        letters = [dump_slice(self.context, list(arguments)) for arguments in slices]
-        rows = [Rows.single(job, first + n, 2, 0, parts, letter_digest(parts)) for n, parts in enumerate(letters)]
-        self.given.update(enumerate(rows, first))
-        self.workers.add(merge(rows))
+    def add_each(self, *chunks: Any, job: int = 1, first: int = 0) -> None:
+        """A batch for each chunk."""
+        for number, chunk in enumerate(chunks, first):
+            self.add(chunk, job=job, first=number)
 
     def give_again(self) -> None:
-        """Give what was returned, as a server would that has no other node."""
+        """Give what was returned, as a controller would that has no other node; each chunk by itself."""
         heard, self.given_again = self.heard[self.given_again :], len(self.heard)
-        for number in [n for kind, rows in heard if kind is Kind.RETURNED for n in rows.slices]:
-            self.workers.add(self.given[number])
+        for kind, batch in heard:
+            for number in range(batch.first, batch.end) if kind is Kind.RETURNED else ():
+                self.workers.add(came(Kind.TASK, Batch.pack(
+                    batch.job, number, [self.given[batch.job, number]], attempt=2)))
 
     def turn(self) -> None:
         self.workers.turn()
-        for key, events in self.selector.select(0.02):
+        for key, events in self.selector.select(min(0.02, max(0, self.workers.look_at - time.monotonic()))):
             key.data(events)
 
     def until(self, true: Callable[[], Any], seconds: float = SECONDS) -> None:
@@ -81,30 +104,66 @@ class Loop:
             self.turn()
 
     def answers(self, job: int = 1) -> list[tuple[int, Status, Any]]:
-        """Slice, status and what the letter says, of all RESULTs so far."""
+        """Chunk, status and what the letter says, of all RESULTs so far."""
         return [
-            (number, Status(state), self._open(Status(state), b"".join(letter)))
-            for kind, rows in self.heard if kind is Kind.RESULT and rows.job == job
-            for number, state, (_, letter) in zip(rows.slices, rows.statuses, rows.letters())
+            (number, Status(state), self._open(Status(state), bytearray(joined(each))))
+            for kind, batch in self.heard if kind is Kind.RESULT and batch.job == job
+            for number, state, each in zip(range(batch.first, batch.end), batch.statuses, batch.letters())
         ]
 
     def values(self, job: int = 1) -> dict[int, Any]:
         return {number: values for number, state, values in self.answers(job) if state is Status.VALUES}
 
-    def returned(self) -> list[int]:
-        return [number for kind, rows in self.heard if kind is Kind.RETURNED for number in rows.slices]
+    def returned(self, reason: Gone | None = None) -> list[int]:
+        return [
+            number for kind, batch in self.heard if kind is Kind.RETURNED and reason in (None, batch.flags)
+            for number in range(batch.first, batch.end)]
 
-    def _open(self, state: Status, letter: bytes) -> Any:
+    def done(self, count: int, job: int = 1) -> bool:
+        """Whether so many chunks have an answer; what was returned is given again."""
+        self.give_again()
+        return len(self.answers(job)) >= count
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' process ids."""
+        return [worker.process.pid for worker in self.workers._workers]
+
+    def at(self, chunk: int, worker: int = 0) -> bool:
+        """Whether a worker is at a chunk, in its function."""
+        status = self.workers._workers[worker].status if self.workers._workers else (None,) * 4
+        return status[CHUNK] == chunk and status[PHASE] == CALL
+
+    def _open(self, state: Status, letter: Any) -> Any:
         if state in (Status.DIED, Status.TIMEOUT):
-            return json.loads(letter)
-        values, errors = load_outcomes(self.context, bytearray(letter), state is not Status.VALUES)
+            check_fields("a note", note := json.loads(letter), NOTE)
+            return note
+        values, errors = load_outcomes(self.context, letter, state is not Status.VALUES)
         return errors or values
 
 
+def letter(parts: Any) -> Letter:
+    length = sum(map(len, parts))
+    return LongLetter(parts, digest(parts), length) if length > 1024 else b"".join(parts)
+
+
+def came(kind: Kind, batch: Batch) -> Batch:
+    """The batch as it comes over a link."""
+    reader = FrameReader("SN", None)
+    head, envelope, letters = encode(kind, batch)
+    data = b"".join([head, envelope, *letters])
+    while True:
+        with reader.space() as space:
+            count = min(len(space), len(data))
+            space[:count] = data[:count]
+        data = data[count:]
+        for _, body in reader.received(count):
+            return body  # type: ignore[no-any-return]
+
+
 @pytest.fixture
-def loop(monkeypatch: Any) -> Iterator[Callable[..., Loop]]:
+def loop() -> Iterator[Callable[..., Loop]]:
     made: list[Loop] = []
-    monkeypatch.setattr(module.process_of_worker, "LATE_NS", 10**12)  # however slow this machine is
 
     def make(*args: Any, **options: Any) -> Loop:
         made.append(Loop(*args, **options))
@@ -112,7 +171,7 @@ def loop(monkeypatch: Any) -> Iterator[Callable[..., Loop]]:
 
     yield make
     for each in made:
-        processes = each.workers.pids
+        processes = each.pids
         each.workers.stop()
         assert not each.selector.get_map(), "a descriptor is watched still"
         each.selector.close()
@@ -193,28 +252,65 @@ def make_deadly(_: Any) -> Deadly:
     return Deadly("dump")
 
 
+def count_up(_: Any) -> int:
+    """Some seconds in C code that holds the interpreter."""
+    return sum(range(10**8))
+
+
+def busy_or_pid(x: Any) -> int:
+    return count_up(x) if x else os.getpid()
+
+
+def meet(given: tuple[str, str]) -> int:
+    """Leave one file and wait for the other."""
+    mine, other = given
+    Path(mine).touch()
+    deadline = time.monotonic() + 15
+    while not os.path.exists(other) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert os.path.exists(other)
+    return os.getpid()
+
+
+def fork(given: tuple[str, str]) -> int:
+    """A child returns from here, too, as the second of the two says how; the file has a line for each call."""
+    path, how = given
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    warnings.simplefilter("ignore", DeprecationWarning)  # a worker has two threads, and forks all the same
+    if how and os.fork() == 0:
+        if how == "raise":
+            raise ValueError
+        if how == "exit":
+            sys.exit(3)
+        return -1
+    time.sleep(0.2)
+    return os.getpid()
+
+
 # Starting and ending.
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_slices_are_answered_under_each_start_method(loop: Any, method: str) -> None:
+def test_chunks_are_answered_under_each_start_method(loop: Any, method: str) -> None:
     it = loop(2, method)
     it.declare(double)
-    it.add(*([n, "x" * n] for n in range(300)))
-    it.until(lambda: len(it.answers()) == 300)
+    for first in range(0, 300, 50):
+        it.add(*([n, "x" * n] for n in range(first, first + 50)), first=first)
+    it.until(lambda: it.done(300))
     assert it.values() == {n: [2 * n, "xx" * n] for n in range(300)}
-    assert {attempt for _, rows in it.heard for attempt in rows.attempts} == {2}
+    assert {batch.attempt for _, batch in it.heard} == {2}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dead_worker_is_replaced_under_each_start_method(loop: Any, method: str) -> None:
     it = loop(1, method)
     it.declare(exit_on)
-    it.add(["a", "die"], ["b"])
-    it.until(lambda: len(it.answers()) == 2)
+    it.add(["a", "die"], ["b"], flags=CAREFUL)
+    it.until(lambda: it.done(2))
     (number, state, note), = [answer for answer in it.answers() if answer[1] is Status.DIED]
-    assert (number, note["position"], note["phase"], note["node"], note["exitcode"]) == (0, 1, "call", 3, 7)
-    assert it.values() == {1: ["b"]} and alive(it.workers.pids[0]) and note["pid"] not in it.workers.pids
+    assert (number, note["offset"], note["phase"], note["node"], note["exitcode"]) == (0, 1, "call", 3, 7)
+    assert it.values() == {1: ["b"]} and alive(it.pids[0]) and note["pid"] not in it.pids
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -229,7 +325,7 @@ def test_workers_never_run_the_callers_main_and_end_with_a_killed_node(tmp_path:
         while True:
             workers.turn()
             if all(worker.status[2] for worker in workers._workers):
-                print(*workers.pids, flush=True)
+                print(*(worker.process.pid for worker in workers._workers), flush=True)
                 sys.stdin.read()
             selector.select(0.02)
     """))
@@ -249,22 +345,22 @@ def test_workers_never_run_the_callers_main_and_end_with_a_killed_node(tmp_path:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_forked_worker_holds_no_descriptor_of_another(loop: Any) -> None:
     it = loop(3, "fork")
-    it.until(lambda: len(it.workers.pids) == 3 and all(worker.status[2] for worker in it.workers._workers))
-    for pid in it.workers.pids:
+    it.until(lambda: len(it.pids) == 3 and all(worker.status[2] for worker in it.workers._workers))
+    for pid in it.pids:
         held = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
         mine = {os.readlink(f"/proc/self/fd/{w.channel.socket.fileno()}") for w in it.workers._workers}
         assert not mine & set(held) and not any("eventpoll" in name for name in held)
 
 
 def test_a_worker_that_dies_before_it_is_ready_is_not_started_again_at_once(loop: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module.process_of_worker, "main", die_at_start)
+    monkeypatch.setattr(process.process_of_worker, "main", die_at_start)
     it = loop(1)
     started: list[int] = []
-    deadline = time.monotonic() + 1.0
+    deadline = time.monotonic() + 2.0
     while time.monotonic() < deadline:
         it.turn()
-        started += [pid for pid in it.workers.pids if pid not in started]
-    assert 2 <= len(started) <= 5  # after 0.1, 0.2, 0.4 s
+        started += [pid for pid in it.pids if pid not in started]
+    assert 2 <= len(started) <= 5  # a pause of 0.5 s after each
 
 
 def die_at_start(*_: Any) -> None:
@@ -275,80 +371,27 @@ def die_at_start(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("exitcode", [7, -signal.SIGKILL])
-def test_a_death_charges_the_argument_that_ran_and_nobody_else(loop: Any, exitcode: int) -> None:
+def test_a_death_among_quick_chunks_charges_one_chunk_and_returns_the_others(loop: Any, exitcode: int) -> None:
     it = loop(2)
     it.declare(exit_on)
-    it.add(*([n] for n in range(200)))
-    it.until(lambda: len(it.answers()) == 200)  # quick now: slices travel together
     poison = "die" if exitcode > 0 else "kill"
-    it.add(*([n, poison] if n == 50 else [n, n] for n in range(200)), first=200)
-    it.until(lambda: it.give_again() or len(it.answers()) == 400)
+    it.until(lambda: len(it.pids) == 2)
+    for first in (50, 0):
+        it.add(*([poison] if n == 75 else [n] for n in range(first, first + 50)), first=first)
+    it.until(lambda: it.done(100))
     died = [(number, note) for number, state, note in it.answers() if state is Status.DIED]
-    assert [(number, note["position"], note["exitcode"]) for number, note in died] == [(250, 1, exitcode)]
-    assert sorted(it.values()) == [n for n in range(400) if n != 250]
+    assert [(number, note["offset"], note["exitcode"]) for number, note in died] == [(75, 0, exitcode)]
+    assert sorted(it.values()) == [n for n in range(100) if n != 75]
+    assert set(it.returned(Gone.RETURNED)) >= set(range(76, 100)) and 75 not in it.returned()
 
 
-def test_what_a_dead_worker_had_is_returned_if_it_is_short(loop: Any) -> None:
+@pytest.mark.parametrize("flags", [0, CAREFUL])
+def test_a_careful_batch_names_the_argument(loop: Any, flags: int) -> None:
     it = loop(1)
     it.declare(exit_on)
-    it.add(*([n] for n in range(200)))
-    it.until(lambda: len(it.answers()) == 200)
-    it.workers._jobs[1].paces.extend([10] * PACE_SLICES)  # whatever they took here: slices travel together now
-    it.add(["die"], *([n] for n in range(201, 205)), first=200)
-    it.until(lambda: len(it.answers()) + len(it.returned()) == 205)
-    returned = it.returned()
-    assert returned and [n for n, state, _ in it.answers() if state is Status.DIED] == [200]
-    it.add(["die", "x" * 2000], *(["x" * 1_200_000] for _ in range(4)), first=300)
-    it.until(lambda: len(it.answers()) + len(returned) == 210)
-    assert it.returned() == returned and [n for n in it.values() if n > 300] == [301, 302, 303, 304]
-
-
-@pytest.mark.parametrize("text", ["", "x" * 2000, "x" * 40_000])
-def test_what_waits_behind_a_slow_slice_is_shared(loop: Any, monkeypatch: Any, text: str) -> None:
-    """It goes to the server, which knows who is idle, or, where it is large, to the next worker here."""
-    monkeypatch.setattr(module.process_of_worker, "LATE_NS", 20_000_000)
-    monkeypatch.setattr(module, "MAX_SHORT_BYTES", 35_000)  # less than one large slice, more than 13 others
-    it = loop(2)
-    it.declare(sleep_beside)
-    it.add(*([(0, text)] for n in range(50)))
-    it.until(lambda: it.give_again() or len(it.answers()) == 50)
-    before = len(it.returned())
-    it.workers._jobs[1].paces.extend([10] * PACE_SLICES)  # whatever they took here: slices travel together now
-    it.add(*([(0.1, text)] for n in range(8)), *([(0, text)] for n in range(42)), first=50)
-    it.until(lambda: it.give_again() or len(it.answers()) == 100)
-    slow = [pid for n, [pid] in it.values().items() if 50 <= n < 58]
-    assert len(slow) == 8 and len({*slow}) == 2
-    assert (len(it.returned()) > before) is (len(text) < 10_000)
-    assert not any(rows.pace for kind, rows in it.heard if kind is Kind.RETURNED)
-
-
-def sleep_beside(pair: Any) -> int:
-    return sleep(pair[0])
-
-
-@pytest.mark.skipif(START_METHOD not in (None, "fork"), reason="only a forked worker inherits what this test patches")
-def test_maxtasksperchild_counts_what_was_run_and_not_given_back(loop: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module.process_of_worker, "LATE_NS", 1_000_000)
-    it = loop(1)
-    it.declare(sleep, maxtasksperchild=60)
-    it.add(*([0] for n in range(20)))
-    it.until(lambda: it.give_again() or len(it.answers()) == 20)
-    it.workers._jobs[1].paces.extend([10] * PACE_SLICES)
-    it.add([0.01], *([0] for n in range(10)), first=20)
-    it.until(lambda: it.give_again() or len(it.answers()) == 31)
-    assert it.returned()
-    (worker,) = it.workers._workers
-    assert worker.tasks_left == 60 - 31
-
-
-def test_a_death_is_charged_where_two_messages_left_in_one_frame(loop: Any) -> None:
-    it = loop(1)
-    it.declare(exit_on)
-    it.add(*([n] for n in range(100)))
-    it.until(lambda: len(it.answers()) == 100)  # quick now: a second message is there before the first is written
-    it.add(["a"], ["die"], first=100)
-    it.until(lambda: len(it.answers()) == 102)
-    assert it.values()[100] == ["a"] and [n for n, state, _ in it.answers() if state is Status.DIED] == [101]
+    it.add(["a", "b", "die", "c"], flags=flags)
+    it.until(it.answers)
+    assert [note["offset"] for _, _, note in it.answers()] == [2 if flags else -1]
 
 
 def test_a_death_is_seen_although_a_child_of_the_worker_lives(loop: Any, tmp_path: Path) -> None:
@@ -365,11 +408,31 @@ def test_what_a_worker_wrote_before_its_death_counts(loop: Any) -> None:
     it.add([0], first=5)
     it.workers.turn()  # starts it and writes; nothing reads
     [worker] = it.workers._workers
-    wait_until(lambda: module._has_more(worker.channel.socket))
+    wait_until(lambda: worker.status[PHASE] == 1 and worker.status[CHUNK] == 5)
+    time.sleep(0.1)  # it writes last
     worker.process.kill()
     wait_until(lambda: worker.process.exitcode is not None)
-    it.workers.turn(woken=True)
-    assert list(it.values()) == [5] and not it.workers.busy
+    it.workers.look_at = 0.0
+    it.workers.turn()
+    assert list(it.values()) == [5] and not it.workers.busy and not it.returned()
+
+
+def write_nonsense(_: Any) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                os.write(int(name), b"no frame at all")
+    time.sleep(30)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_worker_whose_function_writes_to_its_socket_dies_of_it(loop: Any) -> None:
+    it = loop(1)
+    it.declare(write_nonsense)
+    it.add([0], [0])
+    it.until(it.answers)
+    [(number, state, note)] = it.answers()
+    assert (number, state, note["phase"], it.returned()) == (0, Status.DIED, "call", [1])
 
 
 def test_an_idle_worker_that_is_killed_is_replaced_and_charges_nothing(loop: Any) -> None:
@@ -377,85 +440,193 @@ def test_an_idle_worker_that_is_killed_is_replaced_and_charges_nothing(loop: Any
     it.declare(pid_of)
     it.add([0])
     it.until(it.answers)
-    it.until(lambda: it.workers._workers[0].status[2] == 1)
-    os.kill(it.workers.pids[0], signal.SIGKILL)
+    os.kill(it.pids[0], signal.SIGKILL)
     it.add([0], first=1)
-    it.until(lambda: it.give_again() or len(it.answers()) == 2)
+    it.until(lambda: it.done(2))
     (first,), (second,) = it.values()[0], it.values()[1]
     assert first != second
 
 
-@pytest.mark.parametrize(("when", "position"), [("load", -1), ("dump", 0)])
-def test_a_death_in_loading_or_dumping_says_so(loop: Any, when: str, position: int) -> None:
+@pytest.mark.parametrize(("when", "offset"), [("load", -1), ("dump", 0)])
+def test_a_death_in_loading_or_dumping_says_so(loop: Any, when: str, offset: int) -> None:
     it = loop(1)
     it.declare(make_deadly if when == "dump" else double)
     it.add([Deadly("load")] if when == "load" else [1])
     it.until(it.answers)
     [(_, state, note)] = it.answers()
-    assert (state, note["phase"], note["position"]) == (Status.DIED, when, position)
+    assert (state, note["phase"], note["offset"]) == (Status.DIED, when, offset)
 
 
 def test_a_death_in_an_initializer_is_the_jobs(loop: Any) -> None:
     it = loop(1)
     it.declare(double, initializer=die_now)
-    it.add([1])
+    it.add([1], first=4)
     it.until(it.answers)
-    [(_, state, note)] = it.answers()
-    assert (state, note["phase"], note["position"], note["exitcode"]) == (Status.DIED, "function", -1, 9)
+    [(number, state, note)] = it.answers()
+    assert (number, state, note["phase"], note["offset"]) == (4, Status.DIED, "function", -1)
+    assert note["exitcode"] == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("how", ["return", "raise", "exit"])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_a_child_that_returns_from_the_function_is_no_second_worker(
+    loop: Any, tmp_path: Path, how: str, chunks: int
+) -> None:
+    it = loop(1)
+    it.declare(fork)
+    path = str(tmp_path / "calls")
+    arguments = [(path, how), (path, ""), (path, ""), (path, "")]
+    it.add(*[arguments[n :: chunks] for n in range(chunks)])
+    it.until(lambda: it.done(chunks))
+    pids = {pid for values in it.values().values() for pid in values}
+    assert pids == {it.pids[0]} and len(it.answers()) == chunks
+    assert Path(path).read_text().split() == [str(it.pids[0])] * 4
 
 
 def test_a_stopped_worker_does_not_stop_the_loop(loop: Any) -> None:
     it = loop(2)
-    it.until(lambda: len(it.workers.pids) == 2)
-    os.kill(it.workers.pids[0], signal.SIGSTOP)
+    it.until(lambda: len(it.pids) == 2)
+    os.kill(it.pids[0], signal.SIGSTOP)
     it.declare(double)
-    it.add([b"x" * (4 << 20)], *([n] for n in range(1, 9)))
-    it.until(lambda: len(it.answers()) >= 4)  # its own slices wait for it, the others have gone to the other one
+    it.add_each([b"x" * (4 << 20)], *([n] for n in range(1, 9)))
+    it.until(lambda: len(it.answers()) >= 8)  # its own batch waits for it
 
 
-# Feeding.
+# Feeding, and taking back.
 
 
-def test_slow_slices_go_one_by_one_and_quick_ones_together(loop: Any) -> None:
+def test_the_rest_of_a_late_batch_is_returned_while_it_runs(loop: Any) -> None:
     it = loop(1)
-    it.declare(double, job=1)
-    it.declare(sleep, job=2)
-    it.add(*([n] for n in range(500)))
-    it.until(lambda: len(it.answers()) == 500)
-    assert max(len(rows) for _, rows in it.heard) > 4
-    it.heard.clear()
-    it.add(*([0.01] for _ in range(5)), job=2)
-    it.workers.turn()
-    assert [len(rows) for _, rows in it.workers._workers[0].messages] == [1]
-    it.until(lambda: len(it.answers(2)) == 5)
-    assert [len(rows) for _, rows in it.heard] == [1] * 5
+    it.declare(sleep)
+    it.add([0], [1.0], [0], [0], us=5000)
+    began = time.monotonic()
+    it.until(it.returned)
+    assert it.returned(Gone.RETURNED) == [2, 3] and time.monotonic() - began < 0.8
+    it.until(lambda: len(it.answers()) == 1)
+    assert list(it.values()) == [0]  # the guard thread has sent it
+    it.until(lambda: not it.workers.busy)
+    assert list(it.values()) == [0, 1]
 
 
-def test_a_function_goes_to_a_worker_once_a_context(loop: Any, monkeypatch: Any) -> None:
+def test_the_rest_is_returned_beside_c_code_that_holds_the_interpreter(loop: Any) -> None:
+    it = loop(2)
+    it.declare(busy_or_pid)
+    it.add([0], [1], [0], [0])
+    it.until(lambda: it.done(2) and it.values().keys() >= {2, 3}, seconds=15)
+    assert 1 not in it.values() and it.workers.busy
+
+
+def test_two_chunks_of_a_batch_may_wait_for_each_other(loop: Any, tmp_path: Path) -> None:
+    it = loop(2)
+    it.declare(meet)
+    one, two = str(tmp_path / "1"), str(tmp_path / "2")
+    it.add([(one, two)], [(two, one)])
+    it.until(lambda: it.done(2))
+    assert it.values()[0] != it.values()[1]
+
+
+def test_a_batch_that_takes_as_long_as_was_thought_is_not_taken_back(loop: Any) -> None:
     it = loop(1)
-    sent: list[Kind] = []
-    send = module.Channel.send
-    monkeypatch.setattr(module.Channel, "send", lambda self, kind, body: (sent.append(kind), send(self, kind, body))[1])
-    for job, context in enumerate("ccdc"):
-        it.declare(double, job, context)
+    it.declare(sleep)
+    it.add([0.2], [0.2], us=400_000)
+    it.until(lambda: not it.workers.busy and len(it.answers()) == 2)
+    assert it.returned() == []
+
+
+def test_a_batch_whose_chunks_are_each_a_little_slower_than_thought_is_taken_back(loop: Any) -> None:
+    it = loop(1)
+    it.declare(sleep)
+    it.add(*[[0.01]] * 200, us=5000)
+    began = time.monotonic()
+    it.until(it.returned)
+    assert time.monotonic() - began < 1 and len(it.returned()) > 100
+
+
+def test_a_batch_of_chunks_that_are_each_a_little_too_slow_is_taken_back(loop: Any) -> None:
+    it = loop(1)
+    it.declare(sleep)
+    it.add(*[[0.01]] * 200, us=5000)
+    began = time.monotonic()
+    it.until(it.returned)
+    assert time.monotonic() - began < 1 and len(it.returned()) > 100
+
+
+def test_what_waited_in_the_queue_is_returned(loop: Any) -> None:
+    it = loop(1)
+    it.declare(sleep)
+    it.add([1.0])
+    it.until(lambda: it.at(0))
+    it.add([0], [0], first=1)
+    began = time.monotonic()
+    it.until(it.returned)
+    assert it.returned(Gone.WAITED) == [1, 2] and 0.2 < time.monotonic() - began < 0.9
+    it.until(lambda: not it.workers.busy)
+    assert list(it.values()) == [0]
+
+
+def test_an_answer_of_a_chunk_that_was_returned_is_passed_on_and_confuses_nobody(loop: Any) -> None:
+    it = loop(1)
+    it.declare(sleep)
+    it.add([0.3], [0.3], [0], us=10**6)
+    it.until(lambda: it.at(0))
+    [worker] = it.workers._workers
+    it.workers._return(worker.batch, *worker.take_back(), Gone.RETURNED)
+    worker.status[3] = 2  # the worker read the limit before the node wrote it
+    it.until(lambda: not it.workers.busy)
+    assert it.returned() == [1, 2] and list(it.values()) == [0, 1]
+    it.add([0], first=2)
+    it.until(lambda: len(it.answers()) == 3)
+
+
+def test_a_chunk_at_which_a_worker_stopped_is_returned_although_the_node_left_it(loop: Any) -> None:
+    it = loop(1)
+    it.declare(sleep)
+    it.add([0.2], [0], [0], us=10**6)
+    it.until(lambda: it.at(0))
+    it.workers._workers[0].status[3] = 1  # the worker reads it; the node saw the worker behind it, and raised it
+    it.until(lambda: it.returned() and not it.workers.busy)
+    assert it.returned() == [1, 2] and list(it.values()) == [0]
+
+
+def test_a_worker_is_told_of_a_job_once_and_of_an_initializer_once_a_context(loop: Any, monkeypatch: Any) -> None:
+    it = loop(1)
+    sent: list[tuple[Kind, int]] = []
+    send = process.Channel.send
+
+    def note(self: Any, kind: Kind, body: Any) -> None:
+        if kind is Kind.JOB:
+            sent.append((body.job, body.count))
+        send(self, kind, body)
+
+    monkeypatch.setattr(process.Channel, "send", note)
+    for job in (1, 2, 1):
+        if job not in dict(sent):
+            it.declare(get_up, job, initializer=set_up)
+        before = len(it.answers(job))
         it.add([1], job=job)
-        it.until(lambda job=job: it.answers(job))
-    assert (sent.count(Kind.FUNCTION), sent.count(Kind.JOB)) == (2, 4)
+        it.until(lambda: len(it.answers(job)) > before)  # noqa: B023
+    assert sent == [(1, 3), (2, 2)]
 
 
 def test_a_worker_with_an_initializer_is_replaced_when_its_context_closes(loop: Any) -> None:
     it = loop(1)
     it.declare(get_up, initializer=set_up)
-    it.add([0], [0])
-    it.until(lambda: len(it.answers()) == 2)
-    pids = {pid for [values] in it.values().values() for pid in values}
-    assert len(pids) == 2 and it.values()[0] == [(str(it.workers.pids[0]), it.workers.pids[0])]
+    it.add([0])
+    it.until(lambda: it.done(1))
+    it.workers.end(1)
+    it.workers.close_context("c" * 32)
+    it.declare(get_up, job=2, context="d")
+    it.add([0], job=2)
+    it.until(lambda: it.answers(2))
+    [(up, before)], [(none, after)] = it.values()[0], it.values(2)[0]
+    assert up == str(before) and before != after and none is None
 
 
 def test_a_job_outlives_a_context_that_is_closed_before_its_end(loop: Any) -> None:
     it = loop()
     it.declare(len)
-    it.add(["abc"], ["de"])
+    it.add_each(["abc"], ["de"])
     it.workers.close_context("c" * 32)
     it.until(lambda: it.values() == {0: [3], 1: [2]})
 
@@ -472,41 +643,48 @@ def test_a_context_that_waits_gets_a_worker_that_belongs_to_an_idle_one(loop: An
     assert state is None and pid != it.values(1)[0][0][1]
 
 
+def own_all(it: Loop) -> None:
+    """Every worker belongs to the context of job 1."""
+    it.add_each(*([0.1] for n in range(len(it.pids))), job=1)
+    it.until(lambda: all(worker.owner for worker in it.workers._workers) and not it.workers.busy)
+
+
 def test_idle_workers_of_one_context_go_to_another_that_has_too_few(loop: Any, monkeypatch: Any) -> None:
     it = loop(3)
-    it.declare(get_up, job=1, context="c", initializer=set_up)
+    it.until(lambda: len(it.pids) == 3)
+    it.declare(sleep, job=1, context="c", initializer=set_up)
     it.declare(sleep, job=2, context="d")
-    it.add(*([n] for n in range(200)), job=1)
-    it.until(lambda: len(it.answers()) == 200 and all(worker.owner for worker in it.workers._workers))
-    it.add(*([0.1] for _ in range(200)), job=2)
-    it.until(lambda: len({pid for (pid,) in it.values(2).values()}) == 2)
+    own_all(it)
+    it.add_each(*([0.1] for _ in range(200)), job=2)
+    it.until(lambda: it.done(0) or len({pid for (pid,) in it.values(2).values()}) == 2)
+    it.until(lambda: it.give_again() or len({pid for (pid,) in it.values(2).values()}) == 2)
     assert len(it.answers(2)) < 200
     assert [worker.owner for worker in it.workers._workers].count("c" * 32) == 1  # its part, for a minute
     monkeypatch.setattr(module, "KEEP_SECONDS", 1.0)
-    it.until(lambda: len({pid for (pid,) in it.values(2).values()}) == 3)
+    it.until(lambda: it.give_again() or len({pid for (pid,) in it.values(2).values()}) == 3)
     assert len(it.answers(2)) < 200
 
 
-def test_one_slice_of_a_context_without_workers_takes_one(loop: Any) -> None:
+def test_one_chunk_of_a_context_without_workers_takes_one(loop: Any) -> None:
     it = loop(3)
-    it.declare(get_up, job=1, context="c", initializer=set_up)
+    it.until(lambda: len(it.pids) == 3)
+    it.declare(sleep, job=1, context="c", initializer=set_up)
     it.declare(sleep, job=2, context="d")
-    it.add(*([n] for n in range(200)), job=1)
-    it.until(lambda: len(it.answers()) == 200 and all(worker.owner for worker in it.workers._workers))
-    before = set(it.workers.pids)
+    own_all(it)
+    before = set(it.pids)
     it.add([0.2], job=2)
-    it.until(lambda: it.answers(2))
-    assert len(before & set(it.workers.pids)) == 2
+    it.until(lambda: it.done(1, job=2))
+    assert len(before & set(it.pids)) == 2
 
 
 def test_a_context_waits_a_second_for_a_worker_of_one_that_is_always_busy(loop: Any) -> None:
     it = loop(1)
     it.declare(sleep, job=1, context="c", initializer=set_up)
     it.declare(sleep, job=2, context="d")
-    it.add(*([0.01] for _ in range(1000)), job=1)
+    it.add_each(*([0.01] for _ in range(1000)), job=1)
     it.until(lambda: it.answers(1))
     it.add([0.01], job=2)
-    it.until(lambda: it.answers(2))
+    it.until(lambda: it.done(1, job=2))
     assert len(it.answers(1)) < 1000
 
 
@@ -517,47 +695,48 @@ def test_contexts_that_take_turns_keep_their_workers(loop: Any, monkeypatch: Any
         it.declare(sleep, job=job, context=context, initializer=set_up)
         it.add([0], job=job)
     it.until(lambda: it.answers(1) and it.answers(2))
-    pids = set(it.workers.pids)
+    pids = set(it.pids)
     for number in range(1, 3):
         for job in (1, 2):
-            it.add(*([0.06] for _ in range(5)), job=job, first=10 * number)
-            it.until(lambda: it.give_again() or len(it.answers(job)) == 5 * number + 1)  # noqa: B023
-    assert set(it.workers.pids) == pids
+            it.add_each(*([0.06] for _ in range(5)), job=job, first=10 * number)
+            it.until(lambda: it.done(5 * number + 1, job=job))  # noqa: B023
+    assert set(it.pids) == pids
 
 
-def test_maxtasksperchild_replaces_a_worker_after_so_many_slices(loop: Any) -> None:
+def test_maxtasksperchild_replaces_a_worker_after_so_many_chunks(loop: Any) -> None:
     it = loop(1)
     it.declare(pid_of, maxtasksperchild=2)
-    it.add(*([n] for n in range(6)))
-    it.until(lambda: len(it.answers()) == 6)
+    for first, count in ((0, 1), (1, 2), (3, 2), (5, 1), (6, 1)):  # the second does not fit behind the first
+        it.add(*([n] for n in range(count)), first=first)
+    it.until(lambda: it.done(7))
     pids = [values[0] for _, values in sorted(it.values().items())]
-    assert len(set(pids)) == 3 and all(pids.count(pid) == 2 for pid in pids)
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [1, 2, 2, 2]
 
 
-def test_contexts_share_the_workers_by_time(loop: Any) -> None:
+def test_maxtasksperchild_counts_what_was_run_and_not_taken_back(loop: Any) -> None:
     it = loop(1)
-    it.declare(sleep, job=1, context="c")
-    it.declare(sleep, job=2, context="d")
-    it.add(*([0.1] for _ in range(20)), job=1)
-    it.add(*([0.02] for _ in range(20)), job=2)
-    it.until(lambda: len(it.answers(1)) + len(it.answers(2)) >= 12)
-    assert len(it.answers(2)) > len(it.answers(1)) > 0  # by turns they would be even
+    it.declare(sleep, maxtasksperchild=4)
+    it.add([0.3], [0], [0])
+    it.until(lambda: it.returned() and not it.workers.busy)
+    assert it.workers._workers[0].tasks_left == 4 - len(it.answers())
+    it.until(lambda: it.done(3))
+    assert len({pid for (pid,) in it.values().values()}) == 1
 
 
-# Limits, cancels, recalls, draining.
+# Limits, cancels, draining.
 
 
 def test_an_argument_over_its_time_limit_is_told_and_its_worker_replaced(loop: Any) -> None:
     it = loop(1)
     it.declare(sleep, timeout=0.3)
     it.add([0, 30], [0])
-    it.until(lambda: len(it.answers()) == 2)
+    it.until(lambda: it.done(2))
     (_, state, note), = [answer for answer in it.answers() if answer[0] == 0]
-    assert (state, note["position"], note["phase"]) == (Status.TIMEOUT, 1, "call")
+    assert (state, note["offset"], note["phase"]) == (Status.TIMEOUT, 1, "call")
     assert list(it.values()) == [1]
 
 
-def test_a_slice_may_be_longer_than_the_time_limit_of_one_argument(loop: Any) -> None:
+def test_a_chunk_may_be_longer_than_the_time_limit_of_one_argument(loop: Any) -> None:
     it = loop(1)
     it.declare(sleep, timeout=0.4)
     it.add([0.15] * 5)
@@ -565,107 +744,102 @@ def test_a_slice_may_be_longer_than_the_time_limit_of_one_argument(loop: Any) ->
     assert list(it.values()) == [0]
 
 
-def test_cancel_replaces_the_worker_that_is_at_it_and_drops_its_answers(loop: Any) -> None:
-    it = loop(1)
-    it.declare(sleep, job=1)
-    it.add(*([30] for _ in range(3)), job=1)
-    it.declare(double, job=2)
-    it.until(lambda: it.workers._workers and it.workers._workers[0].status[2] == 4)
-    it.workers.cancel(1)
-    it.add([5], job=1, first=9)  # under way when the server cancelled: dropped
-    it.add([1], job=2)
-    it.until(lambda: it.answers(2), seconds=5)
-    assert it.answers(1) == [] and not it.workers.busy
-    it.workers.cancel(9)  # not known, and remembered all the same
-    it.add([5], job=9)
-    for job in (1, 9):
-        it.workers.end(job)
-        with pytest.raises(ProtocolError, match="not declared"):
-            it.add([5], job=job)
-
-
-def test_end_frees_a_worker_like_cancel(loop: Any) -> None:
+def test_cancel_returns_what_overlaps_and_kills_what_runs_of_it(loop: Any) -> None:
     it = loop(1)
     it.declare(sleep)
-    it.add([30])
-    it.until(lambda: it.workers._workers and it.workers._workers[0].status[2] == 4)
-    it.workers.cancel(1)
-    it.workers.end(1)
-    it.until(lambda: not it.workers.busy, seconds=5)
-    assert it.heard == []
+    it.add([30], [0], [0], us=10**9)
+    it.until(lambda: it.at(0))
+    it.add([0], [0], first=3)
+    it.add([0], [0], first=5)
+    it.workers.cancel(1, 0, 4)
+    assert sorted(it.returned()) == [1, 2, 3, 4]
+    pid, began = it.pids[0], time.monotonic()
+    it.until(lambda: not alive(pid), seconds=5)
+    assert time.monotonic() - began > 0.4
+    it.until(lambda: 0 in it.returned() and {*it.values(), *it.returned()} == set(range(7)))
+    assert not [1 for _, state, _ in it.answers() if state is Status.DIED]
 
 
-def test_recall_gives_back_the_last_slices_that_no_worker_has(loop: Any) -> None:
+def test_cancel_of_what_has_not_begun_lets_run_what_has(loop: Any) -> None:
     it = loop(1)
     it.declare(sleep)
-    it.add(*([0.5] for _ in range(4)))
-    it.add(*([0.5] for _ in range(4)), first=4)
-    it.until(lambda: it.workers.busy)
-    it.workers.recall(1, 5)
-    assert it.returned() == [3, 4, 5, 6, 7]
-    it.workers.recall(1, 100)
-    it.workers.recall(1, 100)
-    it.workers.recall(77, 1)
-    assert it.returned() == [3, 4, 5, 6, 7, 1, 2] and [len(rows) for _, rows in it.heard] == [5, 2, 0, 0]
-    assert all(rows.pace == ASKED for _, rows in it.heard)
-    assert all(not rows.shorts and not any(rows.lengths) for _, rows in it.heard)
-    it.until(it.answers)
-
-
-def test_draining_gives_back_the_queue_and_whatever_comes_and_finishes_what_runs(loop: Any) -> None:
-    it = loop(1)
-    it.declare(sleep)
-    it.add(*([0.2] for _ in range(4)))
-    it.until(lambda: it.workers.busy)
-    it.workers.drain()
-    it.add([0.2], first=4)
-    assert it.returned() == [1, 2, 3, 4] and not any(rows.pace for _, rows in it.heard)
+    it.add([0.8], [0], [0], us=10**9)
+    it.until(lambda: it.at(0))
+    it.workers.cancel(1, 1, 3)
+    assert it.returned() == [1, 2]
     it.until(lambda: not it.workers.busy)
     assert list(it.values()) == [0]
 
 
-def test_draining_gives_back_what_a_worker_died_with(loop: Any) -> None:
+def test_end_returns_all_kills_what_runs_and_forgets_the_job(loop: Any) -> None:
     it = loop(1)
     it.declare(sleep)
-    it.add(*([0] for _ in range(60)))
-    it.until(lambda: len(it.answers()) == 60)
-    it.add([30], *([0] for _ in range(9)), first=60)
-    it.until(lambda: it.workers.busy)
+    it.add([30], [0], us=10**9)
+    it.until(lambda: it.at(0))
+    it.add([0], first=2)
+    it.workers.end(1)
+    it.until(lambda: not it.workers.busy, seconds=5)
+    assert sorted(it.returned(Gone.RETURNED)) == [0, 1, 2] and it.answers() == []
+    with pytest.raises(ProtocolError, match="not declared"):
+        it.add([5])
+    it.workers.end(1)
+    it.workers.cancel(1)
+
+
+def test_a_worker_is_free_again_when_its_batch_was_returned_before_it_began(loop: Any) -> None:
+    it = loop(1)
+    it.until(lambda: it.pids and it.workers._workers[0].status[PHASE] == 1)
+    pid = it.pids[0]
+    os.kill(pid, signal.SIGSTOP)
+    it.declare(sleep)
+    it.add([0], [0])
+    it.turn()
+    it.workers.cancel(1, 0, 1)
+    os.kill(pid, signal.SIGCONT)
+    it.add([0], first=2)
+    it.until(lambda: len(it.answers()) == 1)
+    assert it.returned() == [0, 1] and it.pids == [pid]
+
+
+def test_draining_returns_what_has_not_begun_and_finishes_what_runs(loop: Any) -> None:
+    it = loop(1)
+    it.declare(sleep)
+    it.add([0.3], [0], us=10**9)
+    it.until(lambda: it.at(0))
+    it.add([0.2], [0], first=2)
     it.workers.drain()
-    os.kill(it.workers.pids[0], signal.SIGKILL)
+    it.add([0.2], first=4)
+    assert sorted(it.returned(Gone.LEFT)) == [1, 2, 3, 4]
+    it.until(lambda: not it.workers.busy)
+    assert list(it.values()) == [0]
+
+
+def test_draining_returns_what_a_worker_died_with(loop: Any) -> None:
+    it = loop(1)
+    it.declare(sleep)
+    it.add([0], [30], *([0] for _ in range(9)), us=10**9)
+    it.until(lambda: it.at(1))
+    it.workers.drain()
+    os.kill(it.pids[0], signal.SIGKILL)
     it.until(lambda: not it.workers.busy)
     told = [number for number, *_ in it.answers()]
-    assert sorted(told[60:] + it.returned()) == list(range(60, 70))
+    assert sorted(told + it.returned()) == list(range(11))
 
 
 # What may not be.
 
 
-def test_a_function_that_is_not_what_its_digest_says_is_refused(loop: Any) -> None:
-    with pytest.raises(ProtocolError, match="altered"):
-        loop().workers.keep(Rows.single(0, 0, 0, 0, [bytes(2000)], bytes(32)))
-
-
-def test_a_job_without_its_function_is_refused(loop: Any) -> None:
-    body = {"job": 1, "context": "c" * 32, "function": "0" * 64, "initializer": None, "options": {}}
+def test_a_job_whose_initializer_never_came_is_refused(loop: Any) -> None:
+    it = loop()
+    it.had.add("c")
     with pytest.raises(ProtocolError, match="not sent"):
-        loop().workers.declare(body)
-
-
-def test_a_forgotten_function_has_to_be_sent_again(loop: Any) -> None:
-    it = loop(1)
-    it.declare(double)
-    it.add([1])
-    it.until(it.answers)
-    it.workers.end(1)
-    it.workers.forget(it.keep((double, None)))
+        it.declare(double, initializer=set_up)
+    it.had.clear()
+    it.declare(double, initializer=set_up)
+    it.declare(double, job=2, initializer=set_up)
+    it.workers.close_context("c" * 32)
     with pytest.raises(ProtocolError, match="not sent"):
-        it.workers.declare({"job": 2, "context": "c" * 32, "function": it.context and letter_digest(
-            it.context.dump((double, None))).hex(), "initializer": None, "options": {}})
-    it.declare(double, job=3)
-    it.add([1], job=3)
-    it.until(lambda: it.answers(3))
-    assert it.values(3) == {0: [2]}
+        it.declare(double, job=3, initializer=set_up)
 
 
 # Cores.
@@ -697,18 +871,3 @@ def wait_until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
-
-
-def test_a_single_slice_of_a_job_that_was_quick_waits_for_the_first_free_worker(loop: Any) -> None:
-    it = loop(2)
-    it.declare(time.sleep, job=1)
-    it.declare(time.sleep, job=2)
-    it.add(*[[0]] * 100, job=1)
-    it.until(lambda: len(it.values(1)) == 100)
-    it.workers._jobs[1].paces.extend([10] * PACE_SLICES)  # whatever they took here, on a busy machine
-    assert it.workers._jobs[1].worth() > 1
-    it.add([SECONDS], [SECONDS], job=2)
-    it.until(lambda: all(len(worker.messages) == 1 for worker in it.workers._workers))
-    it.add([0], job=1, first=100)
-    it.turn()
-    assert it.workers._jobs[1].queued == 1

@@ -11,13 +11,15 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from achilles.errors import DumpError, RemoteError
-from achilles.objects import letters, looks, outcomes
+from achilles.objects import definitions, letters, outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "payload_cases"
@@ -65,20 +67,20 @@ def test_value_comes_back(value: object) -> None:
     assert worker.load(joined(caller.dump(value))) == value
 
 
-def test_plain_letter_is_one_byte_and_the_pickle() -> None:
-    assert letters.Context(caller=True).dump([5]) == [b"\0" + pickle.dumps([5], 5)]
+def test_a_plain_letter_is_a_pickle() -> None:
+    assert letters.Context(caller=True).dump([5]) == [pickle.dumps([5], 5)]
 
 
 def test_large_buffers_are_not_copied_and_are_aligned() -> None:
     memory = bytearray(100_000)
     context = letters.Context(caller=True)
-    parts = letters.dump_slice(context, [pickle.PickleBuffer(memory), 1, pickle.PickleBuffer(b"small")])
+    parts = letters.dump_chunk(context, [pickle.PickleBuffer(memory), 1, pickle.PickleBuffer(b"small")])
     large = [part for part in parts if isinstance(part, memoryview) and part.obj is memory]
     memory[0] = 7
     assert len(large) == 1 and large[0][0] == 7
     for sent in (parts, letters.with_skips(parts, [1, 0])):
         letter = joined(sent)
-        arguments, skipped = letters.load_slice(letters.Context(caller=False), letter)
+        arguments, skipped = letters.load_chunk(letters.Context(caller=False), letter)
         assert skipped == (frozenset() if sent is parts else {0, 1})
         arguments[0][1] = 9
         assert letter.count(b"\7\x09") == 1 and letter.index(b"\7\x09") % 16 == 0
@@ -87,16 +89,15 @@ def test_large_buffers_are_not_copied_and_are_aligned() -> None:
 
 def test_skips_are_replaced() -> None:
     context = letters.Context(caller=True)
-    parts = letters.dump_slice(context, list(range(10)))
+    parts = letters.dump_chunk(context, list(range(10)))
     many = letters.with_skips(letters.with_skips(parts, {3}), {1, 2, 4, 7, 9})
-    assert letters.load_slice(context, joined(many)) == (list(range(10)), frozenset({1, 2, 4, 7, 9}))
-    assert joined(letters.with_skips(many, ())) == joined(parts)
+    assert letters.load_chunk(context, joined(many)) == (list(range(10)), frozenset({1, 2, 4, 7, 9}))
+    assert letters.load_chunk(context, joined(letters.with_skips(many, ()))) == (list(range(10)), frozenset())
 
 
 def test_digest_and_length_are_of_the_whole_letter() -> None:
     parts = [b"ab", bytearray(b"c"), memoryview(b"defg")]
     assert letters.letter_digest(parts) == hashlib.sha256(b"abcdefg").digest()
-    assert letters.letter_length(parts) == 7
 
 
 def test_outcomes_without_error_are_the_plain_values() -> None:
@@ -129,7 +130,7 @@ def test_exception_that_loads_as_something_else_is_text() -> None:
 
 def test_dump_error_names_the_argument() -> None:
     with pytest.raises(DumpError, match="^an argument of type generator cannot be sent"):
-        letters.dump_slice(letters.Context(caller=True), [1, (x for x in ())])
+        letters.dump_chunk(letters.Context(caller=True), [1, (x for x in ())])
 
 
 def test_import_takes_neither_dill_nor_multiprocess() -> None:
@@ -141,11 +142,11 @@ def test_import_takes_neither_dill_nor_multiprocess() -> None:
 
 def test_old_dill_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import dill
-    looks._dill_pickler.cache_clear()
+    definitions.dill_pickler.cache_clear()
     monkeypatch.setattr(dill, "__version__", "0.3.9")
     with pytest.raises(RuntimeError, match="0.3.9 is too old: pip install"):
         letters.Context(caller=True).dump({1: 2}.keys())
-    looks._dill_pickler.cache_clear()
+    definitions.dill_pickler.cache_clear()
 
 
 def test_dill_leaves_its_settings_and_c_pickle_alone() -> None:
@@ -166,3 +167,123 @@ def test_a_bare_code_object_comes_back() -> None:
     context = letters.Context(caller=True)
     code = context.load(joined(context.dump((lambda x: x + 1).__code__)))
     assert types.FunctionType(code, {})(1) == 2
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("arguments", [
+    [], [1, "a", b"b", None, 2.5], [[1], {"a": (2,)}], [collections.OrderedDict(a=1), 3], ["__main__"] * 4,
+    [test_old_dill_is_refused, 1],
+])
+def test_chunks_are_the_letters_of_their_arguments(arguments: list[object], size: int) -> None:
+    context, worker = letters.Context(caller=True), letters.Context(caller=False)
+    made = letters.dump_chunks(context, arguments, size)
+    assert made is not None and all(type(letter) is bytes for letter in made)
+    loaded = [letters.load_chunk(worker, bytearray(letter)) for letter in made]
+    assert [skipped for _, skipped in loaded] == [frozenset()] * len(made)
+    assert [values for values, _ in loaded] == [arguments[at:at + size] for at in range(0, len(arguments), size)]
+
+
+def test_chunks_with_instances_of_a_script() -> None:
+    class Local:
+        pass
+
+    made = letters.dump_chunks(letters.Context(caller=True), [Local(), 1, Local()], 2)
+    assert made is not None
+    worker = letters.Context(caller=False)
+    values = [value for letter in made for value in letters.load_chunk(worker, bytearray(letter))[0]]
+    assert type(values[0]) is type(values[2]) and type(values[0]).__name__ == "Local" and values[1] == 1
+
+
+def test_large_chunks_are_copies() -> None:
+    context, memory = letters.Context(caller=True), array.array("d", [1.0]) * 100_000
+    large, small = letters.dump_chunks(context, [pickle.PickleBuffer(memory), 1], 1)
+    memory[0] = 7.0
+    assert bytes(letters.load_chunk(context, large)[0][0])[:8] == array.array("d", [1.0]).tobytes()
+    assert letters.load_chunk(context, small)[0] == [1]
+
+
+def test_a_chunk_that_cannot_be_dumped_names_the_argument() -> None:
+    with pytest.raises(DumpError, match="^an argument of type generator cannot be sent"):
+        letters.dump_chunks(letters.Context(caller=True), [1, 2, (x for x in ())], 1)
+
+
+def test_values_of_many_answers() -> None:
+    worker, caller = letters.Context(caller=False), letters.Context(caller=True)
+    answers = [[1, "a"], [array.array("d", [1.0]) * 10_000], [{"a": [2]}], []]
+    sent = [joined(outcomes.dump_outcomes(worker, values, {})[1]) for values in answers]
+    assert outcomes.load_values(caller, sent) == answers
+
+
+def make_function() -> types.FunctionType:
+    """A function by value, of a module that no import gives, with all that a function can refer to."""
+    space: dict[str, Any] = {"__name__": "__main__", "FACTOR": 2, "TABLE": [1], "Scale": type("Scale", (), {"by": 3}),
+                             "json": json}
+    exec(textwrap.dedent("""
+        def helper(x, more=1):
+            return x * FACTOR + more
+        def close(cell):
+            def function(x, *, key=4) -> "int":
+                return helper(x), cell, key, json.dumps(x), missing
+            return function
+        function = close(5)
+        def listed(x): return TABLE, function(x)
+        def scaled(x): return Scale.by
+    """), space)
+    return space["function"]
+
+
+CHANGES = {
+    "a global": "FACTOR = 3", "a global that was not there": "missing = 1",
+    "another function": "def helper(x): return 1",
+    "code of another function": "helper.__code__ = (lambda x, more=1: 7).__code__",
+    "a default": "helper.__defaults__ = (8,)", "a keyword's default": "function.__kwdefaults__['key'] = 8",
+    "an attribute": "function.note = 1", "a cell": "function.__closure__[0].cell_contents = 6",
+    "a list": "TABLE.append(2)", "a class": "Scale.by = 4", "its text": "helper.__doc__ = 'new'",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_function_is_dumped_again_once_something_has_changed(name: str) -> None:
+    context, space = letters.Context(caller=True), make_function().__globals__
+    function = space[{"a list": "listed", "a class": "scaled"}.get(name, "function")]
+    first = letters.dump_function(context, (function, None))
+    assert letters.dump_function(context, (function, None)) == first
+    other = letters.dump_function(context, (space["helper"], None))
+    exec(CHANGES[name], space)
+    second = letters.dump_function(context, (function, None))
+    assert second != first and second == letters.dump_function(context, (function, None))
+    assert other != second and joined(context.dump((function, None))) == second
+
+
+def test_a_function_whose_global_changes_and_changes_back_has_another_letter() -> None:
+    """A worker that has loaded both of the letters takes the last one's global."""
+    context, space = letters.Context(caller=True), make_function().__globals__
+    first = letters.dump_function(context, (space["function"], None))
+    space["FACTOR"] = 3
+    letters.dump_function(context, (space["helper"], None))
+    space["FACTOR"] = 2
+    assert letters.dump_function(context, (space["function"], None)) != first
+
+
+def test_an_unchanged_function_has_the_very_same_letter() -> None:
+    context, function = letters.Context(caller=True), make_function()
+    for value in ((json.dumps, None), (len, None), (function, None), (function, json.loads), (function, (1, "a"))):
+        assert letters.dump_function(context, value) is letters.dump_function(context, value)
+
+
+def test_a_function_that_is_dumped_again_takes_the_changes_of_arguments() -> None:
+    """An instance's class is looked at anew, although the function is only compared."""
+    context, worker, space = letters.Context(caller=True), letters.Context(caller=False), make_function().__globals__
+    scale = space["Scale"]()
+    for by in (3, 4):
+        type(scale).by = by
+        letters.dump_function(context, (json.dumps, None))
+        arguments, _ = letters.load_chunk(worker, joined(letters.dump_chunk(context, [scale])))
+        assert arguments[0].by == by
+
+
+def test_a_function_that_cannot_be_dumped_is_named() -> None:
+    space = make_function().__globals__
+    space["FACTOR"] = (x for x in ())
+    with pytest.raises(DumpError, match="the initializer cannot be sent to a node: the global 'FACTOR' of helper"):
+        letters.dump_function(letters.Context(caller=True), (space["helper"], ()), "the initializer")

@@ -676,7 +676,7 @@ def returns(peer):
     assert again[1:] == ("Local", 6) and type(again[0]) is type(made)
 
 
-@program("skipped positions")
+@program("skipped offsets")
 def skips(peer):
     assert peer.map(helper, [1, 2, 3, 4, 5, 6], skip=[0, 2, 3, 4, 5]) == [None, 12, None, None, None, None]
 
@@ -707,7 +707,7 @@ def lacks(peer):
 
 @program("what cannot be dumped is named")
 def named(peer):
-    for dump, thing in ((functools.partial(letters.dump_slice, peer.context), [1, (x for x in ())]),
+    for dump, thing in ((functools.partial(letters.dump_chunk, peer.context), [1, (x for x in ())]),
                         (peer.context.dump, lambda: peer.process)):
         try:
             dump(thing)
@@ -720,7 +720,7 @@ def named(peer):
     for _ in range(100_000):
         deep = [deep]
     try:
-        letters.dump_slice(peer.context, [deep])
+        letters.dump_chunk(peer.context, [deep])
     except TypeError as error:
         assert "an argument of type list" in str(error) and isinstance(error.__cause__, RecursionError)
     while deep:

@@ -6,7 +6,7 @@ import sys
 import threading
 
 sys.path.insert(0, sys.argv[-1])
-from peer import gives, main  # noqa: E402
+from peer import expect, gives, main, program  # noqa: E402
 
 
 class Money:
@@ -177,6 +177,34 @@ class Keeps:
 @gives("instances with a reducer of copyreg", Registered(1), (2, True))
 def registered(thing):
     return Keeps.registered[thing].n, thing in Keeps.registered
+
+
+class Scaled:
+    """Its maker is a function that is new each time."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __reduce__(self):
+        return (lambda n: Scaled(n * FACTOR)), (self.n // FACTOR,)
+
+
+FACTOR = 2
+SCALED = Scaled(8)
+
+
+class HoldsScaled:
+    inside = {"deep": [Scaled(10)]}
+
+
+@program("a __reduce__ that makes a function", fork="pickle does not find a lambda")
+def scaled_there(peer):
+    expect(peer.map(scaled, [Scaled(6)]), [(6, 8, 10)])
+    expect(peer.map(scaled, [Scaled(4)]), [(4, 8, 10)])
+
+
+def scaled(thing):
+    return thing.n, SCALED.n, HoldsScaled.inside["deep"][0].n
 
 
 main()

@@ -87,4 +87,14 @@ def dead(peer):
     refused(peer, work, Holds(weakref.ref(others[0])), "Holds", "inside")
 
 
+def make():
+    made = Thing()
+    return lambda x, table={"weak": weakref.ref(made), "held": [made]}: table["weak"]() is table["held"][0]  # noqa: B006, B008
+
+
+@program("a weak reference in a default of a function that no global has", fork="pickle does not find a lambda")
+def in_default(peer):
+    expect(peer.map(make(), [1]), [True])
+
+
 main()

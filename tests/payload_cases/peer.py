@@ -104,7 +104,7 @@ class Payload:
         self.context.refresh()
         start = [self.bytes_of(self.context.dump(pair)) for pair in initializers]
         letter = self.bytes_of(self.context.dump(function))
-        parts = letters.dump_slice(self.context, arguments)
+        parts = letters.dump_chunk(self.context, arguments)
         if skip:
             parts = letters.with_skips(parts, skip)
         request = pickle.dumps((self.name, start, letter, self.bytes_of(parts)))
@@ -117,8 +117,8 @@ class Payload:
         raised, answer = reply
         assert b"achilles" not in answer and sys.argv[4].encode() not in answer
         values, errors = outcomes.load_outcomes(self.context, bytearray(answer), raised)
-        for position, error in errors.items():
-            values[position] = error
+        for offset, error in errors.items():
+            values[offset] = error
         return values
 
     def close(self):

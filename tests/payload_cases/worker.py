@@ -1,7 +1,7 @@
 """The other process: loads, calls, dumps. Its package has another name, and it cannot see the cases.
 
 Run as `python -c <this text> <folder> <package> <its module of letters> <its module of outcomes>`. Reads pickled
-requests (context, initializer letters, function letter, slice letter) with a length of 8 bytes in front, and
+requests (context, initializer letters, function letter, chunk letter) with a length of 8 bytes in front, and
 answers (raised, letter).
 """
 
@@ -15,7 +15,7 @@ letters, outcomes = (importlib.import_module(f"{sys.argv[2]}.{name}") for name i
 contexts, functions = {}, {}
 
 
-def answer(name, initializers, function_letter, slice_letter):
+def answer(name, initializers, function_letter, chunk_letter):
     context = contexts.setdefault(name, letters.Context(caller=False))
     for letter in initializers:
         function, arguments = context.load(bytearray(letter))
@@ -23,15 +23,15 @@ def answer(name, initializers, function_letter, slice_letter):
     if (name, function_letter) not in functions:
         functions[name, function_letter] = context.load(bytearray(function_letter))
     function = functions[name, function_letter]
-    arguments, skipped = letters.load_slice(context, bytearray(slice_letter))
+    arguments, skipped = letters.load_chunk(context, bytearray(chunk_letter))
     values, errors = [None] * len(arguments), {}
-    for position, argument in enumerate(arguments):
-        if position in skipped:
+    for offset, argument in enumerate(arguments):
+        if offset in skipped:
             continue
         try:
-            values[position] = function(argument)
+            values[offset] = function(argument)
         except BaseException as error:
-            errors[position] = error
+            errors[offset] = error
     raised, parts = outcomes.dump_outcomes(context, values, errors)
     return raised, b"".join(parts)
 

@@ -99,8 +99,12 @@ def test_every_altered_byte_of_the_ladder_breaks_the_proof():
 
 
 def test_only_the_servers_own_proof_is_one():
-    assert auth.is_proof(KEYS, KEYS.server_proof)
-    assert not auth.is_proof(KEYS, KEYS.client_proof) and not auth.is_proof(KEYS, auth.REFUSAL)
+    auth.check_answer(KEYS, KEYS.server_proof)
+    with pytest.raises(AuthenticationError, match="refused the username or the secret"):
+        auth.check_answer(KEYS, auth.REFUSAL)
+    for answer in (KEYS.client_proof, os.urandom(32), KEYS.server_proof[:-1], KEYS.server_proof + b"x", b""):
+        with pytest.raises(AuthenticationError, match="does not know the secret"):
+            auth.check_answer(KEYS, answer)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,11 @@ def test_a_username_is_refused_not_cut(name):
 
 
 def test_nothing_of_a_key_is_printed():
-    assert repr(KEYS) == "Keys(***)" and "***" in repr(auth.Tagger(KEYS.client_data))
+    keys = auth.session_keys(KEY, m1(), signed())
+    for thing in (keys, auth.Tagger(keys.client_data), auth.Checker(keys.client_data)):
+        for text in (repr(thing), str(thing)):
+            assert not [key for key in (KEY, *KEYS) if repr(bytes(key))[2:-1] in text or key.hex() in text]
+    assert repr(keys).count("Key(***)") == 4
 
 
 def test_no_local_variable_shows_a_key_or_what_it_is_made_from():
@@ -150,3 +158,39 @@ def test_no_local_variable_shows_a_key_or_what_it_is_made_from():
         auth.derive_key("x" * 33, "correct horse battery staple")
     found = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
     assert "Key(***)" in found and "'correct horse" not in found
+
+
+# The cache of derived keys.
+
+
+@pytest.fixture
+def derived(monkeypatch):
+    """How often scrypt ran."""
+    auth._place.cache_clear()
+    runs, scrypt = [], hashlib.scrypt
+    monkeypatch.setattr(hashlib, "scrypt", lambda *args, **options: runs.append(1) or scrypt(*args, **options))
+    return runs
+
+
+def test_a_secret_is_derived_once_a_process_and_each_user_has_another_key(derived):
+    keys = [auth.derive_key(user, "correct horse battery staple") for user in ("ann", "ann", "bob", "ann")]
+    assert keys[0] == keys[1] == keys[3] == KEY != keys[2] and len(derived) == 2
+    assert auth.derive_key("a", "nn" + "x" * 20) != auth.derive_key("an", "n" + "x" * 20)
+
+
+def test_the_cache_of_derived_keys_holds_no_secret_and_eight_keys_at_most(derived, monkeypatch):
+    names = []
+    place = auth._place
+    monkeypatch.setattr(auth, "_place", lambda name: names.append(name) or place(name))
+    for number in range(10):
+        auth.derive_key("ann", f"secret number {number}")
+    assert place.cache_info().currsize == place.cache_info().maxsize == 8
+    assert {len(name) for name in names} == {32} and not any(b"secret" in name for name in names)
+    auth.derive_key("ann", "secret number 0")
+    assert len(derived) == 11
+
+
+def test_a_key_that_another_process_has_derived_is_not_derived_again(derived):
+    auth.derive_key("ann", "correct horse battery staple", bytes(KEY))
+    found = auth.derive_key("ann", "correct horse battery staple")
+    assert found == KEY and str(found) == "Key(***)" and not derived

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from achilles.errors import ProtocolError
-from achilles.protocol.fields import Field, check_fields, read_object
+from achilles.protocol.fields import HEX_FORM, Field, check_fields, read_object
 
 NAME = Field(str, 1, 64)
 INNER = {"name": NAME, "count": Field(int, 0, 9, False)}
 FIELDS = {
     "number": Field((int, float), -1, 9, False), "flag": Field(bool, required=False),
-    "digest": Field(str, 2, 2, False, hex=True), "way": Field(str, 1, 64, False, choices=("up", "down")),
+    "digest": Field(str, 2, 2, False, form=HEX_FORM), "way": Field(str, 1, 64, False, form="up|down"),
     "one": Field(dict, required=False, inside=INNER), "many": Field(list, 0, 2, False, inside=INNER),
     "counts": Field(dict, 0, 2, False, entry=Field(int, 0, 9)),
 }
@@ -74,7 +74,8 @@ GOOD = [
 BAD = [
     {"number": -2}, {"number": 9.1}, {"number": "1"}, {"number": True}, {"number": [1]}, {"number": 10**400},
     {"flag": 0}, {"flag": "no"}, {"digest": "0F"}, {"digest": "0"}, {"digest": "0f0"}, {"digest": " f"}, {"digest": 10},
-    {"way": ""}, {"way": "Up"}, {"way": "sideways"}, {"way": ["up"]},
+    {"digest": "\u0660f"}, {"way": ""}, {"way": "Up"}, {"way": "sideways"}, {"way": ["up"]}, {"way": "updown"},
+    {"way": "up "},
     {"one": []}, {"one": {}}, {"one": {"name": None}}, {"one": {"name": ""}}, {"one": {"name": "a", "count": 10}},
     {"many": {}}, {"many": [1]}, {"many": [None]}, {"many": [[]]}, {"many": [{"name": "a"}, {}]},
     {"many": [{"name": "a"}] * 3}, {"many": "aa"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,10 +21,11 @@ from fakes import SECONDS, SECRET, Node, address, serving, settings
 
 from achilles.calls import kill_cluster
 from achilles.config import Secret, Settings
-from achilles.controller.connection import Controller, derive_key
+from achilles.controller.connection import Controller
 from achilles.errors import AddressError, AuthenticationError, ClusterKilled, ServerUnreachable
 from achilles.protocol import auth, channel
-from achilles.protocol.channel import connect
+from achilles.protocol import connect as connecting
+from achilles.protocol.connect import connect
 from achilles.protocol.frames import Kind
 from achilles.server import listen
 from achilles.server.__main__ import main
@@ -110,7 +112,7 @@ import os
 import sys
 from achilles.server.__main__ import main
 from achilles.server.listen import Server
-Server._end_when_told = lambda self: os.write(1, (self._reasons.get() + chr(10)).encode())
+Server._wait_for_reason = lambda self: [os.write(1, (self._reasons.get() + chr(10)).encode()) for _ in range(9)]
 sys.exit(main(["--port", "0"]))
 """
 
@@ -186,10 +188,10 @@ def test_a_port_in_use_is_named_and_exits_1(run, running):
 @pytest.mark.parametrize(("number", "text"), [
     (errno.EACCES, "below 1024"), (errno.EADDRNOTAVAIL, "address of this machine")])
 def test_other_reasons_not_to_listen_are_told_with_a_remedy(monkeypatch, number, text):
-    def bind(self):
+    def create(*args, **options):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Server, "server_bind", bind)
+    monkeypatch.setattr(listen._Listener, "server_bind", create)
     with pytest.raises(AddressError, match=text) as caught:
         Server(settings(80))
     assert "127.0.0.1:80" in str(caught.value) and caught.value.errno == number
@@ -324,7 +326,7 @@ def test_refusals_of_a_user_do_not_keep_that_user_out(running, monkeypatch):
 def test_an_unknown_user_and_a_wrong_secret_get_the_same(running, monkeypatch, user, secret):
     monkeypatch.setattr(listen, "REFUSAL_SECONDS", 0.01)
     with pytest.raises(AuthenticationError, match="^the server refused the username or the secret "):
-        connect("127.0.0.1", running.address[1], auth.NODE, user, derive_key(user, secret))
+        connect("127.0.0.1", running.address[1], auth.NODE, user, auth.derive_key(user, secret))
 
 
 def test_a_previous_secret_is_good_while_it_is_replaced():
@@ -369,7 +371,7 @@ def test_a_file_that_is_no_good_changes_nothing_and_drops_nobody(run, unconfigur
                             (f"SECRET_KEY='{new}\n", 0o600, "line 1"), ("SECRET_KEY=\n", 0o600, "is empty")]:
         write(text, mode)
         process.send_signal(signal.SIGHUP)
-        line = next_line(process, "the secrets stay what they were")
+        line = next_line(process, "the secrets stay as they were")
         assert why in line and new not in line and " ERROR " in line
         controller(port).close()
     write(f"SECRET_KEY='{new}'\n")
@@ -390,7 +392,7 @@ def test_a_secret_from_elsewhere_is_not_read_again(run, unconfigured):
     process = run("--port", 0)
     port = listening(process)
     process.send_signal(signal.SIGHUP)
-    assert "did not come from a configuration file" in next_line(process, "the secrets stay what they were")
+    assert "did not come from a configuration file" in next_line(process, "the secrets stay as they were")
     controller(port).close()
 
 
@@ -430,8 +432,8 @@ from fakes import settings
 from achilles.server.listen import Server
 made = Server(settings())
 accepts = []
-real = made.get_request
-made.get_request = lambda: accepts.append(1) or real()
+real = made._listener.get_request
+made._listener.get_request = lambda: accepts.append(1) or real()
 import os
 resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3,) * 2)
 threading.Thread(target=made.run, daemon=True).start()
@@ -459,7 +461,78 @@ def test_without_descriptors_accepting_does_not_spin():
             client.close()
         process.kill()
     assert all("cannot accept a connection" in line for line in complaints)
-    assert took > listen.NO_FILES_SECONDS and int(accepts) < 50 and float(seconds) < 5
+    assert took > listen.NO_ROOM_SECONDS and int(accepts) < 50 and float(seconds) < 5
+
+
+@pytest.mark.parametrize("name", ["process_request_thread", "achilles-writer"])
+def test_without_threads_it_goes_on_and_does_not_spin(running, monkeypatch, caplog, name):
+    """As where systemd's TasksMax is reached: whoever came then is closed, and the next one gets in."""
+    real, failed = threading.Thread.start, []
+
+    def start(thread):
+        if name in thread.name and len(failed) < 2:
+            failed.append(time.monotonic())
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(connecting, "RETRY_SECONDS", 0.01)
+    link = connect("127.0.0.1", running.address[1], auth.CONTROLLER, "ann", auth.derive_key("ann", SECRET))
+    wait_until(lambda: failed)
+    link.close()
+    monkeypatch.undo()
+    controller(running.address[1]).close()
+    assert failed and "can't start new thread" in caplog.text
+    assert name == "achilles-writer" or failed[1] - failed[0] >= listen.NO_ROOM_SECONDS
+
+
+class OwnedLock:
+    """A lock that knows its holder."""
+
+    def __init__(self):
+        self.lock, self.owner = threading.Lock(), None
+
+    def __enter__(self):
+        self.lock.acquire()
+        self.owner = threading.get_ident()
+
+    def __exit__(self, *raised):
+        self.owner = None
+        self.lock.release()
+
+
+def test_no_log_is_written_under_the_lock_of_the_places(running, monkeypatch):
+    """A log may wait for a disk or a terminal, and all who connect would wait with it."""
+    monkeypatch.setattr(listen, "REFUSAL_SECONDS", 0.01)
+    monkeypatch.setattr(listen, "PLACES", 2)
+    running._places_lock = OwnedLock()
+    lines = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            lines.append((record.getMessage(), running._places_lock.owner == threading.get_ident()))
+
+    handler, logger = Handler(), logging.getLogger("achilles")
+    logger.addHandler(handler)
+    monkeypatch.setattr(logger, "level", logging.DEBUG)
+    logging.getLogger("achilles.server.listen").setLevel(logging.DEBUG)
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(silent(running.address[1])).sendall(b"GET / HTTP/1.1".ljust(104))
+            with pytest.raises(AuthenticationError):
+                controller(running.address[1], "another secret, long")
+            controller(running.address[1]).close()
+            for _ in range(4):
+                stack.enter_context(silent(running.address[1]))
+        wait_until(lambda: any("left" in line for line, _ in lines))
+        running.end("restart")
+        wait_until(lambda: not running._readers)
+    finally:
+        logger.removeHandler(handler)
+        logging.getLogger("achilles.server.listen").setLevel(logging.NOTSET)
+    said = " ".join(line for line, _ in lines)
+    assert "refused" in said and "did not authenticate" in said and not any(held for _, held in lines)
 
 
 # Its end.
@@ -489,7 +562,7 @@ def test_the_end_closes_all_even_those_who_never_authenticated(running, monkeypa
 
 def test_the_limit_of_connections_stays_well_below_that_of_files(monkeypatch):
     resource = pytest.importorskip("resource")
-    for files, most in ((1024, 762), (16, 6), (8, 1), (10**6, listen.CONNECTIONS), (resource.RLIM_INFINITY, 10_000)):
+    for files, most in ((1024, 762), (16, 6), (8, 1), (10**6, 2000), (resource.RLIM_INFINITY, 2000)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, files=files: (files, files))
         assert listen._most_connections() == most
 
@@ -510,7 +583,7 @@ def test_run_server_works_outside_the_main_thread_and_takes_no_signal(monkeypatc
 
 
 def test_a_backlog_and_limits_as_documented():
-    assert (Server.request_queue_size, listen.PLACES) == (1024, 64)
+    assert (listen.BACKLOG, listen.PLACES) == (1024, 64)
     assert (listen.HANDSHAKE_SECONDS, listen.REFUSAL_SECONDS, listen.KILLED_SECONDS) == (5, 1, 10)
     assert channel.SILENCE_SECONDS == 20
 

@@ -1,0 +1,66 @@
+"""How much travels together: the pace of a job, and the worth of a batch.
+
+Every choice of a batch's size is made here, from one figure: µs that an argument took in the last answer. Plain
+arithmetic, without a clock, a lock or a thread; the connection's lock guards each Pace and each Worth.
+"""
+
+from __future__ import annotations
+
+from ..protocol.frames import MAX_CHUNKS
+
+__all__ = ["Pace", "Worth"]
+
+LEAST_US, MOST_US = 5_000, 50_000  # of work in a batch: far over the cost of a frame, far under what people notice
+FEW_US = 20_000  # where few batches may be out, each must last until the next one is there
+HALF_MS_US = 500  # a batch of less work costs more to send than it gains by running beside others
+QUICKER = 8  # times at most: one answer may be quick by chance
+TINY_US = 0.05  # the quickest argument that is believed: a function in C over a range
+EASE = 0.98  # by how much the worth of a batch falls where enough batches are out
+WINDOW_CHUNKS = 64  # that may be out beyond two for each worker
+MOST_WINDOW_CHUNKS = MAX_CHUNKS  # some MB of small letters
+
+
+class Pace:
+    """µs that an argument of one job takes; 0 while no answer has come."""
+
+    def __init__(self) -> None:
+        self.us = 0.0
+
+    def learn(self, us: int, arguments: int) -> None:
+        """An answer of so many arguments took `us`; 0 says nothing."""
+        if us and arguments:
+            now = max(us / arguments, TINY_US)
+            self.us = max(now, self.us / QUICKER) if self.us else now
+
+    def chunks(self, size: int, us: float, left: float, workers: int) -> int:
+        """How many chunks of `size` arguments make a batch that is worth `us`.
+
+        :param left: chunks that the call still has to send, infinity where that is not known. A batch is no more than
+            its share for two batches a worker, but for half a millisecond of work.
+        """
+        if not self.us:
+            return 1
+        chunk_us = self.us * size
+        share = max(left / (2 * workers or 1), HALF_MS_US / chunk_us)
+        return max(1, int(min(us / chunk_us, share, MAX_CHUNKS)))
+
+    def is_little(self, arguments: int) -> bool:
+        """Whether so many arguments are not worth a batch while all workers are busy."""
+        return 0 < self.us * arguments < HALF_MS_US
+
+    def window(self, size: int, workers: int) -> int:
+        """How many chunks may be out of the caller's hands: so many that quick batches never wait for room."""
+        quick = 2 * (2 * workers + 2) * self.chunks(size, MOST_US, float("inf"), workers) if self.us else 0
+        return 2 * workers + WINDOW_CHUNKS + min(quick, MOST_WINDOW_CHUNKS)
+
+
+class Worth:
+    """µs of work in the batches of one connection: more, where the controller is late with the next batch."""
+
+    def __init__(self, few: bool) -> None:
+        self._least = FEW_US if few else LEAST_US
+        self.us = float(self._least)
+
+    def judge(self, late: bool) -> None:
+        """Batches are about to be made, and fewer were out than there are workers (`late`), or not."""
+        self.us = min(2 * self.us, MOST_US) if late else max(self._least, EASE * self.us)

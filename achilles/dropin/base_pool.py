@@ -1,0 +1,224 @@
+"""BasePool: a connection with a context, and the calls that a Pool or an Executor makes on it.
+
+Knows how a call becomes a job, a chunk or a range of chunks. It does not know what a result is to the caller:
+`async_results.py` and `executor.py` do.
+
+::
+
+    submit               a chunk in the job of its function: an entry of Singles
+    start                a Call: a range of chunks in a job of its own, which is kept for the next call
+    iterate              the same, taken by an iterator
+
+Any thread may call any method. The connection's lock guards `_singles`; `_last` and `_state` need none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from ..calls import connect
+from ..config import SecretKey
+from ..controller.call import Call, check_counts, check_seconds
+from ..controller.job import Job
+from ..controller.lookout import Lookout
+from ..controller.results import Run
+from ..controller.singles import Singles
+from ..errors import DumpError, LetterTooLarge
+from ..objects import letters
+from ..objects.letters import dump_chunk, dump_function, joined
+from ..objects.outcomes import own_error
+from ..protocol.frames import Letter, letter_of
+from .async_results import PoolIterator
+from .dispatcher import Dispatcher, SingleCall, Taker
+
+__all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool", "More"]
+
+RUN, CLOSE, TERMINATE = "RUN", "CLOSE", "TERMINATE"
+LARGEST_CHUNK = 1 << 16  # arguments, of an endless input
+CHUNKS_A_WORKER = 4  # chunks of a sequence for each worker, at the least: multiprocessing's own choice
+SEQUENCES = list, tuple, range  # cut without an iterator
+APPLY = {"call": "apply"}
+
+Kind = TypeVar("Kind", bound=PoolIterator)
+
+
+class More(NamedTuple):
+    """What the mapping methods take beyond the standard library's; see Pool."""
+
+    buffersize: int | None = None
+    timeout: float | None = None
+    seed: int | None = None
+
+
+class BasePool:
+    """What Pool and Executor have in common.
+
+    :param address: host, port, username, secret_key and reconnect_seconds, as of `achilles.map`.
+    Connects; blocks until the server has answered.
+    """
+
+    _state = TERMINATE  # until it runs
+    _refusal: tuple[type[Exception], str] = ValueError, "Pool not running"
+
+    def __init__(
+        self, processes: int | None, initializer: Callable[..., object] | None, initargs: Iterable[Any],
+        maxtasksperchild: int | None, wait_for_nodes: float | None, reconnect_seconds: float,
+        executor: Any, host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
+    ) -> None:
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
+        self._given = processes
+        self._options = {"maxtasksperchild": maxtasksperchild}
+        self._context, self._context_id = letters.Context(caller=True), secrets.token_bytes(16)
+        self._initializer = None if initializer is None else letter_of(
+            dump_function(self._context, (initializer, tuple(initargs)), "the initializer"))
+        self._last: tuple[bytes, Letter] = b"", b""  # the function of the last call, which many callers give again
+        self._controller = connect(host, port, username, secret_key, reconnect_seconds, executor, processes)
+        self._singles: dict[Any, Job] = {}  # jobs of single calls, while any waits; with its lock
+        self._dispatcher = Dispatcher(self._controller, Lookout(self._controller, wait_for_nodes))
+        self._state = RUN
+
+    @property
+    def _processes(self) -> int:
+        """How many batches may be out at a time, at least 1; libraries read it."""
+        return max(1, self._given or self._controller.workers()[0])
+
+    size = _max_workers = _processes
+
+    def close(self) -> None:
+        """Let nothing more be asked of this pool. What was asked is done."""
+        if self._state == RUN:
+            self._state = CLOSE
+
+    def terminate(self) -> None:
+        """Stop what runs, and close the connection: some seconds at most. Results not there are InterruptedError."""
+        self._state = TERMINATE
+        if not self._dispatcher.forked():
+            with self._controller.lock:
+                self._controller.fail_jobs(InterruptedError("the pool was terminated before this was done"))
+            self._dispatcher.stop()
+
+    def join(self) -> None:
+        """Block until all that was asked is done. ValueError before `close` or `terminate`."""
+        self._dispatcher.check_process()
+        if self._state == RUN:
+            raise ValueError("Pool is still running")
+        self._dispatcher.wait()
+        self._dispatcher.stop()
+
+    def __del__(self, terminate: str = TERMINATE) -> None:
+        if self._state != terminate and not self._dispatcher.forked():  # what a module holds may be gone by now
+            self._dispatcher.end()
+
+    def _check_running(self) -> None:
+        self._dispatcher.check_process()
+        if self._state != RUN:
+            raise self._refusal[0](self._refusal[1])
+
+    def _begin(self) -> Dispatcher:
+        """The dispatcher, which runs."""
+        self._check_running()
+        self._dispatcher.start()
+        return self._dispatcher
+
+    # How a call begins.
+
+    def _submit(
+        self, single: SingleCall, func: Callable[..., Any], args: Iterable[Any], kwds: Mapping[str, Any]
+    ) -> None:
+        """Put one call into the job of its function."""
+        link = self._controller
+        try:
+            key, function = self._function(func, APPLY)
+            letter = letter_of(joined(dump_chunk(self._context, [(args, kwds)])))
+            link.check_size("the arguments", len(letter))
+        except (DumpError, LetterTooLarge) as error:
+            with link.lock:
+                single.fail(own_error(error))
+            return
+        with link.lock:
+            job = self._singles.get(key)
+            if job is None or job.ended or job.spent:
+                self._singles[key] = job = link.take(key, partial(self._job, function, APPLY))
+                job.sink = Singles(partial(self._idle, key, job))
+            single.begin(job, self)
+            self._dispatcher.open.add(single)
+            job.sink.entries[job.next] = single  # type: ignore[union-attr]
+            job.enter(Run(job.next, 0, 1, [letter], 1))
+            link.queue(job)
+        link.push()
+
+    def _idle(self, key: Any, job: Job) -> None:
+        """No call waits for this job any more. Needs the connection's lock."""
+        if self._singles.get(key) is job:
+            del self._singles[key]
+        self._controller.keep(key, job)
+
+    def _function(self, func: Callable[..., Any], options: Mapping[str, Any]) -> tuple[Any, Letter]:
+        """What a job of this function is kept under, and the function's letter.
+
+        The function is looked at anew at each call, since what it refers to may have changed.
+        """
+        name = f"function {getattr(func, '__qualname__', type(func).__name__)}"
+        dumped = dump_function(self._context, (func, None), name)
+        letter, last = self._last
+        if dumped is not letter:
+            self._controller.check_size(name, len(dumped))
+            self._last = dumped, last = dumped, letter_of(dumped)
+        return (dumped, *options.values()), last
+
+    def _job(self, function: Letter, options: Mapping[str, Any]) -> Job:
+        return Job(self._context, self._context_id, function, self._initializer, {**self._options, **options})
+
+    def _start(
+        self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None, more: More, *,
+        call: str = "one", ordered: bool = False, ready: Callable[[], object] | None = None, inline: bool = False,
+    ) -> None:
+        """Begin a mapping call for `taker`, which takes its results; `inline`: take them."""
+        buffersize, timeout, seed = more
+        check_counts(buffersize=buffersize)
+        check_seconds(timeout=timeout)
+        if chunksize is not None and chunksize < 1:
+            raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        options: dict[str, Any] = {"call": call, "timeout": timeout}
+        if seed is not None:
+            args = (lambda given=args: enumerate(given())) if callable(args) else [*enumerate(args)]
+            options["seed"] = hashlib.sha256(b"%x" % operator.index(seed)).hexdigest()
+        try:
+            taker.key, function = self._function(func, options)
+        except DumpError as error:
+            if ready is None:
+                taker.finish(error)
+            else:  # callbacks are the dispatcher's
+                self._dispatcher.work.put(partial(taker.finish, error))
+            return
+        with self._controller.lock:
+            job = self._controller.take(taker.key, partial(self._job, function, options))
+            largest = None
+            if chunksize is None:  # of a sequence, what multiprocessing chooses
+                largest = LARGEST_CHUNK if callable(args) else -(-len(args) // (CHUNKS_A_WORKER * self._processes)) or 1
+            taker.call = Call(self._controller, job, args, chunksize=chunksize or 1, ordered=ordered, flat=True,
+                              buffersize=buffersize, largest=largest, ready=ready)
+            self._dispatcher.open.add(taker)
+        try:
+            taker.call.start(inline)
+            if inline:
+                taker.take_all()
+        except BaseException as error:
+            taker.cancel(error)
+            raise
+
+    def _iterate(
+        self, kind: type[Kind], func: Any, iterable: Any, chunksize: int | None, more: More, *, call: str = "one",
+        ordered: bool = True,
+    ) -> Kind:
+        iterator = kind(self._begin(), self)
+        args = iterable if type(iterable) in SEQUENCES else lambda: iterable
+        self._start(iterator._stream, func, args, chunksize, more, call=call, ordered=ordered)
+        return iterator

@@ -1,0 +1,230 @@
+"""The dispatcher of a pool: the calls that are not over, and the thread that takes what nobody else takes.
+
+Knows calls and their answers; what a result is to the caller is `async_results.py`'s and `executor.py`'s.
+
+::
+
+    reader thread: ready_to_take, put ─▶ Dispatcher.work ─▶ dispatcher thread: take, load ─▶ callbacks
+
+Threads: the dispatcher, one a pool, takes results and runs callbacks, one at a time. It begins with the first call that
+needs it, and refers to no Pool, so that a dropped pool is collected.
+Locks: that of the connection guards `open`; `_taking` of a Taker is held by the thread that takes.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from _thread import start_new_thread
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ..controller.call import Call, NotYet
+from ..controller.connection import Controller
+from ..controller.job import Job
+from ..controller.lookout import Lookout
+from ..errors import ServerUnreachable
+from ..objects.outcomes import fresh, own_error
+from ..protocol.frames import Letter
+
+__all__ = ["Dispatcher", "SingleCall", "Taker"]
+
+
+class Dispatcher:
+    """The calls of a pool that are not over, and the thread that takes the results that nobody else takes."""
+
+    def __init__(self, link: Controller, lookout: Lookout) -> None:
+        self.link = link
+        self.work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # to be called; None ends it
+        self.changed = threading.Condition(link.lock)  # its lock guards `open`, and the start of the thread
+        self.open: set[object] = set()  # SingleCalls and Takers
+        self._lookout = lookout
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
+
+    def forked(self, getpid: Callable[[], int] = os.getpid) -> bool:
+        """Whether this is a child of the caller: its threads and its connection are the parent's. Takes no lock."""
+        return getpid() != self._pid
+
+    def check_process(self) -> None:
+        """ServerUnreachable in a child of the caller, where nothing will ever come."""
+        if self.forked():
+            raise ServerUnreachable("this pool belongs to the parent process; open one after the fork")
+
+    def start(self) -> None:
+        """Begin the thread, if it has not begun."""
+        with self.changed:
+            if self._thread.ident is None:
+                self._thread.start()
+
+    def forget(self, call: object) -> None:
+        """A call is over: its result is there, or `work` has what brings it. Needs the connection's lock."""
+        self.open.discard(call)
+        self.changed.notify_all()
+
+    def wait_for(self, wait: Callable[[float], object], timeout: float | None = None) -> bool:
+        """Call `wait` with some seconds until it returns something true; False after `timeout` seconds.
+
+        Raises NoNodesError if there is no node for too long, and ServerUnreachable in a child of the caller.
+        """
+        self.check_process()
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        while not wait(max(0.0, min(self._lookout.seconds, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                return False
+            self._lookout.look()
+        return True
+
+    def wait(self) -> None:
+        """Block until all calls are over. Iterators keep the results that they have not given yet."""
+        with self.changed:
+            takers = [call for call in self.open if isinstance(call, Taker)]
+        for taker in takers:
+            taker.drain()
+        with self.changed:
+            self.wait_for(partial(self.changed.wait_for, lambda: not self.open))
+
+    def stop(self) -> None:
+        """Close the connection when all of `work` is done; idempotent. Joins the thread."""
+        self.end()
+        self.start()
+        if self._thread.ident != threading.get_ident():
+            self._thread.join()
+
+    def end(self, start_thread: Callable[..., object] = start_new_thread) -> None:
+        """The same, without blocking. Takes no lock: `__del__` calls it, in any thread at any moment."""
+        self.work.put(None)
+        if self._thread.ident is None:
+            try:
+                start_thread(self.start, ())
+            except RuntimeError:  # the interpreter ends
+                pass
+
+    def _run(self) -> None:
+        while self._do(self.work.get()):
+            pass
+        self.link.close()
+        while not self.work.empty():  # a call that began meanwhile has failed
+            self._do(self.work.get())
+
+    def _do(self, call: Callable[[], object] | None) -> bool:
+        try:
+            if call is not None:
+                call()
+        except BaseException:  # of a callback: the next one is called all the same
+            threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
+        return call is not None
+
+
+class SingleCall:
+    """One apply or submit: the Single of a job. The dispatcher loads its answer, since that may call back."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self._dispatcher = dispatcher
+        self._job: Any = None  # the Job, until there is an answer
+        self._number = 0  # of the chunk
+        self._owner: object = None  # the pool, which lives until there is an answer
+
+    # Under the connection's lock; see Single.
+
+    def begin(self, job: Job, owner: object) -> None:
+        """The call is about to be queued in this job."""
+        self._job, self._number, self._owner = job, job.next, owner
+
+    def put(self, status: int, letter: Letter) -> None:
+        """The answer."""
+        self._come(partial(self._load, self._job, status, letter))
+
+    def fail(self, error: BaseException) -> None:
+        """There is none."""
+        self._come(partial(self.settle, None, own_error(fresh(error))))
+
+    def _come(self, work: Callable[[], object]) -> None:
+        self._dispatcher.work.put(work)  # before the pool may go, which ends the dispatcher
+        self._dispatcher.forget(self)
+        self._job = self._owner = None
+
+    # The dispatcher.
+
+    def _load(self, job: Job, status: int, letter: Letter) -> None:
+        value = error = None
+        try:
+            value = job.open_one(status, letter)
+        except BaseException as e:  # of the user's code, or what loading it raises
+            error = own_error(e)
+        self.settle(value, error)
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """This is the result, or the exception. Subclasses take it."""
+
+
+class Taker:
+    """Takes the results of one mapping call."""
+
+    def __init__(self, dispatcher: Dispatcher, owner: object) -> None:
+        self.call: Call | None = None  # from its beginning until it is over
+        self.key: Any = None  # under which its job is kept for the next call
+        self._dispatcher = dispatcher
+        self._owner: object = owner  # the pool, which lives as long as its calls
+        self._taking = threading.Lock()  # guards `call`, and is held while results are taken
+        self._called = False  # the dispatcher knows that there is something
+
+    def ready_to_take(self) -> None:
+        """Call.ready: let the dispatcher take."""
+        if not self._called:
+            self._called = True
+            self._dispatcher.work.put(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._called = False
+        while self.call is not None and self.take(0.0):
+            pass
+
+    def take(self, timeout: float) -> bool:
+        """Take some results; False if there are none after `timeout` seconds. The call may be over then."""
+        with self._taking:
+            if self.call is None:
+                return True
+            taken = error = None
+            try:
+                taken = self.call.take(timeout)
+            except NotYet:
+                return False
+            except BaseException as e:  # of the iterable, or of the call as a whole
+                error = e
+            if taken is not None:
+                self.add(*taken)
+                return True
+            call, self.call, self._owner = self.call, None, None
+            try:
+                call.close(self.key, error)
+                self.finish(error)
+            finally:  # a callback may have raised: `join` waits for this call no longer
+                with self._dispatcher.changed:
+                    self._dispatcher.forget(self)
+            return True
+
+    def take_all(self) -> None:
+        """Take everything. Raises NoNodesError."""
+        while self.call is not None:
+            self._dispatcher.wait_for(self.take)
+
+    def cancel(self, error: BaseException) -> None:
+        """End the call with this error, unless it is over."""
+        if (call := self.call) is not None:
+            call.fail(error)
+            self.take_all()
+
+    def drain(self) -> None:
+        """Block until the call is over, if nobody else would take its results."""
+
+    def add(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
+        """Results from `start` on. Needs `_taking`. Subclasses keep them."""
+
+    def finish(self, error: BaseException | None) -> None:
+        """There are no more. Subclasses tell."""

@@ -1,0 +1,175 @@
+"""A worker process as its node sees it: its start, its batch, its end.
+
+It knows one process, the socket pair to it, and the status array of runner.py. It knows no queue, selector or server.
+The node's one thread calls it.
+
+The node gives a worker one batch at a time. The worker answers its chunks in their order. The node may take chunks
+back that have not begun, which lowers the batch's end::
+
+    first ──answered── next ──done, not sent── the chunk that runs ──not begun── end ──taken back── first + count
+
+A worker ends by itself when it retires, or the node kills it, or it dies. `charge` says what that makes of a chunk.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import types
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import multiprocess
+
+from ..errors import ProtocolError
+from ..protocol.channel import Channel
+from ..protocol.frames import Batch, Kind, Letter, Status
+from . import worker as process_of_worker
+from .runner import CALL, CHUNK, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASE, UNNAMED
+
+__all__ = ["NodeJob", "NodeWorker", "start"]
+
+NOT_BEGUN = -2  # the chunk in the status array until the worker takes the batch
+NEVER = float("inf")
+NOTHING = Batch(0)  # the batch of an idle worker
+LATE_SECONDS = 0.02  # four times the 5 ms that a batch is worth
+LATE_BATCH_SECONDS = 0.1  # the same for the whole batch: a chunk waits at most twice that, 200 ms for one of 50 ms
+LATE_FACTOR = 4  # a worker at one chunk for four times as long as its whole batch should take is late
+RETIRE_SECONDS = 2.0  # for an idle worker to end by itself, its exit handlers included
+SOCKET_BYTES = 1 << 20  # buffer of a worker's socket pair: fewer switches for a large letter
+
+
+class NodeJob(NamedTuple):
+    """A job of the server's, until END."""
+
+    context: str
+    declaration: dict[str, Any]
+    letters: list[Letter]  # declaration, function, perhaps the context's initializer
+
+
+class NodeWorker:
+    """One worker process. Its owner writes and reads the channel when the selector says so."""
+
+    def __init__(self, process: Any, sock: socket.socket, status: Any) -> None:
+        self.process = process
+        self.channel = Channel(sock, "WN")
+        self.channel.name = f"worker {process.pid}"
+        self.status: Any = memoryview(status).cast("B").cast("q")  # see runner.py
+        self.usable = True  # it may get batches: it neither retires nor was killed
+        self.charge: Status | None = Status.DIED  # the answer of the chunk under which it ends
+        self.told: set[int | str] = set()  # the jobs and the contexts that it was told of
+        self.owner: str | None = None  # the context that it belongs to until CLOSE
+        self.tasks_left = NEVER  # chunks that it may still begin: maxtasksperchild
+        self.timeout = NEVER  # s that an argument may take
+        self.batch = NOTHING
+        self.next = self.end = 0  # the first chunk that is not answered; behind the last chunk that is the worker's
+        self.seen = (NOT_BEGUN, UNNAMED, IDLE)  # chunk, offset and phase when the node last looked
+        self.seen_at = self.chunk_at = 0.0  # monotonic, when the node first saw these three; this chunk
+        self.since = self.owned_at = time.monotonic()  # it has been idle or at its batch; it has had its owner
+        self.kill_at = NEVER  # monotonic
+
+    def begin(self, job: NodeJob, batch: Batch) -> None:
+        """Give it a batch. It is idle, so nobody else writes the status array now."""
+        context, options, letters = job
+        tasks = options.get("maxtasksperchild") or NEVER
+        if self.owner is None and (options["initializer"] or tasks < NEVER):
+            self.owner, self.owned_at, self.tasks_left = context, time.monotonic(), tasks
+        if batch.job not in self.told:
+            self.channel.send(Kind.JOB, Batch.pack(batch.job, 0, letters[: 2 if context in self.told else 3]))
+            self.told |= {batch.job, context}
+        self.status[CHUNK], self.status[OFFSET], self.status[LIMIT] = NOT_BEGUN, UNNAMED, NO_LIMIT
+        self.batch, self.next, self.end, self.since = batch, batch.first, batch.end, time.monotonic()
+        self.seen = (NOT_BEGUN, UNNAMED, IDLE)
+        self.timeout = options.get("timeout") or NEVER
+        self.tasks_left -= batch.count
+        self.channel.send(Kind.TASK, batch)
+
+    def forget(self, name: int | str, kind: Kind, body: dict[str, Any] | Batch) -> None:
+        """END or CLOSE, if the worker was told of the job or the context."""
+        if name in self.told:
+            self.told.remove(name)
+            self.channel.send(kind, body)
+
+    def answered(self, answer: Batch) -> None:
+        """Take note of a RESULT; ProtocolError unless it is of the batch that the worker has."""
+        expected = self.batch.job, self.batch.attempt, self.next
+        if (answer.job, answer.attempt, answer.first) != expected or answer.end > self.batch.end:
+            raise ProtocolError(f"worker {self.process.pid} answers chunks that it was not given")
+        self.next = answer.end
+
+    def settle(self) -> None:
+        """Make it idle, if it has answered its batch, or stopped where the rest was taken back, and reads again."""
+        done = self.next >= self.end and self.status[PHASE] == IDLE and self.status[CHUNK] != NOT_BEGUN
+        if done and self.batch is not NOTHING:
+            self.batch, self.since, self.kill_at = NOTHING, time.monotonic(), NEVER
+            if not self.usable or self.tasks_left == 0:
+                self.retire()
+
+    def take_back(self) -> tuple[int, int]:
+        """Let no further chunk of the batch begin. The first chunk that will not, and the one behind the last."""
+        last = self.end
+        for _ in range(2):  # if the worker has moved on meanwhile, it may have read the limit before
+            self.status[LIMIT] = limit = max(self.status[CHUNK] + 1, self.next)
+        self.end = min(limit, last)
+        self.tasks_left += last - self.end
+        return self.end, last
+
+    def look(self, now: float) -> bool:
+        """Take note of where it is, and kill it if it is over its time; whether chunks are to be taken back."""
+        self.settle()
+        seen = chunk, _, phase = tuple(self.status)[:LIMIT]
+        if chunk != self.seen[0]:
+            self.chunk_at = now
+        if seen != self.seen:
+            self.seen, self.seen_at = seen, now
+        if now > self.kill_at:
+            self.kill(None)
+        elif phase == CALL and now - self.seen_at > self.timeout:
+            self.kill(Status.TIMEOUT)
+        # A worker that stopped before its end has read the limit just before `take_back` raised it: it is late, too.
+        patience = max(LATE_SECONDS, LATE_FACTOR * self.batch.number / 1e6)
+        late = now - self.chunk_at > patience or now - self.since > max(LATE_BATCH_SECONDS, patience)
+        return late and NOT_BEGUN < chunk < self.end - 1
+
+    def retire(self) -> None:
+        """Let it end when it has done its batch."""
+        self.usable = False
+        self.channel.finish()
+        if self.batch is NOTHING:
+            self.kill_at = time.monotonic() + RETIRE_SECONDS
+
+    def kill(self, charge: Status | None) -> None:
+        """End it. Only a chunk that is over its time is charged for that."""
+        self.usable, self.charge = False, charge
+        self.process.kill()
+
+
+def start(method: str, node: int, inherited: Iterable[Any]) -> NodeWorker:
+    """Start a worker's process; the node's end of the socket pair does not block. OSError if there is none to be had.
+
+    :param method: "fork", "forkserver" or "spawn".
+    :param inherited: descriptors of the node's that a forked worker must close.
+    """
+    context = multiprocess.get_context(method)
+    status = context.RawArray("q", 4)
+    main, ours, theirs = sys.modules["__main__"], *socket.socketpair()
+    ours.setblocking(False)
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+    process = context.Process(
+        target=process_of_worker.main, name="achilles-worker", daemon=True,
+        args=(theirs, status, None if method == "forkserver" else os.getpid(),
+              (ours, *inherited) if method == "fork" else (), node),
+    )
+    sys.modules["__main__"] = types.ModuleType("__main__")  # a worker never runs the caller's script again
+    try:
+        process.start()
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        sys.modules["__main__"] = main
+        theirs.close()
+    return NodeWorker(process, ours, status)

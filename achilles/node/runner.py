@@ -1,0 +1,241 @@
+"""The Runner: it loads a job's function, runs chunks, and dumps their results.
+
+It knows contexts, functions and chunks of one process. It knows no frame, no socket and no node: a worker uses it
+(worker.py), and so does a process of somebody else's engine (dropin/engine.py). One thread calls a Runner.
+
+The status array is four signed 64-bit integers that another process may see. The Runner writes three of them::
+
+    chunk    the number of the chunk that runs, or of the last one before the limit
+    offset   the argument in that chunk, in the phases call and dump; -1 where the Runner does not name one
+    phase    start, idle, function, load, call or dump
+    limit    read before each chunk: the first number that must not begin any more
+
+So a death or a time limit is charged to one chunk, and the chunks behind it can be taken back while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+from ..objects.letters import Context, load_chunk
+from ..objects.outcomes import dump_outcomes
+from ..protocol import kinds
+from ..protocol.frames import Buffer, Letter, LongLetter, Status, digest, joined
+
+__all__ = [
+    "CALL", "CHUNK", "DUMP", "FUNCTION", "IDLE", "LIMIT", "LOAD", "NO_LIMIT", "OFFSET", "PHASE", "PHASES", "START",
+    "UNNAMED", "Answer", "Runner",
+]
+
+CHUNK, OFFSET, PHASE, LIMIT = range(4)  # places in the status array
+PHASES = ("start", "idle", *kinds.PHASES)
+START, IDLE, FUNCTION, LOAD, CALL, DUMP = range(6)
+NO_LIMIT = 2**63 - 1  # every chunk may begin
+UNNAMED = -1  # an offset: any argument of the chunk
+
+Answer: TypeAlias = "tuple[int, Sequence[Buffer]]"  # a chunk's status, and its letter in parts
+ALTERED: Answer = (Status.ALTERED, (b"",))  # of every chunk with a letter that does not match its digest
+
+
+class _Prepared:
+    """A letter of a context or a job, which is loaded once; and the context's payloads."""
+
+    def __init__(self, payload: Context, letter: Letter | None) -> None:
+        self.payload = payload
+        self.letter = letter  # not loaded yet
+        self.failure: Answer | None = None  # the answer of every chunk, if loading or using the object failed
+
+    def prepare(self, use: Callable[[Any], object]) -> Answer | None:
+        """Load the letter and use its object, at the first call; the failure."""
+        letter, self.letter = self.letter, None
+        try:
+            if isinstance(letter, LongLetter) and not letter.whole():
+                self.failure = ALTERED
+            elif letter is not None:
+                use(self.payload.load(joined(letter)))
+        except BaseException as error:  # of the user's code, of whatever class
+            self.failure = _failure(self.payload, error)
+        return self.failure
+
+
+class _RunnerJob(_Prepared):
+    """A job in this process. Its letter is the function's."""
+
+    def __init__(self, context: _Prepared, declaration: dict[str, Any], letter: Letter) -> None:
+        super().__init__(context.payload, letter)
+        self.context = context  # its letter is the initializer's
+        self.declaration = declaration
+        self.function: Any = None  # as `set_function` made it, once it is loaded
+        self.named = declaration.get("timeout") is not None  # the node watches how long each argument takes
+
+    def set_function(self, pair: tuple[Any, Any]) -> None:
+        """Keep the function in the form that takes an argument as it travels: PROTOCOL.md, section 6."""
+        function, callback = pair
+        call, seed = self.declaration.get("call"), self.declaration.get("seed")
+        if call in _CALLS:
+            function = functools.partial(_CALLS[call], function)
+        if seed is not None:
+            function = functools.partial(_call_seeded, function, bytes.fromhex(seed))
+        self.function = function if callback is None else lambda x: callback(function(x))
+
+
+class Runner:
+    """Jobs and contexts of one process.
+
+    :param status: a memoryview or list of four integers, see above; by default one that nobody sees.
+    :param node: the node's id, which exceptions name.
+    :param own: whether the process is ours, so that its ``__main__`` may be the caller's script.
+    """
+
+    def __init__(self, status: Any = None, node: int | None = None, own: bool = False) -> None:
+        self._status: Any = [UNNAMED, UNNAMED, START, NO_LIMIT] if status is None else status
+        self._make_context = functools.partial(Context, caller=False, node=node, own=own)
+        self._contexts: dict[str, _Prepared] = {}
+        self._jobs: dict[int, _RunnerJob] = {}
+        self._left: Iterator[Any] = iter(())  # arguments of the chunk that runs which were not called yet
+
+    def declare(
+        self, number: int, declaration: dict[str, Any], function: Letter, initializer: Letter | None = None
+    ) -> None:
+        """JOB: keep the letters until the job's first batch.
+
+        :param declaration: as PROTOCOL.md, section 6, has it.
+        :param function: the letter of a pair: the function, and a callback or None.
+        :param initializer: the letter of a pair: a callable and its arguments. It is ignored in a context that is
+            known already.
+        """
+        name = declaration["context"]
+        if name not in self._contexts:
+            self._contexts[name] = _Prepared(self._make_context(), initializer)
+        self._jobs[number] = _RunnerJob(self._contexts[name], declaration, function)
+
+    def end(self, number: int) -> None:
+        """END: drop a job, known or not."""
+        self._jobs.pop(number, None)
+
+    def close_context(self, context: str) -> None:
+        """CLOSE: drop a context, known or not."""
+        self._contexts.pop(context, None)
+
+    def prepare(self, number: int) -> Answer | None:
+        """Before each batch: call the context's initializer and load the job's function, each once.
+
+        :returns: the answer of each chunk, if one of the two failed; else None.
+        """
+        self._status[PHASE] = FUNCTION
+        job = self._jobs[number]
+        job.payload.become_main()
+        return job.context.prepare(lambda pair: pair[0](*pair[1])) or job.prepare(job.set_function)
+
+    def run(self, job_number: int, number: int, letter: Letter, careful: bool = False) -> Answer | None:
+        """Run one chunk of a job that is prepared; None if the chunk must not begin any more.
+
+        :param number: the chunk's.
+        :param careful: whether to name each argument, since one may end this process.
+        """
+        status = self._status
+        status[CHUNK] = number
+        if number >= status[LIMIT]:
+            status[CHUNK] = number - 1
+            return None
+        status[PHASE] = LOAD
+        job = self._jobs[job_number]
+        context = job.payload
+        try:
+            if isinstance(letter, LongLetter):
+                if not letter.whole():
+                    return ALTERED
+                letter = joined(letter)
+            arguments, skipped = load_chunk(context, letter)
+        except BaseException as error:
+            return _failure(context, error)
+        status[OFFSET] = offset = 0 if len(arguments) == 1 else UNNAMED
+        status[PHASE] = CALL
+        named = careful or job.named or skipped
+        if named or offset == UNNAMED:
+            values, errors = self._call(job.function, arguments, skipped, bool(named))
+        else:  # as `_call`, for one argument, in two thirds of the time
+            try:
+                values, errors = [job.function(arguments[0])], {}
+            except BaseException as error:
+                values, errors = [None], {0: _without_own_frame(error)}
+        status[PHASE] = DUMP
+        if careful:  # each value by itself before all together, so that the deadly one is named
+            for status[OFFSET], value in enumerate(values):
+                with contextlib.suppress(Exception):
+                    context.dump(value)
+        if named:
+            status[OFFSET] = offset
+        raised, parts = dump_outcomes(context, values, errors)
+        if errors:
+            errors.clear()  # a traceback refers to frames that refer to it: nothing may outlive its chunk
+        return raised, parts  # the numbers of Status.VALUES and RAISED
+
+    def abandon(self) -> None:
+        """In a forked child of this process: no argument is called any more, and no chunk runs.
+
+        The status array is released, so the Runner raises ValueError when the function has returned.
+        """
+        list(self._left)
+        self._status.release()
+
+    def _call(
+        self, function: Callable[[Any], Any], arguments: list[Any], skipped: frozenset[int], named: bool
+    ) -> tuple[list[Any], dict[int, BaseException]]:
+        """The values, one an offset (None where skipped or raised), and the exceptions by offset.
+
+        :param named: whether each offset is written to the status array. Where any is skipped, it must be.
+        """
+        values: list[Any] = []
+        errors: dict[int, BaseException] = {}
+        self._left = left = iter(arguments)
+        status, append = self._status, values.append
+        while True:  # goes on behind an exception
+            try:
+                for argument in left:
+                    if named:
+                        status[OFFSET] = len(values)
+                        if len(values) in skipped:
+                            append(None)
+                            continue
+                    append(function(argument))
+                return values, errors
+            except BaseException as error:  # of the argument taken last, even if its value was there already
+                offset = len(arguments) - 1 - operator.length_hint(left)
+                if offset < 0 or offset in skipped:  # a signal handler raised beside all calls
+                    raise
+                del values[offset:]
+                append(None)
+                errors[offset] = _without_own_frame(error)
+
+
+_CALLS: dict[str | None, Callable[..., Any]] = {
+    "star": lambda function, x: function(*tuple(x)),  # as itertools.starmap does; it takes no other iterable either
+    "apply": lambda function, x: function(*x[0], **x[1]),
+}
+
+
+def _call_seeded(function: Callable[[Any], Any], seed: bytes, x: tuple[int, Any]) -> Any:
+    """The same random numbers for the same seed and index, in every worker and in any order of calls."""
+    index, argument = x
+    state = digest([seed, b"%d" % index])
+    random.seed(state)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(numpy.frombuffer(state, "<u4"))
+    return function(argument)
+
+
+def _failure(context: Context, error: BaseException) -> Answer:
+    """FAILED: its letter is that of a chunk of one argument, which raised this."""
+    return Status.FAILED, dump_outcomes(context, [None], {0: _without_own_frame(error)})[1]
+
+
+def _without_own_frame(error: BaseException) -> BaseException:
+    """The exception, with a traceback that begins in the user's code."""
+    return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)

@@ -1,0 +1,131 @@
+"""How a connection begins: TCP, the handshake of PROTOCOL.md, section 2, and HELLO.
+
+::
+
+    client: connect ─▶ Channel                  server: accept ─▶ answer_claim ─▶ Channel
+
+The module knows sockets and deadlines. The bytes of the handshake are `auth.py`'s. Every function blocks until its
+deadline at most. Any thread may call it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import socket
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import AuthenticationError, ProtocolError, ServerUnreachable
+from . import auth
+from .channel import SILENCE_SECONDS, TICK_SECONDS, Channel
+
+__all__ = ["CONNECT_SECONDS", "PYTHON", "answer_claim", "connect", "hello", "set_options"]
+
+CONNECT_SECONDS = 10.0  # for the connection and the handshake together
+RETRY_SECONDS = 0.2  # between two tries, with jitter; a server without a place has one again after some ms
+LOST = ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ServerUnreachable  # the server had no place
+
+
+def python_name() -> str:
+    """Return this Python's name for HELLO: "3.14", or "3.14t" for a free-threaded build (PROTOCOL.md, section 6)."""
+    suffix = "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+    return f"{sys.version_info.major}.{sys.version_info.minor}{suffix}"
+
+
+PYTHON = python_name()
+
+
+def hello(cpu_count: int = 0) -> dict[str, Any]:
+    """Return the body of a client's HELLO for this process (PROTOCOL.md, section 6)."""
+    from .. import __version__
+
+    return {"python": PYTHON, "version": __version__, "cpu_count": cpu_count, "pid": os.getpid()}
+
+
+def connect(
+    host: str, port: int, role: bytes, username: str, key: bytes, timeout: float = CONNECT_SECONDS
+) -> Channel:
+    """Connect to a server and authenticate; blocks up to `timeout` seconds.
+
+    A server that closes before its WELCOME had no place for the client. The client tries again until the time is over.
+
+    :param key: `auth.derive_key(username, secret)`.
+    :raises AuthenticationError: the server refuses, or does not know the secret itself.
+    :raises ProtocolError: the peer is no achilles server, or a server of another version.
+    :raises ServerUnreachable: there is no answer in time.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return _connect_once((host, port), role, username, key, deadline)
+        except AuthenticationError as e:
+            raise AuthenticationError(
+                f"{e} ({host}:{port}, user {username!r}): compare USERNAME and SECRET_KEY with those "
+                "in the server's configuration file"
+            ) from None
+        except ProtocolError as e:
+            raise ProtocolError(f"{host}:{port}: {e}") from None
+        except OSError as e:
+            if not isinstance(e, LOST) or time.monotonic() + RETRY_SECONDS > deadline:
+                raise ServerUnreachable(f"no achilles server answers at {host}:{port} ({e.strerror or e})") from e
+        threading.Event().wait(RETRY_SECONDS * (0.5 + random.random()))
+
+
+def answer_claim(
+    sock: socket.socket, find_keys: Callable[[auth.Claim], Sequence[bytes]], deadline: float
+) -> tuple[auth.Claim, auth.Keys | None]:
+    """Send M1 and read M2 by `deadline` (monotonic). The caller sends the answer.
+
+    :param find_keys: gives the K of each secret that would do.
+    :returns: the claim, and the session's keys, or None if no secret proves the claim.
+    """
+    m1 = auth.greeting(secrets.token_bytes(auth.NONCE_BYTES))
+    sock.settimeout(max(deadline - time.monotonic(), 0.001))
+    sock.sendall(m1)
+    claimed = auth.read_claim(receive_exactly(sock, auth.AUTH_BYTES, deadline))
+    return claimed, auth.accept_claim(find_keys(claimed), m1, claimed)
+
+
+def receive_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
+    """Return `count` bytes by `deadline` (monotonic); ServerUnreachable at end of file, TimeoutError when late."""
+    received = b""
+    while len(received) < count:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        piece = sock.recv(count - len(received))
+        if not piece:
+            raise ServerUnreachable("the connection was closed during the handshake")
+        if time.monotonic() > deadline:
+            raise TimeoutError("the handshake took too long")
+        received += piece
+    return received
+
+
+def set_options(sock: socket.socket) -> None:
+    """Set the options of every TCP connection of achilles, where the system has them."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # data that nobody acknowledges ends the connection, too
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_SECONDS * 1000))
+
+
+def _connect_once(address: tuple[str, int], role: bytes, username: str, key: bytes, deadline: float) -> Channel:
+    """Connect, and climb the client's side of the ladder."""
+    sock = socket.create_connection(address, timeout=max(deadline - time.monotonic(), 0.001))
+    try:
+        set_options(sock)
+        m1 = receive_exactly(sock, auth.GREETING_BYTES, deadline)
+        auth.read_greeting(m1)
+        signed = auth.claim(role, username, secrets.token_bytes(auth.NONCE_BYTES))
+        keys = auth.session_keys(key, m1, signed)
+        sock.sendall(signed + keys.client_proof)
+        auth.check_answer(keys, receive_exactly(sock, auth.PROOF_BYTES, deadline))
+        sock.settimeout(TICK_SECONDS)
+        return Channel(sock, "S" + role.decode(), (keys.client_data, keys.server_data))
+    except BaseException:
+        sock.close()
+        raise

@@ -1,0 +1,164 @@
+"""A Call: what it takes and when, how it fails, and who else may take."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from conftest import SECONDS
+from fake_link import FakeLink, begin, begin_fixture, make_job, take_all, values  # noqa: F401
+
+from achilles.controller.call import Call, NotYet
+from achilles.errors import ServerUnreachable
+from achilles.protocol.frames import Kind
+
+pytestmark = pytest.mark.usefixtures("no_leftovers")
+start = begin_fixture
+
+
+def test_packets_of_nodes_of_two_and_six_workers(start):
+    call = start(range(11), workers=8, largest=6)
+    batches = call.link.batches(11)
+    given = {0: 2, 2: 6, 8: 2}  # what begins a packet: the node's workers; the others are asked and count for nothing
+    for batch in batches:
+        call.link.give(batch, given.get(batch.first, 6 if batch.first % 2 else 2))
+    for batch in reversed(batches):
+        call.link.square(batch)
+    assert take_all(call) == [
+        (0, [0, 1], {}), (2, [4, 9, 16, 25, 36, 49], {}), (8, [64, 81], {}), (10, [100], {})]
+
+
+def test_ten_arguments_on_a_node_of_eight_are_eight_and_two(start):
+    call = start(range(10))
+    for batch in call.link.batches(10):
+        call.link.give(batch, 8)
+        call.link.square(batch)
+    assert [len(some) for _, some, _ in take_all(call)] == [8, 2]
+
+
+def test_unordered_packets_come_as_they_are_complete(start):
+    call = start(range(4), ordered=False)
+    batches = call.link.batches(4)
+    for batch in batches:
+        call.link.give(batch, 2)
+    found = []
+    for batch in reversed(batches):
+        call.link.square(batch)
+        if batch.first in (0, 2):
+            found.append(call.take(SECONDS)[0])
+    assert found == [2, 0] and call.take(SECONDS) is None
+
+
+def test_flat_chunks_come_in_order_or_as_they_are_answered(start):
+    for ordered, expected in ((True, [0, 1, 2]), (False, [2, 1, 0])):
+        call = start(range(3), flat=True, ordered=ordered)
+        for batch in reversed(call.link.batches(3)):
+            call.link.square(batch)
+        assert [place for place, _, _ in take_all(call)] == expected
+
+
+def test_nothing_in_time_is_an_error_of_its_own(start):
+    call = start(range(3), flat=True)
+    for seconds in (0, 0.05):
+        began = time.monotonic()
+        with pytest.raises(NotYet):
+            call.take(seconds)
+        assert seconds <= time.monotonic() - began < 5
+    with pytest.raises(TimeoutError):
+        call.take(0)
+
+
+def test_behind_the_last_it_stays_over(start):
+    call = start([3], flat=True)
+    call.link.square(call.link.batches(1)[0])
+    assert call.take(SECONDS) == (0, [9], {})
+    assert [call.take(SECONDS), call.take(0)] == [None, None]
+
+
+def test_take_is_woken_by_an_answer_and_by_a_failure(start):
+    call = start(range(2), flat=True)
+    threading.Timer(0.05, lambda: call.link.square(call.link.batches(1)[0])).start()
+    assert call.take(SECONDS) == (0, [0], {})
+    threading.Timer(0.05, call.stop).start()
+    with pytest.raises(InterruptedError):
+        call.take(SECONDS)
+
+
+def test_each_caller_gets_an_exception_object_of_its_own():
+    """Threads that raise one object would share its traceback."""
+    link, error = FakeLink(8), ServerUnreachable("gone")
+    calls = [begin(link, [n], flat=True) for n in range(3)]
+    with link.lock:
+        link.fail_jobs(error)
+    caught = []
+    for call in calls:
+        for _ in range(2):
+            with pytest.raises(ServerUnreachable, match="gone") as raised:
+                call.take(0)
+            caught.append(raised.value)
+    assert len(set(map(id, [*caught, error]))) == 7
+
+
+def test_a_blocking_map_feeds_in_the_thread_that_takes():
+    link = FakeLink(1)
+    call = begin(link, range(200), flat=True, inline=True)
+    assert call._feeder._thread is None and not call.fed.is_set()
+    node = threading.Thread(target=lambda: answer(link, call, 200))
+    node.start()
+    assert values(call) == [n * n for n in range(200)]
+    node.join(SECONDS)
+
+
+def answer(link, call, count):
+    done = 0
+    while sum(batch.count for batch in link.batches()[:done]) < count:
+        for batch in link.batches(done + 1)[done:]:
+            done += 1
+            link.square(batch)
+
+
+def test_who_takes_elsewhere_is_told(start):
+    told = []
+    call = start(range(3), flat=True, ordered=False, ready=lambda: told.append(1))
+    before = len(told)
+    for batch in call.link.batches(3):
+        call.link.square(batch)
+    assert len(told) == before + 3
+    assert len(values(call)) == 3
+
+
+def test_a_call_goes_on_where_the_one_before_it_in_its_job_ended():
+    link = FakeLink(8)
+    job = make_job(link)
+    for _ in range(3):
+        call = Call(link, job, [1, 2], flat=True)
+        call.start()
+        link.finish()
+        assert take_all(call) == [(0, [1], {}), (1, [4], {})]
+    assert [batch.first for batch in link.batches()] == [*range(6)] and len(link.of(Kind.JOB)) == 1
+
+
+def test_a_result_that_cannot_be_loaded_ends_the_call(start):
+    call = start([1], flat=True)
+    call.link.say(call.link.batches(1)[0], 0, letter=b"\x80\x05cno_such_module\nthing\n.")
+    with pytest.raises(ModuleNotFoundError):
+        call.take(SECONDS)
+
+
+@pytest.mark.parametrize("args", [[1], iter([1])])
+def test_a_call_whose_connection_ended_as_it_began_says_so(args):
+    """Between the taking of its job and its start nobody could tell it."""
+    link = FakeLink()
+    ended, lost = (Call(link, make_job(link), args, flat=True) for _ in range(2))
+    with link.lock:
+        link.end(ended.job)
+    with pytest.raises(InterruptedError):
+        ended.start()
+    link._lost = ServerUnreachable("gone")
+    caught = []
+    for _ in range(2):
+        with pytest.raises(ServerUnreachable, match="gone") as error:
+            lost.start()
+        caught.append(error.value)
+    assert caught[0] is not caught[1], "an exception that is raised anew keeps every traceback"

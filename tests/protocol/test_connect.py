@@ -1,0 +1,197 @@
+"""How a connection begins, over loopback and socket pairs: TCP, the handshake, and HELLO.
+
+Nothing here sleeps: a test waits for an event, for a thread's end or for a deadline of some milliseconds.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import sysconfig
+import threading
+import time
+
+import pytest
+from links import SECONDS, closing_fixture, in_thread, read_all  # noqa: F401
+
+import achilles
+from achilles.errors import AuthenticationError, ProtocolError, ServerUnreachable
+from achilles.protocol import auth, channel
+from achilles.protocol import connect as connecting
+from achilles.protocol.channel import Channel
+from achilles.protocol.connect import PYTHON, answer_claim, connect, hello, python_name, receive_exactly
+from achilles.protocol.frames import Frame, Kind
+
+KEY = bytes(range(32))
+OTHER_KEY = bytes(32)
+
+
+# The handshake.
+
+
+@pytest.fixture
+def listener(closing):
+    return closing.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+
+def serve(listener, key=KEY, close_first=0):
+    """Accept one client, having closed so many before their WELCOME; its claim and whether it was proved."""
+    for _ in range(close_first):
+        listener.accept()[0].close()
+    sock, _ = listener.accept()
+    with sock:
+        claimed, keys = answer_claim(sock, lambda claimed: [key], time.monotonic() + SECONDS)
+        sock.sendall(keys.server_proof if keys else auth.REFUSAL)
+        if keys is None:
+            return claimed, None
+        sock.settimeout(channel.TICK_SECONDS)
+        link = Channel(sock, claimed.role.decode() + "S", (keys.server_data, keys.client_data))
+        link.send(Kind.PING, {})
+        assert link.flush()
+        return claimed, read_all(link)
+
+
+@pytest.mark.parametrize("role", [auth.CONTROLLER, auth.NODE])
+def test_a_client_with_the_secret_gets_in(closing, listener, role):
+    served = in_thread(closing, serve, listener)
+    link = connect(*listener.getsockname(), role, "ann", KEY, SECONDS)
+    closing.callback(link.close)
+    assert link.receive() == [Frame(Kind.PING, {})]
+    link.send(Kind.BYE, {"reason": "leaving"})
+    link.finish()
+    link.start_writer()
+    claimed, (frames, why) = served()
+    assert (claimed.role, claimed.user) == (role, b"ann")
+    assert (frames, why) == ([Frame(Kind.BYE, {"reason": "leaving"})], "end of file")
+
+
+def test_a_wrong_secret_is_refused(closing, listener):
+    served = in_thread(closing, serve, listener)
+    with pytest.raises(AuthenticationError, match="refused"):
+        connect(*listener.getsockname(), auth.CONTROLLER, "ann", OTHER_KEY, SECONDS)
+    assert served()[1] is None
+
+
+def test_a_server_that_does_not_know_the_secret_is_not_ours(closing, listener):
+    def impostor():
+        sock, _ = listener.accept()
+        with sock:
+            sock.sendall(auth.greeting(bytes(32)))
+            receive_exactly(sock, auth.AUTH_BYTES, time.monotonic() + SECONDS)
+            sock.sendall(bytes(range(32)))
+
+    served = in_thread(closing, impostor)
+    with pytest.raises(AuthenticationError, match="does not know the secret"):
+        connect(*listener.getsockname(), auth.CONTROLLER, "ann", KEY, SECONDS)
+    served()
+
+
+def test_what_is_no_server_is_said_to_be_none(closing, listener):
+    def web_server():
+        sock, _ = listener.accept()
+        with sock:
+            sock.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+    served = in_thread(closing, web_server)
+    with pytest.raises(ProtocolError, match="not an achilles server"):
+        connect(*listener.getsockname(), auth.CONTROLLER, "ann", KEY, SECONDS)
+    served()
+
+
+def test_a_client_closed_before_its_welcome_tries_again(closing, listener, monkeypatch):
+    monkeypatch.setattr(connecting, "RETRY_SECONDS", 0.001)
+    served = in_thread(closing, serve, listener, KEY, 3)
+    link = connect(*listener.getsockname(), auth.CONTROLLER, "ann", KEY, SECONDS)
+    link.close()
+    assert served()[0].user == b"ann"
+
+
+def test_a_silent_server_is_given_up(listener):
+    started = time.monotonic()
+    with pytest.raises(ServerUnreachable, match="no achilles server answers at 127.0.0.1"):
+        connect(*listener.getsockname(), auth.CONTROLLER, "ann", KEY, 0.1)
+    assert time.monotonic() - started < SECONDS / 2
+
+
+def test_where_nobody_listens_is_said_at_once(free_port):
+    with pytest.raises(ServerUnreachable, match=f"127.0.0.1:{free_port}"):
+        connect("127.0.0.1", free_port, auth.CONTROLLER, "ann", KEY, SECONDS)
+
+
+def answer(data, seconds=SECONDS, end=True):
+    """A server's side of the handshake with a client that says `data`."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(data)
+        if end:
+            theirs.shutdown(socket.SHUT_WR)
+        return answer_claim(ours, lambda claimed: [KEY], time.monotonic() + seconds)
+
+
+def test_of_a_claim_104_bytes_are_read():
+    """Whatever is behind them stays with the system until the claim was proved."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(auth.claim(auth.NODE, "ann", bytes(32)) + bytes(32) + b"x" * 1000)
+        claimed, keys = answer_claim(ours, lambda claimed: [KEY], time.monotonic() + SECONDS)
+        assert (claimed.user, keys) == (b"ann", None)
+        assert ours.recv(2000) == b"x" * 1000
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n" + bytes(100), bytes(104), b"\xff" * 104])
+def test_junk_is_no_claim(data):
+    with pytest.raises(ProtocolError):
+        answer(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"A", auth.claim(auth.NODE, "ann", bytes(32))])
+def test_a_claim_cut_short_is_none(data):
+    with pytest.raises(ServerUnreachable):
+        answer(data)
+
+
+@pytest.mark.parametrize("data", [b"", auth.claim(auth.NODE, "ann", bytes(32))])
+def test_a_silent_client_has_until_the_deadline(data):
+    with pytest.raises(TimeoutError):
+        answer(data, 0.05, end=False)
+
+
+def test_the_deadline_is_one_for_all_pieces(closing):
+    """Bytes that drip keep nobody's place."""
+    ours, theirs = socket.socketpair()
+    stop = threading.Event()
+
+    def drip():
+        with theirs, contextlib.suppress(OSError):
+            while not stop.wait(0.01):
+                theirs.sendall(b"x")
+
+    served = in_thread(closing, drip)
+    with pytest.raises(TimeoutError):
+        receive_exactly(ours, 10_000, time.monotonic() + 0.1)
+    stop.set()
+    ours.close()
+    served()
+
+
+def test_what_comes_after_the_deadline_does_not_count():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"late")
+        with pytest.raises(TimeoutError):
+            receive_exactly(ours, 4, time.monotonic() - 1)
+
+
+# HELLO.
+
+
+@pytest.mark.parametrize(("disabled", "suffix"), [(None, ""), (0, ""), (1, "t")])
+def test_a_free_threaded_build_names_itself(disabled, suffix, monkeypatch):
+    """None: a Python before 3.13 does not know the question."""
+    monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": disabled}.get)
+    assert python_name() == "{}.{}".format(*sys.version_info) + suffix
+
+
+def test_hello_says_what_this_process_is():
+    assert hello(8) == {"python": PYTHON, "version": achilles.__version__, "cpu_count": 8, "pid": os.getpid()}
+    assert hello()["cpu_count"] == 0 and PYTHON == python_name()

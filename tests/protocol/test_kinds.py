@@ -1,0 +1,45 @@
+"""The numbers on the wire, and tables that fit each other."""
+
+from achilles.protocol import auth, frames, kinds
+from achilles.protocol.frames import HEAD, RANGE, Gone, Kind, Status
+
+
+def test_every_number_on_the_wire_is_pinned():
+    """A peer of another release reads these numbers: one that changes needs a new version in the handshake."""
+    assert [(kind.name, kind.value) for kind in Kind] == list(zip(
+        "HELLO BYE PING ERROR CLUSTER JOB TASK GIVEN RESULT RETURNED GONE CANCEL END CLOSE STATUS KILL".split(),
+        range(1, 17)))
+    assert [(status.name, status.value) for status in Status] == list(zip(
+        "VALUES RAISED DIED TIMEOUT ALTERED FAILED".split(), range(6)))
+    assert [(gone.name, gone.value) for gone in Gone] == list(zip("RETURNED LEFT LOST WAITED".split(), range(4)))
+    assert (kinds.CAREFUL, kinds.TELL) == (1, 2)
+    assert (frames.SHORT_LETTER_BYTES, frames.TAG_BYTES, frames.DIGEST_BYTES, frames.LENGTH_BYTES) == (1024, 32, 32, 8)
+    assert (HEAD.format, HEAD.size) == (">BBHI", 8)
+    assert (RANGE.format, RANGE.size) == (">IQIII", 24)
+    assert (auth.VERSION, auth.MAGIC, auth.CONTROLLER, auth.NODE) == (1, b"ACHL", b"C", b"N")
+
+
+def test_the_texts_that_are_few_are_pinned():
+    assert kinds.REASONS == ("leaving", "restart", "killed")
+    assert kinds.CALLS == ("one", "star", "apply")
+    assert kinds.PHASES == ("function", "load", "call", "dump")
+
+
+def test_every_kind_has_a_direction_and_one_layout():
+    assert kinds.DIRECTIONS.keys() == set(Kind)
+    assert kinds.FIELDS.keys() | kinds.RANGES.keys() == set(Kind)
+    assert not kinds.FIELDS.keys() & kinds.RANGES.keys()
+    assert kinds.LETTERS < kinds.RANGES.keys()
+    assert kinds.FLAGS.keys() < kinds.RANGES.keys()
+
+
+def test_every_limit_of_a_range_can_be_written():
+    for limits in kinds.RANGES.values():
+        assert len(limits) == len(kinds.RANGE_FIELDS)
+        for end in zip(*limits):
+            RANGE.pack(0, *end)
+
+
+def test_further_fields_belong_to_links_on_which_the_kind_may_travel():
+    for link, kind in kinds.LINK_FIELDS:
+        assert link in kinds.DIRECTIONS[kind] and kind in kinds.FIELDS
