@@ -26,11 +26,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import config
 from .config import SecretKey, Settings
-from .controller.call import Call, NotYet, check_counts, check_seconds
-from .controller.connection import RECONNECT_SECONDS, Controller
-from .controller.feeder import CANCELLED
+from .controller.call import Call, NotYet
+from .controller.connection import RECONNECT_SECONDS, Controller, tell
 from .controller.job import Job, Taken
-from .controller.lookout import Lookout, tell
 from .objects import letters
 from .objects.outcomes import mark
 from .protocol.frames import letter_of
@@ -38,7 +36,8 @@ from .protocol.frames import letter_of
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-__all__ = ["Packets", "cluster_status", "connect", "imap", "imap_unordered", "kill_cluster", "map"]
+__all__ = ["Packets", "check_counts", "check_seconds", "cluster_status", "connect", "imap", "imap_unordered",
+           "kill_cluster", "map"]
 
 LOCAL = "local"  # as a host: a LocalCluster of this process
 
@@ -50,13 +49,11 @@ class Packets(Iterator[Packet]):
     """What imap and imap_unordered return: an iterator that cancels its call when it is closed or dropped."""
 
     def __init__(
-        self, controller: Controller, call: Call, callback_error: Callable[[Any], Any] | None,
-        wait_for_nodes: float | None,
+        self, controller: Controller, call: Call, callback_error: Callable[[Any], Any] | None
     ) -> None:
         self._controller = controller
         self._call = call
         self._callback_error = callback_error
-        self._lookout = Lookout(controller, wait_for_nodes)
         self._closed = False
         self._taking = threading.RLock()  # several threads may take from one iterator, each packet once
 
@@ -112,14 +109,14 @@ class Packets(Iterator[Packet]):
     def _take(self) -> Taken | None:
         while True:
             try:
-                return self._call.take(self._lookout.seconds)
+                return self._call.take(self._controller.look_seconds)
             except NotYet:
                 pass
             except (InterruptedError, KeyError):
                 if self._closed:  # by another thread, meanwhile
                     return None
                 raise
-            self._lookout.look()
+            self._controller.look()
 
 
 def map(
@@ -206,7 +203,7 @@ def kill_cluster(
         sys.stderr.flush()
         if sys.stdin.readline().strip() != "YES":
             return False
-    with _connection(host, port, username, secret_key) as controller:
+    with contextlib.closing(connect(host, port, username, secret_key)) as controller:
         controller.kill()
     return True
 
@@ -220,7 +217,7 @@ def cluster_status(
     seconds since 1970). `jobs`: id, user, queued, running, done (chunks). `server`: version, uptime (s), memory
     (resident bytes, None where the system does not tell).
     """
-    with _connection(host, port, username, secret_key) as controller:
+    with contextlib.closing(connect(host, port, username, secret_key)) as controller:
         return controller.status()
 
 
@@ -240,7 +237,8 @@ def _start(
     name = f"function {getattr(func, '__qualname__', type(func).__name__)}"
     context = letters.Context(caller=True)
     function = letter_of(letters.dump_function(context, (func, callback), name))
-    controller = connect(host, port, username, secret_key, reconnect_seconds, executor)
+    controller = connect(
+        host, port, username, secret_key, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
     try:
         controller.check_size(name, len(function))
         if executor is None:
@@ -252,7 +250,7 @@ def _start(
             call = Call(
                 controller, job, args, chunksize=chunksize, ordered=ordered, eager=eager, buffersize=buffersize)
         call.start(inline)
-        return Packets(controller, call, callback_error, wait_for_nodes)
+        return Packets(controller, call, callback_error)
     except BaseException:
         controller.close()
         raise
@@ -261,6 +259,7 @@ def _start(
 def connect(
     host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
     reconnect_seconds: float = RECONNECT_SECONDS, executor: Executor | None = None, processes: int | None = None,
+    wait_for_nodes: float | None = None,
 ) -> Controller:
     """A controller of the cluster that these say, or that the settings say; or what takes its place on `executor`."""
     if executor is not None:
@@ -270,20 +269,10 @@ def connect(
             raise ValueError("a call runs on a cluster or on an executor: give host and the like, or executor")
         return cast(Controller, Engine(executor, processes))
     controller = Controller(
-        lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds, processes=processes)
+        lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds,
+        wait_for_nodes=wait_for_nodes, processes=processes)
     controller.open()
     return controller
-
-
-@contextlib.contextmanager
-def _connection(
-    host: str | None, port: int | None, username: str | None, secret_key: SecretKey
-) -> Iterator[Controller]:
-    controller = connect(host, port, username, secret_key)
-    try:
-        yield controller
-    finally:
-        controller.close()
 
 
 def _resolve(host: str | None, port: int | None, username: str | None, secret_key: SecretKey) -> Settings:
@@ -295,6 +284,28 @@ def _resolve(host: str | None, port: int | None, username: str | None, secret_ke
     # A reconnection runs in a thread of ours, where nobody can be asked.
     ask = threading.current_thread() is threading.main_thread()
     return config.resolve(host, port, username, secret_key, ask=ask)
+
+
+def check_counts(**counts: object) -> None:
+    """TypeError or ValueError unless each is an int of at least 1; buffersize may be None."""
+    for name, value in counts.items():
+        if value is None and name == "buffersize":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def check_seconds(**seconds: object) -> None:
+    """TypeError or ValueError unless each is None or a finite number, and a timeout more than 0."""
+    for name, value in seconds.items():
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+        if not 0 <= value < float("inf") or (name == "timeout" and value == 0):
+            raise ValueError(f"{name} must be a finite number of seconds, more than 0, not {value}")
 
 
 def _check_callables(func: object, **callbacks: object) -> None:
@@ -311,5 +322,5 @@ def _close(call: Call, controller: Controller) -> None:
 
 
 def _cancel(call: Call, controller: Controller) -> None:
-    call.close(None, InterruptedError(CANCELLED))
+    call.close(None, InterruptedError("the job was cancelled"))
     controller.close()

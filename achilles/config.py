@@ -50,7 +50,6 @@ DEFAULT_HOST = "127.0.0.1"  # the prompt proposes it; without a prompt, a host m
 DEFAULT_PORT = 9999  # the original's
 USERNAME_BYTES = 32  # the width of the user field in the handshake
 SECRET_CHARACTERS = 16  # a recorded handshake lets a shorter secret be guessed
-OTHERS_MODE = 0o077  # any right of group and others
 
 NAMES = ("HOST", "PORT", "USERNAME", "SECRET_KEY")
 REQUIRED = ("HOST", "USERNAME", "SECRET_KEY")  # the port has a default
@@ -61,7 +60,6 @@ MAKE_ONE = 'Make a good one: python -c "import secrets; print(secrets.token_urls
 
 # Patterns are texts: a process that needs none of them, such as a local cluster's, compiles none.
 _UNFIT = r"[\x00\ud800-\udfff]"  # NUL, and the characters that stand for broken UTF-8
-_LOOPBACK = r"(?i:127(\.[0-9]{1,3}){3}|::1|localhost)"
 SETTING = (  # a line of a file, or no match if the line belongs to others
     rf"""(?x)[ \t]*(?:export[ \t]+)? (?P<name>{'|'.join((*NAMES, PREVIOUS))}) [ \t]*="""
     r"""(?: [ \t]* (?: '(?P<literal>[^']*)' | "(?P<escaped>(?:[^"\\]|\\.)*)" | (?P<bare>(?:[^'"\#\s].*?)?) )"""
@@ -202,24 +200,21 @@ def _is_host(value: Any) -> bool:
         return False
 
 
-def _is_port(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 65535
-
-
-def _is_username(value: Any) -> bool:
-    return isinstance(value, str) and not re.search(_UNFIT, value) and 1 <= len(value.encode()) <= USERNAME_BYTES
-
-
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "HOST": (_is_host, "a host's name or address"),
-    "PORT": (_is_port, "an int in 0..65535"),
-    "USERNAME": (_is_username, f"1 to {USERNAME_BYTES} bytes of UTF-8 without NUL"),
+    "PORT": (
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 65535,
+        "an int in 0..65535"),
+    "USERNAME": (
+        lambda value: isinstance(value, str) and not re.search(_UNFIT, value)
+        and 1 <= len(value.encode()) <= USERNAME_BYTES,
+        f"1 to {USERNAME_BYTES} bytes of UTF-8 without NUL"),
 }
 
 
 def is_loopback(host: str) -> bool:
     """Whether `host` is 127.0.0.0/8, ::1 or localhost. Other names count as reachable by others."""
-    return re.fullmatch(_LOOPBACK, host) is not None
+    return re.fullmatch(r"(?i:127(\.[0-9]{1,3}){3}|::1|localhost)", host) is not None
 
 
 def check_secret(secret: Secret, host: str, source: str = "secret_key") -> Secret:
@@ -303,7 +298,7 @@ def read_lines(path: str | os.PathLike[str], *, private: bool = False) -> list[s
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
-            if private and os.name == "posix" and mode & OTHERS_MODE:
+            if private and os.name == "posix" and mode & 0o077:  # any right of group and others
                 raise ConfigurationError(f"{path} holds a secret and is open to others (mode {mode:04o}): "
                                          f"chmod 600 {shlex.quote(os.fspath(path))}")
             text = file.read()

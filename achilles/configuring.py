@@ -25,7 +25,6 @@ from .errors import ConfigurationError
 __all__ = ["ask_config", "ask_missing", "make_secret", "missing", "next_step", "update_config", "write_config"]
 
 DEFAULT_USERNAME = "achilles"  # of a file that is written without asking
-MADE_SECRET_BYTES = 32  # as many as the keys that are derived from the secret
 
 
 def write_config(
@@ -38,8 +37,8 @@ def write_config(
 
     :raises ConfigurationError: a value is not good, or the file cannot be written. The file stays as it was.
     """
-    defaults = config.of_arguments(DEFAULT_HOST, DEFAULT_PORT, DEFAULT_USERNAME, make_secret())
-    return _save(defaults | config.of_arguments(host, port, username, secret_key), config.env_path(env_file))
+    found = config.of_arguments(DEFAULT_HOST, DEFAULT_PORT, DEFAULT_USERNAME, make_secret())
+    return _save(found | config.of_arguments(host, port, username, secret_key), config.env_path(env_file))
 
 
 def update_config(
@@ -84,7 +83,7 @@ def ask_missing(found: Found, path: str, role: Role) -> str:
     for name, (prompt, default) in questions.items():
         try:
             while name not in answers:
-                answers |= _ask(name, prompt, default, answers)
+                _ask(name, prompt, default, answers)
         except EOFError:
             raise ConfigurationError(f"the input ended at {prompt!r}; nothing is saved: "
                                      f"{missing(found, path, role)}") from None
@@ -93,18 +92,17 @@ def ask_missing(found: Found, path: str, role: Role) -> str:
     return path
 
 
-def _ask(name: str, prompt: str, default: str, others: Found) -> Found:
-    """Ask for one setting. Return it, or nothing if the answer is not good beside the `others`."""
+def _ask(name: str, prompt: str, default: str, answers: Found) -> None:
+    """Ask for one setting. The answer joins the other `answers`, if it is good beside them."""
     hidden = name == "SECRET_KEY"
     sys.stderr.write("" if hidden else prompt)
     sys.stderr.flush()
     answer = Secret(getpass.getpass(prompt) or default) if hidden else input().strip() or default
     try:
-        config.checked(others | {name: (answer, "the answer")})
+        config.checked(answers | {name: (answer, "the answer")})
+        answers[name] = answer, "the answer"
     except ConfigurationError as error:
         sys.stderr.write(f"{error}\n")
-        return {}
-    return {name: (answer, "the answer")}
 
 
 def missing(found: Found, path: str, role: Role) -> str:
@@ -131,7 +129,7 @@ def next_step(path: str) -> str:
 
 def make_secret() -> str:
     """Return a new random secret: 32 bytes from the system, as 43 characters that need no quoting anywhere."""
-    return secrets.token_urlsafe(MADE_SECRET_BYTES)
+    return secrets.token_urlsafe(32)  # as many bytes as the keys that are derived from the secret
 
 
 def _save(found: Found, path: str) -> str:
@@ -146,18 +144,14 @@ def _save(found: Found, path: str) -> str:
     try:
         with tempfile.TemporaryDirectory(prefix=".env-", dir=os.path.dirname(path)) as folder:  # mode 0700
             fresh = os.path.join(folder, "env")
-            with open(fresh, "w", encoding="utf-8", errors="surrogateescape", opener=_create) as file:
+            with open(fresh, "w", encoding="utf-8", errors="surrogateescape", opener=lambda name, flags: (
+                    os.open(name, flags | os.O_EXCL, 0o600))) as file:  # its owner's alone, from the first byte
                 file.write(text.reveal())
             os.replace(fresh, path)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}); "
                                  f"{config.PREFIX}ENV_FILE=FILE names another") from error
     return path
-
-
-def _create(path: str, flags: int) -> int:
-    """Open a new file that its owner alone may read and write, from the first byte."""
-    return os.open(path, flags | os.O_EXCL, 0o600)
 
 
 def _quoted(text: str) -> str:

@@ -26,14 +26,14 @@ __all__ = [
     "ExitStatus", "errors_to_exit_status", "parse", "parser", "read_secret", "say", "signal_handlers", "status_table",
 ]
 
-LEVELS = ("debug", "info", "warning", "error")
 OPTIONS: dict[str, dict[str, Any]] = {  # of all commands; a secret has none, because others can read a command line
     "--host": {"help": "name or address of the server"},
     "--port": {"type": int, "help": "its port, 9999 by default"},
     "--username": {"help": "1 to 32 bytes"},
     "--secret-key-file": {"metavar": "FILE", "help": "a file with the secret in its first line"},
     "--env-file": {"metavar": "FILE", "help": "a configuration file; by default the package's own .env"},
-    "--log-level": {"choices": LEVELS, "default": "info", "help": "of the log on stderr"},
+    "--log-level": {
+        "choices": ("debug", "info", "warning", "error"), "default": "info", "help": "of the log on stderr"},
 }
 TABLES = {  # of a status; the columns of each
     "nodes": ("id", "address", "python", "version", "cpu_count", "busy", "done"),

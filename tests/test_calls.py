@@ -16,10 +16,10 @@ import pytest
 from conftest import wait_until
 from fakes import SECONDS, SECRET, Node, address, serving
 
-from achilles import calls, errors
+from achilles import errors
 from achilles.calls import cluster_status, imap, imap_unordered, kill_cluster
 from achilles.calls import map as map_
-from achilles.controller import lookout
+from achilles.controller import connection
 from achilles.lineReceiver import achilles_main, achilles_node, achilles_server
 from achilles.protocol.frames import Kind
 
@@ -158,8 +158,8 @@ def test_the_alert_goes_to_stderr_with_a_blank_line_and_stdout_stays_empty(where
 
 
 def test_without_a_node_the_caller_is_told_once_how_to_start_one(where, capfd, monkeypatch):
-    monkeypatch.setattr(lookout, "NOTICE_SECONDS", 0.05)
-    monkeypatch.setattr(lookout, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(connection, "NOTICE_SECONDS", 0.05)
+    monkeypatch.setattr(connection, "LOOK_SECONDS", 0.05)
     results = []
     thread = threading.Thread(target=lambda: results.extend(map_(square, [3], **where)))
     thread.start()
@@ -188,8 +188,8 @@ def test_wait_for_nodes_is_an_error_that_names_the_command(where, seconds):
 
 
 def test_wait_for_nodes_does_not_count_while_there_is_one(where, monkeypatch):
-    looks, look = [], calls.Lookout.look
-    monkeypatch.setattr(calls.Lookout, "look", lambda self: looks.append(1) or look(self))
+    looks, look = [], connection.Controller.look
+    monkeypatch.setattr(connection.Controller, "look", lambda self: looks.append(1) or look(self))
     with Node(where["port"], most=0) as node, imap(square, [1, 2], wait_for_nodes=0, **where) as packets:
         timer = threading.Timer(0.3, node.let)
         timer.start()

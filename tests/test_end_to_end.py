@@ -599,7 +599,13 @@ def test_a_node_of_a_script_without_a_main_guard(tmp_path, method):
             run_node(cpu_count=2, start_method={method!r})
             """))
         node.wait_for("CLIENT_ID: 0")
-        assert len(set(flat(map(functools.partial(tasks.pid_after, 0.3), range(2), **cluster.address)))) == 2
+        pids = set()  # the first worker may have done it all before the second one has started
+
+        def both_work():
+            pids.update(flat(map(functools.partial(tasks.pid_after, 0.1), range(4), **cluster.address)))
+            return len(pids) == 2
+
+        wait_until(both_work, "work of both workers")
         node.signal(signal.SIGTERM)
         assert node.wait() == 0
         assert node.out.read_text().count("main") == 1

@@ -167,10 +167,10 @@ def test_a_client_is_let_in_refused_or_dropped_and_nothing_else(data):
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
         try:
-            claimed, keys = connect.answer_claim(ours, lambda _: [targets.KEY], time.monotonic() + 5)
+            role, _, keys = connect.answer_claim(ours, lambda _: [targets.KEY], time.monotonic() + 5)
         except (ProtocolError, ServerUnreachable):
             return
-        assert keys is None and len(data) >= auth.AUTH_BYTES and claimed.role in (auth.CONTROLLER, auth.NODE)
+        assert keys is None and len(data) >= auth.AUTH_BYTES and role in (auth.CONTROLLER, auth.NODE)
 
 
 # The server's dealings: well-formed frames of nodes and controllers in any order.

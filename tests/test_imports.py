@@ -30,8 +30,8 @@ LONGEST_FUNCTION_LINES, MOST_METHODS = 40, 28
 # Statements (without docstrings) that a folder may have. The second edition's aim stands behind each: what is over it
 # is to come down, and may not grow meanwhile.
 BUDGETS = {
-    "ring": 945, "protocol": 730, "server": 640, "node": 1035, "objects": 1220, "controller": 1340, "core": 5540,
-    "whole": 6390,
+    "ring": 836, "protocol": 622, "server": 628, "node": 783, "objects": 1128, "controller": 1009, "core": 4756,
+    "whole": 5655,
 }
 AIMS = {
     "ring": 800, "protocol": 600, "server": 620, "node": 750, "objects": 800, "controller": 780, "core": 4000,
@@ -235,9 +235,9 @@ def test_each_proof_and_tag_is_compared_in_one_place():
              for name in SOURCES}
     assert {name: sorted(calls) for name, calls in found.items() if calls} == {
         "protocol.auth": ["hmac.compare_digest(keys.server_proof, answer)",
-                 "hmac.compare_digest(self.tag(head, envelope), tag)",
-                 "hmac.compare_digest(session.client_proof, claimed.proof)"],
-        "server.listen": ["hmac.compare_digest(claimed.user, self.settings.username.encode())"],
+                 "hmac.compare_digest(self.tag(signed), tag)",
+                 "hmac.compare_digest(session.client_proof, m2[CLAIM.size:])"],
+        "server.listen": ["hmac.compare_digest(user, self.settings.username.encode())"],
     }
 
 

@@ -23,10 +23,10 @@ from typing import Any
 from ..errors import LetterTooLarge
 from ..objects.outcomes import fresh
 from ..protocol import frames
-from ..protocol.frames import Batch, Kind, Letter, LongLetter, Status
+from ..protocol.frames import U32, Batch, Kind, Letter, LongLetter, Status
 from .job import Job
 from .pace import Worth
-from .results import PacketResults, Results
+from .results import NOBODY
 
 __all__ = ["KEPT_BYTES", "KEPT_JOBS", "Link"]
 
@@ -38,17 +38,17 @@ class Link:
     """Jobs and batches. `processes` is how many batches may be out, None for what the workers can take."""
 
     connected = True
+    look_seconds = 1.0  # how often to `look`
     _lost: BaseException | None = None  # why no job can be started any more
 
     def __init__(self, processes: int | None = None) -> None:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)  # the cluster or the connection has changed
-        self.processes = processes
+        self.processes = processes or U32
         self.jobs: dict[int, Job] = {}
         self._numbers = 0
-        self._out = 0  # batches
         self._worth = Worth(few=processes is not None)
-        self._turns: deque[Job] = deque()  # jobs with chunks that wait
+        self._turns: deque[Job] = deque()  # jobs with chunks that wait, and perhaps others
         self._contexts: set[str] = set()  # their initializers went over this connection
         self._kept: dict[Any, Job] = {}  # jobs that owe nothing, by what they are; the longest unused first
 
@@ -58,6 +58,9 @@ class Link:
 
     def push(self) -> None:
         """Send what was posted. Without `lock`."""
+
+    def look(self) -> None:
+        """No result came for `look_seconds`. NoNodesError if there was no node for too long. Any thread."""
 
     def workers(self) -> tuple[int, int]:
         """Workers of the cluster that can run this caller's functions, and those of the largest node."""
@@ -91,11 +94,11 @@ class Link:
         return self.start(make()) if job is None else job
 
     def keep(self, key: Any, job: Job) -> None:
-        """A job that owes nothing may serve the next call with this key. Others are ended for it."""
-        if job.spent or job.owes or self.jobs.get(job.number) is not job:
+        """A job that owes nothing may serve the next call with this key. Others are ended."""
+        if job.spent or job.owes:
             self.end(job)
             return
-        job.sink = None
+        job.sink = NOBODY
         other = self._kept.pop(key, None)
         if other is not None:
             self.end(other)
@@ -106,26 +109,21 @@ class Link:
 
     def end(self, job: Job) -> None:
         """The job is over: what waits is dropped, and what runs is stopped. Idempotent."""
-        job.ended = True
+        job.spent = True
         if self.jobs.pop(job.number, None) is None:
             return
-        self._out -= len(job.out)
         job.out.clear()
         job.waiting.clear()
-        job.queued = 0
         if job.declared:
-            self.drop(job)
             self.post(Kind.END, Batch(job.number))
         self.fill()
 
     def fail_jobs(self, error: BaseException) -> None:
-        """Tell every call. Needs `lock`."""
+        """Tell every call, and end its job."""
         for job in list(self.jobs.values()):
-            if job.sink is not None:
-                job.sink.fail(error)
-
-    def drop(self, job: Job, first: int = 0, end: float = float("inf")) -> None:
-        """Take what is posted and not sent of these chunks back."""
+            job.sink.fail(error)
+            self.end(job)
+        self._kept.clear()
 
     def cancel(self, job: Job, number: int) -> None:
         """Stop a chunk that is out. GONE says that it is not, and the job does not send it again."""
@@ -140,54 +138,50 @@ class Link:
         self.fill()
 
     def fill(self) -> None:
-        """Make batches, as long as there is room for them."""
+        """Make batches, as long as there is room for them.
+
+        Ctrl-C may end this anywhere, in the caller's thread: no chunk of another call must be lost by that. One that
+        was posted and not noted is sent again; an answer to the attempt that nobody knows is ignored.
+        """
         if not self._turns or not self.connected:
             return
-        workers = self.workers()[0]
-        most = AHEAD * workers + 2
-        if self.processes is not None:
-            most, workers = min(most, self.processes), min(workers, self.processes)
-        while self._out < most and self._turns:
-            job = self._turns.popleft()
-            if not job.waiting or job.ended:
+        workers = min(self.workers()[0], self.processes)
+        most = min(AHEAD * self.workers()[0] + 2, self.processes)
+        out = sum([len(job.out) for job in self.jobs.values()])
+        while out < most and self._turns:
+            job = self._turns[0]
+            if not job.waiting or job.number not in self.jobs:
+                self._turns.popleft()
                 continue
-            if self._out >= workers and job.pace.is_little(job.queued * job.waiting[0].size):
-                self._turns.append(job)  # every worker has something: more chunks join these until one is done
-                return
-            self._worth.judge(late=self._out < workers)
-            batch = job.next_batch(self._worth.us, workers)
-            if job.waiting:
-                self._turns.append(job)
+            if out >= workers and job.pace.is_little(job.waits()):
+                self._turns.rotate(-1)
+                return  # every worker has something: more chunks join these until one is done
+            self._worth.judge(late=out < workers)
+            batch, run, rest = job.next_batch(self._worth.us, workers)
             if not job.declared:
                 self._declare(job)
             self.post(Kind.TASK, batch)
-            self._out += 1
-
-    def cluster_changed(self) -> None:
-        """There may be room for more batches, and in the windows."""
-        self.fill()
-        for job in self.jobs.values():
-            if isinstance(job.sink, Results):
-                job.sink.room.notify_all()
+            job.send(batch, run, rest)
+            self._turns.rotate(-1)
+            out += 1
 
     def forget_connection(self) -> None:
         """The connection is lost: everything that was out waits again."""
-        self._out = 0
         self._contexts.clear()
         for job in self.jobs.values():
             job.forget_connection()
-        self._turns = deque(job for job in self.jobs.values() if job.waiting)
+        self._turns = deque(self.jobs.values())
 
     def _declare(self, job: Job) -> None:
         """JOB, with the initializer where the server has not had it."""
         job.declared = True
-        declaration = job.declaration()
-        parts: list[Letter] = [json.dumps(declaration, separators=(",", ":")).encode(), job.function]
-        if job.initializer is not None and job.context_id not in self._contexts:
-            self._contexts.add(job.context_id)
+        context = job.declaration["context"]
+        parts: list[Letter] = [json.dumps(job.declaration, separators=(",", ":")).encode(), job.function]
+        if job.initializer is not None and context not in self._contexts:
+            self._contexts.add(context)
             parts.append(job.initializer)
         batch = Batch.pack(job.number, 0, parts)
-        batch.declaration = declaration  # as if it had been read
+        batch.declaration = job.declaration  # as if it had been read
         self.post(Kind.JOB, batch)
 
     # What came: the reader thread, without `lock`.
@@ -204,11 +198,10 @@ class Link:
             if job is None:
                 return
             if kind is Kind.GIVEN:
-                if isinstance(job.sink, PacketResults):
-                    job.sink.give(batch.first, batch.count, batch.number, job.next)
-                return
-            over = job.answered(batch, letters) if kind is Kind.RESULT else job.gone(batch)
-            self._out -= over
-            if job.waiting and job not in self._turns:
-                self._turns.append(job)
-            self.fill()
+                whole = (run := job.out.get(batch.attempt)) is not None and run.end == batch.end
+                job.sink.give(batch.first, batch.count if whole else 0, batch.number, job.next)
+            elif kind is Kind.RESULT:
+                job.answered(batch, letters)
+            else:
+                job.gone(batch)
+            self.queue(job)

@@ -17,7 +17,6 @@ QUICKER = 8  # times at most: one answer may be quick by chance
 TINY_US = 0.05  # the quickest argument that is believed: a function in C over a range
 EASE = 0.98  # by how much the worth of a batch falls where enough batches are out
 WINDOW_CHUNKS = 64  # that may be out beyond two for each worker
-MOST_WINDOW_CHUNKS = MAX_CHUNKS  # some MB of small letters
 
 
 class Pace:
@@ -51,7 +50,7 @@ class Pace:
     def window(self, size: int, workers: int) -> int:
         """How many chunks may be out of the caller's hands: so many that quick batches never wait for room."""
         quick = 2 * (2 * workers + 2) * self.chunks(size, MOST_US, float("inf"), workers) if self.us else 0
-        return 2 * workers + WINDOW_CHUNKS + min(quick, MOST_WINDOW_CHUNKS)
+        return 2 * workers + WINDOW_CHUNKS + min(quick, MAX_CHUNKS)
 
 
 class Worth:

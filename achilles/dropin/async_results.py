@@ -5,7 +5,7 @@ Knows what the dispatcher takes, and what the caller asks for; knows no argument
 ::
 
     dispatcher thread: take, load ─▶ callbacks ─▶ AsyncResult.get
-    caller's thread: PoolIterator.next, Pool.map ─▶ take
+    caller's thread: PoolIterator.next, Pool.map ─▶ take;  AsyncResult.get of one call ─▶ load
 
 Any thread may use them.
 """
@@ -40,33 +40,58 @@ class AsyncResult(SingleCall):
     def __init__(self, dispatcher: Dispatcher, *callbacks: Callback | None) -> None:
         super().__init__(dispatcher)
         self._callbacks = callbacks or (None, None)  # of a value, of an error
-        self._done = threading.Event()
+        self._ended = False
+        self._ending = threading.Lock()  # held until the call has ended, then while a thread loads the answer
+        self._ending.acquire()
+        self._answer: Callable[[], object] | None = None  # loads the answer, where no callback waits for that
         self._value: Any = None
         self._error: BaseException | None = None
 
     def ready(self) -> bool:
         """Whether the call has ended."""
-        return self._done.is_set()
+        return self._ended
 
     def successful(self) -> bool:
         """Whether it ended without an exception; ValueError if it has not ended."""
-        if not self.ready():
+        if not self._ended:
             raise ValueError(f"{self!r} not ready")
+        self._load_answer()
         return self._error is None
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the call has ended, or for `timeout` seconds."""
-        if not self._done.is_set():
-            self._dispatcher.wait_for(self._done.wait, timeout)
+        if not self._ended:
+            self._dispatcher.wait_for(self._wait_some, timeout)
+
+    def _wait_some(self, seconds: float) -> bool:
+        if self._ending.acquire(timeout=seconds):
+            self._ending.release()
+        return self._ended
 
     def get(self, timeout: float | None = None) -> Any:
         """The result. Blocks until it is there; ResultTimeout after `timeout` seconds, or the call's own exception."""
         self.wait(timeout)
-        if not self._done.is_set():
+        if not self._ended:
             raise ResultTimeout
+        self._load_answer()
         if self._error is not None:
             raise self._error
         return self._value
+
+    def _load_answer(self) -> None:
+        """Load the answer, in the first thread that asks for it."""
+        with self._ending:
+            answer, self._answer = self._answer, None
+            if answer is not None:
+                answer()
+
+    def come(self, answer: Callable[[], object]) -> None:
+        """As SingleCall says; without callbacks, the caller's thread loads the answer."""
+        if self._callbacks[0] is None and self._callbacks[1] is None:
+            self._answer, self._ended = answer, True
+            self._ending.release()
+        else:
+            super().come(answer)
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """As SingleCall says. The callbacks run before any thread is woken, as in the standard library."""
@@ -77,7 +102,9 @@ class AsyncResult(SingleCall):
             if callback is not None:
                 callback(value if error is None else error)
         finally:
-            self._done.set()
+            if not self._ended:
+                self._ended = True
+                self._ending.release()
 
     __class_getitem__: Any = classmethod(types.GenericAlias)
 

@@ -21,20 +21,18 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from ..calls import connect
+from ..calls import check_counts, check_seconds, connect
 from ..config import SecretKey
-from ..controller.call import Call, check_counts, check_seconds
+from ..controller.call import Call
 from ..controller.job import Job
-from ..controller.lookout import Lookout
 from ..controller.results import Run
-from ..controller.singles import Singles
 from ..errors import DumpError, LetterTooLarge
 from ..objects import letters
 from ..objects.letters import dump_chunk, dump_function, joined
 from ..objects.outcomes import own_error
 from ..protocol.frames import Letter, letter_of
 from .async_results import PoolIterator
-from .dispatcher import Dispatcher, SingleCall, Taker
+from .dispatcher import Dispatcher, SingleCall, Singles, Taker
 
 __all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool", "More"]
 
@@ -79,9 +77,10 @@ class BasePool:
         self._initializer = None if initializer is None else letter_of(
             dump_function(self._context, (initializer, tuple(initargs)), "the initializer"))
         self._last: tuple[bytes, Letter] = b"", b""  # the function of the last call, which many callers give again
-        self._controller = connect(host, port, username, secret_key, reconnect_seconds, executor, processes)
+        self._controller = connect(
+            host, port, username, secret_key, reconnect_seconds, executor, processes, wait_for_nodes)
         self._singles: dict[Any, Job] = {}  # jobs of single calls, while any waits; with its lock
-        self._dispatcher = Dispatcher(self._controller, Lookout(self._controller, wait_for_nodes))
+        self._dispatcher = Dispatcher(self._controller)
         self._state = RUN
 
     @property
@@ -144,13 +143,13 @@ class BasePool:
             return
         with link.lock:
             job = self._singles.get(key)
-            if job is None or job.ended or job.spent:
+            if job is None or job.spent:
                 self._singles[key] = job = link.take(key, partial(self._job, function, APPLY))
                 job.sink = Singles(partial(self._idle, key, job))
             single.begin(job, self)
-            self._dispatcher.open.add(single)
-            job.sink.entries[job.next] = single  # type: ignore[union-attr]
             job.enter(Run(job.next, 0, 1, [letter], 1))
+            job.sink.entries[job.next - 1] = single  # type: ignore[attr-defined]
+            self._dispatcher.open.add(single)  # now it is waited for
             link.queue(job)
         link.push()
 

@@ -26,23 +26,22 @@ from typing import Any
 from ..controller.call import Call, NotYet
 from ..controller.connection import Controller
 from ..controller.job import Job
-from ..controller.lookout import Lookout
+from ..controller.results import Answered, Sink
 from ..errors import ServerUnreachable
-from ..objects.outcomes import fresh, own_error
+from ..objects.outcomes import fresh, mark, own_error
 from ..protocol.frames import Letter
 
-__all__ = ["Dispatcher", "SingleCall", "Taker"]
+__all__ = ["Dispatcher", "SingleCall", "Singles", "Taker"]
 
 
 class Dispatcher:
     """The calls of a pool that are not over, and the thread that takes the results that nobody else takes."""
 
-    def __init__(self, link: Controller, lookout: Lookout) -> None:
+    def __init__(self, link: Controller) -> None:
         self.link = link
         self.work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # to be called; None ends it
         self.changed = threading.Condition(link.lock)  # its lock guards `open`, and the start of the thread
         self.open: set[object] = set()  # SingleCalls and Takers
-        self._lookout = lookout
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
 
@@ -57,7 +56,7 @@ class Dispatcher:
 
     def start(self) -> None:
         """Begin the thread, if it has not begun."""
-        with self.changed:
+        with self.link.lock:
             if self._thread.ident is None:
                 self._thread.start()
 
@@ -73,19 +72,19 @@ class Dispatcher:
         """
         self.check_process()
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        while not wait(max(0.0, min(self._lookout.seconds, deadline - time.monotonic()))):
+        while not wait(max(0.0, min(self.link.look_seconds, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
                 return False
-            self._lookout.look()
+            self.link.look()
         return True
 
     def wait(self) -> None:
         """Block until all calls are over. Iterators keep the results that they have not given yet."""
-        with self.changed:
+        with self.link.lock:
             takers = [call for call in self.open if isinstance(call, Taker)]
         for taker in takers:
             taker.drain()
-        with self.changed:
+        with self.link.lock:
             self.wait_for(partial(self.changed.wait_for, lambda: not self.open))
 
     def stop(self) -> None:
@@ -121,7 +120,7 @@ class Dispatcher:
 
 
 class SingleCall:
-    """One apply or submit: the Single of a job. The dispatcher loads its answer, since that may call back."""
+    """One apply or submit, an entry in Singles. Its answer is loaded by the dispatcher, since that may call back."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         super().__init__()
@@ -130,7 +129,7 @@ class SingleCall:
         self._number = 0  # of the chunk
         self._owner: object = None  # the pool, which lives until there is an answer
 
-    # Under the connection's lock; see Single.
+    # Under the connection's lock; must not block.
 
     def begin(self, job: Job, owner: object) -> None:
         """The call is about to be queued in this job."""
@@ -138,18 +137,22 @@ class SingleCall:
 
     def put(self, status: int, letter: Letter) -> None:
         """The answer."""
-        self._come(partial(self._load, self._job, status, letter))
+        self._end(partial(self._load, self._job, status, letter))
 
     def fail(self, error: BaseException) -> None:
         """There is none."""
-        self._come(partial(self.settle, None, own_error(fresh(error))))
+        self._end(partial(self.settle, None, own_error(fresh(error))))
 
-    def _come(self, work: Callable[[], object]) -> None:
-        self._dispatcher.work.put(work)  # before the pool may go, which ends the dispatcher
+    def _end(self, answer: Callable[[], object]) -> None:
+        self.come(answer)  # before the pool may go, which ends the dispatcher
         self._dispatcher.forget(self)
         self._job = self._owner = None
 
-    # The dispatcher.
+    def come(self, answer: Callable[[], object]) -> None:
+        """`answer` loads the answer: let the dispatcher call it."""
+        self._dispatcher.work.put(answer)
+
+    # The dispatcher, or the caller's thread.
 
     def _load(self, job: Job, status: int, letter: Letter) -> None:
         value = error = None
@@ -161,6 +164,45 @@ class SingleCall:
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """This is the result, or the exception. Subclasses take it."""
+
+
+class Singles(Sink):
+    """The entries of a job in which each chunk is a call of its own (apply, submit).
+
+    :param idle: is called when there is no entry any more.
+    """
+
+    def __init__(self, idle: Callable[[], object]) -> None:
+        self.entries: dict[int, Any] = {}  # by chunk
+        self._idle = idle
+
+    def wants(self, number: int) -> bool:
+        """As Sink says."""
+        return number in self.entries
+
+    def put(self, answered: Answered) -> None:
+        """As Sink says."""
+        run, statuses, letters, lost = answered
+        for at, number in enumerate(range(run.first, run.end)):
+            entry = self.entries.pop(number, None)
+            if entry is not None and at in lost:
+                entry.fail(mark(lost[at], index=0))
+            elif entry is not None:
+                entry.put(statuses[at], letters[at])
+        if not self.entries:
+            self._idle()
+
+    def leave(self, number: int) -> None:
+        """Nobody waits for this chunk any more."""
+        del self.entries[number]
+        if not self.entries:
+            self._idle()
+
+    def fail(self, error: BaseException) -> None:
+        """As Sink says; each entry."""
+        for number in [*self.entries]:
+            self.entries.pop(number).fail(error)
+        self._idle()
 
 
 class Taker:
@@ -205,7 +247,7 @@ class Taker:
                 call.close(self.key, error)
                 self.finish(error)
             finally:  # a callback may have raised: `join` waits for this call no longer
-                with self._dispatcher.changed:
+                with self._dispatcher.link.lock:
                     self._dispatcher.forget(self)
             return True
 

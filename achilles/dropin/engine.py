@@ -48,7 +48,7 @@ class Engine(Link):
 
     def start(self, job: Job) -> Job:
         """As Link says. ValueError for an option that only our own nodes can keep."""
-        for name in {"timeout", "maxtasksperchild"} & job.options.keys():
+        for name in {"timeout", "maxtasksperchild"} & job.declaration.keys():
             raise ValueError(f"only our own nodes can end a call or a worker: {name} is not possible there")
         return super().start(job)
 
@@ -57,8 +57,6 @@ class Engine(Link):
         with self.lock:
             self._lost = InterruptedError("the engine was closed")
             self.fail_jobs(self._lost)
-            for job in list(self.jobs.values()):
-                self.end(job)
         self._events.put(None)
         if self._thread.ident != threading.get_ident():
             self._thread.join()
@@ -83,7 +81,7 @@ class Engine(Link):
                 act(batch, more)
             except BaseException as error:  # of the executor: those of the user's function are in the answers
                 with self.lock:
-                    if (job := self.jobs.get(batch.job)) is not None and job.sink is not None:
+                    if (job := self.jobs.get(batch.job)) is not None:
                         job.sink.fail(error)
 
     def _submit(self, batch: Batch, _: None) -> None:
@@ -94,7 +92,7 @@ class Engine(Link):
             self.handle_batch(Kind.GIVEN, Batch(batch.job, batch.first, batch.count, batch.attempt, self._workers))
         letters = [bytes(joined(letter)) for letter in (job.function, job.initializer) if letter is not None]
         future = self._executor.submit(
-            run_batch, job.number, job.declaration(), letters, batch.first,
+            run_batch, job.number, job.declaration, letters, batch.first,
             [bytes(joined(letter)) for letter in batch.letters()], bool(batch.flags & CAREFUL))
         self._submitted[future] = batch
         future.add_done_callback(lambda done: self._events.put((self._answer, batch, done)))

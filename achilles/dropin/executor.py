@@ -119,14 +119,14 @@ class Executor(BasePool, concurrent.futures.Executor):
             return
         self.close()
         if cancel_futures:
-            with self._dispatcher.changed:
+            with self._dispatcher.link.lock:
                 futures = [call for call in self._dispatcher.open if isinstance(call, Future)]
             for future in futures:
                 future.cancel()
         if wait:
             self.join()
         else:
-            threading.Thread(target=self.join, name="achilles-shutdown", daemon=True).start()
+            threading.Thread(target=self.join, name="achilles-shutdown").start()  # the interpreter waits for it
 
 
 class MapIterator(PoolIterator):
@@ -143,6 +143,6 @@ class MapIterator(PoolIterator):
 
     close = PoolIterator.cancel
 
-    def __del__(self) -> None:  # type: ignore[override]
+    def __del__(self, _: object = None) -> None:
         if self._stream.call is not None and not self._dispatcher.forked():
             self._dispatcher.work.put(self._stream.abandon)  # takes no lock: this runs in any thread at any moment

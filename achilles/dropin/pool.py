@@ -80,7 +80,10 @@ class Pool(BasePool):
         callback: Callback | None = None, error_callback: Callback | None = None,
     ) -> AsyncResult:
         """As `apply`, at once; one of the callbacks is called, in the dispatcher thread, with what comes of it."""
-        result = AsyncResult(self._begin(), callback, error_callback)
+        self._check_running()
+        if callback is not None or error_callback is not None:
+            self._dispatcher.start()
+        result = AsyncResult(self._dispatcher, callback, error_callback)
         self._submit(result, func, args, kwds)
         return result
 

@@ -10,7 +10,7 @@ one selector, and no other thread: so a worker can be forked at any moment, and 
 
     run_node ─▶ connect ─▶ HELLO ─▶ turns ─┬─ lost: nothing is remembered; back-off, connect anew
                    ▲                       ├─ BYE killed: over
-                   └── refused: an error ──┴─ SIGTERM: RETURNED, BYE leaving, the last answers, over
+                   └── refused: an error ──┴─ SIGTERM: BYE leaving, RETURNED, the last answers, over
                        before the first join, tried again after it
 
 Limits: `channel.py`'s for silence; 30 s for the chunks that run when it drains.
@@ -226,8 +226,8 @@ class Session:
         """Say BYE and give back the chunks that have not begun; when nothing runs any more, close."""
         if not self._drain_until:
             self._drain_until = now + DRAIN_SECONDS
+            self._channel.send(Kind.BYE, {"reason": "leaving"})  # first: for what comes back it would get others
             self._workers.drain()
-            self._channel.send(Kind.BYE, {"reason": "leaving"})
         elif now > self._drain_until:
             self._end = "drained"
         elif not self._workers.busy and not self._channel.wants_write:

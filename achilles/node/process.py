@@ -27,9 +27,9 @@ from ..errors import ProtocolError
 from ..protocol.channel import Channel
 from ..protocol.frames import Batch, Kind, Letter, Status
 from . import worker as process_of_worker
-from .runner import CALL, CHUNK, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASE, UNNAMED
+from .runner import CALL, CHUNK, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASE, START, UNNAMED
 
-__all__ = ["NodeJob", "NodeWorker", "start"]
+__all__ = ["WAIT_SECONDS", "NodeJob", "NodeWorker", "start"]
 
 NOT_BEGUN = -2  # the chunk in the status array until the worker takes the batch
 NEVER = float("inf")
@@ -37,6 +37,7 @@ NOTHING = Batch(0)  # the batch of an idle worker
 LATE_SECONDS = 0.02  # four times the 5 ms that a batch is worth
 LATE_BATCH_SECONDS = 0.1  # the same for the whole batch: a chunk waits at most twice that, 200 ms for one of 50 ms
 LATE_FACTOR = 4  # a worker at one chunk for four times as long as its whole batch should take is late
+WAIT_SECONDS = 0.25  # what has waited so long in the queue, or for its worker to start, goes back: others may be idle
 RETIRE_SECONDS = 2.0  # for an idle worker to end by itself, its exit handlers included
 SOCKET_BYTES = 1 << 20  # buffer of a worker's socket pair: fewer switches for a large letter
 
@@ -80,7 +81,8 @@ class NodeWorker:
             self.channel.send(Kind.JOB, Batch.pack(batch.job, 0, letters[: 2 if context in self.told else 3]))
             self.told |= {batch.job, context}
         self.status[CHUNK], self.status[OFFSET], self.status[LIMIT] = NOT_BEGUN, UNNAMED, NO_LIMIT
-        self.batch, self.next, self.end, self.since = batch, batch.first, batch.end, time.monotonic()
+        self.batch, self.next, self.end = batch, batch.first, batch.end
+        self.since = self.chunk_at = time.monotonic()
         self.seen = (NOT_BEGUN, UNNAMED, IDLE)
         self.timeout = options.get("timeout") or NEVER
         self.tasks_left -= batch.count
@@ -129,9 +131,9 @@ class NodeWorker:
         elif phase == CALL and now - self.seen_at > self.timeout:
             self.kill(Status.TIMEOUT)
         # A worker that stopped before its end has read the limit just before `take_back` raised it: it is late, too.
-        patience = max(LATE_SECONDS, LATE_FACTOR * self.batch.number / 1e6)
+        patience = WAIT_SECONDS if phase == START else max(LATE_SECONDS, LATE_FACTOR * self.batch.number / 1e6)
         late = now - self.chunk_at > patience or now - self.since > max(LATE_BATCH_SECONDS, patience)
-        return late and NOT_BEGUN < chunk < self.end - 1
+        return late and (phase == START or chunk != NOT_BEGUN) and chunk < self.end - 1
 
     def retire(self) -> None:
         """Let it end when it has done its batch."""
@@ -147,7 +149,7 @@ class NodeWorker:
 
 
 def start(method: str, node: int, inherited: Iterable[Any]) -> NodeWorker:
-    """Start a worker's process; the node's end of the socket pair does not block. OSError if there is none to be had.
+    """Start a worker's process; the node's end of the socket pair does not block. OSError or EOFError if there is none.
 
     :param method: "fork", "forkserver" or "spawn".
     :param inherited: descriptors of the node's that a forked worker must close.

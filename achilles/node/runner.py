@@ -128,7 +128,6 @@ class Runner:
 
         :returns: the answer of each chunk, if one of the two failed; else None.
         """
-        self._status[PHASE] = FUNCTION
         job = self._jobs[number]
         job.payload.become_main()
         return job.context.prepare(lambda pair: pair[0](*pair[1])) or job.prepare(job.set_function)

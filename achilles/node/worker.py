@@ -48,7 +48,7 @@ from ..protocol.frames import (
     digest,
 )
 from ..protocol.reader import keep_freed_memory
-from .runner import CHUNK, IDLE, LIMIT, PHASE, Answer, Runner
+from .runner import CHUNK, FUNCTION, IDLE, LIMIT, PHASE, Answer, Runner
 
 __all__ = ["Worker", "main"]
 
@@ -92,13 +92,14 @@ class Worker:
 
     def guard(self, parent: int | None) -> None:
         """The guard thread: send answers that wait, and end this process when the node is gone. Never returns."""
-        while not _orphaned(parent):
-            if self._wake.wait(QUIET_SECONDS):
-                self._wake.clear()
-                threading.Event().wait(GUARD_SECONDS)
-                self._flush(GUARD_NS)
-                if self._status[PHASE] != IDLE:
-                    self._wake.set()
+        with contextlib.suppress(OSError):  # the node is gone, though its process may not be
+            while not _orphaned(parent):
+                if self._wake.wait(QUIET_SECONDS):
+                    self._wake.clear()
+                    threading.Event().wait(GUARD_SECONDS)
+                    self._flush(GUARD_NS)
+                    if self._status[PHASE] != IDLE:
+                        self._wake.set()
         os._exit(1)
 
     def _obey(self, received: list[Frame]) -> None:
@@ -109,6 +110,9 @@ class Worker:
 
     def _run(self, batch: Batch) -> None:
         """Answer the chunks of a batch, up to the limit that the node may lower meanwhile."""
+        # First: a guard that clears `_wake` just now looks at the phase after. And the node may give another batch to a
+        # worker that is idle and has seen this one.
+        self._status[PHASE] = FUNCTION
         if not self._wake.is_set():  # which costs a tenth of `set`
             self._wake.set()
         self._status[CHUNK] = batch.first
@@ -181,7 +185,7 @@ def main(
         thing.close()
     for name in THREADS:
         os.environ.setdefault(name, "1")
-    if hasattr(sys.stdout, "reconfigure"):  # the last print of a killed worker is not lost
+    if hasattr(sys.stdout, "reconfigure") and not sys.stdout.closed:  # the last print of a killed worker is not lost
         sys.stdout.reconfigure(line_buffering=True)
     worker, pid = Worker(sock, status, node), os.getpid()
     threading.Thread(target=worker.guard, args=(parent,), name="achilles-guard", daemon=True).start()

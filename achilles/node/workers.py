@@ -33,13 +33,12 @@ from collections.abc import Callable
 from ..errors import AchillesError, ProtocolError
 from ..protocol.channel import Channel
 from ..protocol.frames import U64, Batch, Gone, Kind, Letter, Status
-from .process import NOTHING, NodeJob, NodeWorker, start
+from .process import NOTHING, WAIT_SECONDS, NodeJob, NodeWorker, start
 from .runner import CALL, IDLE, LIMIT, PHASE, PHASES, START
 
 __all__ = ["Workers", "pump"]
 
 LOOK_SECONDS = 0.02  # how often workers are looked at: the least time at one chunk that is late
-WAIT_SECONDS = 0.25  # a batch that has waited so long goes back: another node may have an idle worker
 EXIT_SECONDS = 0.01  # for a worker to be gone after its socket has ended: most are sooner, none with a living child
 CANCEL_SECONDS = 0.5  # for a cancelled chunk that runs to end by itself
 SHARE_SECONDS = 1.0  # a worker may belong to a context so long, busy or idle, while another context needs one
@@ -175,7 +174,8 @@ class Workers:
             if worker.process.exitcode is not None:
                 self._bury(worker, now)
             elif worker.look(now):
-                self._return(worker.batch, *worker.take_back(), self._reason)
+                reason = Gone.WAITED if worker.seen[2] == START else self._reason
+                self._return(worker.batch, *worker.take_back(), reason)
         self._take_back(lambda batch: now - self._queue.get(batch, now) > WAIT_SECONDS, Gone.WAITED)
         self._make_way(now)
         while len(self._workers) < self.count and now >= self._start_at:
@@ -184,11 +184,13 @@ class Workers:
     def _make_way(self, now: float) -> None:
         """For batches that no worker may run, replace a worker that belongs to another context.
 
-        At once for a context that has no worker, even a busy one if it has served its second. A context that has some
-        gets an idle one: it may have cost its pool much to set up, and pools often take turns.
+        At once for a context that has no worker, even a busy one if it has served its second: one of them at a time,
+        the one with the latest batch. A context that has some gets an idle one: it may have cost its pool much to
+        set up, and pools often take turns.
         """
         usable = [worker for worker in self._workers if worker.usable]
-        if not self._queue or len(usable) < self.count:  # in the second case a new worker comes
+        ending = [worker for worker in self._workers if not worker.usable and worker.batch is NOTHING]
+        if not self._queue or ending or len(self._workers) < self.count:  # where one ends or is missing, one comes
             return
         owners = [worker.owner for worker in usable]
         needy = [batch for batch in self._queue if not {None, self._jobs[batch.job].context}.intersection(owners)]
@@ -196,8 +198,9 @@ class Workers:
         if not needy:
             free = [worker for worker in free if now - worker.since > SHARE_SECONDS and (
                 owners.count(worker.owner) > 1 or now - worker.since > KEEP_SECONDS)]
-        elif not free:
-            free = [worker for worker in usable if now - worker.owned_at > SHARE_SECONDS]
+        elif not free and len(usable) == self.count:
+            free = sorted((worker for worker in usable if now - worker.owned_at > SHARE_SECONDS),
+                          key=lambda worker: -worker.since)
         if free:
             free[0].retire()
             self._queue = dict.fromkeys(needy, now) | self._queue  # the new worker is for the needy
@@ -226,8 +229,8 @@ class Workers:
             worker = start(self._method, self.node, [self._selector, *(key.fileobj for key in watched)])
             self._workers.append(worker)
             self._selector.register(worker.channel.socket, selectors.EVENT_READ, lambda events: self._read(worker))
-        except OSError as e:  # no process or descriptor to be had
-            log.error("a worker could not be started: %s", e)
+        except (OSError, EOFError) as e:  # no process or descriptor to be had; or the forkserver ended for want of one
+            log.error("a worker could not be started: %r", e)
             self._start_at = now + START_SECONDS
 
     def _read(self, worker: NodeWorker) -> None:

@@ -7,9 +7,10 @@ A pickle says a number in place of each thing that its definitions bring: a func
 that has to be one thing everywhere, and, but for arguments and results, each value that has a token. `refs` are these,
 in the order of their numbers. A function or class is named by a maker, once: pickle's memo is quicker than a hook.
 
-A value that gets its token now is a number in all pickles to come. So this pickle is made again, with its number.
+The thing of an entry is dumped in two halves, which are those of pickle's reductions: a maker with its arguments, then
+all else. So things may need each other: both are made before either of them is filled.
 
-Threads: one thread uses a Reducer. That thread has the context's lock, but for arguments and results.
+Threads: one thread uses a Dumper. That thread has the context's lock, but for arguments and results.
 """
 
 from __future__ import annotations
@@ -26,13 +27,26 @@ import threading
 import types
 import typing
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from .loading import MAKERS, PICKLE, PIDS, SENTINEL, take_large
-from .names import MAINS, MISSING, STREAMS, Entry, Names, by_import, by_path, is_class, is_stream, travels_by_value
-from .parts import REDUCES, apart, evaluated, fill_of, has_own, is_c_type, shell_of
+from .names import (
+    MAINS,
+    MISSING,
+    STREAMS,
+    Entry,
+    Names,
+    Slot,
+    Space,
+    by_import,
+    by_path,
+    is_class,
+    is_stream,
+    travels_by_value,
+)
+from .parts import REDUCES, apart, evaluated, has_own, is_c_type, reduced
 
 __all__ = ["CACHE_TYPE", "Dumper"]
 
@@ -46,8 +60,12 @@ WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
 SPECIAL = (*REDUCES, "__new__", "__setstate__", "__setattr__", "__getattr__", "__iter__", "append", "extend", "items",
            "__setitem__")
 STATES = (*REDUCES, "__getstate__", "__getnewargs__", "__getnewargs_ex__")
+NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
+EXTEND: Any = {list: list.extend, dict: dict.update}
+OWN = -1  # the number of the thing that is dumped
 ALIAS: Any = getattr(typing, "TypeAliasType", typing.NewType)  # Python 3.12
-VARIABLES = (typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, typing.NewType, ALIAS)
+STANDS_FOR = {ALIAS: "__value__", typing.NewType: "__supertype__"}  # a name, where that cannot be evaluated
+VARIABLES = (typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR)
 NO_DEFAULT = getattr(typing, "NoDefault", None)
 OPTIONS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": "__contravariant__",
            "infer_variance": "__infer_variance__", "default": "__default__", "type_params": "__type_params__"}
@@ -59,29 +77,47 @@ class Dumper:
     :ivar entry: the entry that is dumped now; None for arguments, results, and functions with their callbacks.
     :ivar shares: whether values with tokens are the same on the other side, not copies.
     :ivar only: the tokens of values that may stand in the content; all by default.
-    :ivar is_final: whether the pickle says only what has a number already, and brings all else.
-    :ivar fresh: the entries of values that had no number; `before`: those of the attempt before.
+    :ivar refs: the numbers of the entries that the definitions bring.
     """
 
-    def __init__(self, names: Names, entry: Any = None, shares: bool = True, only: set[bytes] | None = None,
-                 refs: dict[Any, int] | None = None, before: Sequence[Entry] = ()) -> None:
-        self.names, self.entry, self.shares, self.only, self.before = names, entry, shares, only, before
-        self.tokens, self.is_final = names.tokens, refs is not None
-        self.refs: dict[Any, int] = {} if refs is None else refs
+    def __init__(self, names: Names, entry: Any = None, shares: bool = True, only: list[bytes] | None = None) -> None:
+        self.names, self.entry, self.shares, self.only, self.ids = names, entry, shares, only, names.ids
+        self.refs: dict[Any, int] = {}
         self.numbers: dict[int, Any] = dict(PIDS)  # and names of makers, by the ids of things
-        self.fresh: list[Entry] = []
         self.alive: list[Any] = []  # what has to live until the definitions are made
         self.plain: set[type] = set()  # classes by value: pickle takes their instances apart itself
-        self.begun: dict[int, Any] = {}  # variables of types, of which aliases may name themselves
+        self.begun = False  # a variable of types; an alias may name itself
+        self.rest: Any = ()  # what fills the thing of the entry, as pickle's reductions have it
         self.file, self.views = io.BytesIO(), list[memoryview]()
         take = functools.partial(take_large, self.views)
         super().__init__(self.file, PICKLE, buffer_callback=take)  # type: ignore[call-arg]
+
+    def dump_all(self, value: Any) -> None:
+        """Dump arguments; or what makes the thing of the entry, and what fills it."""
+        pickled: Any = self
+        if self.entry is None:
+            pickled.dump(value)
+            return
+        maker, arguments, *self.rest = self._apart(value)
+        pickled.dump((maker, arguments))
+        self.numbers[id(value)] = OWN
+        pickled.dump(self.entry)
+
+    def _apart(self, value: Any) -> Any:
+        """As pickle's reductions: what makes a thing, then what fills it, so that things may need each other."""
+        if self.entry.kind != "value":
+            return [MAKERS[part] if type(part) is str else part for part in reduced(self.entry)]
+        kind, found = type(value), self.reducer_override(value)
+        is_empty_first = kind in (list, dict) or (hasattr(value, "__dict__") and kind not in copyreg.dispatch_table)
+        if found is NotImplemented and is_empty_first:
+            found = value.__reduce_ex__(PICKLE)
+        return found if type(found) is tuple else (MAKERS["itself"], (value,))
 
     def persistent_id(self, thing: Any) -> Any:
         """The name of a maker, the number of what the definitions bring; None for what is dumped here."""
         key = id(thing)
         number = self.numbers.get(key)
-        if number is None and key in self.tokens:
+        if number is None and key in self.ids:
             entry = self.names.find(thing)
             if entry is not None and self._cuts(entry):
                 number = self.numbers[key] = self.refs.setdefault(entry, len(self.refs))
@@ -89,24 +125,18 @@ class Dumper:
 
     def _cuts(self, entry: Entry) -> bool:
         """Whether a number stands in place of a thing."""
-        if self.is_final:
-            return entry in self.refs and entry.kind in ("space", "value")
-        if entry.kind == "space":
-            return True
-        if entry.kind != "value" or entry is self.entry or not (self.shares or entry.is_one):
-            return False
-        if self.only is not None:
-            return entry.token in self.only
-        return entry.named or self.entry is None or not self.entry.named
+        if entry.kind != "value" or entry is self.entry or entry.is_one or not self.shares:
+            return entry.kind == "space"
+        is_said = entry.named or self.entry is None or not self.entry.named
+        return is_said if self.only is None else entry.token in self.only
 
     def reducer_override(self, thing: Any) -> Any:
         """Take apart what pickle cannot, or would name by an import that fails elsewhere."""
         kind = type(thing)
         if kind in self.plain:
             return NotImplemented
-        reduce = _REDUCE.get(kind)
-        if reduce is not None:
-            return reduce(self, thing)
+        if kind in _REDUCE:
+            return _REDUCE[kind](self, thing)
         if is_class(thing):
             return self._definition(thing)
         if is_stream(thing):  # a notebook's is no file
@@ -116,72 +146,59 @@ class Dumper:
         if kind.__module__ == "dataclasses":  # its marks are compared by identity
             marks = vars(sys.modules["dataclasses"])
             return next((name for name, mark in marks.items() if mark is thing), NotImplemented)
-        by_value = not is_c_type(kind) and travels_by_value(kind)
-        if isinstance(thing, BaseException):
-            return self._exception(kind, thing, by_value)
-        # pickle asks an empty instance for `__setstate__`: some `__getattr__` never come to an end then
-        plainly = self.shares and has_own(kind, "__getattr__")
-        return self._instance(kind, thing) if by_value or plainly else NotImplemented
-
-    def _exception(self, cls: Any, error: BaseException, by_value: bool) -> Any:
-        """An exception as its built-in base makes it, since its own `__init__` may take other arguments."""
-        if has_own(cls, *REDUCES) or not (by_value or has_own(cls, "__init__")):
-            return NotImplemented
-        arguments, state = apart(error)  # the state has the file name of an OSError, for one
-        names = copyreg._slotnames(cls)  # type: ignore[attr-defined]
-        attributes = {**(state or {}), **{name: getattr(error, name) for name in names if hasattr(error, name)}}
-        return MAKERS["plain"], (cls, *arguments), (None, attributes, [], {}), None, None, MAKERS["fill_plain"]
+        if not is_c_type(kind) and travels_by_value(kind):
+            return self._instance(kind, thing)
+        # An exception's `__init__` may take other arguments than its built-in base. And pickle asks an empty instance
+        # for `__setstate__`: some `__getattr__` never come to an end then.
+        special = "__init__" if isinstance(thing, BaseException) else "__getattr__" if self.shares else ""
+        return self._instance(kind, thing) if has_own(kind, special) else NotImplemented
 
     def _instance(self, cls: Any, thing: Any) -> Any:
-        """An instance of a class by value."""
+        """An instance of a class by value; as a fork has it, where it is shared."""
         if isinstance(thing, enum.Enum):
             is_named = cls._member_map_.get(thing._name_) is thing
             return (MAKERS["member"], (cls, thing._name_)) if is_named else (cls, (thing._value_,))
+        if isinstance(thing, BaseException) and not has_own(cls, *REDUCES):
+            return self._plain(thing, *apart(thing))
         special = SPECIAL if self.shares else REDUCES
         if cls in copyreg.dispatch_table or not has_own(cls, *special):
             self.plain.add(cls)
             return NotImplemented
-        reduced = thing.__reduce_ex__(PICKLE)
-        if isinstance(reduced, str):
-            return self._singleton(thing, reduced, MAKERS["plain"], cls)
-        maker = copyreg.__newobj__  # type: ignore[attr-defined]
-        if not self.shares or reduced[0] is not maker or has_own(cls, *STATES):
-            return reduced
-        # As a fork has it: the object itself, of which neither `__new__` nor `__setstate__` knows.
-        state = reduced[2] if len(reduced) > 2 else None
+        found = thing.__reduce_ex__(PICKLE)
+        if isinstance(found, str):
+            return self._singleton(thing, found, MAKERS["plain"], cls)
+        if self.shares and found[0] is NEW and not has_own(cls, *STATES):
+            return self._plain(thing, found[1][1:], found[2])
+        return found
+
+    def _plain(self, thing: Any, arguments: tuple[Any, ...], state: Any) -> Any:
+        """An instance as its built-in base makes it: its own `__new__`, `__init__` and `__setstate__` know nothing."""
+        cls = type(thing)
         state, slots = state if isinstance(state, tuple) else (state, {})
-        items = list.copy(thing) if issubclass(cls, list) else []
-        pairs = dict.copy(thing) if issubclass(cls, dict) else {}
-        return MAKERS["plain"], (cls, *reduced[1][1:]), (state, slots, items, pairs), None, None, MAKERS["fill_plain"]
+        if isinstance(thing, BaseException):  # the state has the name of an ImportError, for one
+            names = copyreg._slotnames(cls)  # type: ignore[attr-defined]
+            slots = {**(state or {}), **{name: getattr(thing, name) for name in names if hasattr(thing, name)}}
+            state = None
+        base = next((base for base in EXTEND if isinstance(thing, base)), None)
+        content = (state, slots, None, None) if base is None else (state, slots, EXTEND[base], base.copy(thing))
+        return MAKERS["plain"], (cls, *arguments), content, None, None, MAKERS["fill_plain"]
 
     def _refer(self, thing: Any) -> Any:
-        """A function, class or cell, which the definitions bring."""
-        entry = self.names.name(thing)
-        if self.is_final and entry not in self.refs:
-            # A `__reduce__` makes it anew each time: the definitions cannot bring this very one.
-            filled = fill_of(entry)
-            content = (entry.kind, filled) if filled else None
-            return MAKERS["inline"], (entry.kind, shell_of(entry)), content, None, None, MAKERS["fill_inline"]
+        """A function, class or cell, or a value that is one thing everywhere: the definitions bring it."""
         self.alive.append(thing)
-        return MAKERS["thing"], (self.refs.setdefault(entry, len(self.refs)),)
+        return MAKERS["thing"], (self.refs.setdefault(self.names.name(thing), len(self.refs)),)
 
     def _one(self, thing: Any, *reduced: Any) -> Any:
         """A value that has to be one thing everywhere; how pickle makes it, where it is dumped now."""
         entry = self.names.name(thing)
-        if entry is self.entry or self.is_final or self.before:
-            return reduced
-        self.fresh.append(entry)
-        return tuple, ()  # in a pickle that is made again
+        entry.is_one = True
+        return reduced if entry is self.entry else self._refer(thing)
 
     def _singleton(self, thing: Any, name: str, maker: Any, *arguments: Any) -> Any:
         """A thing that pickle takes for a global of its module."""
         if thing.__module__ not in MAINS and by_path(sys.modules.get(thing.__module__), name) is thing:
             return name
-        self.names.name(thing).is_one = True
         return self._one(thing, maker, arguments, getattr(thing, "__dict__", None))
-
-    def _sentinel(self, thing: Any) -> Any:
-        return self._singleton(thing, thing.__name__, MAKERS["sentinel"], thing.__name__, thing.__module__)
 
     def _definition(self, thing: Any) -> Any:
         """A function or class."""
@@ -194,15 +211,11 @@ class Dumper:
             return NotImplemented
         return MAKERS["cache"], (cache.__wrapped__, cache.cache_parameters()), dict(vars(cache))
 
-    def _mark(self, mark: object) -> Any:
-        """An `object()`, of which nothing but its identity counts."""
-        return self._one(mark, object, ()) if self.shares else NotImplemented
-
     def _module(self, module: ModuleType) -> Any:
         if by_import(module):
             return importlib.import_module, (module.__name__,)
         space = self.names.space_of(vars(module))
-        for name in vars(module) if not self.is_final else ():
+        for name in vars(module):
             if not name.startswith("__"):
                 self.refs.setdefault(space.slot(name), len(self.refs))
         return MAKERS["module"], (vars(module),)
@@ -214,26 +227,23 @@ class Dumper:
 
     def _variable(self, variable: Any) -> Any:
         """A type variable and the like, by its name where an import gives it."""
-        module = variable.__module__ or ""
-        if module not in MAINS and by_path(sys.modules.get(module), variable.__name__) is variable:
+        if not travels_by_value(variable):
             return NotImplemented
-        self.names.name(variable).is_one = True
-        if (reference := self._one(variable)):
+        if reference := self._one(variable):
             return reference
-        if id(variable) in self.begun:
-            raise TypeError(f"cannot pickle the type alias {variable.__name__}, which refers to itself")
-        self.begun[id(variable)] = variable
+        kind: Any = type(variable)
+        name = variable.__name__
+        if self.begun:
+            raise TypeError(f"cannot pickle the type alias {name}, which refers to itself")
+        self.begun = True
         options = {name: evaluated(variable, attribute) for name, attribute in OPTIONS.items()}
         options = {name: value for name, value in options.items() if value is not None and value is not NO_DEFAULT}
         arguments = getattr(variable, "__constraints__", ())
-        if isinstance(variable, typing.NewType):
-            arguments = (variable.__supertype__,)
-        elif type(variable) is ALIAS:
-            value = evaluated(variable, "__value__")  # its name stands for a value that cannot be evaluated
-            arguments = (typing.ForwardRef(variable.__name__) if value is None else value,)
+        if kind in STANDS_FOR:
+            value = evaluated(variable, STANDS_FOR[kind])
+            arguments = (typing.ForwardRef(name) if value is None else value,)
         state = None if "type_params" in options else (None, {"__module__": variable.__module__})
-        kind: Any = type(variable)
-        return functools.partial(kind, variable.__name__, *arguments, **options), (), state
+        return functools.partial(kind, name, *arguments, **options), (), state
 
     def _alias(self, alias: Any) -> Any:
         by_value = isinstance(alias.__origin__, type) and travels_by_value(alias.__origin__)
@@ -262,7 +272,8 @@ class Dumper:
 
 
 _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
-    object: Dumper._mark,
+    **dict.fromkeys((Entry, Space, Slot), lambda dumper, item: (MAKERS["itself"], (item.thing,), *dumper.rest)),
+    object: lambda dumper, mark: dumper._one(mark, object, ()) if dumper.shares else NotImplemented,
     FunctionType: Dumper._definition,
     CellType: Dumper._refer,
     CACHE_TYPE: Dumper._cache,
@@ -284,4 +295,5 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
     type(threading.RLock()): lambda _, thing: (threading.RLock, ()),
 }
 if SENTINEL is not None:  # dill takes each for a mark of dataclasses
-    _REDUCE[SENTINEL] = Dumper._sentinel
+    _REDUCE[SENTINEL] = lambda dumper, mark: dumper._singleton(
+        mark, mark.__name__, MAKERS["sentinel"], mark.__name__, mark.__module__)

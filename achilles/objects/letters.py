@@ -12,10 +12,9 @@ Three ways, each tried when the one before fails::
                 the first need. Its import extends the table of pickle's Python Pickler (`dill.extend`), never C
                 pickle's. Nothing else is changed
 
-A chunk has the offsets to skip in front of its letter::
+A chunk of which arguments are to be skipped has their offsets in front of its letter::
 
-    groups u16 | groups * 4 offsets u32 | letter        big-endian; the last group is padded
-    letter                                              a bare pickle, without offsets
+    2 | 3 zero | count u32 | 8 zero | count offsets u32 | zeros up to a multiple of 16 | letter        big-endian
 
 Globals. All functions by value of one module and one context share one globals dict in a worker. A name that running
 code has set there is kept. A global that came by letter is kept until a letter brings another version.
@@ -27,26 +26,25 @@ letter to the caller names the caller's functions and classes alone.
 Threads: feeders dump and takers load at once. A context's lock guards its tables, while definitions are dumped and
 loaded, never while arguments and results are. User code may run under it, by the same thread, so it is reentrant.
 
-Limits: 32,767 groups of offsets. Large buffers are views of the caller's memory: nobody may write there before the
+Limits: large buffers are views of the caller's memory: nobody may write there before the
 letter is answered.
 """
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import struct
 import sys
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
-from operator import is_, methodcaller
+from collections.abc import Collection, Sequence
+from operator import is_
 from types import FunctionType
 from typing import Any, NamedTuple
 
 from ..errors import DumpError, VersionError
 from . import loading
 from .definitions import Definitions, dumped, facts_of, way_to
-from .loading import PICKLE_START, Buffer, Loader
+from .loading import PICKLE_START, Buffer, Loader, letter_digest
 from .names import Names, by_import
 
 __all__ = ["Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "joined", "letter_digest",
@@ -62,10 +60,9 @@ OWN_MAIN = sys.modules["__main__"]  # of this process
 TO_A_NODE = "to a node", "Send what it is made from and make it in the function"
 BACK = "back", "Return what it is made from"
 
-GROUPS = struct.Struct(">H")
-NO_SKIPS = GROUPS.pack(0)
+SKIPS = struct.Struct(">BxxxI8x")
+SKIPPING = 2  # the first byte of a chunk with offsets
 NO_OFFSETS: frozenset[int] = frozenset()
-NO_OFFSET = 0xFFFFFFFF  # pads the last group
 
 
 class _Known(NamedTuple):
@@ -96,17 +93,16 @@ class Context:
         self.lock = self.names.lock  # guards all here
         self.node = node
         self.known: dict[tuple[int, ...], _Known] = {}  # by the ids of a function and its callback
-        self.definitions = Definitions(self.names, lambda process: caller or process in (b"", self.names.process))
+        self.definitions = Definitions(self.names, caller)
         self._caller, self._own = caller, own
         self._dumped: dict[tuple[int, ...], tuple[Any, ...]] = {}  # of this job: roots, and a letter, by their ids
         self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT if caller else 0)  # results may name them
-        self._loaded: dict[bytes, tuple[Any, Any]] = {}  # by digest, the latest last
+        self._loaded: dict[bytes, list[Any]] = {}  # by digest, the latest last
 
     def refresh(self) -> None:
         """Look anew at classes and globals: to be called when a job begins."""
         if self._dumped:
             with self.lock:
-                self.definitions.refresh()
                 self._dumped.clear()
 
     def become_main(self) -> None:
@@ -126,7 +122,7 @@ class Context:
         :raises VersionError: dill is needed, and missing or too old.
         """
         shared = self._caller and type(value) is not list
-        return self.dump_behind(b"", value, what, plain=not shared, shared=shared)
+        return self.dump_with(value, what, plain=not shared, shared=shared)
 
     def load(self, letter: Buffer, start: int = 0) -> Any:
         """Turn a letter into its object. Loading runs whatever code the letter names: only ever load
@@ -138,22 +134,19 @@ class Context:
         """
         if letter[start] == PICKLE_START:
             return pickle.loads(memoryview(letter)[start:] if start else letter)
-        form, data, buffers = loading.opened(memoryview(letter), start)
-        if form == loading.PLAIN_BUFFERS:
-            return pickle.loads(data, buffers=buffers)
-        found = self._define(buffers.pop(0)) if form == loading.DEFINED else [()]
-        return Loader(self.names, data, buffers, found[0]).load()
+        data, definitions, *buffers = loading.opened(memoryview(letter), start)
+        roots = self._define(definitions) if definitions else []
+        return Loader(self.names, data, buffers, roots, range(len(roots))).load()
 
-    def dump_behind(self, prefix: bytes, value: Any, what: str | None, plain: bool = True,
-                    shared: bool = False) -> list[Buffer]:
-        """As `dump`, behind a prefix.
+    def dump_with(self, value: Any, what: str | None, plain: bool = True, shared: bool = False) -> list[Buffer]:
+        """As `dump`.
 
         :param plain: whether C pickle is tried alone first.
         :param shared: whether what has a token is the same on the other side, not a copy.
         """
-        parts = loading.dump_plain(prefix, value) if plain else None
+        parts = loading.dump_plain(value) if plain else None
         try:
-            return parts or self._dump_by_value(prefix, value, shared)
+            return parts or self._dump_by_value(value, shared)
         except VersionError:
             raise
         except Exception as error:
@@ -167,42 +160,38 @@ class Context:
             told.where = getattr(error, "where", "") or (way if "." in way or "'" in way else "")
             raise told from (error.__cause__ if isinstance(error, DumpError) else error)
 
-    def _dump_by_value(self, prefix: bytes, value: Any, shared: bool) -> list[Buffer]:
+    def _dump_by_value(self, value: Any, shared: bool) -> list[Buffer]:
         if shared:
             with self.lock:
                 self.definitions.share(value)
-        dumper = dumped(self.names, methodcaller("dump", value), shares=shared)
-        views, roots = dumper.views, [*dumper.refs]
+        dumper = dumped(self.names, value, shares=shared)
+        roots, definitions = [*dumper.refs], loading.NOTHING
         if roots:
             with self.lock:
-                views = [memoryview(self._defined(roots)), *views]
+                definitions = memoryview(self._defined(roots))
                 if not shared:
                     self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
-        return loading.letter_of(loading.DEFINED if roots else loading.BY_VALUE, prefix, dumper.file.getbuffer(), views)
+        return loading.letter_of(dumper.file.getbuffer(), [definitions, *dumper.views])
 
     def _defined(self, roots: list[Any]) -> bytes:
         """The letter that brings what definitions need for these; of one job, always the same one."""
         key = tuple(map(id, roots))
         if key in self._dumped:
             return bytes(self._dumped[key][-1])
-        if not self._caller:
-            self.definitions.refresh()  # what is made here may change
-        dumper = self.definitions.dump(roots)
-        letter = b"".join(loading.letter_of(loading.BY_VALUE, b"", dumper.file.getbuffer(), dumper.views))
+        letter = self.definitions.dump(roots)
         if self._caller or not any(map(self.definitions.carries, roots)):  # else it ends when nobody holds it
             if len(self._dumped) >= DEFINITIONS_KEPT:
                 self._dumped.clear()
             self._dumped[key] = [root.thing for root in roots], roots, letter
         return letter
 
-    def _define(self, letter: memoryview) -> Any:
-        """The roots of a letter of definitions, and their entries; loaded once, while it is among the latest."""
+    def _define(self, letter: memoryview) -> list[Any]:
+        """The roots of a letter of definitions; loaded once, while it is among the latest."""
         digest = letter_digest([letter])
         with self.lock:
             found = self._loaded.pop(digest, None)
             if found is None:
-                loader = Loader(self.names, *loading.opened(letter, 0)[1:])
-                found = loader.define(), loader.entries
+                found = loading.define(self.names, letter)
                 self.become_main()
             if len(letter) <= LETTER_BYTES:
                 self._loaded[digest] = found
@@ -217,10 +206,10 @@ def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
     :raises DumpError: the message names the type of the first argument that cannot be dumped.
     """
     try:
-        return context.dump_behind(NO_SKIPS, arguments, "a chunk of arguments")
+        return context.dump_with(arguments, "a chunk of arguments")
     except DumpError:
         for argument in arguments:
-            context.dump_behind(b"", argument, f"an argument of type {type(argument).__qualname__}")
+            context.dump_with(argument, f"an argument of type {type(argument).__qualname__}")
         raise
 
 
@@ -286,10 +275,8 @@ def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer
     :param parts: a letter of `dump_chunk`, or of this function. Its offsets are replaced.
     """
     first = memoryview(parts[0])
-    groups = -(-len(offsets) // 4)
-    padded = [*sorted(offsets), *[NO_OFFSET] * (4 * groups - len(offsets))]
-    skips = GROUPS.pack(groups) + struct.pack(f">{4 * groups}I", *padded)
-    return [skips, first[_skipped(first)[1] :], *parts[1:]]
+    head = SKIPS.pack(SKIPPING, len(offsets)) + struct.pack(f">{len(offsets)}I", *offsets)
+    return [head.ljust(_aligned(len(head)), b"\0"), first[_skipped(first)[1] :], *parts[1:]]
 
 
 def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:
@@ -300,21 +287,17 @@ def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[i
     return context.load(letter, end), offsets
 
 
-def letter_digest(parts: Iterable[Buffer]) -> bytes:
-    """SHA-256 of a letter, 32 bytes."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
-
-
 def _skipped(view: memoryview) -> tuple[frozenset[int], int]:
     """The offsets to skip in a chunk, and where its arguments begin."""
-    if view[0] == PICKLE_START:
+    if view[0] != SKIPPING:
         return NO_OFFSETS, 0
-    groups, = GROUPS.unpack_from(view)
-    offsets = struct.unpack_from(f">{4 * groups}I", view, GROUPS.size)
-    return frozenset(offsets) - {NO_OFFSET}, GROUPS.size + 16 * groups
+    _, count = SKIPS.unpack_from(view)
+    offsets = struct.unpack_from(f">{count}I", view, SKIPS.size)
+    return frozenset(offsets), _aligned(SKIPS.size + 4 * count)
+
+
+def _aligned(size: int) -> int:
+    return size + -size % loading.ALIGNMENT_BYTES
 
 
 def text_of(value: Any, text: Any = repr) -> str:

@@ -3,11 +3,11 @@
 A letter::
 
     pickle, which begins with 0x80                      plain, without large buffers
-    form 1, 2 or 3 | 3 zero | count u32 | length u64    big-endian; 1 plain, 2 by value, 3 by value with definitions
+    1 | 3 zero | count u32 | length u64                 big-endian; else
     count lengths u64 | pickle | count buffers          each buffer begins at a multiple of 16 bytes
-    of form 3: the first buffer is a letter of form 2, the definitions
+    the first buffer is empty, or has the definitions   it is a letter itself
 
-Definitions are pickles, one behind the other: a head, what makes each item, and what fills each item.
+The pickle of definitions is a list of items, each with its own pickle: first how it is made, then what fills it.
 
 Knows names.py and parts.py. A pickle names a maker by a persistent id, never by an import path: the package has another
 name elsewhere. One thread uses a Loader. That thread has the context's lock while it loads definitions.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.machinery
 import io
@@ -29,47 +30,42 @@ import pickle
 import struct
 import weakref
 from collections.abc import Iterable, Sequence
-from types import CellType, FunctionType, MappingProxyType, MethodType
+from itertools import islice
+from types import CellType, FunctionType
 from typing import Any
 
 from .names import ATOMS, UNFOUND, Names
-from .parts import builtin_base, drop_attributes, make_class, remember, set_attributes
+from .parts import builtin_base, make_class, update_class
 
-__all__ = ["BY_VALUE", "DEFINED", "JOINED_BYTES", "MAKERS", "PICKLE", "PICKLE_START", "PIDS",
-           "PLAIN_BUFFERS", "SENTINEL", "Buffer", "Loader", "dump_plain", "is_plain", "letter_of", "opened",
-           "take_large"]
+__all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS", "SENTINEL", "Buffer", "Loader",
+           "define", "dump_plain", "is_plain", "letter_digest", "letter_of", "opened", "take_large"]
 
 Buffer = bytes | bytearray | memoryview
-PLAIN_BUFFERS, BY_VALUE, DEFINED = 1, 2, 3  # the first byte of a letter that is not a bare pickle
+FORM = 1  # the first byte of a letter that is not a bare pickle
+NOTHING = memoryview(b"")  # no definitions
 PICKLE_START = 0x80  # the first byte of a bare pickle, which is a plain letter (PROTO, pickletools)
 HEAD = struct.Struct(">BxxxIQ")
 PICKLE = 5  # the protocol: the first with buffers out of band
 OUT_OF_BAND_BYTES = 16_384  # below, a copy costs less than the parts and a letter kept alive by it
 GLOBAL_OPCODE = b"\x93"  # without it, a pickle names no module (STACK_GLOBAL, pickletools)
 FEW_ITEMS = 64  # above, to search the pickle for names is quicker than to ask each item for its type
-JOINED_BYTES = 65_536  # a pickle up to this is copied behind its prefix, so that it is one part
+JOINED_BYTES = 65_536  # a pickle up to this is copied behind its head, so that it is one part
 ALIGNMENT_BYTES = 16  # what numpy's vector loops like
 SENTINEL: Any = getattr(builtins, "sentinel", None)  # Python 3.15
 
 
-def dump_plain(prefix: bytes, value: Any) -> list[Buffer] | None:
+def dump_plain(value: Any) -> list[Buffer] | None:
     """The letter of a value by C pickle alone; None if that fails, or names a module that another process has not."""
     if type(value) is list and len(value) <= FEW_ITEMS and ATOMS.issuperset(map(type, value)):
         return [pickle.dumps(value, PICKLE)]
-    buffers: list[pickle.PickleBuffer] = []
+    views: list[memoryview] = []
     try:
-        data = pickle.dumps(value, PICKLE, buffer_callback=buffers.append)
+        data = pickle.dumps(value, PICKLE, buffer_callback=functools.partial(take_large, views))
     except Exception:
         return None
-    if GLOBAL_OPCODE in data and not is_plain(data):
-        return None
-    if not buffers:
-        return [data]
-    views: list[memoryview] = []
-    if any(take_large(views, buffer) for buffer in buffers):  # a small one, which is to stay in the pickle
-        views.clear()
-        data = pickle.dumps(value, PICKLE, buffer_callback=lambda buffer: take_large(views, buffer))
-    return letter_of(PLAIN_BUFFERS, prefix, data, views) if views else [data]
+    if views and is_plain(data):
+        return letter_of(data, [NOTHING, *views])
+    return [data] if is_plain(data) else None
 
 
 def is_plain(data: bytes) -> bool:
@@ -86,12 +82,12 @@ def take_large(views: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
     return not large
 
 
-def letter_of(form: int, prefix: bytes, data: Buffer, buffers: Sequence[memoryview]) -> list[Buffer]:
-    """The parts of a letter, behind a prefix."""
-    head = HEAD.pack(form, len(buffers), len(data))
-    prefix += head + struct.pack(f">{len(buffers)}Q", *[view.nbytes for view in buffers])
-    parts: list[Buffer] = [prefix + data] if len(data) <= JOINED_BYTES else [prefix, data]
-    at = len(prefix) + len(data)
+def letter_of(data: Buffer, buffers: Sequence[memoryview]) -> list[Buffer]:
+    """The parts of a letter."""
+    lengths = [view.nbytes for view in buffers]
+    head = HEAD.pack(FORM, len(buffers), len(data)) + struct.pack(f">{len(buffers)}Q", *lengths)
+    parts: list[Buffer] = [head + data] if len(data) <= JOINED_BYTES else [head, data]
+    at = len(head) + len(data)
     for view in buffers:
         padding = -at % ALIGNMENT_BYTES
         parts += [bytes(padding), view] if padding else [view]
@@ -99,156 +95,50 @@ def letter_of(form: int, prefix: bytes, data: Buffer, buffers: Sequence[memoryvi
     return parts
 
 
-def opened(letter: memoryview, start: int) -> tuple[int, memoryview, list[memoryview]]:
-    """The form of a letter, its pickle and its buffers."""
-    form, count, length = HEAD.unpack_from(letter, start)
+def letter_digest(parts: Iterable[Buffer]) -> bytes:
+    """SHA-256 of a letter, 32 bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def opened(letter: memoryview, start: int) -> list[memoryview]:
+    """The pickle of a letter and its buffers."""
+    _, count, length = HEAD.unpack_from(letter, start)
     at = start + HEAD.size + 8 * count
     pieces: list[memoryview] = []
     for size in (length, *struct.unpack_from(f">{count}Q", letter, start + HEAD.size)):
         at += -at % ALIGNMENT_BYTES if pieces else 0
         pieces.append(letter[at : at + size])
         at += size
-    return form, pieces[0], pieces[1:]
+    return pieces
 
 
 class Loader(pickle.Unpickler):
-    """Loads one by-value pickle, or the pickles of definitions.
+    """Loads a pickle by value.
 
     :param data: the pickle. Its digest or tag must have been checked.
     :param buffers: what travelled out of band.
-    :param things: what the numbers in the pickle stand for.
+    :param parts: of a letter of definitions; `refs`: which of them the numbers in the pickle stand for.
     """
 
-    def __init__(self, names: Names, data: Buffer, buffers: Iterable[Any] = (), things: Iterable[Any] = ()) -> None:
+    def __init__(self, names: Names, data: Buffer, buffers: Iterable[Any], parts: list[Part],
+                 refs: Sequence[int]) -> None:
         super().__init__(io.BytesIO(data), buffers=buffers)
-        self.names = names
-        self.things = [*things]
-        self.entries: list[Any] = [None] * len(self.things)
-        self.labels = [(b"", 0)] * len(self.things)
-        self.made: set[int] = set()  # of which the versions here are right already, and their things not filled
-        self.met: list[Any] = []  # to be held by what is filled next
+        self.names, self.parts, self.refs = names, parts, refs
+        self.met: list[Any] = []  # what must live as long as what is loaded
 
     def persistent_load(self, pid: Any) -> Any:
         """Answer a number with its thing, a maker's name with the maker."""
-        if type(pid) is str:
-            return getattr(self, pid, None) or MAKERS[pid]
-        return self.thing(pid)
+        return self.thing(pid) if type(pid) is int else getattr(self, pid, None) or MAKERS[pid]
 
     def thing(self, number: int) -> Any:
         """What a number stands for."""
-        self.met.append(self.entries[number])
-        return self.things[number]
-
-    def define(self) -> list[Any]:
-        """Make and fill what a letter of definitions brings, and return its roots."""
-        heads, makes, fills, roots, modules = pickle.loads(self.load())
-        for name in modules:
-            with contextlib.suppress(ModuleNotFoundError):  # a name that may be no module's: from copy import copy
-                importlib.import_module(name)
-        for kind, (token, version) in heads:
-            entry = self.names.of_token(token) if kind != "slot" else None
-            if not kind and entry is None:
-                raise pickle.UnpicklingError("a class or function is not known here any more; dump its instance again")
-            self.labels.append((token, version))
-            self.entries.append(entry)
-            self.things.append(entry and entry.thing)
-        for step, indices in (("make_", makes), ("fill_", fills)):
-            for index in indices:
-                self._do(step + heads[index][0], index)
-        return [self.things[index] for index in roots]
-
-    def _do(self, step: str, index: int) -> None:
-        """Make or fill a thing, unless it is here in this version: its own process always has the right one."""
-        self.met = []
-        arguments, entry, (token, version) = self.load(), self.entries[index], self.labels[index]
-        if index in self.made or entry is None or (entry.version != version and token[:16] != self.names.process):
-            self.made.add(index)
-            getattr(self, step)(index, *arguments)
-
-    def _made(self, index: int, thing: Any) -> Any:
-        """A new thing, under its token if it has one."""
-        token, version = self.labels[index]
-        self.entries[index] = entry = self.names.name(thing, token)
-        self.things[index], entry.version = thing, version
-        return entry
-
-    def make_space(self, index: int, name: str, attributes: dict[str, Any], spec: tuple[str, Any] | None) -> None:
-        """A module's dict, with what an import would have set."""
-        self.entries[index] = space = self.names.space(self.labels[index][0], name)
-        self.things[index] = names = space.thing
-        names.update({name: value for name, value in attributes.items() if names.get(name) is None})
-        if spec is not None and names.get("__spec__") is None:
-            names["__spec__"] = made = importlib.machinery.ModuleSpec(spec[0], None, origin=spec[1])
-            made.has_location = spec[1] is not None
-
-    def make_cell(self, index: int) -> None:
-        """An empty cell of a closure."""
-        self._made(index, CellType())
-
-    def make_function(self, index: int, names: dict[str, Any], code: bytes, titles: tuple[Any, ...],
-                      cells: Any) -> None:
-        """A function in its shared globals, yet without attributes."""
-        function = FunctionType(marshal.loads(code), names, titles[0], None, cells)
-        function.__qualname__, function.__module__, function.__doc__ = titles[1:]
-        self._made(index, function).needs += self.met
-
-    def make_class(self, index: int, meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
-                   code: dict[str, Any], members: dict[str, Any], aliases: dict[str, str]) -> None:
-        """A class with its functions and constants; the one that is here, if there is one."""
-        entry = self.entries[index]
-        if entry is None:
-            entry = self._made(index, make_class(meta, name, bases, {**namespace, **code}, members, aliases))
-            entry.came = {name: remember(value) for name, value in vars(entry.thing).items()}
-        else:
-            set_attributes(entry.thing, code, entry.came)
-        entry.version, entry.needs = self.labels[index][1], self.met
-        entry.coming = set(code)
-
-    def fill_slot(self, index: int, names: dict[str, Any], name: str, value: Any) -> None:
-        """Set a global."""
-        self.names.find(names).bring(name, self.labels[index][1], value, self.met)
-
-    def fill_value(self, index: int, value: Any) -> None:
-        """A value that has come."""
-        self._made(index, value).needs = self.met
-
-    def fill_function(self, index: int, attributes: dict[str, Any], own: dict[str, Any]) -> None:
-        """Give a function its attributes."""
-        function = self.things[index]
-        for name, value in attributes.items():
-            setattr(function, name, value)
-        function.__dict__.update(own)
-        self.entries[index].needs += self.met
-
-    def fill_cell(self, index: int, content: Any) -> None:
-        """Put the content into a cell."""
-        self.things[index].cell_contents = content
-        self.entries[index].needs = self.met
-
-    def fill_class(self, index: int, data: dict[str, Any], states: dict[str, Any], registered: list[type]) -> None:
-        """Give a class all else."""
-        cls, entry = self.things[index], self.entries[index]
-        for name, state in states.items():
-            cls._member_map_[name].__dict__.update(state)
-        set_attributes(cls, data, entry.came)
-        brought = entry.coming | data.keys()
-        drop_attributes(cls, entry.brought - brought, entry.came)
-        entry.brought = brought
-        entry.needs += self.met
-        for each in registered:
-            cls.register(each)
-
-    def inline(self, kind: str, shell: tuple[Any, ...]) -> Any:
-        """A function, cell or class that a `__reduce__` makes anew each time."""
-        self.things, self.entries = [*self.things, None], [*self.entries, None]
-        self.labels.append((b"", 0))
-        getattr(self, f"make_{kind}")(len(self.things) - 1, *shell)
-        return self.things[-1]
-
-    def fill_inline(self, thing: Any, content: tuple[str, tuple[Any, ...]]) -> None:
-        """Fill it."""
-        index = next(index for index, each in enumerate(self.things) if each is thing)
-        getattr(self, f"fill_{content[0]}")(index, *content[1])
+        part = self.parts[self.refs[number]]
+        value = part.made()
+        self.met.append(part.entry)
+        return value
 
     def module(self, names: dict[str, Any]) -> Any:
         """A module that no import gives."""
@@ -260,6 +150,107 @@ class Loader(pickle.Unpickler):
         return kind(content)
 
 
+class Part(Loader):
+    """One item of a letter of definitions. It is made when another one needs it, and filled in its turn.
+
+    :ivar value: the thing, and `entry`, its entry.
+    :ivar is_empty: whether it is made, and not filled.
+    :ivar code: the functions and constants of a class.
+    """
+
+    def __init__(self, names: Names, parts: list[Part], record: Any, buffers: Iterable[Any]) -> None:
+        self.kind, self.token, self.version, refs, data, count = record
+        super().__init__(names, data, list(islice(buffers, count)), parts, [*refs, len(parts)])
+        self.entry: Any = None
+        self.value: Any = None
+        self.code: dict[str, Any] = {}
+        self.is_begun = self.is_empty = False
+
+    def made(self) -> Any:
+        """The thing, made now if it is not here; a value is filled, too."""
+        if not self.is_begun:
+            self.is_begun = True
+            self._make()
+        elif self.value is None:
+            raise pickle.UnpicklingError("two values need each other before either of them can be made")
+        return self.value
+
+    def _make(self) -> None:
+        self.entry = entry = self.names.of_token(self.token) if self.kind != "slot" else None
+        if not self.kind and entry is None:
+            raise pickle.UnpicklingError("a class or function is not known here any more; dump its instance again")
+        is_own = not self.kind or self.token[:16] == self.names.process  # and so it is right
+        if entry is not None and (is_own or entry.version == self.version):
+            self.value = entry.thing
+            return
+        maker, arguments = self.load()
+        self.value = maker(*arguments)
+        self.entry = self.names.name(self.value, self.token)
+        self.entry.needs = self.met
+        self.is_empty = self.kind != "slot"
+        if self.kind == "value":
+            self.fill()
+
+    def fill(self) -> None:
+        """Give the thing all else."""
+        self.made()
+        if self.is_empty:
+            self.is_empty = False
+            self.load()
+            self.entry.version = self.version
+
+    def space(self, name: str, attributes: dict[str, Any], spec: tuple[str, Any] | None) -> Any:
+        """A module's dict, with what an import would have set."""
+        if not self.token:
+            return self.names.space_of(vars(importlib.import_module(name))).thing
+        names = vars(self.names.make_module(self.token, name)) if self.entry is None else self.entry.thing
+        names.update({name: value for name, value in attributes.items() if names.get(name) is None})
+        if spec is not None and names.get("__spec__") is None:
+            names["__spec__"] = made = importlib.machinery.ModuleSpec(spec[0], None, origin=spec[1])
+            made.has_location = spec[1] is not None
+        return names
+
+    def slot(self, names: dict[str, Any], name: str, value: Any) -> Any:
+        """Set a global."""
+        self.names.find(names).bring(name, self.version, value, self.met)
+        return names
+
+    def new_class(self, meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
+                  code: dict[str, Any], members: dict[str, Any]) -> Any:
+        """A class with its functions and constants; the one that is here, if there is one."""
+        self.code = code
+        if self.entry is not None:
+            return self.entry.thing
+        return make_class(meta, name, bases, {**namespace, **code}, members)
+
+    def fill_class(self, cls: Any, state: tuple[dict[str, Any], dict[str, Any], list[type]]) -> None:
+        """Give a class all else: attributes, states of an enum's members, registered classes."""
+        data, states, registered = state
+        for name, attributes in states.items():
+            cls._member_map_[name].__dict__.update(attributes)
+        update_class(cls, {**self.code, **data}, self.entry.came)
+        for each in registered:
+            cls.register(each)
+
+
+def define(names: Names, letter: memoryview) -> list[Part]:
+    """Make and fill what a letter of definitions brings, and return its roots."""
+    data, *views = opened(letter, 0)
+    records, roots, modules = pickle.loads(data)
+    for name in modules:
+        with contextlib.suppress(ModuleNotFoundError):  # a name that may be no module's: from copy import copy
+            importlib.import_module(name)
+    parts: list[Part] = []
+    buffers = iter(views)
+    for record in records:
+        parts.append(Part(names, parts, record, buffers))
+    for part in parts:
+        part.fill()
+    found = [parts[index] for index in roots]
+    parts.clear()
+    return found
+
+
 def _make_plain(cls: Any, *arguments: Any) -> Any:
     """An instance as its built-in base makes it, whatever the class's own `__new__` and `__init__` say."""
     base = builtin_base(cls)
@@ -269,23 +260,21 @@ def _make_plain(cls: Any, *arguments: Any) -> Any:
     return made
 
 
-def _make_sentinel(name: str, module: str) -> Any:
-    made = SENTINEL(name)
-    made.__module__ = module
-    return made
-
-
-def _fill_plain(thing: Any, state: tuple[Any, dict[str, Any], list[Any], dict[Any, Any]]) -> None:
+def _fill_plain(thing: Any, state: tuple[dict[str, Any], dict[str, Any], Any, Any]) -> None:
     """Give an instance its attributes and items, whatever methods its class has for that."""
-    attributes, slots, items, pairs = state
+    attributes, slots, extend, items = state
     if attributes:
         thing.__dict__.update(attributes)
     for name, value in slots.items():
         object.__setattr__(thing, name, value)
     if items:
-        list.extend(thing, items)
-    if pairs:
-        dict.update(thing, pairs)
+        extend(thing, items)
+
+
+def _make_sentinel(name: str, module: str) -> Any:
+    made = SENTINEL(name)
+    made.__module__ = module
+    return made
 
 
 def _open_file(path: str, place: tuple[int, int], mode: str, position: int, options: dict[str, Any]) -> Any:
@@ -309,12 +298,15 @@ MAKERS: dict[str, Any] = {
     "member": lambda cls, name: cls._member_map_[name],
     "partialmethod": lambda function, arguments, options: functools.partialmethod(function, *arguments, **options),
     "dead": lambda: weakref.ref(set()),  # which ends at once
-    "inline": Loader.inline,
-    "fill_inline": Loader.fill_inline,
+    "cell": CellType,
+    "function": lambda names, code, name, cells: FunctionType(marshal.loads(code), names, name, None, cells),
+    "new_class": Part.new_class,
+    "fill_class": Part.fill_class,
+    "space": Part.space,
+    "slot": Part.slot,
     "module": Loader.module,
     "thing": Loader.thing,
     "weak": Loader.weak,
-    "method": MethodType,
-    "proxy": MappingProxyType,
+    "itself": lambda thing: thing,
 }
 PIDS = {id(maker): name for name, maker in MAKERS.items()}

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import builtins
 import functools
-import importlib
 import itertools
 import os
 import sys
@@ -51,32 +50,25 @@ class Item:
 
     :ivar named: whether letters say the token. Letters do not say the token of a function that is no global, nor those
         of lists that it alone holds. So a lambda that is made again and again has the same letter each time.
-    :ivar looked: in which look at all content this item was looked at last.
-    :ivar digest: of the content as it was dumped last; `known`: tokens that stood in it.
-    :ivar state: the digest, and the versions of what stood in the content.
-    :ivar refs: the items that stood in the content; `needs`: these, and what else must be there before.
+    :ivar state: the content as it was dumped last: its digest with the tokens that stood in it, and their versions.
+    :ivar refs: the items that stood in the content; `needs`: these, and what else must be there before, among it the
+        names of submodules that a function reaches through a package.
     :ivar place: where the thing was found, for errors.
     """
 
     def __init__(self, kind: str, token: bytes, named: bool) -> None:
         self.kind, self.token, self.named = kind, token, named
-        self.version, self.looked, self.digest, self.state = 0, -1, b"", None
-        self.known: set[bytes] | None = None
+        self.version, self.state = 0, None
         self.refs: list[Entry] = []
         self.needs: list[Any] = []
         self.place: Place | None = None
-
-    @property
-    def label(self) -> tuple[bytes, int]:
-        """The token and the version that a letter says."""
-        return (self.token, self.version) if self.named else (b"", 0)
 
 
 class Entry(Item):
     """One thing with a token.
 
     :ivar is_one: whether arguments refer to the thing, too, and bring no copy.
-    :ivar came: the attributes of a class as they came by letter; `brought`: the names of those that came last.
+    :ivar came: the attributes of a class as they came by letter.
     """
 
     def __init__(self, names: Names, token: bytes, thing: Any) -> None:
@@ -89,16 +81,11 @@ class Entry(Item):
         self.is_weak = isinstance(self._ref, weakref.ref)
         self.named = self.is_weak and self.kind != "function"
         self.came: dict[str, Any] = {}
-        self.brought: set[str] = set()
 
     @property
     def thing(self) -> Any:
         """The thing; None if it has ended."""
         return self._ref()
-
-    def __del__(self) -> None:
-        if self.names.tokens.get(self.key) == self.token:  # else another thing is at this address
-            del self.names.tokens[self.key]
 
 
 class Space(Entry):
@@ -160,7 +147,7 @@ class Names:
     """The entries of one context.
 
     :ivar lock: the context's. Arguments and results are dumped without it, and take it to give a token.
-    :ivar tokens: the token of each entry by the id of its thing, where picklers look for each object.
+    :ivar ids: those of things with entries, where picklers look for each object.
     :ivar owned: entries that live as long as their things, by the ids of these.
     :ivar scripts: the spaces of scripts and notebooks, the first one first.
     """
@@ -168,12 +155,14 @@ class Names:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.process = os.urandom(16)
+        self.values = 0  # that have got a token
         self.changes = 0  # of the versions of what has had one before
         self.numbers = itertools.count(1)  # of tokens and versions alike
-        self.tokens: dict[int, bytes] = {}
         self.owned: dict[int, Entry] = {}
         self.scripts: list[Space] = []
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()
+        self._by_id: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
+        self.ids: dict[int, Any] = self._by_id.data  # type: ignore[attr-defined]
         self._recent: deque[Space] = deque(maxlen=SPACES_KEPT)
 
     def of_token(self, token: Any) -> Any:
@@ -183,7 +172,7 @@ class Names:
 
     def find(self, thing: Any) -> Any:
         """The entry of a thing, if it has one."""
-        entry = self._entries.get(self.tokens.get(id(thing), b""))
+        entry = self._by_id.get(id(thing))
         return entry if entry is not None and entry.thing is thing else None
 
     def name(self, thing: Any, token: bytes = b"") -> Entry:
@@ -207,21 +196,19 @@ class Names:
         """The space of a globals dict, made at need."""
         return self.find(names) or self._add(Space(self, self._token(), names))
 
-    def space(self, token: bytes, name: str) -> Any:
-        """The space of a token, made with a module of this name at need. Without a token, an import gives it."""
-        if not token:
-            return self.space_of(vars(importlib.import_module(name)))
-        if (space := self.of_token(token)) is None:
-            module = _Main(name) if name in MAINS else ModuleType(name)
-            vars(module)["__builtins__"] = builtins
-            space = self._add(Space(self, token, vars(module), module))
-        return space
+    def make_module(self, token: bytes, name: str) -> ModuleType:
+        """A new module, with a dict that is the space of a token."""
+        module = _Main(name) if name in MAINS else ModuleType(name)
+        vars(module)["__builtins__"] = builtins
+        self._add(Space(self, token, vars(module), module))
+        return module
 
     def _token(self) -> bytes:
         return self.process + next(self.numbers).to_bytes(8, "big")
 
     def _add(self, entry: Entry) -> Entry:
-        self.tokens[entry.key], self._entries[entry.token] = entry.token, entry
+        self._by_id[entry.key] = self._entries[entry.token] = entry
+        self.values += entry.kind == "value"
         if isinstance(entry, Space):
             (self.scripts if entry.name in MAINS else self._recent).append(entry)
         return self.own(entry)
@@ -254,7 +241,8 @@ def travels_by_value(thing: Any) -> bool:
     module = getattr(thing, "__module__", None)
     if module is None or module in MAINS or not importable(module):
         return True
-    return by_path(sys.modules[module], getattr(thing, "__qualname__", "")) is not thing
+    name = getattr(thing, "__qualname__", "") or getattr(thing, "__name__", "")
+    return by_path(sys.modules[module], name) is not thing
 
 
 def by_import(value: Any) -> bool:

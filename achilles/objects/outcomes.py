@@ -29,7 +29,7 @@ def dump_outcomes(context: Context, values: list[Any],
     """
     if not errors:
         try:
-            return False, dump_plain(b"", values) or context.dump_behind(b"", values, None, plain=False)
+            return False, dump_plain(values) or context.dump_with(values, None, plain=False)
         except (DumpError, VersionError):
             pass
     entries = {offset: _error_entry(context, error) for offset, error in errors.items()}
@@ -98,7 +98,7 @@ def _error_entry(context: Context, error: BaseException) -> tuple[bytes | None, 
     except Exception:  # of an attribute that raises
         text = "".join(traceback.format_tb(error.__traceback__)) + type(error).__qualname__
     try:
-        letter = b"".join(context.dump_behind(b"", error, None, plain=False))
+        letter = b"".join(context.dump_with(error, None, plain=False))
         travels = isinstance(context.load(letter), BaseException)
     except Exception:
         travels = False

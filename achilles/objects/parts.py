@@ -3,9 +3,9 @@
 Knows code objects and classes, and neither letters nor what travels. A function, class or cell by value is made in two
 steps, so that they may refer to each other in any order::
 
-    make     a function: globals, code, cells   a class: metaclass, name, bases, `__slots__`; functions, properties and
-                                                plain constants; members of an enum. From here on its instances can be
-                                                made and compared
+    make     a function: globals, code, cells   a class: metaclass, name, bases, `__slots__`; functions and plain
+                                                constants; members of an enum. From here on its instances can be made
+                                                and compared
     fill     defaults, attributes               all other attributes: they may hold instances of this class and of
                                                 others
              a cell: its content
@@ -25,23 +25,24 @@ import marshal
 import sys
 import types
 import weakref
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, cast
 
 from .names import ATOMS, MISSING, by_path
 
-__all__ = ["REDUCES", "apart", "builtin_base", "cell_content", "drop_attributes", "evaluated", "fill_of", "has_own",
-           "is_c_type", "is_global", "make_class", "needs_of", "pieces_of", "remember", "set_attributes", "shell_of",
-           "global_names"]
+__all__ = ["REDUCES", "apart", "builtin_base", "evaluated", "global_names", "has_own", "is_c_type", "is_global",
+           "make_class", "needs_of", "pieces_of", "reduced", "update_class"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
 CODES_REMEMBERED = 1024  # code objects with their global names; looking at one takes about 50 us
-CODE = (FunctionType, staticmethod, classmethod, property)
+CODE = (FunctionType, staticmethod, classmethod)
 MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself, and the members of an enum
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
-    "__annotations_cache__", "_member_map_",
+    "__annotations_cache__",
 }
+FILLED = ("__defaults__", "__kwdefaults__", "__type_params__")
+TITLES = ("__qualname__", "__module__", "__doc__")
 REDUCES = ("__reduce__", "__reduce_ex__")
 HOOK = "<stop>"  # the attribute that ends type.__new__ before any hook
 
@@ -77,8 +78,8 @@ def apart(thing: Any) -> tuple[Any, ...]:
     return tuple(reduced[1][1:] if is_plain else reduced[1]), reduced[2] if len(reduced) > 2 else None
 
 
-def make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any], members: dict[str, Any],
-               aliases: dict[str, str]) -> type:
+def make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
+               members: dict[str, Any]) -> type:
     """Make a class with its functions and constants. Only a metaclass written in C runs code of its own."""
     maker = builtin_base(meta)
     if maker is not type:
@@ -97,51 +98,38 @@ def make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[st
         made = {name: builtin_base(cls).__new__(cls, *arguments) for name, arguments in members.items()}
         for name, member in made.items():
             member._name_ = name
-        type.__setattr__(cls, "_member_map_", {name: made[member] for name, member in aliases.items()})
+        type.__setattr__(cls, "_member_map_", made)
     return cast(type, cls)
 
 
-def remember(value: Any) -> Any:
+def _remembered(value: Any) -> Any:
     """What tells later whether a class still has this value. It keeps nothing alive."""
     try:
         return weakref.ref(value)
     except TypeError:
-        return (value,) if type(value) in ATOMS else id(value)
+        return type(value), value if type(value) in ATOMS else id(value)
 
 
-def _is_still(own: Any, name: str, came: dict[str, Any]) -> bool:
-    """Whether an attribute is what came last."""
-    now, then = remember(own[name]), came.get(name)
-    if type(now) is tuple:
-        return type(then) is tuple and now[0] is then[0]
-    return now is then or (type(now) is int and now == then)
+def update_class(cls: type, attributes: dict[str, Any], came: dict[str, Any]) -> None:
+    """Set attributes that came by letter, and drop those that come no more.
 
-
-def set_attributes(cls: type, attributes: dict[str, Any], came: dict[str, Any]) -> None:
-    """Set attributes that came by letter, but for those that running code has set since the last ones came.
+    An attribute that running code has set since the last ones came stays.
 
     :param came: what is remembered of each attribute as it came last; kept up to date here.
     """
-    own = vars(cls)
-    for name, value in attributes.items():
-        if name not in own or _is_still(own, name, came):
-            type.__setattr__(cls, name, value)
-        came[name] = remember(value)
+    own, is_first = vars(cls), not came
 
-
-def drop_attributes(cls: type, names: set[str], came: dict[str, Any]) -> None:
-    """Take attributes away that came by letter and come no more, but for those that running code has set since."""
-    for name in names:
-        if name in vars(cls) and _is_still(vars(cls), name, came):
+    def is_still(name: str) -> bool:
+        now, then = _remembered(own.get(name, MISSING)), came.get(name)
+        return now is then or (type(now) is tuple and now == then)
+    for name in came.keys() - attributes.keys():
+        if is_still(name):
             type.__delattr__(cls, name)
-        came.pop(name, None)
-
-
-def _is_code(value: Any) -> bool:
-    inner = [getattr(value, "__func__", value)]
-    if isinstance(value, property):
-        inner = [each for each in (value.fget, value.fset, value.fdel) if each is not None]
-    return isinstance(value, CODE) and all(isinstance(each, FunctionType) for each in inner)
+        del came[name]
+    for name, value in attributes.items():
+        if is_first or name not in own or is_still(name):
+            type.__setattr__(cls, name, value)
+        came[name] = _remembered(value)
 
 
 def _attributes(cls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -150,94 +138,97 @@ def _attributes(cls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     data: dict[str, Any] = {}
     for name, value in vars(cls).items():
         is_slot = isinstance(value, types.MemberDescriptorType) and value.__objclass__ is cls
+        is_code = type(value) in CODE and isinstance(getattr(value, "__func__", value), FunctionType)
         if not is_slot and name not in MADE_ANEW:
-            (code if type(value) in ATOMS or _is_code(value) else data)[name] = value
+            (code if is_code or type(value) in ATOMS else data)[name] = value
     return code, data
 
 
 def pieces_of(entry: Any) -> list[tuple[Any, Any]]:
-    """The values that a function, class or cell holds, and where; for what else an entry has, nothing."""
+    """The values that a function, class, cell or global holds, and where; for what else an entry has, nothing."""
     thing, kind = entry.thing, entry.kind
-    if kind in ("cell", "slot"):
-        return [(value, entry.place) for value in fill_of(entry)[-1:]]
-    found: list[tuple[str, str, Any]] = []
+    tables: dict[str, Any] = {}
+    if kind == "slot":
+        return [(thing, entry.place)]
+    if kind == "cell":
+        return [(value, entry.place) for value in cell_content(entry)]
     if kind == "function":
         code, defaults = thing.__code__, thing.__defaults__ or ()
-        optional = code.co_varnames[code.co_argcount - len(defaults) :]
-        found += [("default", *each) for each in zip(optional, defaults)]
-        found += [("default", *each) for each in (thing.__kwdefaults__ or {}).items()]
-        found += [("variable", *each) for each in zip(code.co_freevars, thing.__closure__ or ())]
-        found += [("attribute", *each) for each in vars(thing).items()]
+        optional = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+        tables["default"] = {**dict(zip(optional, defaults)), **(thing.__kwdefaults__ or {})}
+        tables["variable"] = dict(zip(code.co_freevars, thing.__closure__ or ()))
+        tables["attribute"] = vars(thing)
     elif kind == "class" and not isinstance(thing, enum.EnumMeta):  # its tables need its members at once
-        found += [("attribute", *each) for each in _attributes(thing)[1].items()]
-    return [(value, (kind, name, thing.__qualname__)) for kind, name, value in found]
+        tables["attribute"] = _attributes(thing)[1]
+    return [(value, (role, name, thing.__qualname__)) for role in tables for name, value in tables[role].items()]
 
 
-def shell_of(entry: Any) -> tuple[Any, ...]:
-    """What makes the thing of an entry; nothing for a value."""
-    thing = entry.thing
-    if entry.kind == "space":
-        if entry.is_imported:
-            return entry.name, {}, None
-        attributes = {name: thing[name] for name in ("__package__", "__file__", "__doc__") if name in thing}
-        spec = thing.get("__spec__")
-        return entry.name, attributes, None if spec is None else (spec.name, spec.origin)
-    if entry.kind == "class":
-        namespace = {name: vars(thing)[name] for name in ("__module__", "__slots__") if name in vars(thing)}
-        namespace["__qualname__"] = thing.__qualname__
-        table = thing._member_map_ if isinstance(thing, enum.EnumMeta) else {}
-        members = {member._name_: apart(member)[0] for member in table.values()}
-        aliases = {name: member._name_ for name, member in table.items()}
-        return type(thing), thing.__name__, thing.__bases__, namespace, _attributes(thing)[0], members, aliases
-    if entry.kind != "function":
-        return ()
-    code = marshal.dumps(thing.__code__, MARSHAL)
+def reduced(item: Any) -> Any:
+    """The reduction that makes the thing of an item and fills it, as pickle's are; with the names of makers."""
+    return _REDUCED[item.kind](item, item.thing)
+
+
+def _space(space: Any, thing: dict[str, Any]) -> tuple[Any, ...]:
+    if space.is_imported:
+        return "space", (space.name, {}, None)
+    attributes = {name: thing[name] for name in ("__package__", "__file__", "__doc__") if name in thing}
+    spec = thing.get("__spec__")
+    return "space", (space.name, attributes, None if spec is None else (spec.name, spec.origin))
+
+
+def _function(_: Any, function: Any) -> tuple[Any, ...]:
+    code = marshal.dumps(function.__code__, MARSHAL)
     if MARSHAL > 2:  # the same bytes each time: references by count are gone after a load
         code = marshal.dumps(marshal.loads(code), MARSHAL)
-    titles = thing.__name__, thing.__qualname__, thing.__module__, thing.__doc__
-    return thing.__globals__, code, titles, thing.__closure__
+    annotations = "__annotate__" if getattr(function, "__annotate__", None) else "__annotations__"  # unevaluated
+    filled = {key: value for key in (*FILLED, annotations) if (value := getattr(function, key, None))}
+    filled |= {key: getattr(function, key) for key in TITLES}
+    arguments = function.__globals__, code, function.__name__, function.__closure__
+    return "function", arguments, (dict(vars(function)), filled)
 
 
-def fill_of(item: Any) -> tuple[Any, ...]:
-    """What fills the thing of an entry once it is made, or a value or global itself; nothing if there is nothing."""
-    thing, kind = item.thing, item.kind
-    if kind == "slot":
-        return item.space.thing, item.name, thing
-    if kind == "cell":
-        return cell_content(thing, item.place[1] if item.place is not None else "")
-    if kind == "class":
-        return _class_fill(thing)
-    if kind == "function":
-        keys = ["__defaults__", "__kwdefaults__", "__type_params__"]
-        keys.append("__annotate__" if getattr(thing, "__annotate__", None) else "__annotations__")  # unevaluated
-        filled = {key: value for key in keys if (value := getattr(thing, key, None))}, dict(vars(thing))
-        return filled if any(filled) else ()
-    return (thing,) if kind == "value" else ()
-
-
-def _class_fill(cls: Any) -> tuple[Any, ...]:
-    """Attributes, states of an enum's members, registered classes."""
-    data, states = _attributes(cls)[1], {}
+def _class(_: Any, cls: Any) -> tuple[Any, ...]:
+    namespace = {name: vars(cls)[name] for name in ("__module__", "__slots__") if name in vars(cls)}
+    namespace["__qualname__"] = cls.__qualname__
+    code, data = _attributes(cls)
+    table = cls._member_map_ if isinstance(cls, enum.EnumMeta) else {}
+    members = {member._name_: member for member in table.values()}
     if isinstance(cls, enum.EnumMeta):
-        members = {member._name_: member for member in cls._member_map_.values()}
-        states = {name: {key: value for key, value in vars(member).items() if key != "_inverted_"}
-                  for name, member in members.items()}
         known = set(map(id, members.values()))
-        table = data["_value2member_map_"].items()  # flags that were combined are in it, too
-        data["_value2member_map_"] = {value: member for value, member in table if id(member) in known}
+        values = data["_value2member_map_"].items()  # flags that were combined are in it, too
+        data["_value2member_map_"] = {value: member for value, member in values if id(member) in known}
+    made = {name: apart(member)[0] for name, member in members.items()}
+    states = {name: {key: value for key, value in vars(member).items() if key != "_inverted_"}
+              for name, member in members.items()}
     references = abc._get_dump(cls)[0] if isinstance(cls, abc.ABCMeta) else ()  # type: ignore[attr-defined]
-    return data, states, [ref() for ref in references if ref() is not None]
+    registered = [ref() for ref in references if ref() is not None]
+    arguments = type(cls), cls.__name__, cls.__bases__, namespace, code, made
+    return "new_class", arguments, (data, states, registered), None, None, "fill_class"
 
 
-def cell_content(cell: CellType, name: str = "") -> tuple[Any, ...]:
+def _cell(cell: Any, _: Any) -> tuple[Any, ...]:
+    state = [(None, {"cell_contents": content}) for content in cell_content(cell)]
+    return "cell", (), *state
+
+
+_REDUCED: dict[str, Any] = {
+    "space": _space,
+    "function": _function,
+    "class": _class,
+    "cell": _cell,
+    "slot": lambda slot, value: ("slot", (slot.space.thing, slot.name, value)),
+}
+
+
+def cell_content(entry: Any) -> tuple[Any, ...]:
     """The content of a variable's cell, or nothing. In ``__classdict__`` annotations look up names (Python 3.14)."""
     try:
-        content = cell.cell_contents
+        content = entry.thing.cell_contents
     except ValueError:  # empty
         return ()
-    if name == "__classdict__":
+    if entry.place is not None and entry.place[1] == "__classdict__":
         content = {key: value for key, value in content.items()
-                   if not (key in MADE_ANEW or key[0] == key[-1] == "_" or isinstance(value, CODE))}
+                   if not (key in MADE_ANEW or key[0] == key[-1] == "_" or isinstance(value, (*CODE, property)))}
     return (content,)
 
 

@@ -11,7 +11,7 @@ computation of each side::
         │                 keys for each secret of that user, compared with proof_c
         │  ◀──────────── proof_s, or REFUSAL ──────────────  │  M3
      compares proof_s                                        │
-        ▼  Tagger(client_data), Checker(server_data)         ▼  the other way round
+        ▼  a Tagger for client_data, one for server_data     ▼  the other way round
 
 Every comparison of a proof or a tag is `hmac.compare_digest`. Keys live in this module's objects,
 and in nothing that is printed or logged. Any thread may call any function.
@@ -31,7 +31,7 @@ from ..errors import AuthenticationError, ProtocolError
 from .frames import Buffer
 
 __all__ = [
-    "CONTROLLER", "NODE", "Checker", "Claim", "Key", "Keys", "Tagger", "accept_claim", "check_answer", "check_user",
+    "CONTROLLER", "NODE", "Key", "Keys", "Tagger", "accept_claim", "check_answer", "check_user",
     "claim", "derive_key", "greeting", "read_claim", "read_greeting", "session_keys",
     "AUTH_BYTES", "GREETING_BYTES", "NONCE_BYTES", "PROOF_BYTES", "REFUSAL",
 ]
@@ -49,7 +49,6 @@ BINDING = bytes(32)  # room for the hash of a TLS certificate
 LABEL = b"achilles/1 "
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1  # 16 MiB and 40 to 80 ms a guess
 KEPT_KEYS = 8  # derived keys that a process keeps: more secrets than a process uses in turns
-SEQUENCE = struct.Struct(">Q")
 
 
 class Key(bytes):
@@ -65,21 +64,12 @@ _cache_key = Key(os.urandom(32))  # of this process: hashes with it tell nothing
 
 
 class Keys(NamedTuple):
-    """The proofs and keys that both sides of one connection derive: one of each for each direction."""
+    """The proofs and keys that both sides of one connection derive. The protocol's labels are these names."""
 
     client_proof: bytes
     server_proof: bytes
     client_data: bytes
     server_data: bytes
-
-
-class Claim(NamedTuple):
-    """The fields of an M2. Nothing in them is true before the proof is checked."""
-
-    role: bytes
-    user: bytes
-    signed: bytes
-    proof: bytes
 
 
 def derive_key(username: str, secret: str, known: bytes = b"") -> bytes:
@@ -121,13 +111,12 @@ def greeting(nonce: bytes) -> bytes:
 
 def read_greeting(message: bytes) -> None:
     """Check that `message` is an M1 of this version, else ProtocolError. All of M1 is signed: nothing is kept."""
-    magic, version, _ = GREETING.unpack(message) if len(message) == GREETING_BYTES else (b"", 0, b"")
-    if magic != MAGIC or message[6:8] != bytes(2):
+    if len(message) != GREETING_BYTES or message[:4] != MAGIC or message[6:8] != bytes(2):
         raise ProtocolError("the program that listens there is not an achilles server: check host and port")
-    if version != VERSION:
+    if message != greeting(message[8:]):
         raise ProtocolError(
-            f"the server speaks version {version} of the protocol, this is version {VERSION}: "
-            "install the same achilles everywhere"
+            f"the server speaks version {int.from_bytes(message[4:6], 'big')} of the protocol, this is version "
+            f"{VERSION}: install the same achilles everywhere"
         )
 
 
@@ -136,61 +125,58 @@ def claim(role: bytes, username: str, nonce: bytes) -> bytes:
     return CLAIM.pack(MAGIC, VERSION, role, nonce, check_user(username))
 
 
-def read_claim(message: bytes) -> Claim:
-    """Take M2 apart. ProtocolError if it is malformed: then the client gets no answer."""
+def read_claim(message: bytes) -> tuple[bytes, bytes]:
+    """Return the role and the user that M2 claims: nobody has checked the proof yet.
+
+    ProtocolError if M2 is malformed: then the client gets no answer.
+    """
     if len(message) != AUTH_BYTES:
         raise ProtocolError(f"an AUTH has {AUTH_BYTES} bytes, this one has {len(message)}")
-    signed, proof = message[: CLAIM.size], message[CLAIM.size :]
-    magic, version, role, _, padded = CLAIM.unpack(signed)
+    _, _, role, nonce, padded = CLAIM.unpack_from(message)
     user = padded.rstrip(b"\0")
-    well_formed = magic == MAGIC and version == VERSION and signed[7:8] == b"\0" and role in (CONTROLLER, NODE)
-    if not well_formed or not user or b"\0" in user:
+    whole = user and b"\0" not in user and role in (CONTROLLER, NODE)
+    if not whole or not message.startswith(CLAIM.pack(MAGIC, VERSION, role, nonce, user)):
         raise ProtocolError("the first bytes of a client are not an AUTH of this version")
-    return Claim(role, user, signed, proof)
+    return role, user
 
 
 def session_keys(key: bytes, m1: bytes, signed: bytes) -> Keys:
     """Return the four keys of one connection from K and the words of both sides (HKDF, RFC 5869)."""
-    transcript = hashlib.sha256(BINDING + m1 + signed).digest()
-    prk = Key(hmac.digest(transcript, key, "sha256"))
-    labels = (b"client proof", b"server proof", b"client data", b"server data")
-    return Keys(*(Key(hmac.digest(prk, LABEL + label + b"\x01", "sha256")) for label in labels))
+    prk = Key(hmac.digest(hashlib.sha256(BINDING + m1 + signed).digest(), key, "sha256"))
+    return Keys(*(
+        Key(hmac.digest(prk, LABEL + name.replace("_", " ").encode() + b"\x01", "sha256")) for name in Keys._fields))
 
 
-def accept_claim(keys: Sequence[bytes], m1: bytes, claimed: Claim) -> Keys | None:
-    """Return the session's keys if one of these K made the proof, else None. Each K costs the same work."""
-    sessions = [session_keys(key, m1, claimed.signed) for key in keys]
-    matches = [hmac.compare_digest(session.client_proof, claimed.proof) for session in sessions]
+def accept_claim(keys: Sequence[bytes], m1: bytes, m2: bytes) -> Keys | None:
+    """Return the session's keys if one of these K made the proof of M2, else None. Each K costs the same work."""
+    sessions = [session_keys(key, m1, m2[: CLAIM.size]) for key in keys]
+    matches = [hmac.compare_digest(session.client_proof, m2[CLAIM.size :]) for session in sessions]
     return sessions[matches.index(True)] if any(matches) else None
 
 
 def check_answer(keys: Keys, answer: bytes) -> None:
     """AuthenticationError unless M3 proves that the server knows the secret."""
     if not hmac.compare_digest(keys.server_proof, answer):
-        text = "the peer does not know the secret: it is not our server"
-        raise AuthenticationError("the server refused the username or the secret" if answer == REFUSAL else text)
+        raise AuthenticationError("the server refused the username or the secret" if answer == REFUSAL else
+                                  "the peer does not know the secret: it is not our server")
 
 
 class Tagger:
-    """Signs the frames of one direction, in the order in which they are written. For one thread."""
+    """Signs or checks the frames of one direction, in the order in which they travel. For one thread."""
 
     def __init__(self, key: bytes) -> None:
         self._base = hmac.new(key, digestmod="sha256")
         self._sequence = 0
 
-    def tag(self, head: Buffer, envelope: Buffer) -> bytes:
-        """Return the tag of the next frame: HMAC-SHA256(key, seq || head || envelope)."""
+    def tag(self, signed: Buffer) -> bytes:
+        """Return the tag of the next frame from its head and envelope: HMAC-SHA256(key, seq || signed)."""
         mac = self._base.copy()
-        mac.update(SEQUENCE.pack(self._sequence) + head)
-        mac.update(envelope)
+        mac.update(self._sequence.to_bytes(8, "big"))
+        mac.update(signed)
         self._sequence += 1
         return mac.digest()
 
-
-class Checker(Tagger):
-    """Checks the frames of one direction, in the order in which they come. For one thread."""
-
-    def check(self, head: Buffer, envelope: Buffer, tag: Buffer) -> None:
+    def check(self, signed: Buffer, tag: Buffer) -> None:
         """Check the tag of the next frame. After an AuthenticationError the connection cannot go on."""
-        if not hmac.compare_digest(self.tag(head, envelope), tag):
+        if not hmac.compare_digest(self.tag(signed), tag):
             raise AuthenticationError("a frame with a wrong tag: the connection was altered on its way")

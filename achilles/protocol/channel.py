@@ -15,7 +15,7 @@ The module knows sockets, keys, heartbeats and the order of frames. It knows no 
 - *A loop* (node, and its end of each worker's socket pair): the socket does not block. The loop calls `receive()` and
   `flush()` when the selector says so, and `tick()`.
 
-Locks: `_lock` guards the outbox and the closing flags, and is held for no system call. `_writing` is held by the
+Locks: `_lock` guards the outbox and the state, and is held for no system call. `_writing` is held by the
 thread that writes, and guards `_parts`, the tagger and the descriptor; only the writer thread and `close` wait for it.
 """
 
@@ -30,7 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
 from ..errors import AchillesError, ProtocolError, ServerUnreachable
 from . import auth, frames
@@ -47,8 +47,7 @@ TICK_SECONDS = 1.0  # how often a blocked thread looks up from its socket
 WRITE_BYTES = 256 << 10  # frames gathered for one sendmsg
 PUSH_BYTES = 64 << 10  # a pusher writes at most this: more takes longer than a switch of threads
 WRITE_PARTS = 512  # well under IOV_MAX (1,024 on Linux)
-
-_Entry: TypeAlias = tuple[Kind, "dict[str, Any] | Batch", bytes, bytes, list[memoryview]]
+OPEN, FINISHING, SHUT, CLOSED = range(4)  # of a Channel: no frame is queued now; writing is shut down; all is over
 
 log = logging.getLogger(__name__)
 
@@ -65,17 +64,16 @@ class Channel:
         self.name = ""  # in the log; the role gives it
         self.last_heard = self.last_written = time.monotonic()
         self._writing = threading.Lock()  # held by the thread that writes
-        self._write: Callable[[list[memoryview]], int] = getattr(sock, "sendmsg", lambda parts: sock.send(parts[0]))
+        # Windows has no sendmsg.
+        self._sendmsg: Callable[..., int] = getattr(sock, "sendmsg", lambda parts: sock.send(parts[0]))
         self._tagger = auth.Tagger(keys[0]) if keys else None  # with `_writing`
         self._parts: deque[memoryview] = deque()  # tagged and not written yet; with `_writing`
-        self._reader = FrameReader(link, auth.Checker(keys[1]).check if keys else None)  # the reader's own
+        self._reader = FrameReader(link, auth.Tagger(keys[1]).check if keys else None)  # the reader's own
         self._trickled = 0  # bytes since last_heard; the reader's own
         self._lock = threading.Lock()  # guards all below
         self._ready = threading.Condition(self._lock)
-        self._queue: deque[_Entry] = deque()
-        self._finishing = False  # the queue takes no more; after its last frame writing is shut down
-        self._shut = False  # writing is shut down
-        self._closed = False
+        self._queue: deque[tuple[Frame, bytes, list[memoryview]]] = deque()
+        self._state = OPEN
         self._writer: threading.Thread | None = None
 
     # The outbox: any thread.
@@ -87,58 +85,46 @@ class Channel:
 
         :param wake: tell the writer thread; else the caller calls `push`.
         """
-        head, envelope, letters = frames.encode(kind, body)
-        entry = kind, body, head, envelope, [memoryview(part).cast("B") for part in letters if len(part)]
+        signed, letters = frames.encode(kind, body)
         with self._lock:
-            if self._finishing or self._closed:
-                return
-            (self._queue.appendleft if ahead else self._queue.append)(entry)
-            if wake:
-                self._ready.notify()
+            if self._state == OPEN:
+                (self._queue.appendleft if ahead else self._queue.append)((Frame(kind, body), signed, letters))
+                if wake:
+                    self._ready.notify()
 
     def push(self) -> None:
         """Write queued frames in this thread, if they are few and the socket takes them at once.
 
         The writer thread writes the rest. Never blocks; a failure is the writer thread's to see. Any thread.
         """
-        if self._parts or not self._queue:  # the writer thread is at it, or there is nothing new
-            return
-        if hasattr(os, "writev") and self._writing.acquire(blocking=False):  # Windows has no writev
+        is_new = self._queue and not self._parts  # else there is nothing, or the writer thread is at it
+        if is_new and hasattr(os, "writev") and self._writing.acquire(blocking=False):  # Windows has no writev
             try:
-                self._write_little()
-            except Exception:  # no frame may follow half of one
-                log.exception("%s: writing failed", self.name)
-                self.abort()
-            except BaseException:  # Ctrl-C in the caller: the connection is made anew
-                self.abort()
-                raise
+                self._write_safely(lambda parts: os.writev(self.socket.fileno(), parts), PUSH_BYTES)
             finally:
                 self._writing.release()
         if self.wants_write:
-            with self._lock:
-                self._ready.notify()
+            self._go_on(OPEN)
 
     def drop_tasks(self, job: int, first: int = 0, end: float = float("inf")) -> None:
         """Take those unwritten TASKs of a job out of the outbox that lie wholly in a cancelled range."""
         with self._lock:
             self._queue = deque(
                 entry for entry in self._queue
-                if not (isinstance(body := entry[1], Batch) and entry[0] is Kind.TASK and body.job == job
-                        and first <= body.first and body.end <= end)
+                if entry[0].kind is not Kind.TASK or (body := entry[0].body).job != job
+                or body.first < first or body.end > end
             )
 
     @property
     def wants_write(self) -> bool:
         """Whether anything waits to be written."""
-        return bool(self._parts or self._queue) or (self._finishing and not self._shut)
+        return bool(self._parts or self._queue) or self._state == FINISHING
 
     def finish(self, reason: str | None = None) -> None:
         """Say BYE (with a reason), let the outbox be written, then shut down writing. Never blocks."""
         if reason:
             self.send(Kind.BYE, {"reason": reason})
-        with self._lock:
-            self._finishing = True
-            self._ready.notify()
+        self._go_on(FINISHING)
 
     def wait_written(self, timeout: float) -> None:
         """Block until the writer thread has written all and ended, `timeout` seconds at most. After `finish`."""
@@ -147,9 +133,7 @@ class Channel:
 
     def abort(self) -> None:
         """End the connection at once; both threads return. Any thread, any number of times."""
-        with self._lock:
-            self._closed = True
-            self._ready.notify()
+        self._go_on(CLOSED)
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
@@ -163,6 +147,12 @@ class Channel:
         if held:
             self._writing.release()
 
+    def _go_on(self, state: int) -> None:
+        """Go on to a state, if that is not behind, and wake the writer thread."""
+        with self._lock:
+            self._state = max(self._state, state)
+            self._ready.notify()
+
     # The writer.
 
     def start_writer(self) -> None:
@@ -172,68 +162,70 @@ class Channel:
 
     def flush(self) -> bool:
         """Write as much as one sendmsg takes. Return whether nothing is left to write."""
-        self._gather()
-        if self._parts:
-            with contextlib.suppress(BlockingIOError, TimeoutError):
-                self._note_written(self._write(list(islice(self._parts, WRITE_PARTS))))
-        elif self._finishing and not self._shut:
-            self._shut = True
-            self.socket.shutdown(socket.SHUT_WR)
+        self._write(self._sendmsg)
         return not self.wants_write
 
-    def _write_little(self) -> None:
-        """One writev, if that is enough. Needs `_writing`."""
-        self._gather()
-        if 0 < sum(map(len, self._parts)) <= PUSH_BYTES and not self._closed:
-            with contextlib.suppress(OSError):  # full, or gone: the writer thread sees the same
-                self._note_written(os.writev(self.socket.fileno(), list(self._parts)))
-
-    def _note_written(self, count: int) -> None:
-        """Drop the first `count` bytes of the parts."""
-        self.last_written = time.monotonic()
-        while self._parts and count >= len(self._parts[0]):
-            count -= len(self._parts.popleft())
-        if count:
-            self._parts[0] = self._parts[0][count:]
-
     def tick(self) -> None:
-        """Queue a heartbeat where one is due; ServerUnreachable after too long a silence of the peer."""
-        self._check_heard()
+        """Queue a heartbeat where one is due; ServerUnreachable after too long a silence of the peer.
+
+        A length that was altered on the way may swallow the peer's heartbeats.
+        """
+        if time.monotonic() - self.last_heard > SILENCE_SECONDS:
+            raise ServerUnreachable(f"no byte came for {SILENCE_SECONDS:.0f} s")
         if time.monotonic() - self.last_written > HEARTBEAT_SECONDS and not self.wants_write:
             self.send(Kind.PING, {}, ahead=True)
 
     def _write_loop(self) -> None:
+        while self._state < SHUT:
+            with self._lock:
+                ready = self._ready.wait_for(lambda: self._state >= SHUT or self.wants_write, HEARTBEAT_SECONDS)
+            if not ready:
+                self.send(Kind.PING, {}, ahead=True)
+            with self._writing:
+                if self._state < SHUT:
+                    self._write_safely(self._sendmsg)
+
+    def _write_safely(self, write: Callable[..., int], limit: float = float("inf")) -> None:
+        """As `_write`; an error ends writing, so that no frame follows half of one."""
         try:
-            while not (self._closed or self._shut):
-                with self._lock:
-                    ready = self._ready.wait_for(lambda: self._closed or self.wants_write, HEARTBEAT_SECONDS)
-                if not ready:
-                    self.send(Kind.PING, {}, ahead=True)
-                with self._writing:
-                    if not self._closed:
-                        self.flush()
+            self._write(write, limit)
         except OSError as e:  # the reader's socket ends, too, but first it reads why: an ERROR, a BYE
             log.debug("%s: writing ended: %s", self.name, e)
-            with self._lock:
-                self._finishing = self._shut = True
-        except Exception:  # such as a MemoryError: half a connection must not live on
-            log.exception("%s: writing failed", self.name)
+            self._go_on(SHUT)
+        except BaseException as e:  # such as a MemoryError: half a connection must not live on
             self.abort()
+            if not isinstance(e, Exception):  # Ctrl-C in the caller: the connection is made anew
+                raise
+            log.exception("%s: writing failed", self.name)
 
-    def _gather(self) -> None:
-        """Tag queued frames for one sendmsg."""
+    def _write(self, write: Callable[..., int], limit: float = float("inf")) -> None:
+        """Tag queued frames for one sendmsg, and write as much as `write` takes. Needs `_writing`.
+
+        Nothing is written if there are more than `limit` bytes. When all is written after `finish`, shut down writing.
+        """
         size = WRITE_BYTES if self._parts else 0
         while size < WRITE_BYTES and len(self._parts) < WRITE_PARTS:
             with self._lock:
                 if not self._queue:
-                    return
-                kind, body, head, envelope, letters = self._queue.popleft()
-            if log.isEnabledFor(logging.DEBUG):
-                log.debug("%s > %s", self.name, frames.describe(kind, body))
-            tag = self._tagger.tag(head, envelope) if self._tagger else b""
-            self._parts.append(memoryview(b"".join((head, envelope, tag))))
+                    break
+                frame, signed, letters = self._queue.popleft()
+            log.debug("%s > %s", self.name, frame)
+            tag = self._tagger.tag(signed) if self._tagger else b""
+            self._parts.append(memoryview(signed + tag))
             self._parts += letters
-            size += len(envelope) + sum(map(len, letters))
+            size += len(signed) + sum(map(len, letters))
+        parts = list(islice(self._parts, WRITE_PARTS))
+        if not parts and self._state == FINISHING:
+            self.socket.shutdown(socket.SHUT_WR)
+            self._go_on(SHUT)
+        elif parts and sum(map(len, parts)) <= limit:
+            with contextlib.suppress(BlockingIOError, TimeoutError):
+                count = write(parts)
+                self.last_written = time.monotonic()
+                while self._parts and count >= len(self._parts[0]):
+                    count -= len(self._parts.popleft())
+                if count:
+                    self._parts[0] = self._parts[0][count:]
 
     # The reader.
 
@@ -242,12 +234,10 @@ class Channel:
 
         :raises ProtocolError: the peer sent bytes that are no frame for this link.
         :raises AuthenticationError: a tag is wrong.
-        :raises ServerUnreachable: the peer has been silent for too long.
         """
         try:
             count = self.socket.recv_into(self._reader.space())
         except (BlockingIOError, TimeoutError):
-            self._check_heard()
             return []
         if not count:
             return None
@@ -255,17 +245,9 @@ class Channel:
         self._trickled += count
         if received or self._trickled >= TRICKLE_BYTES:
             self._trickled, self.last_heard = 0, time.monotonic()
-        else:  # a length that was altered on the way may swallow heartbeats
-            self._check_heard()
-        if log.isEnabledFor(logging.DEBUG):
-            for frame in received:
-                log.debug("%s < %s", self.name, frames.describe(*frame))
+        for frame in received:
+            log.debug("%s < %s", self.name, frame)
         return received
-
-    def _check_heard(self) -> None:
-        """ServerUnreachable after too long a silence. A worker's link has no heartbeats."""
-        if time.monotonic() - self.last_heard > SILENCE_SECONDS and self._tagger:
-            raise ServerUnreachable(f"no byte came for {SILENCE_SECONDS:.0f} s")
 
     def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = lambda: None) -> str:
         """Read frames and hand each to `handle` until the connection ends; blocks. The connection is aborted then.
@@ -276,13 +258,14 @@ class Channel:
         :returns: the reason of the end, in a few words.
         """
         try:
-            while not self._closed:
+            while self._state != CLOSED:
                 received = self.receive()
                 if received is None:
                     return "end of file"
                 for frame in received:
                     handle(frame)
                 done()
+                self.tick()
             return "closed"
         except ProtocolError as e:
             self.complain(e)

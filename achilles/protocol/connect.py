@@ -34,8 +34,7 @@ LOST = ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ServerUnre
 
 def python_name() -> str:
     """Return this Python's name for HELLO: "3.14", or "3.14t" for a free-threaded build (PROTOCOL.md, section 6)."""
-    suffix = "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
-    return f"{sys.version_info.major}.{sys.version_info.minor}{suffix}"
+    return "{}.{}".format(*sys.version_info) + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
 PYTHON = python_name()
@@ -78,18 +77,18 @@ def connect(
 
 
 def answer_claim(
-    sock: socket.socket, find_keys: Callable[[auth.Claim], Sequence[bytes]], deadline: float
-) -> tuple[auth.Claim, auth.Keys | None]:
+    sock: socket.socket, find_keys: Callable[[bytes], Sequence[bytes]], deadline: float
+) -> tuple[bytes, bytes, auth.Keys | None]:
     """Send M1 and read M2 by `deadline` (monotonic). The caller sends the answer.
 
-    :param find_keys: gives the K of each secret that would do.
-    :returns: the claim, and the session's keys, or None if no secret proves the claim.
+    :param find_keys: gives the K of each secret that would do for a user.
+    :returns: the claimed role and user, and the session's keys, or None if no secret proves the claim.
     """
     m1 = auth.greeting(secrets.token_bytes(auth.NONCE_BYTES))
-    sock.settimeout(max(deadline - time.monotonic(), 0.001))
-    sock.sendall(m1)
-    claimed = auth.read_claim(receive_exactly(sock, auth.AUTH_BYTES, deadline))
-    return claimed, auth.accept_claim(find_keys(claimed), m1, claimed)
+    sock.sendall(m1)  # so little never blocks
+    m2 = receive_exactly(sock, auth.AUTH_BYTES, deadline)
+    role, user = auth.read_claim(m2)
+    return role, user, auth.accept_claim(find_keys(user), m1, m2)
 
 
 def receive_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:

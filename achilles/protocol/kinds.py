@@ -1,25 +1,45 @@
-"""The vocabulary of a link: kinds, directions, statuses, flags, limits of ranges, and the fields of every JSON.
+"""The vocabulary of a link: kinds, directions, statuses, flags, ranges, and the fields of every JSON with their check.
 
-These are the tables of PROTOCOL.md, sections 4 to 6, and nothing else. `frames.py` applies them.
+The tables are those of PROTOCOL.md, sections 4 to 6; `frames.py` applies them. Every JSON of a peer comes through
+`read_object`: the envelopes of the JSON kinds, the declaration of a JOB (`frames.py`), and the notes on lost chunks
+(`controller/job.py`). A text that has passed may be written to a terminal, a log or an exception as it is.
+
+::
+
+    bytes ─▶ JSON ─▶ each text, keys too, at any depth, known or not: printable; each number: finite
+                 ─▶ each field of the table: type, range or length, form; the same for the fields inside
+
+Refused are control characters (C0, DEL, C1), direction marks and other invisible ones, line separators, surrogates,
+NaN and infinities. The refusal is a ProtocolError. Its text has names from the tables of achilles, and no text of the
+peer's. The module knows no frame and no socket. Any thread may call the functions.
 """
 
 from __future__ import annotations
 
 import enum
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from .fields import HEX_FORM, NAME_CHARS, TEXT_CHARS, U16, U32, U64, Field
+from ..errors import ProtocolError
 
 __all__ = [
-    "CALLS", "CAREFUL", "DECLARATION", "DIRECTIONS", "FIELDS", "FLAGS", "LETTERS", "LINKS", "LINK_FIELDS",
-    "MAX_CHUNKS", "MAX_PYTHONS", "NOTE", "PHASES", "RANGES", "RANGE_FIELDS", "TELL", "Gone", "Kind", "Status",
+    "CALLS", "CAREFUL", "DECLARATION", "DIRECTIONS", "FIELDS", "FLAGS", "HEX_FORM", "LETTERS", "LINKS", "MAX_CHUNKS",
+    "MAX_PYTHONS", "NAME_CHARS", "NOTE", "PHASES", "RANGES", "RANGE_FIELDS", "SERVER_FIELDS", "TELL", "TEXT_CHARS",
+    "U16", "U32", "U64", "Field", "Gone", "Kind", "Status", "check_fields", "read_object",
 ]
 
+TEXT_CHARS = 4096  # the longest text in a field: a screen or two
+NAME_CHARS = 64  # versions, codes, reasons, addresses
+HEX_FORM = "[0-9a-f]*"  # lower case alone, so that equal digests are equal texts
+U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
 MAX_CHUNKS = 1 << 16  # in a batch: 50 ms of the quickest chunks
 MAX_PYTHONS = 64  # versions in a CLUSTER: people have two or three, and the list ends in an error message
-CAREFUL = 0x01  # flag of a TASK: the worker names each argument that it calls, since one may kill it
-TELL = 0x02  # flag of a TASK: the server says GIVEN when it gives the batch to a node
-
-
+# Flags of a TASK. CAREFUL: the worker names each argument that it calls, since one may kill it. TELL: the server says
+# GIVEN when it gives the batch to a node.
+CAREFUL, TELL = 0x01, 0x02
 # A frame's kind, and how a chunk was answered: one byte in a head, one byte a chunk in a RESULT.
 Kind = enum.IntEnum("Kind", {
     "HELLO": 1, "BYE": 2, "PING": 3, "ERROR": 4, "CLUSTER": 5, "JOB": 6, "TASK": 7, "GIVEN": 8,
@@ -27,16 +47,13 @@ Kind = enum.IntEnum("Kind", {
 })
 Status = enum.IntEnum("Status", {"VALUES": 0, "RAISED": 1, "DIED": 2, "TIMEOUT": 3, "ALTERED": 4, "FAILED": 5})
 
-
-class Gone(enum.IntEnum):
-    """Why chunks have left a node without an answer: the flags of RETURNED and GONE."""
-
-    RETURNED = 0  # their worker was late, or died of another chunk, or they were cancelled
-    LEFT = 1  # the node drains
-    LOST = 2  # the node's connection was lost when they may have run
-    WAITED = 3  # they waited in the node's queue for too long
-
-
+# Why chunks have left a node without an answer: the flags of RETURNED and GONE.
+Gone = enum.IntEnum("Gone", {
+    "RETURNED": 0,  # their worker was late, or died of another chunk, or they were cancelled
+    "LEFT": 1,  # the node drains
+    "LOST": 2,  # the node's connection was lost when they may have run
+    "WAITED": 3,  # they waited in the node's queue for too long
+})
 # The links on which a kind may travel. "CS" is a controller that speaks to its server, "WN" a worker to its node.
 LINKS = ("CS", "NS", "SC", "SN", "NW", "WN")
 _TCP, _DOWN = ("CS", "NS", "SC", "SN"), ("CS", "SN", "NW")
@@ -66,14 +83,35 @@ FLAGS: dict[Kind, tuple[int, ...]] = {
     Kind.GONE: (Gone.RETURNED, Gone.LEFT, Gone.LOST),
 }
 
-_NAME, _TEXT = Field(str, 1, NAME_CHARS), Field(str, 0, TEXT_CHARS)
+
+class Field(NamedTuple):
+    """The limits of one field of an object.
+
+    :ivar type: bool fits no other type than bool.
+    :ivar low, high: the range of a number; else of the length of a text, or of the count of entries.
+    :ivar required: whether the field must be there; else it may be absent or null.
+    :ivar form: a regular expression that matches a whole text, or each key of an object.
+    :ivar inside: the fields of an object, or of each object in a list.
+    :ivar entry: each value of an object, where the peer chooses the keys; `form` bounds them.
+    """
+
+    type: type[Any] | tuple[type[Any], ...]
+    low: float = 0
+    high: float = U32
+    required: bool = True
+    form: str = ""
+    inside: Mapping[str, Field] | None = None
+    entry: Field | None = None
+
+
 REASONS = ("leaving", "restart", "killed")  # of a BYE
-PYTHON_FORM = r"[0-9]+\.[0-9]+t?"  # "3.14"; "3.14t" is a free-threaded build
-_PYTHON = _NAME._replace(form=PYTHON_FORM)
-_U32, _U64, _SECONDS = Field(int), Field(int, 0, U64), Field((int, float), 0, U64)
+PYTHON_FORM = r"[0-9]{1,31}\.[0-9]{1,31}t?"  # "3.14"; "3.14t" is a free-threaded build; NAME_CHARS at most
 CALLS = ("one", "star", "apply")  # how a worker calls a job's function
+PHASES = ("function", "load", "call", "dump")  # at which a worker may die
+_U16, _U32, _U64, _SECONDS = Field(int, 0, U16), Field(int), Field(int, 0, U64), Field((int, float), 0, U64)
+_NAME, _PYTHON = Field(str, 1, NAME_CHARS), Field(str, 1, NAME_CHARS, form=PYTHON_FORM)
+_TEXT, _CONTEXT = Field(str, 0, TEXT_CHARS), Field(str, 32, 32, form=HEX_FORM)
 # The first letter of a JOB.
-_CONTEXT = Field(str, 32, 32, form=HEX_FORM)
 DECLARATION: dict[str, Field] = {
     "context": _CONTEXT, "initializer": Field(bool),
     "timeout": Field((int, float), 1e-9, float(U32), False), "maxtasksperchild": Field(int, 1, U32, False),
@@ -81,36 +119,87 @@ DECLARATION: dict[str, Field] = {
 }
 # The parts of a STATUS: each node, each job, and the server.
 NODE_STATE: dict[str, Field] = {
-    "id": _U32, "address": _NAME, "python": _PYTHON, "version": _NAME, "cpu_count": Field(int, 0, U16),
-    "busy": Field(int, 0, U16), "done": _U64, "since": _SECONDS,
+    "id": _U32, "address": _NAME, "python": _PYTHON, "version": _NAME, "cpu_count": _U16,
+    "busy": _U16, "done": _U64, "since": _SECONDS,
 }
 JOB_STATE: dict[str, Field] = {"id": _U32, "user": _TEXT, "queued": _U64, "running": _U64, "done": _U64}
 SERVER_STATE: dict[str, Field] = {"version": _NAME, "uptime": _SECONDS, "memory": _U64._replace(required=False)}
-PHASES = ("function", "load", "call", "dump")  # at which a worker may die
 # The letter of a chunk with the status DIED or TIMEOUT.
 NOTE: dict[str, Field] = {
     "offset": Field(int, -1, U32), "phase": _NAME._replace(form="|".join(PHASES)),
     "node": Field(int, required=False), "pid": Field(int, required=False), "exitcode": Field(int, -U32, U32, False),
 }
+# The JSON kinds as clients say them. A kind without fields here may have any: they are ignored.
 FIELDS: dict[Kind, dict[str, Field]] = {
-    Kind.HELLO: {"python": _PYTHON, "version": _NAME},  # LINK_FIELDS has the others
+    Kind.HELLO: {"python": _PYTHON, "version": _NAME, "cpu_count": _U16, "pid": _U32},
     Kind.BYE: {"reason": _NAME._replace(form="|".join(REASONS))},
     Kind.PING: {},
     Kind.ERROR: {"code": _NAME, "message": _TEXT},
     Kind.CLUSTER: {
-        "nodes": _U32, "workers": _U32, "largest": Field(int, 0, U16),
+        "nodes": _U32, "workers": _U32, "largest": _U16,
         "pythons": Field(dict, 0, MAX_PYTHONS, form=PYTHON_FORM, entry=_U32),
     },
     Kind.CLOSE: {"context": _CONTEXT},
-    Kind.STATUS: {
-        "nodes": Field(list, required=False, inside=NODE_STATE), "jobs": Field(list, required=False, inside=JOB_STATE),
-        "server": Field(dict, required=False, inside=SERVER_STATE),
-    },
+    Kind.STATUS: {},
     Kind.KILL: {},
 }
-# Further fields that a kind must have on one link alone. An answer to STATUS has all its fields, the question has none.
-_CLIENT, _SERVER = {"cpu_count": Field(int, 0, U16), "pid": _U32}, {"client_id": _U32, "connections": _U32}
-LINK_FIELDS: dict[tuple[str, Kind], dict[str, Field]] = {
-    ("CS", Kind.HELLO): _CLIENT, ("NS", Kind.HELLO): _CLIENT, ("SC", Kind.HELLO): _SERVER, ("SN", Kind.HELLO): _SERVER,
-    ("SC", Kind.STATUS): {"nodes": Field(list), "jobs": Field(list), "server": Field(dict)},
+# The same as a server says them.
+SERVER_FIELDS: dict[Kind, dict[str, Field]] = FIELDS | {
+    Kind.HELLO: {"python": _PYTHON, "version": _NAME, "client_id": _U32, "connections": _U32},
+    Kind.STATUS: {
+        "nodes": Field(list, inside=NODE_STATE), "jobs": Field(list, inside=JOB_STATE),
+        "server": Field(dict, inside=SERVER_STATE),
+    },
 }
+
+
+def read_object(what: str, text: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Return the JSON object that `text` is, unknown keys included.
+
+    :param what: the name of the object in error messages.
+    :raises ProtocolError: it is no JSON object, has a text that is not printable, or a known field that does not fit.
+    """
+    try:
+        body = json.loads(text.decode())
+    except (ValueError, RecursionError) as e:
+        raise ProtocolError(f"{what} is not JSON: {type(e).__name__}") from None
+    values = [body]
+    for value in values:  # the list grows by all that each value holds
+        if isinstance(value, dict):
+            values += [*value, *value.values()]
+        elif isinstance(value, list):
+            values += value
+        elif isinstance(value, str) and not value.isprintable():
+            raise ProtocolError(f"{what} has a text that is not printable")
+        elif isinstance(value, float) and not math.isfinite(value):  # NaN and 1e999 are no JSON, and Python reads them
+            raise ProtocolError(f"{what} has a number that is not finite")
+    check_fields(what, body, fields)
+    return body  # type: ignore[no-any-return]
+
+
+def check_fields(what: str, body: object, fields: Mapping[str, Field]) -> None:
+    """ProtocolError unless `body` is an object, and its known fields fit, with the fields inside of them."""
+    if not isinstance(body, dict):
+        raise ProtocolError(f"{what} is not an object")
+    for name, field in fields.items():
+        value = body.get(name)
+        if value is None and not field.required:
+            continue
+        if not _fits(value, field):
+            raise ProtocolError(f"{what} has a bad or no field {name!r}")
+        if field.inside is not None:
+            for each in value if isinstance(value, list) else [value]:
+                check_fields(f"{what} {name}", each, field.inside)
+
+
+def _fits(value: Any, field: Field) -> bool:
+    """Return whether a value has its field's type, range or length, form and entries, whatever is inside."""
+    if not isinstance(value, field.type) or isinstance(value, bool) is not (field.type is bool):
+        return False
+    measure = value if isinstance(value, (int, float)) else len(value)
+    texts = [value] if isinstance(value, str) else value
+    return (
+        field.low <= measure <= field.high
+        and (not field.form or all(re.fullmatch(field.form, text) for text in texts))
+        and (field.entry is None or all(_fits(each, field.entry) for each in value.values()))
+    )

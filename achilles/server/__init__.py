@@ -9,14 +9,12 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # as type checkers know it: typing takes most of the time of an import
 if TYPE_CHECKING:
-    from typing import Any
-
     from .listen import run_server
 
 __all__ = ["run_server"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .listen import run_server

@@ -71,7 +71,7 @@ def ask_status(settings: config.Settings) -> Any:
     link.send(Kind.HELLO, connect.hello())
     link.send(Kind.STATUS, {})
     link.start_writer()
-    why = link.run(lambda frame: found.update({frame.kind: frame.body}), leave_when_told)
+    why = link.run(lambda frame: found.update([frame]), leave_when_told)
     link.close()
     if Kind.STATUS not in found:
         raise ServerUnreachable(f"the server at {settings.host}:{settings.port} gave no status: {why}")

@@ -59,14 +59,14 @@ class Peer:
         self.hello: dict[str, Any] = {}
         self.since = 0.0  # wall clock, for people to read
         self.jobs: dict[int, DeclaredJob] = {}  # a controller's: by its own numbers, until END
-        self.contexts: dict[str, Letter | None] = {}  # a controller's: those it opened, with their initializers
+        self.contexts: dict[str, list[Letter]] = {}  # a controller's: those it opened, with an initializer or none
 
 
 class DeclaredJob(NamedTuple):
     """What the server keeps of a JOB until END: enough to declare it to a node.
 
     :ivar number: the server's.  :ivar owners_number: the controller's.
-    :ivar letters: declaration and function.  :ivar initializer: of the context, if that has one.
+    :ivar letters: declaration and function.  :ivar initializer: of the context, or nothing.
     :ivar nodes: all that know the context, perhaps lost ones.
     """
 
@@ -74,23 +74,20 @@ class DeclaredJob(NamedTuple):
     owner: Peer
     owners_number: int
     letters: list[Letter]
-    initializer: Letter | None
+    initializer: list[Letter]
     nodes: set[int]
 
     def declare_to(self, node: int) -> Batch:
         """Return the JOB for a node, with the initializer if the context is new there."""
-        letters = self.letters
-        if self.initializer is not None and node not in self.nodes:
-            letters = [*letters, self.initializer]
+        news = [] if node in self.nodes else self.initializer
         self.nodes.add(node)
-        return Batch.pack(self.number, 0, letters)
+        return Batch.pack(self.number, 0, self.letters + news)
 
 
 class Exchange:
     """All peers, contexts and jobs of one server."""
 
-    def __init__(self, version: str, kill: Callable[[], None]) -> None:
-        self._version = version
+    def __init__(self, kill: Callable[[], None]) -> None:
         self._kill = kill  # called when a controller says KILL; must not block
         self._started = time.monotonic()
         self._delivering = threading.Lock()  # held by the thread that empties the outbox
@@ -135,7 +132,7 @@ class Exchange:
         if kind in (Kind.HELLO, Kind.JOB, Kind.END, Kind.KILL):
             self.push()
             log.info("%s (user %r, Python %s): %s",
-                     peer.channel.name, peer.user, peer.hello["python"], frames.describe(kind, body))
+                     peer.channel.name, peer.user, peer.hello["python"], frame)
 
     def leave(self, peer: Peer) -> None:
         """The connection is gone: a node's batches are, too, and a controller's jobs end."""
@@ -237,14 +234,14 @@ class Exchange:
     def _declare(self, peer: Peer, batch: Batch) -> None:
         """A JOB opens its context on this connection. Its third letter is the context's initializer there."""
         letters, name = batch.letters(), batch.declaration["context"]
-        initializer = letters[2] if batch.count == 3 else peer.contexts.get(name)
+        initializer = letters[2:] or peer.contexts.get(name, [])
         if batch.job in peer.jobs:
             raise ProtocolError(f"job {batch.job} is there already")
-        if batch.declaration["initializer"] is (initializer is None):
+        if batch.declaration["initializer"] is not bool(initializer):
             raise ProtocolError(f"job {batch.job} and its context do not have the same initializer")
         peer.contexts[name] = initializer
-        nodes = self._contexts.setdefault(name, set())
-        job = DeclaredJob(next(self._ids["job"]), peer, batch.job, letters[:2], initializer, nodes)
+        job = DeclaredJob(next(self._ids["job"]), peer, batch.job, letters[:2], initializer,
+                          self._contexts.setdefault(name, set()))
         self._jobs[job.number] = peer.jobs[batch.job] = job
         self._scheduler.declare(job.number, peer.hello["python"])
 
@@ -297,7 +294,7 @@ class Exchange:
             for number, job in self._scheduler.jobs.items()
         ]
         return {"nodes": nodes, "jobs": jobs, "server": {
-            "version": self._version, "uptime": time.monotonic() - self._started, "memory": _memory()}}
+            "version": connect.hello()["version"], "uptime": time.monotonic() - self._started, "memory": _memory()}}
 
 
 def _memory() -> int | None:

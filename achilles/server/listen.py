@@ -33,7 +33,6 @@ import socketserver
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import config, console
@@ -71,19 +70,17 @@ class Server:
     """
 
     def __init__(self, settings: config.Settings, bind: str | None = None) -> None:
-        from .. import __version__
-
         self.settings = settings
         self._bind = bind
         self._keys = _derive(settings)
         self._decoys = [secrets.token_bytes(32), secrets.token_bytes(32)]  # for unknown users: the same work
         self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # to end; a signal handler may put
-        self._exchange = Exchange(__version__, kill=lambda: self.end("killed"))
+        self._exchange = Exchange(kill=lambda: self.end("killed"))
         self._readers: set[threading.Thread] = set()  # reader threads that have not ended
         self._places_lock = threading.Lock()
         # Connections before authentication, the oldest first: the address, and an event for the loss of the place.
         self._places: dict[socket.socket, tuple[str, threading.Event]] = {}
-        self._listener = _listen(bind or settings.host, settings.port, self._serve)
+        self._listener = _listen(bind or settings.host, settings.port, self)
         self.address = settings.host, self._listener.server_address[1]  # the host as it was given; the port is never 0
 
     def run(self) -> None:
@@ -102,12 +99,11 @@ class Server:
         self._close_all(reason)
 
     def end(self, reason: str) -> None:
-        """Let `run` return. `restart`: peers come back. `killed`: peers end, and so do those of the next 10 s."""
-        self._reasons.put(reason)
+        """Let `run` return. `restart`: peers come back. `killed`: peers end, and so do those of the next 10 s.
 
-    def read_again(self) -> None:
-        """Let `run` take the secrets that the file has now; connections stay. A signal handler may call this."""
-        self._reasons.put(READ_AGAIN)
+        With READ_AGAIN, `run` takes the secrets that the file has now, and goes on; connections stay.
+        """
+        self._reasons.put(reason)
 
     # In the thread that calls `run`.
 
@@ -152,52 +148,49 @@ class Server:
 
     # In a connection's reader thread.
 
-    def _serve(self, sock: socket.socket, client_address: Any, _: object) -> None:
+    def serve(self, sock: socket.socket, client_address: Any, _: object) -> None:
         """Authenticate a client, then read its frames until it is gone. The listener closes the socket."""
         address = client_address[0]
         threading.current_thread().name = f"achilles-reader {address}"
         self._readers.add(threading.current_thread())
         try:
-            with self._place(sock, address) as lost:
-                claimed, keys = connect.answer_claim(sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS)
-                if keys is None:
-                    log.warning("refused %s as user %r", address, claimed.user.decode(errors="replace"))
-                    lost.wait(REFUSAL_SECONDS)  # without its place, a client has no right to a thread either
-                sock.sendall(keys.server_proof if keys else auth.REFUSAL)
+            _, lost = self._places.get(sock, ("", None))
+            role, user, keys = connect.answer_claim(sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS)
+            if keys is None:
+                log.warning("refused %s as user %r", address, user.decode(errors="replace"))
+                if lost is not None:  # without its place, a client has no right to a thread either
+                    lost.wait(REFUSAL_SECONDS)
+            sock.sendall(keys.server_proof if keys else auth.REFUSAL)
+            self.dismiss(sock)
             if keys is not None:
-                self._serve_peer(sock, address, claimed, keys)
+                self._serve_peer(sock, address, role, user, keys)
         except (OSError, ProtocolError) as e:
             log.info("%s did not authenticate: %s", address, e)
         finally:
             self._readers.discard(threading.current_thread())
 
-    def _find_keys(self, claimed: auth.Claim) -> list[bytes]:
-        return self._keys if hmac.compare_digest(claimed.user, self.settings.username.encode()) else self._decoys
+    def _find_keys(self, user: bytes) -> list[bytes]:
+        return self._keys if hmac.compare_digest(user, self.settings.username.encode()) else self._decoys
 
-    @contextlib.contextmanager
-    def _place(self, sock: socket.socket, address: str) -> Iterator[threading.Event]:
-        """Hold a place for a client. If there are too many, the address with most places loses its oldest one.
-
-        Yields an event that is set when this place is lost.
-        """
-        lost = threading.Event()
+    def admit(self, sock: socket.socket, address: str) -> None:
+        """The accepter: give a client a place. If there are too many, the address with most loses its oldest one."""
         with self._places_lock:
-            self._places[sock] = address, lost
+            self._places[sock] = address, threading.Event()
             if len(self._places) > PLACES:
                 most = Counter(held for held, _ in self._places.values()).most_common(1)[0][0]
                 oldest = next(each for each, (held, _) in self._places.items() if held == most)
                 _take_away(oldest, self._places.pop(oldest)[1])
-        try:
-            yield lost
-        finally:
-            with self._places_lock:
-                self._places.pop(sock, None)
 
-    def _serve_peer(self, sock: socket.socket, address: str, claimed: auth.Claim, keys: auth.Keys) -> None:
+    def dismiss(self, sock: socket.socket) -> None:
+        """A client needs its place no longer, if it has it still."""
+        with self._places_lock:
+            self._places.pop(sock, None)
+
+    def _serve_peer(self, sock: socket.socket, address: str, role: bytes, user: bytes, keys: auth.Keys) -> None:
         sock.settimeout(channel.TICK_SECONDS)
         connect.set_options(sock)
-        link = channel.Channel(sock, claimed.role.decode() + "S", (keys.server_data, keys.client_data))
-        peer = Peer(link, claimed.role, claimed.user.decode(errors="replace"), address)
+        link = channel.Channel(sock, role.decode() + "S", (keys.server_data, keys.client_data))
+        peer = Peer(link, role, user.decode(errors="replace"), address)
         link.start_writer()
         self._exchange.enter(peer, _most_connections())
         try:
@@ -236,7 +229,7 @@ def run_server(
         server.end("restart")
 
     # Before the lines: a program that waits for the lines may signal at once.
-    with console.signal_handlers(on_signal, server.read_again):
+    with console.signal_handlers(on_signal, lambda: server.end(READ_AGAIN)):
         console.say("ALERT: achilles_server initiated at {}:{}\nListening for connections...".format(*server.address))
         server.run()
     return 130 if signal.SIGINT in told else 0
@@ -273,9 +266,9 @@ class _Listener(socketserver.ThreadingTCPServer):
     daemon_threads = True  # the server joins its readers itself, with a deadline
     request_queue_size = BACKLOG
 
-    def __init__(self, family: socket.AddressFamily, address: Any, serve: Any) -> None:
-        self.address_family = family
-        super().__init__(address, serve)
+    def __init__(self, family: socket.AddressFamily, address: Any, server: Server) -> None:
+        self.address_family, self._server = family, server
+        super().__init__(address, server.serve)  # type: ignore[arg-type]
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """accept()."""
@@ -287,21 +280,30 @@ class _Listener(socketserver.ThreadingTCPServer):
                 threading.Event().wait(NO_ROOM_SECONDS)
             raise
 
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Give the connection a place, before it has a thread."""
+        self._server.admit(request, client_address[0])
+        return True
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close the connection."""
+        self._server.dismiss(request)
+        super().shutdown_request(request)
+
     def handle_error(self, request: object, client_address: Any) -> None:
         """Our own error in a reader thread, or no thread for the reader or the writer: then pause as well."""
         log.exception("a connection failed: %s", client_address[0])
         threading.Event().wait(NO_ROOM_SECONDS)
 
 
-def _listen(host: str, port: int, serve: Callable[[socket.socket, Any, Any], None]) -> _Listener:
-    """Return a listener that gives connections to `serve`; AddressError, with a remedy, if there is none."""
+def _listen(host: str, port: int, server: Server) -> _Listener:
+    """Return a listener that gives connections to the server; AddressError, with a remedy, if there is none."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, *_, address = found[0]
-        return _Listener(family, address[:2], serve)
+        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return _Listener(family, address[:2], server)
     except OSError as e:
-        other = f"{e.strerror or e}; is this an address of this machine? --bind 0.0.0.0 listens at all of them"
-        reason = REASONS.get(e.errno or 0, other)
+        reason = REASONS.get(e.errno or 0, f"{e.strerror or e}; is this an address of this machine? --bind 0.0.0.0 "
+                                           "listens at all of them")
         error = AddressError(f"the server cannot listen at {host}:{port}: {reason}")
         error.errno = e.errno
         raise error from e

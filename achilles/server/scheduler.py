@@ -32,7 +32,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ProtocolError
-from ..protocol.frames import Batch, Gone, Kind
+from ..protocol.frames import U64, Batch, Gone, Kind
 from ..protocol.kinds import MAX_PYTHONS
 
 __all__ = ["Scheduler"]
@@ -86,10 +86,10 @@ class Scheduler:
         self.jobs[number] = ServerJob(number, self._groups[python])
 
     def add(self, batch: Batch) -> None:
-        """A batch of a declared job has come. ProtocolError if its attempt is waiting or held."""
+        """A batch of a declared job has come. ProtocolError if its attempt is out, or if no worker can count so far."""
         job = self.jobs[batch.job]
-        if batch.attempt in job.out:
-            raise ProtocolError(f"attempt {batch.attempt} is out already")
+        if batch.attempt in job.out or batch.end > U64 // 2:
+            raise ProtocolError(f"attempt {batch.attempt} is out already, or chunk {batch.end - 1} is beyond 2^63-2")
         job.out[batch.attempt] = batch
         job.waiting.append(batch)
         job.group.line_up(job)
@@ -123,15 +123,13 @@ class Scheduler:
     def cancel(self, number: int, first: int, end: int) -> None:
         """Give waiting batches of a job back that overlap the range; tell the nodes that hold a part of it."""
         job = self.jobs[number]
-        nodes: dict[int, None] = {}
-        for each in [each for each in job.out.values() if each.first < end and first < each.end]:
-            if isinstance(each, HeldBatch):
-                nodes[each.node.number] = None
-                continue
-            del job.out[each.attempt]
-            self._tell(Kind.GONE, None, Batch(number, each.first, each.count, each.attempt, flags=Gone.RETURNED))
+        overlapping = [each for each in job.out.values() if each.first < end and first < each.end]
+        for each in overlapping:
+            if isinstance(each, Batch):
+                del job.out[each.attempt]
+                self._tell(Kind.GONE, None, Batch(number, each.first, each.count, each.attempt, flags=Gone.RETURNED))
         job.waiting = deque(batch for batch in job.waiting if batch.attempt in job.out)
-        for node in nodes:
+        for node in dict.fromkeys(each.node.number for each in overlapping if isinstance(each, HeldBatch)):
             self._tell(Kind.CANCEL, node, Batch(number, first, end - first))
         job.group.line_up(job)
         self._give(job.group)  # the batch that is first now may be quick
@@ -234,8 +232,7 @@ class ScheduledNode:
         self.number, self.group, self.cpu_count = number, group, cpu_count
         self.held: dict[tuple[int, int], HeldBatch] = {}  # (job, attempt) -> batch, in the order of giving
         self.draining = False
-        self.done = 0  # chunks
-        self.taken = 0  # places that were taken away
+        self.done = self.taken = 0  # chunks; places that were taken away
         self.paused_until = 0.0  # then the taken places come back
         self.pause_seconds = PAUSE_SECONDS  # of the next pause
 
@@ -253,8 +250,8 @@ class ServerJob:
     def counts(self) -> dict[str, int]:
         """Return the counts of chunks that a STATUS has."""
         queued = sum(batch.count for batch in self.waiting)
-        out = sum(each.end - each.first for each in self.out.values())
-        return {"queued": queued, "running": out - queued, "done": self.done}
+        running = sum(each.end - each.first for each in self.out.values() if isinstance(each, HeldBatch))
+        return {"queued": queued, "running": running, "done": self.done}
 
 
 class HeldBatch:

@@ -239,7 +239,7 @@ def _things(settings: config.Settings, controller: Controller, cluster: Watched)
     pool.terminate()
     pool.join()
     return [settings, settings.secret, [settings], {"secret": settings.secret}, (settings.secret,), controller, made,
-            controller._channel, keys, auth.Tagger(keys.client_data), auth.Checker(keys.client_data), pool]
+            controller._channel, keys, auth.Tagger(keys.client_data), pool]
 
 
 def settings_of(port: int, settings: config.Settings) -> config.Settings:

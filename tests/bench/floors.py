@@ -38,7 +38,7 @@ TAGGER = auth.Tagger(secrets.token_bytes(32))
 FLOORS: dict[str, Callable[[], Any]] = {
     "HMAC-SHA256 of 4 MiB": lambda: hmac.digest(b"k" * 32, LETTER, "sha256"),
     "SHA-256 of 4 MiB": lambda: hashlib.sha256(LETTER).digest(),
-    "HMAC-SHA256 of 100 bytes, as a frame's tag": lambda: TAGGER.tag(b"12345678", LETTER[:92]),
+    "HMAC-SHA256 of 100 bytes, as a frame's tag": lambda: TAGGER.tag(LETTER[:100]),
     "a copy of 4 MiB": lambda: bytearray(LETTER),
     "pickle: dump 1,000 ints": lambda: pickle.dumps(SMALL, 5),
     "dill: dump 1,000 ints": lambda: dill.dumps(SMALL, 5),

@@ -63,8 +63,7 @@ class Load(NamedTuple):
             letter = LongLetter([bytes(self.letter_bytes)], b"\1" * 32, self.letter_bytes)
             return Batch.pack(job, first, [letter] * self.count, attempt=attempt, number=BATCH_US)
         table = struct.pack(">Q", self.letter_bytes) * self.count
-        return Batch(job, first, self.count, attempt, BATCH_US, table=table,
-                     shorts=bytes(self.letter_bytes * self.count))
+        return Batch(job, first, self.count, attempt, BATCH_US, packed=table + bytes(self.letter_bytes * self.count))
 
 
 LOADS = (
@@ -184,7 +183,7 @@ class Swarm:
         elif kind is Kind.TASK:
             self._send(link, Kind.RESULT, Batch(
                 body.job, body.first, body.count, body.attempt, 1, statuses=bytes(body.count),
-                table=bytes(8 * body.count)))
+                packed=bytes(8 * body.count)))
         elif kind is Kind.RESULT:
             count = self._out.pop((body.first, body.attempt), None)
             assert count == body.count, f"an answer of {body.count} chunks from {body.first} on, and not of {count}"

@@ -46,7 +46,7 @@ class FakeLink(Link):
         with self.changed:
             self.cluster = workers, largest or workers
             self.changed.notify_all()
-            self.cluster_changed()
+            self.fill()
 
     # What was posted.
 
@@ -153,7 +153,7 @@ def begin_fed(link: FakeLink, args: Any, **more: Any) -> Call:
     """A call of which nothing is sent before all is fed, however slow this machine is."""
     link.connected = False
     call = begin(link, args, flat=True, **more)
-    assert call.fed.wait(SECONDS)
+    assert call._feeder.ended.wait(SECONDS)
     link.connected = True
     with link.lock:
         link.fill()
@@ -171,7 +171,7 @@ def begin_fixture() -> Iterator[Any]:
 
     yield run
     for call in made:
-        call.stop()
+        call.close(None, InterruptedError())
 
 
 def take_all(call: Call) -> list[Any]:

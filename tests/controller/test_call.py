@@ -80,7 +80,7 @@ def test_take_is_woken_by_an_answer_and_by_a_failure(start):
     call = start(range(2), flat=True)
     threading.Timer(0.05, lambda: call.link.square(call.link.batches(1)[0])).start()
     assert call.take(SECONDS) == (0, [0], {})
-    threading.Timer(0.05, call.stop).start()
+    threading.Timer(0.05, call.close, (None, InterruptedError())).start()
     with pytest.raises(InterruptedError):
         call.take(SECONDS)
 
@@ -103,7 +103,7 @@ def test_each_caller_gets_an_exception_object_of_its_own():
 def test_a_blocking_map_feeds_in_the_thread_that_takes():
     link = FakeLink(1)
     call = begin(link, range(200), flat=True, inline=True)
-    assert call._feeder._thread is None and not call.fed.is_set()
+    assert call._feeder._thread is None and not call._feeder.ended.is_set()
     node = threading.Thread(target=lambda: answer(link, call, 200))
     node.start()
     assert values(call) == [n * n for n in range(200)]

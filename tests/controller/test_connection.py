@@ -18,7 +18,14 @@ from achilles.controller import connection as controller_module
 from achilles.controller.call import Call
 from achilles.controller.connection import Controller
 from achilles.controller.job import Job
-from achilles.errors import AuthenticationError, ClusterKilled, ProtocolError, ServerUnreachable, VersionError
+from achilles.errors import (
+    AuthenticationError,
+    ClusterKilled,
+    NoNodesError,
+    ProtocolError,
+    ServerUnreachable,
+    VersionError,
+)
 from achilles.objects import letters
 from achilles.protocol import auth
 from achilles.protocol.connect import PYTHON
@@ -229,6 +236,27 @@ def test_a_lost_server_gets_the_jobs_anew_and_only_what_is_not_answered(free_por
         assert sorted(node.tasks()) == list(range(6, 12))
         assert len(node.kinds(Kind.JOB)) == 1
         controller.close()
+
+
+@pytest.mark.parametrize("minutes", [1, 60])
+def test_what_was_before_nobody_looked_does_not_count(minutes):
+    """A pool that works or rests for an hour looks at nothing; then its cluster is started anew."""
+    controller = Controller(lambda: settings(1), wait_for_nodes=30)
+    controller._cluster = {"workers": 0}
+    controller.look()
+
+    def wait(seconds):
+        controller._looked -= seconds
+        controller._lonely_since -= seconds
+
+    wait(60 * minutes)
+    controller.look()
+    for _ in range(29):
+        wait(1)
+        controller.look()
+    wait(1)
+    with pytest.raises(NoNodesError, match="within 30 s"):
+        controller.look()
 
 
 def test_a_server_that_stays_away_is_named(free_port, monkeypatch):

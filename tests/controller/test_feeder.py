@@ -11,7 +11,7 @@ from conftest import SECONDS
 from fake_link import MOMENT_SECONDS, FakeLink, begin, begin_fixture, make_job, take_all, values  # noqa: F401
 
 from achilles.controller.call import Call, NotYet
-from achilles.controller.results import FlatResults
+from achilles.controller.results import Results
 from achilles.errors import DumpError, LetterTooLarge
 from achilles.protocol.frames import Kind
 
@@ -21,7 +21,7 @@ start = begin_fixture
 
 def fed(call):
     """The arguments of each chunk, in order, when all is fed and sent. Every batch is answered."""
-    answer_until(call, call.fed.is_set)
+    answer_until(call, call._feeder.ended.is_set)
     answer_all(call)
     return [arguments for batch in sorted(call.link.batches(), key=lambda batch: batch.first)
             for arguments in call.link.arguments(batch)]
@@ -84,7 +84,7 @@ def test_nothing_is_over_at_once(start, args, flat):
 
 def test_a_short_sequence_is_fed_without_a_thread(start):
     call = start(list(range(64)), flat=True, buffersize=64, workers=64)
-    assert call.fed.is_set() and call._feeder._thread is None
+    assert call._feeder.ended.is_set() and call._feeder._thread is None
     assert call.link.chunks() == [[n] for n in range(64)]
 
 
@@ -96,7 +96,7 @@ class Slow:
 
 def test_a_caller_is_not_kept_long_by_what_it_feeds(start):
     call = start([Slow() for _ in range(10)], flat=True)
-    assert not call.fed.is_set(), "the thread goes on where the caller stopped"
+    assert not call._feeder.ended.is_set(), "the thread goes on where the caller stopped"
     assert fed(call) == [[1]] * 10
 
 
@@ -106,7 +106,7 @@ def test_a_call_may_find_its_chunksize_itself(us, size, args):
     """1 ms of work in a chunk, once the pace is known."""
     call = begin(FakeLink(8), args, flat=True, us=us, largest=3000)
     assert len(call.link.chunks(1)[0]) == size
-    call.stop()
+    call.close(None, InterruptedError())
 
 
 # The window.
@@ -139,7 +139,7 @@ def test_the_window_grows_with_the_cluster_and_can_be_lifted(start):
     call.link.set_workers(5)
     feeder_stands_still(call, 64 + 10)
     call.lift_window()
-    assert call.fed.wait(SECONDS)
+    assert call._feeder.ended.wait(SECONDS)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -169,13 +169,13 @@ def test_buffersize_is_never_passed_by_one_argument(start, flat, chunksize, size
 @pytest.mark.parametrize(("chunksize", "largest", "size"), [(3, None, 5), (4, None, 10), (1, 125, 4)])
 def test_buffersize_is_never_passed_by_one_chunk(args, chunksize, largest, size, monkeypatch):
     """Of a sequence, too, and where the call finds its chunksize itself."""
-    out, enter = [], FlatResults.enter
-    monkeypatch.setattr(FlatResults, "enter", lambda self, run: (enter(self, run), out.append(self.out)))
+    out, enter = [], Results.enter
+    monkeypatch.setattr(Results, "enter", lambda self, run: (enter(self, run), out.append(self.out)))
     call = begin(
         FakeLink(2), args, flat=True, chunksize=chunksize, largest=largest, buffersize=size, us=0.1)
     play(call)
     assert values(call) == [n * n for n in range(500)] and size - chunksize < max(out) <= size
-    call.stop()
+    call.close(None, InterruptedError())
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -184,14 +184,14 @@ def test_a_full_window_of_a_sequence_hangs_nobody(size, inline):
     call = begin(FakeLink(8), range(20), buffersize=size, inline=inline)
     play(call)
     assert values(call) == [n * n for n in range(20)]
-    call.stop()
+    call.close(None, InterruptedError())
 
 
 def play(call, workers=8):
     """A server and a node that answer in a thread, until the call is over."""
     def run():
         done = 0
-        while not call._over and call.results.error is None:
+        while not call.results.over and call.results.error is None:
             for batch in call.link.batches()[done:]:
                 done += 1
                 if batch.flags & 2:
@@ -280,17 +280,17 @@ def test_what_a_nudge_sends_while_the_iterator_runs_is_sent_once_and_kept_no_lon
             yield n
 
     call.start()
-    assert call.fed.wait(SECONDS)
+    assert call._feeder.ended.wait(SECONDS)
     assert [x for arguments in link.chunks() for x in arguments] == [*range(60)]
     assert not call._feeder._open
-    call.stop()
+    call.close(None, InterruptedError())
 
 
 def test_stop_ends_a_feeder_that_waits_for_room(start):
     call = start(itertools.count())
     feeder_stands_still(call, 64 + 16)
     began = time.monotonic()
-    call.stop()
+    call.close(None, InterruptedError())
     assert time.monotonic() - began < 5
     call._feeder._thread.join(SECONDS)
     assert not call._feeder._thread.is_alive()
@@ -307,7 +307,7 @@ def test_an_iterator_is_not_read_on_after_the_end(start):
 
     call = start(stream, chunksize=50, flat=True)
     assert call.link.chunks(1)
-    call.stop()
+    call.close(None, InterruptedError())
     before = len(pulled)
     call._feeder._thread.join(SECONDS)
     assert not call._feeder._thread.is_alive() and len(pulled) <= before + 50

@@ -7,8 +7,8 @@ from conftest import SECONDS
 from fake_link import FakeLink, begin_fed, begin_fixture, make_job, take_all, values  # noqa: F401
 
 from achilles.controller.call import NotYet
-from achilles.controller.results import Run
-from achilles.controller.singles import Singles
+from achilles.controller.results import NOBODY, Run
+from achilles.dropin.dispatcher import Singles
 from achilles.errors import LetterAltered, ProtocolError, TaskTimeout, WorkerLost
 from achilles.objects import letters
 from achilles.protocol.frames import CAREFUL, SHORT_LETTER_BYTES, TELL, Batch, Gone, Kind, LongLetter, Status, letter_of
@@ -400,7 +400,7 @@ def test_short_letters_of_a_batch_are_at_most_a_mebibyte():
     call = begin_fed(FakeLink(1), ["x" * 800] * 4000, us=0.1, buffersize=4000)
     batches = call.link.batches(1)
     assert max(batch.count for batch in batches) > 500
-    assert all(batch.size() <= 1 << 20 for batch in batches)
+    assert all(sum(batch.lengths) <= 1 << 20 for batch in batches)
 
 
 # Singles: apply and submit.
@@ -420,7 +420,7 @@ class Entry:
 def submit(link, job, argument):
     entry = Entry()
     with link.lock:
-        if job.sink is None:
+        if job.sink is NOBODY:
             job.sink = Singles(lambda: None)
         job.sink.entries[job.next] = entry
         found, = letters.dump_chunks(job.context, [argument], 1)

@@ -12,7 +12,7 @@ from achilles.controller import link as link_module
 from achilles.controller.call import Call
 from achilles.controller.job import Job
 from achilles.controller.link import KEPT_BYTES, KEPT_JOBS
-from achilles.errors import WorkerLost
+from achilles.errors import ProtocolError, WorkerLost
 from achilles.objects import letters
 from achilles.protocol.frames import TELL, Batch, Gone, Kind, letter_of
 
@@ -22,7 +22,7 @@ start = begin_fixture
 
 def out(link):
     """Batches that were sent and are not answered, as the link counts."""
-    return link._out
+    return sum(len(job.out) for job in link.jobs.values())
 
 
 # How many batches are out.
@@ -84,7 +84,7 @@ def test_jobs_take_turns():
     sent = [batch.job for batch in link.batches()[finish_after:]]
     assert {sent.count(job) for job in sent} == {2} and len(set(sent)) == 3
     for call in calls:
-        call.stop()
+        call.close(None, InterruptedError())
 
 
 def test_a_small_call_is_not_behind_a_large_one():
@@ -94,7 +94,7 @@ def test_a_small_call_is_not_behind_a_large_one():
     for batch in link.batches()[:2]:
         link.square(batch, us=1_000_000)
     assert small.job.number in [batch.job for batch in link.batches()]
-    large.stop()
+    large.close(None, InterruptedError())
 
 
 def test_without_a_node_two_batches_are_on_their_way_and_the_others_follow_it(start):
@@ -341,7 +341,7 @@ def test_what_is_sent_again_takes_no_chunk_along_that_was_not_given(start):
     link.connected = False
     link.gone_back(batch, Gone.LOST)
     call.lift_window()
-    assert call.fed.wait(SECONDS)
+    assert call._feeder.ended.wait(SECONDS)
     link.connected = True
     link.set_workers(1)
     done = 1
@@ -352,3 +352,50 @@ def test_what_is_sent_again_takes_no_chunk_along_that_was_not_given(start):
             link.give(batch, 1)
         link.square(batch)
     assert values(call) == [n * n for n in range(200)]
+
+
+@pytest.mark.parametrize("name", ["_declare", "post"])
+def test_ctrl_c_in_a_fill_loses_no_chunk_of_another_call(name, monkeypatch):
+    """The thread that is interrupted may make the batches of any call."""
+    link = FakeLink(2)
+    link.connected = False
+    call = begin(link, range(5), flat=True)
+    assert call._feeder.ended.wait(SECONDS)
+    link.connected = True
+    real = getattr(FakeLink, name)
+
+    def interrupted(self, *more):
+        real(self, *more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeLink, name, interrupted)
+    with link.lock, pytest.raises(KeyboardInterrupt):
+        link.fill()
+    monkeypatch.undo()
+    with link.lock:
+        link.fill()
+    link.finish()
+    assert values(call) == [n * n for n in range(5)] and not call.job.owes
+    call.close(None, InterruptedError())
+
+
+def test_a_part_of_a_batch_that_is_given_ends_the_connection_and_not_every_one_after_it():
+    """A chunk of it could be answered on no later connection: a part of its batch would be given, the rest never."""
+    link = FakeLink(1)
+    link.connected = False
+    call = begin(link, range(6), us=1)
+    assert call._feeder.ended.wait(SECONDS)
+    link.connected = True
+    with link.lock:
+        link.fill()
+    batch, = link.batches(1)
+    with pytest.raises(ProtocolError, match="given"):
+        link.handle_batch(Kind.GIVEN, Batch(batch.job, batch.first, batch.count - 1, batch.attempt, 8))
+    with link.lock:
+        link.forget_connection()
+        link.fill()
+    batch = link.batches(2)[-1]
+    link.give(batch, 8)
+    link.square(batch)
+    assert values(call) == [n * n for n in range(6)]
+    call.close(None, InterruptedError())

@@ -75,7 +75,7 @@ def test_the_window_follows_the_pace():
     assert Pace().window(1, 8) == small
     assert paced(1_000_000).window(1, 8) == small + 2 * (2 * 8 + 2), "two rounds of batches of one chunk"
     assert paced(1000).window(1, 8) == small + 2 * (2 * 8 + 2) * 50
-    assert paced(0.05).window(1, 8) == small + pace.MOST_WINDOW_CHUNKS
+    assert paced(0.05).window(1, 8) == small + pace.MAX_CHUNKS
 
 
 def test_the_worth_of_a_batch_grows_while_the_controller_is_late_and_falls_slowly():

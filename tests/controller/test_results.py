@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from achilles.controller.results import WINDOW_BYTES, Answered, FlatResults, PacketResults, Run
-from achilles.controller.singles import Singles
+from achilles.controller.results import WINDOW_BYTES, Answered, Results, Run
+from achilles.dropin.dispatcher import Singles
 from achilles.errors import ProtocolError
 
 
@@ -16,9 +16,9 @@ def run(first, count=1, size=1, arguments=None, place=None, start=None, letter=b
                size * count if arguments is None else arguments, place)
 
 
-def answered(first, letters, **more):
+def answered(first, letters, letter=b"x", **more):
     """One answer a chunk: its letter is its name."""
-    made = run(first, len(letters), **more)
+    made = run(first, len(letters), letter=letter, **more)
     return Answered(made, bytes(len(letters)), [letter.encode() for letter in letters])
 
 
@@ -42,16 +42,23 @@ def ordered(request):
 
 
 def flat(ordered, *, by_argument=False, first=0, ready=None):
-    made = FlatResults(threading.Lock(), ordered, by_argument, ready)
-    made.begin(first)
-    made.changed = made.room = Told()
-    return made
+    return told(Results(threading.Lock(), ordered, by_argument, False, ready, first))
 
 
 def packets(ordered, by_argument=False):
-    made = PacketResults(threading.Lock(), ordered, by_argument)
-    made.changed = made.room = Told()
+    return told(Results(threading.Lock(), ordered, by_argument, True))
+
+
+def told(made):
+    made.changed, made.room = Told(), Told()
     return made
+
+
+def take(buf):
+    """The only piece of the next delivery."""
+    found = buf.take()
+    assert found is None or len(found) == 1
+    return found and found[0]
 
 
 class Told:
@@ -86,11 +93,11 @@ def test_an_argument_is_named_by_its_index_or_by_its_place_in_a_list():
 def test_in_order_nothing_comes_before_the_next_one():
     buf = flat(True)
     buf.put(answered(1, "b"))
-    assert buf.take() is None
+    assert take(buf) is None
     buf.put(answered(2, "cd"))
     buf.put(answered(0, "a"))
-    assert [names(buf.take()) for _ in range(3)] == ["a", "b", "cd"]
-    assert buf.take() is None and not buf.over
+    assert [names(take(buf)) for _ in range(3)] == ["a", "b", "cd"]
+    assert take(buf) is None and not buf.over
     buf.finish(4, None)
     assert buf.over
 
@@ -99,18 +106,18 @@ def test_out_of_order_it_comes_as_it_was_answered():
     buf = flat(False)
     buf.put(answered(3, "d"))
     buf.put(answered(0, "ab"))
-    assert [names(buf.take()) for _ in range(3)] == ["d", "ab", None]
+    assert [names(take(buf)) for _ in range(3)] == ["d", "ab", None]
     buf.finish(4, None)
     assert not buf.over
     buf.put(answered(2, "c"))
-    buf.take()
+    take(buf)
     assert buf.over
 
 
 def test_a_call_begins_where_the_one_before_it_in_its_job_ended(ordered):
     buf = flat(ordered, first=100)
     buf.put(answered(100, "ab", start=0))
-    assert buf.take().run.start == 0
+    assert take(buf).run.start == 0
     buf.finish(102, None)
     assert buf.over
 
@@ -118,7 +125,7 @@ def test_a_call_begins_where_the_one_before_it_in_its_job_ended(ordered):
 def test_nothing_at_all_is_over_at_once(ordered):
     buf = flat(ordered)
     buf.finish(0, None)
-    assert buf.over and buf.take() is None
+    assert buf.over and take(buf) is None
 
 
 def test_who_takes_is_told_when_the_next_one_is_there_and_of_the_end(ordered):
@@ -151,10 +158,10 @@ def test_the_window_counts_chunks_until_they_are_taken():
     assert buf.free(2) == 0
     buf.put(answered(0, "a"))
     assert buf.free(2) == 0, "an answer is not taken yet"
-    buf.take()
+    take(buf)
     assert buf.free(2) == 1
     buf.put(answered(1, "b"))
-    buf.take()
+    take(buf)
     assert buf.free(2) == 2
 
 
@@ -164,7 +171,7 @@ def test_a_window_of_arguments_is_given_back_chunk_by_chunk(ordered):
     assert buf.free(5) == 0
     buf.put(answered(0, "abc", size=2, arguments=5))
     found = []
-    while (taken := buf.take()) is not None:
+    while (taken := take(buf)) is not None:
         found.append((names(taken), taken.run.arguments, buf.free(5)))
     assert found == [("a", 2, 2), ("b", 2, 4), ("c", 1, 5)]
 
@@ -175,7 +182,8 @@ def test_no_more_enters_than_256_mib():
     assert buf.free(10) == 9
     buf.enter(run(1, letter=Length(1)))
     assert buf.free(10) == 0
-    buf.taken(run(0, letter=Length(WINDOW_BYTES)))
+    buf.put(answered(0, "a", letter=Length(WINDOW_BYTES)))
+    take(buf)
     assert buf.free(10) == 9
 
 
@@ -189,20 +197,21 @@ def test_one_chunk_may_always_go_when_nothing_is_out():
 def test_a_list_counts_as_one_argument():
     buf = packets(True, by_argument=True)
     buf.enter(run(0, 3, size=4, place=0, start=0))
-    buf.enter(run(3, 2, size=3, place=0, start=12))
     assert buf.out == 1
-    buf.taken(run(3, 2, size=3, place=0, start=12))
-    buf.taken(run(0, 3, size=4, place=0, start=0))
-    assert buf.out == 0
+    buf.put(answered(1, "bc", size=4, place=0, start=4))
+    buf.put(answered(0, "a", size=4, place=0, start=0))
+    assert len(buf.take()) == 2 and buf.out == 0
 
 
 def test_the_feeder_is_woken_when_a_quarter_of_the_window_is_free():
     buf = flat(True)
     assert buf.free(8) == 8
     buf.enter(run(0, 8))
-    buf.taken(run(0))
+    buf.put(answered(0, "a"))
+    buf.put(answered(1, "b"))
+    take(buf)
     assert buf.room.count == 0
-    buf.taken(run(1))
+    take(buf)
     assert buf.room.count == 1
 
 
@@ -212,8 +221,8 @@ def test_the_feeder_is_woken_when_a_quarter_of_the_window_is_free():
 def lengths(buf):
     """The lengths of the packets that are there, in chunks."""
     found = []
-    while (unit := buf.take()) is not None:
-        found.append(sum(len(piece.letters) for piece in unit.pieces))
+    while (pieces := buf.take()) is not None:
+        found.append(sum(len(piece.letters) for piece in pieces))
     return found
 
 
@@ -228,8 +237,8 @@ def test_packets_of_nodes_of_two_and_six_workers_are_contiguous_and_as_long_as_t
     pieces = [answered(0, "abcdefg"), answered(7, "hijklmn")]
     for number in order:
         buf.put(pieces[number])
-    found = [(unit.first, b"".join(b"".join(piece.letters) for piece in unit.pieces))
-             for unit in iter(buf.take, None)]
+    found = [(pieces[0].run.first, b"".join(b"".join(piece.letters) for piece in pieces))
+             for pieces in iter(buf.take, None)]
     assert sorted(found) == [(0, b"ab"), (2, b"cd"), (4, b"efghij"), (10, b"kl"), (12, b"mn")]
 
 
@@ -250,9 +259,9 @@ def test_out_of_order_a_packet_comes_when_it_is_complete():
     buf = packets(False)
     buf.give(0, 4, 2, 4)
     buf.put(answered(2, "cd"))
-    assert buf.take().first == 2
+    assert buf.take()[0].run.first == 2
     buf.put(answered(0, "ab"))
-    assert buf.take().first == 0
+    assert buf.take()[0].run.first == 0
 
 
 def test_the_last_packet_ends_with_the_call():
@@ -314,15 +323,14 @@ def test_giving_what_is_not_next_is_the_servers_fault(given):
         buf.give(*given, 5)
 
 
-def test_each_list_is_a_packet_of_its_own_empty_ones_too():
+def test_each_list_is_a_packet_of_its_own():
     buf = packets(True)
-    buf.add_list(0, 0, 2)
-    buf.add_list(1, 2, 2)
-    buf.add_list(2, 2, 3)
-    buf.put(answered(2, "c", place=2))
+    buf.enter(run(0, 2, place=0))
+    buf.enter(run(2, 1, place=1))
+    buf.put(answered(2, "c", place=1))
     assert buf.take() is None
     buf.put(answered(0, "ab", place=0))
-    assert [unit.place for unit in iter(buf.take, None)] == [0, 1, 2]
+    assert [pieces[0].run.place for pieces in iter(buf.take, None)] == [0, 1]
     buf.finish(3, None)
     assert buf.over
     with pytest.raises(ProtocolError):

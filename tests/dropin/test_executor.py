@@ -8,9 +8,11 @@ import gc
 import inspect
 import itertools
 import os
+import subprocess
 import threading
 
 import pytest
+from cluster import PYTHON, environment
 from conftest import SECONDS, in_a_child, wait_until
 
 from achilles import Executor, LocalCluster, ServerUnreachable, cluster_status
@@ -233,6 +235,17 @@ def test_shutdown_without_waiting_leaves_the_work_to_be_done(make, tmp_path):
     release(path)
     assert [future.result(SECONDS) for future in futures] == [None] * 8
     wait_until(lambda: not executor._dispatcher._thread.is_alive(), "the end of the dispatcher")
+
+
+def test_the_interpreter_waits_for_an_executor_that_was_shut_down_without_waiting(cluster):
+    place = {name: getattr(cluster.settings, name) for name in ("host", "port", "username")}
+    script = f"""if True:
+        import achilles, time
+        executor = achilles.Executor(**{place!r}, secret_key={cluster.settings.secret.reveal()!r})
+        executor.submit(time.sleep, 0.5).add_done_callback(lambda future: print("done"))
+        executor.shutdown(wait=False)"""
+    done = subprocess.run([*PYTHON, "-c", script], env=environment(), capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"done\n", b"")
 
 
 def test_shutdown_may_cancel_what_is_queued(make, tmp_path):

@@ -82,15 +82,13 @@ def seeds() -> list[bytes]:
         elif kind in kinds.RANGES:
             body = Batch(7, *(low for low, _ in kinds.RANGES[kind]))
         else:
-            fields = dict(kinds.FIELDS[kind])
-            for link in links:
-                fields |= kinds.LINK_FIELDS.get((link, kind), {})
+            fields = kinds.FIELDS[kind] | kinds.SERVER_FIELDS[kind]
             numbers = {"nodes": 1} if kind is Kind.CLUSTER else {}
             body = {name: (values | numbers).get(name, 7) for name in fields}
         frame = frames.Frame(kind, body)
         found += [bytes([kinds.LINKS.index(link)]) + 2 * targets.encoded(frame) for link in links]
         found.append(bytes([SIGNED | kinds.LINKS.index(links[0])]) + targets.encoded(frame) + bytes(32))
-        found.append(bytes([PAYLOAD | list(Kind).index(kind)]) + frames.encode(kind, body)[1])
+        found.append(bytes([PAYLOAD | list(Kind).index(kind)]) + frames.encode(kind, body)[0][frames.HEAD.size :])
     return found
 
 

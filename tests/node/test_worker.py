@@ -362,7 +362,7 @@ def test_a_frame_holds_no_more_letters_than_it_may(node: Node) -> None:
     node.declare(large)
     node.give(*[[900]] * 3000, [3_000_000], [3_000_000], [3_000_000], *[[900]] * 3)
     answers = node.results(3006)
-    assert max(len(answer.shorts) for answer in answers) <= frames.MAX_SHORT_BYTES
+    assert max(sum(answer.lengths) - sum(map(len, answer.longs)) for answer in answers) <= frames.MAX_SHORT_BYTES
     assert max(sum(map(len, answer.longs)) for answer in answers) <= frames.MAX_LONG_BYTES
 
 
@@ -381,6 +381,24 @@ def test_a_sleeping_guard_wakes_for_a_batch(node: Node, monkeypatch: pytest.Monk
     threading.Event().wait(0.1)  # it has looked for the last time
     began = time.monotonic()
     node.give([0], [3], [0], first=1)
+    assert node.channel.receive() and time.monotonic() - began < 2
+
+
+def test_a_guard_that_looks_between_two_batches_wakes(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "QUIET_SECONDS", 5.0)
+    is_set = node.worker._wake.is_set
+
+    def slow() -> bool:  # the guard sleeps for 20 ms, clears and looks meanwhile
+        found = bool(is_set())
+        threading.Event().wait(0.1 * found)
+        return found
+
+    monkeypatch.setattr(node.worker._wake, "is_set", slow)
+    node.declare(nap)
+    for first in range(2):  # the guard sleeps when the second one comes
+        node.outcomes([0], first=first)
+    began = time.monotonic()
+    node.give([0], [3], [0], first=2)
     assert node.channel.receive() and time.monotonic() - began < 2
 
 
@@ -405,6 +423,27 @@ def test_a_batch_that_is_taken_back_whole_is_not_begun(node: Node) -> None:
     node.say(Kind.TASK, Batch.pack(1, 0, letters))
     assert wait_until(lambda: status[CHUNK] == -1 and status[PHASE] == IDLE)
     assert seen == []
+
+
+def test_a_worker_that_has_seen_a_batch_is_not_idle_until_it_has_left_it(node: Node) -> None:
+    class Noted:
+        """The status array; `seen` has the phases in which its chunk was written."""
+
+        def __getitem__(self, place: int) -> int:
+            return int(status[place])
+
+        def __setitem__(self, place: int, value: int) -> None:
+            if place == CHUNK:
+                seen.append(status[PHASE])
+            status[place] = value
+
+    node.declare(abs)
+    node.outcomes([1])
+    node.worker._status = Noted()
+    status[CHUNK], status[LIMIT] = -2, 1  # taken back before it began
+    node.say(Kind.TASK, Batch.pack(1, 1, [node.chunk([1])]))
+    assert wait_until(lambda: status[CHUNK] == 0 and status[PHASE] == IDLE)
+    assert seen == [FUNCTION, FUNCTION]
 
 
 def test_a_function_may_return_a_buffer_that_it_uses_again(node: Node) -> None:
@@ -485,6 +524,26 @@ def test_a_worker_whose_node_is_gone_before_it_looks_ends_at_once() -> None:
     process.join(10)
     with ours, theirs:
         assert process.exitcode == 1
+    process.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_guard_that_cannot_send_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    global status
+    monkeypatch.setattr(worker, "GUARD_SECONDS", 0.5)  # the node is gone before the guard sends
+    ours, theirs = socket.socketpair()
+    context = multiprocess.get_context("fork")
+    status = context.RawArray("q", 4)
+    process = context.Process(target=worker.main, args=(theirs, status, os.getpid(), (ours,)), daemon=True)
+    process.start()
+    theirs.close()
+    with ours:
+        node = Node(ours)
+        node.declare(nap)
+        node.give([0], [8])
+        assert wait_until(lambda: status[CHUNK] == 1)
+    process.join(4)
+    assert process.exitcode == 1
     process.close()
 
 

@@ -31,7 +31,6 @@ from achilles.node.runner import CALL, CHUNK, PHASE
 from achilles.node.workers import Workers
 from achilles.objects.letters import Context, dump_chunk
 from achilles.objects.outcomes import load_outcomes
-from achilles.protocol.fields import check_fields
 from achilles.protocol.frames import (
     CAREFUL,
     NOTE,
@@ -45,6 +44,7 @@ from achilles.protocol.frames import (
     encode,
     joined,
 )
+from achilles.protocol.kinds import check_fields
 from achilles.protocol.reader import FrameReader
 
 METHODS = multiprocess.get_all_start_methods()
@@ -59,6 +59,7 @@ class Loop:
         self.heard: list[tuple[Kind, Batch]] = []
         self.workers = Workers(count, method, self.selector, lambda kind, body: self.heard.append((kind, body)), node=3)
         self.given: dict[tuple[int, int], Letter] = {}  # by job and number
+        self.waits = True  # for workers to start
         self.given_again = 0  # of what is heard, up to here
         self.context = Context(caller=True)
         self.had: set[str] = set()  # contexts whose initializer was sent
@@ -74,7 +75,10 @@ class Loop:
         self.workers.declare(came(Kind.JOB, Batch.pack(job, 0, letters)))
 
     def add(self, *chunks: Any, job: int = 1, first: int = 0, us: int = 0, flags: int = 0) -> None:
-        """One batch, each chunk a list of arguments."""
+        """One batch, each chunk a list of arguments. The first one waits for all workers: it would be returned."""
+        if not self.given and self.waits:
+            self.until(lambda: len(self.pids) == self.workers.count and all(
+                worker.status[PHASE] for worker in self.workers._workers))
         letters = [letter(dump_chunk(self.context, list(arguments))) for arguments in chunks]
         self.given.update(((job, number), each) for number, each in enumerate(letters, first))
         self.workers.add(came(Kind.TASK, Batch.pack(job, first, letters, attempt=2, number=us, flags=flags)))
@@ -150,8 +154,8 @@ def letter(parts: Any) -> Letter:
 def came(kind: Kind, batch: Batch) -> Batch:
     """The batch as it comes over a link."""
     reader = FrameReader("SN", None)
-    head, envelope, letters = encode(kind, batch)
-    data = b"".join([head, envelope, *letters])
+    signed, letters = encode(kind, batch)
+    data = b"".join([signed, *letters])
     while True:
         with reader.space() as space:
             count = min(len(space), len(data))
@@ -363,6 +367,49 @@ def test_a_worker_that_dies_before_it_is_ready_is_not_started_again_at_once(loop
     assert 2 <= len(started) <= 5  # a pause of 0.5 s after each
 
 
+def test_a_batch_whose_worker_does_not_start_is_returned(loop: Any, monkeypatch: Any) -> None:
+    main = process.process_of_worker.main
+    monkeypatch.setattr(process.process_of_worker, "main", lambda *given: (time.sleep(1.5), main(*given)))
+    it = loop(1)
+    it.waits = False
+    it.declare(double)
+    began = time.monotonic()
+    it.add([1], [2])
+    it.until(it.returned)
+    assert 0.2 < time.monotonic() - began < 1.2 and it.returned(Gone.WAITED) == [0, 1] and it.workers.busy
+    it.until(lambda: not it.workers.busy)
+    it.add([3], first=2)
+    it.until(lambda: it.done(3))
+    assert it.values() == {0: [2], 1: [4], 2: [6]} and len(it.answers()) == 3
+
+
+@pytest.mark.skipif("forkserver" not in METHODS, reason="needs a forkserver")
+def test_a_forkserver_that_ends_in_the_middle_of_a_start_is_replaced(loop: Any) -> None:
+    it = loop(1, "forkserver")
+    it.declare(double)
+    it.until(lambda: it.pids and it.workers._workers[0].status[PHASE] == 1)
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGSTOP)
+    killer = threading.Timer(0.5, os.kill, (server, signal.SIGKILL))  # as it ends where it cannot fork
+    killer.start()
+    it.workers.count = 2
+    it.until(lambda: not killer.is_alive())
+    it.add([1])
+    it.until(lambda: it.done(1))
+    assert it.values() == {0: [2]}
+
+
+def test_a_worker_starts_beside_a_stdout_that_was_closed(loop: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    with open(tmp_path / "stdout", "w") as closed:
+        pass
+    monkeypatch.setattr(sys, "stdout", closed)
+    it = loop(1, METHODS[0])
+    it.declare(double)
+    it.add([1])
+    it.until(lambda: it.done(1))
+    assert it.values() == {0: [2]}
+
+
 def die_at_start(*_: Any) -> None:
     os._exit(1)
 
@@ -486,11 +533,12 @@ def test_a_child_that_returns_from_the_function_is_no_second_worker(
 
 def test_a_stopped_worker_does_not_stop_the_loop(loop: Any) -> None:
     it = loop(2)
+    it.waits = False
     it.until(lambda: len(it.pids) == 2)
     os.kill(it.pids[0], signal.SIGSTOP)
     it.declare(double)
     it.add_each([b"x" * (4 << 20)], *([n] for n in range(1, 9)))
-    it.until(lambda: len(it.answers()) >= 8)  # its own batch waits for it
+    it.until(lambda: it.done(8))  # its own batch may wait for it
 
 
 # Feeding, and taking back.
@@ -688,6 +736,33 @@ def test_a_context_waits_a_second_for_a_worker_of_one_that_is_always_busy(loop: 
     assert len(it.answers(1)) < 1000
 
 
+def test_a_context_gets_an_idle_worker_although_a_busy_one_is_to_end_for_it(loop: Any) -> None:
+    it = loop(2)
+    it.declare(sleep, job=1, context="a", initializer=set_up)
+    it.add_each([9.0], [1.5])
+    it.until(lambda: len([worker for worker in it.workers._workers if worker.status[PHASE] == CALL]) == 2)
+    began = time.monotonic()
+    it.declare(double, job=2, context="b")
+    it.add([1], job=2)
+    it.until(lambda: it.give_again() or it.values(2))
+    assert time.monotonic() - began < 4  # one worker was to end after 1 s; the other one is idle after 1.5 s
+
+
+def test_of_busy_workers_the_one_whose_batch_began_last_makes_way(loop: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "SHARE_SECONDS", 0.0)
+    it = loop(2)
+    it.declare(sleep, job=1, context="a", initializer=set_up)
+    it.add([9.0])
+    it.until(lambda: it.at(0, worker=0) or it.at(0, worker=1))
+    it.add([1.0], first=1)
+    it.until(lambda: it.at(1, worker=0) or it.at(1, worker=1))
+    it.declare(double, job=2, context="b")
+    it.add([1], job=2)
+    it.until(lambda: not all(worker.usable for worker in it.workers._workers))
+    assert [worker.batch.first for worker in it.workers._workers if worker.usable] == [0]
+    it.until(lambda: it.give_again() or it.values(2))
+
+
 def test_contexts_that_take_turns_keep_their_workers(loop: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "SHARE_SECONDS", 3600.0)
     it = loop(2)
@@ -758,6 +833,16 @@ def test_cancel_returns_what_overlaps_and_kills_what_runs_of_it(loop: Any) -> No
     assert time.monotonic() - began > 0.4
     it.until(lambda: 0 in it.returned() and {*it.values(), *it.returned()} == set(range(7)))
     assert not [1 for _, state, _ in it.answers() if state is Status.DIED]
+
+
+def test_the_greatest_number_of_a_chunk_can_be_run_and_taken_back(loop: Any) -> None:
+    it = loop(1)
+    it.declare(sleep)
+    it.add([0.2], [0], first=2**63 - 3)
+    it.until(lambda: it.at(2**63 - 3))
+    it.workers.drain()
+    it.until(lambda: not it.workers.busy)
+    assert list(it.values()) == [2**63 - 3] and it.returned() == [2**63 - 2]
 
 
 def test_cancel_of_what_has_not_begun_lets_run_what_has(loop: Any) -> None:

@@ -287,3 +287,37 @@ def test_a_function_that_cannot_be_dumped_is_named() -> None:
     space["FACTOR"] = (x for x in ())
     with pytest.raises(DumpError, match="the initializer cannot be sent to a node: the global 'FACTOR' of helper"):
         letters.dump_function(letters.Context(caller=True), (space["helper"], ()), "the initializer")
+
+
+class Node:
+    other: Any = None
+
+
+def test_globals_that_hold_each_other_are_made_before_they_are_filled() -> None:
+    left, right = Node(), Node()
+    left.other, right.other = right, left
+    first: list[Any] = []
+    table = {"first": first}
+    first.append(table)
+    space = {"__name__": "__main__", "left": left, "right": right, "first": first, "table": table}
+    exec("def function(): return left, right, first, table", space)
+    context, worker = letters.Context(caller=True), letters.Context(caller=False)
+    made = worker.load(joined(context.dump((space["function"], None))))[0]()
+    assert made[0].other is made[1] and made[1].other is made[0] and made[0] is not left
+    assert made[2][0] is made[3] and made[3]["first"] is made[2]
+
+
+def test_what_was_not_filled_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module of a global comes only after a first letter has failed."""
+    lacking = types.ModuleType("lacking")
+    lacking.Thing = type("Thing", (), {"__module__": "lacking"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lacking", lacking)
+    space: dict[str, Any] = {"__name__": "__main__", "table": [lacking.Thing()]}  # type: ignore[attr-defined]
+    exec("class Holder:\n    table = table\ndef function(): return Holder.table", space)
+    letter = joined(letters.Context(caller=True).dump((space["function"], None)))
+    worker = letters.Context(caller=False)
+    monkeypatch.delitem(sys.modules, "lacking")
+    with pytest.raises(ModuleNotFoundError):
+        worker.load(letter)
+    monkeypatch.setitem(sys.modules, "lacking", lacking)
+    assert type(worker.load(letter)[0]()[0]).__name__ == "Thing"

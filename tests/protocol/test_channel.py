@@ -177,10 +177,10 @@ def test_heartbeats_in_a_frame_that_never_ends_are_silence(ends, altered):
     """A head whose length was altered on the way waits for what never comes; an idle peer's heartbeats are no such."""
     link, peer = ends
     peer.send(Kind.PING, {})
-    peer._gather()
-    data = bytearray(b"".join(peer._parts))
+    written = []
+    peer._write(lambda parts: written.extend(parts) or sum(map(len, parts)))
+    data = bytearray(b"".join(written))
     data[5] ^= 0x10 * altered  # of the length, four bytes from the fourth on: a mebibyte more
-    peer._parts.clear()
     peer.socket.sendall(data)
     assert link.receive() == ([] if altered else [Frame(Kind.PING, {})])
     link.last_heard = before = time.monotonic() - channel.SILENCE_SECONDS / 2
@@ -197,8 +197,7 @@ def test_heartbeats_in_a_frame_that_never_ends_are_silence(ends, altered):
 
 def test_the_heartbeats_of_a_silence_are_a_trickle():
     """So many fit in it, written by a peer that has nothing else to say."""
-    head, envelope, _ = frames.encode(Kind.PING, {})
-    heartbeat = len(head) + len(envelope) + frames.TAG_BYTES
+    heartbeat = len(frames.encode(Kind.PING, {})[0]) + frames.TAG_BYTES
     assert heartbeat * channel.SILENCE_SECONDS / channel.HEARTBEAT_SECONDS < channel.TRICKLE_BYTES
 
 
@@ -409,7 +408,7 @@ def test_a_push_that_fails_ends_its_connection_so_that_nothing_is_missing_in_bet
     """What is no error of the connection's belongs to who pushes, but Ctrl-C alone is told to it."""
     ours, theirs = pair
 
-    def fail(head, envelope):
+    def fail(signed):
         raise error
 
     ours.send(Kind.END, Batch(1), wake=False)

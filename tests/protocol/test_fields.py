@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from achilles.errors import ProtocolError
-from achilles.protocol.fields import HEX_FORM, Field, check_fields, read_object
+from achilles.protocol.kinds import HEX_FORM, Field, check_fields, read_object
 
 NAME = Field(str, 1, 64)
 INNER = {"name": NAME, "count": Field(int, 0, 9, False)}
@@ -18,7 +18,7 @@ FIELDS = {
     "number": Field((int, float), -1, 9, False), "flag": Field(bool, required=False),
     "digest": Field(str, 2, 2, False, form=HEX_FORM), "way": Field(str, 1, 64, False, form="up|down"),
     "one": Field(dict, required=False, inside=INNER), "many": Field(list, 0, 2, False, inside=INNER),
-    "counts": Field(dict, 0, 2, False, entry=Field(int, 0, 9)),
+    "counts": Field(dict, 0, 2, False, form="[ax]{1,64}", entry=Field(int, 0, 9)),
 }
 # What a terminal or a log would act upon, or what nobody sees.
 UNFIT = ["\0", "\x07", "\b", "\t", "\n", "\r", "\x1b", "\x1b[31m", "\x1b]0;title\x07", "\x7f", "\x80", "\x85", "\x9b2J",

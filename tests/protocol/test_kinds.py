@@ -40,6 +40,7 @@ def test_every_limit_of_a_range_can_be_written():
             RANGE.pack(0, *end)
 
 
-def test_further_fields_belong_to_links_on_which_the_kind_may_travel():
-    for link, kind in kinds.LINK_FIELDS:
-        assert link in kinds.DIRECTIONS[kind] and kind in kinds.FIELDS
+def test_a_server_says_the_same_kinds():
+    assert kinds.SERVER_FIELDS.keys() == kinds.FIELDS.keys()
+    for kind, fields in kinds.SERVER_FIELDS.items():
+        assert fields is kinds.FIELDS[kind] or {"CS", "SC"} <= set(kinds.DIRECTIONS[kind])

@@ -15,6 +15,7 @@ from wire import (
     SERVER_HELLO,
     STATUS,
     batch,
+    encode,
     good,
     job,
     pieces_of,
@@ -24,8 +25,8 @@ from wire import (
 )
 
 from achilles.errors import AuthenticationError, ProtocolError
-from achilles.protocol import auth, frames, reader
-from achilles.protocol.frames import HEAD, RANGE, Frame, Kind, encode
+from achilles.protocol import auth, reader
+from achilles.protocol.frames import HEAD, RANGE, Frame, Kind
 from achilles.protocol.kinds import DIRECTIONS, LINKS
 from achilles.protocol.reader import FrameReader
 
@@ -46,31 +47,31 @@ def stream():
     tagger, data = auth.Tagger(b"k"), b""
     for kind, body in said:
         head, envelope, letters = encode(kind, body)
-        data += b"".join([head, envelope, tagger.tag(head, envelope), *letters])
+        data += b"".join([head, envelope, tagger.tag(head + envelope), *letters])
     return data, [plain(*each) for each in said]
 
 
 def test_a_stream_may_be_split_anywhere():
     data, said = stream()
     for at in range(len(data) + 1):
-        node = FrameReader("SN", auth.Checker(b"k").check)
+        node = FrameReader("SN", auth.Tagger(b"k").check)
         assert [plain(*frame) for frame in read(node, [data[:at], data[at:]])] == said
 
 
 @pytest.mark.parametrize("step", [1, 7, 33, 1000, 1 << 20])
 def test_a_stream_may_come_in_pieces_of_any_size(step):
     data, said = stream()
-    node = FrameReader("SN", auth.Checker(b"k").check)
+    node = FrameReader("SN", auth.Tagger(b"k").check)
     assert [plain(*frame) for frame in read(node, pieces_of(data, step))] == said
 
 
 def test_a_frame_comes_out_with_its_last_byte():
     data, said = stream()
-    node, whole = FrameReader("SN", auth.Checker(b"k").check), []
+    node, whole = FrameReader("SN", auth.Tagger(b"k").check), []
     for at in range(len(data)):
         before = len(whole)
         whole += read(node, [data[at : at + 1]])
-        rest = FrameReader("SN", auth.Checker(b"k").check)
+        rest = FrameReader("SN", auth.Tagger(b"k").check)
         assert len(read(rest, [data[:at]])) == before
     assert [plain(*frame) for frame in whole] == said
 
@@ -78,19 +79,19 @@ def test_a_frame_comes_out_with_its_last_byte():
 def test_nothing_of_an_envelope_is_looked_at_before_its_tag():
     for head in (HEAD.pack(99, 1, 1, 4), HEAD.pack(Kind.KILL, 0, 0, 4), HEAD.pack(Kind.TASK, 9, 0, 4)):
         with pytest.raises(AuthenticationError):
-            read(FrameReader("CS", auth.Checker(b"k").check), [head + b"junk" + bytes(32)])
+            read(FrameReader("CS", auth.Tagger(b"k").check), [head + b"junk" + bytes(32)])
 
 
 def test_a_tag_belongs_to_head_envelope_and_place():
     head, envelope, _ = encode(Kind.END, good(Kind.END))
-    tag = auth.Tagger(b"k").tag(head, envelope)
+    tag = auth.Tagger(b"k").tag(head + envelope)
     for altered in (0, 1, 2, 3, 7, 9, len(head) + 23, len(head) + len(envelope)):
         data = bytearray(head + envelope + tag)
         data[altered] ^= 1
         with pytest.raises(AuthenticationError):
-            read(FrameReader("CS", auth.Checker(b"k").check), [bytes(data) + bytes(99)])
+            read(FrameReader("CS", auth.Tagger(b"k").check), [bytes(data) + bytes(99)])
     with pytest.raises(AuthenticationError):
-        read(FrameReader("CS", auth.Checker(b"k").check), [2 * (head + envelope + tag)])
+        read(FrameReader("CS", auth.Tagger(b"k").check), [2 * (head + envelope + tag)])
 
 
 def test_frames_larger_than_the_buffer_come_whole_and_leave_no_large_buffer():
@@ -233,7 +234,7 @@ def test_memory_for_a_letter_follows_its_bytes(came):
     read(server, [task_frame(1 << 40, rest=bytes(32)), *pieces_of(bytes(came), 50_000)])
     server.space().release()
     most = reader.BUFFER_BYTES if came < reader.DIRECT_BYTES else max(reader.LETTER_STEP_BYTES, 2 * came)
-    taken = len(server._letter.obj)
+    taken = len(server._place.obj)
     assert came - reader.BUFFER_BYTES <= taken <= most + reader.DIRECT_BYTES
     assert len(server._buffer) == reader.BUFFER_BYTES
 
@@ -282,7 +283,7 @@ def test_nothing_is_read_behind_a_mistake():
     for data in (json_frame(Kind.CLUSTER, b"{}"), written(Kind.END, good(Kind.END)), bytes(1 << 20)):
         with pytest.raises(ProtocolError):
             read(server, [data])
-    checked = FrameReader("CS", auth.Checker(b"k").check)
+    checked = FrameReader("CS", auth.Tagger(b"k").check)
     with pytest.raises(AuthenticationError):
         read(checked, [json_frame(Kind.PING, b"{}") + bytes(32)])
     with pytest.raises(ProtocolError):
@@ -294,7 +295,7 @@ def test_a_job_comes_to_a_worker_as_to_the_server():
     for link in DIRECTIONS[Kind.JOB]:
         (frame,) = read(FrameReader(link, None), [written(Kind.JOB, body)])
         assert plain(*frame) == plain(Kind.JOB, body)
-    assert frames.digest(frame.body.longs[0].parts) == frame.body.digests
+    assert frame.body.longs[0].whole()
 
 
 def test_a_closed_reader_gives_its_buffer_back_at_once():

@@ -3,8 +3,8 @@
 import json
 
 from achilles.protocol import frames
-from achilles.protocol.frames import TELL, Batch, Gone, Kind, LongLetter, Status, encode
-from achilles.protocol.kinds import LETTERS, RANGES
+from achilles.protocol.frames import HEAD, TELL, Batch, Gone, Kind, LongLetter, Status
+from achilles.protocol.kinds import FIELDS, LETTERS, RANGES, SERVER_FIELDS
 
 LONG = bytes(range(256)) * 5
 LONG_DIGEST = bytes.fromhex("d414b085826eb06778483ba35564dc849e643359f69ed9747878ba6e54985bed")
@@ -101,7 +101,7 @@ def plain(kind, body):
     letters = [bytes(frames.joined(each)) for each in body.letters()] if kind in LETTERS else []
     digests = [long.digest for long in body.longs]
     return (kind, body.job, body.first, body.count, body.attempt, body.number, body.flags, body.statuses, letters,
-            body.digests, digests, body.declaration)
+            body.packed, digests, body.declaration)
 
 
 def read(reader, pieces):
@@ -122,7 +122,20 @@ def pieces_of(data, step):
     return [data[start : start + step] for start in range(0, len(data), step)]
 
 
+def encode(kind, body):
+    """A frame's head, envelope and long letters."""
+    signed, letters = frames.encode(kind, body)
+    return signed[: HEAD.size], signed[HEAD.size :], letters
+
+
+def decode(kind, flags, envelope):
+    """The body of a frame that either side may send, and the lengths of the long letters that follow."""
+    sides = {Kind.HELLO: (FIELDS, SERVER_FIELDS), Kind.STATUS: (FIELDS if envelope == b"{}" else SERVER_FIELDS,)}
+    body, *_ = [frames.decode(kind, flags, envelope, fields) for fields in sides.get(kind, (SERVER_FIELDS,))]
+    return body, [len(long) for long in getattr(body, "longs", ())]
+
+
 def written(kind, body):
     """A frame as it travels where there is no tag."""
-    head, envelope, letters = encode(kind, body)
-    return b"".join([head, envelope, *letters])
+    signed, letters = frames.encode(kind, body)
+    return b"".join([signed, *letters])

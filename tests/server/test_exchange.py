@@ -10,7 +10,7 @@ import pytest
 from achilles.errors import ProtocolError
 from achilles.protocol import auth, frames
 from achilles.protocol.frames import TELL, Batch, Frame, Gone, Kind, LongLetter, Status
-from achilles.protocol.kinds import MAX_PYTHONS
+from achilles.protocol.kinds import MAX_PYTHONS, SERVER_FIELDS
 from achilles.server.exchange import Exchange, Peer
 
 CONTEXT, OTHER_CONTEXT = "0c" * 16, "0d" * 16
@@ -38,7 +38,7 @@ class FakeChannel:
         assert self.gate.wait(DEADLINE_SECONDS)
         if not self.finished:
             flags = body.flags if isinstance(body, Batch) else 0
-            frames.decode(kind, flags, frames.encode(kind, body)[1])
+            frames.decode(kind, flags, frames.encode(kind, body)[0][frames.HEAD.size :], SERVER_FIELDS)
             self.said.append((kind, body))
 
     def finish(self, reason=None):
@@ -55,7 +55,7 @@ class Cluster:
 
     def __init__(self):
         self.kills = []
-        self.exchange = Exchange("1.0.0", kill=lambda: self.kills.append(True))
+        self.exchange = Exchange(kill=lambda: self.kills.append(True))
         self.attempts = iter(range(1, 10**6))
         self.now = 1e9
 
@@ -92,7 +92,7 @@ class Cluster:
             letter = LongLetter((letter,), hashlib.sha256(letter).digest(), len(letter))
         batch = Batch.pack(job, 0, [declaration, letter, *([initializer] if initializer else [])])
         longs, batch.longs = batch.longs, []
-        batch, _ = frames.decode(Kind.JOB, 0, frames.encode(Kind.JOB, batch)[1])
+        batch = frames.decode(Kind.JOB, 0, frames.encode(Kind.JOB, batch)[0][frames.HEAD.size :])
         batch.longs = longs
         self.say(peer, Kind.JOB, batch)
 
@@ -292,7 +292,7 @@ def test_two_controllers_may_use_the_same_number(cluster):
         peer.channel.take()
     answer(cluster, node, jobs[1], letter=b"for bob")
     assert ann.channel.take() == []
-    assert [(body.job, body.shorts) for body in of_kind(bob.channel.take(), Kind.RESULT)] == [(3, b"for bob")]
+    assert [(body.job, body.letters()) for body in of_kind(bob.channel.take(), Kind.RESULT)] == [(3, [b"for bob"])]
 
 
 @pytest.mark.parametrize("letter", [FUNCTION, LONG_FUNCTION], ids=["short", "long"])
@@ -354,6 +354,14 @@ def test_a_job_number_is_declared_once(cluster):
     cluster.declare(controller)
     with pytest.raises(ProtocolError, match="already"):
         cluster.declare(controller)
+
+
+def test_a_chunk_beyond_the_numbers_of_workers_is_refused(cluster):
+    controller, _ = cluster.controller(), cluster.node()
+    cluster.declare(controller)
+    cluster.task(controller, count=1, first=2**63 - 2)
+    with pytest.raises(ProtocolError, match="beyond"):
+        cluster.task(controller, count=1, first=2**63 - 1)
 
 
 def test_an_attempt_is_out_once(cluster):
