@@ -591,15 +591,6 @@ def test_a_batch_whose_chunks_are_each_a_little_slower_than_thought_is_taken_bac
     assert time.monotonic() - began < 1 and len(it.returned()) > 100
 
 
-def test_a_batch_of_chunks_that_are_each_a_little_too_slow_is_taken_back(loop: Any) -> None:
-    it = loop(1)
-    it.declare(sleep)
-    it.add(*[[0.01]] * 200, us=5000)
-    began = time.monotonic()
-    it.until(it.returned)
-    assert time.monotonic() - began < 1 and len(it.returned()) > 100
-
-
 def test_what_waited_in_the_queue_is_returned(loop: Any) -> None:
     it = loop(1)
     it.declare(sleep)
