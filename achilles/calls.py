@@ -236,11 +236,10 @@ def _start(
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
     name = f"function {getattr(func, '__qualname__', type(func).__name__)}"
     context = letters.Context(caller=True)
-    function = letter_of(letters.dump_function(context, (func, callback), name))
+    function = letter_of(letters.dump_function(context, (func, callback), name), name)
     controller = connect(
         host, port, username, secret_key, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
     try:
-        controller.check_size(name, len(function))
         if executor is None:
             settings = controller.settings
             where = f"{settings.host}:{settings.port}"

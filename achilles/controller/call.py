@@ -93,11 +93,11 @@ class Call:
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         feeder, results = self._feeder, self.results
         while True:
-            fed = feeder.inline and not feeder.ended.is_set() and feeder.step()
+            fed = feeder.inline and not feeder.ended and feeder.step()
             with self.link.lock:
                 found = results.take()
                 if found is None and not fed and not results.over:
-                    left = threading.TIMEOUT_MAX if feeder.ended.is_set() else PAUSE_SECONDS
+                    left = threading.TIMEOUT_MAX if feeder.ended else PAUSE_SECONDS
                     results.changed.wait(max(0.0, min(left, deadline - time.monotonic())))
                     found = results.take()
             if found is not None:

@@ -17,14 +17,11 @@ of the caller the child forgets all of it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import os
 import random
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -103,7 +100,6 @@ class Controller(Link):
             raise ServerUnreachable(
                 f"{e}. Is a server running, and is this its address? Start one: python -m {config.PACKAGE}.server"
             ) from e
-        _of_this_process().add(self)
         self._reader.start()
         try:
             self._wait_until(lambda: bool(self._cluster), "its first word")
@@ -147,15 +143,6 @@ class Controller(Link):
         if self._channel is not None:
             self._channel.push()
 
-    @property
-    def connected(self) -> bool:  # type: ignore[override]
-        """Whether the server has spoken on the connection there is."""
-        return bool(self._cluster)
-
-    def workers(self) -> tuple[int, int]:
-        """As Link says."""
-        return self._cluster.get("workers", 0), self._cluster.get("largest", 0)
-
     def check_usable(self) -> None:
         """Raise why there is no connection; VersionError where no node can run functions of this Python."""
         super().check_usable()
@@ -171,7 +158,7 @@ class Controller(Link):
         """As Link says. Without a node the caller is told once on stderr."""
         now = time.monotonic()
         paused, self._looked = now - self._looked > PAUSE_SECONDS, now
-        if self.workers()[0] or not self.connected or paused:
+        if self.workers or not self.connected or paused:
             self._lonely_since = now
             return
         waited = now - self._lonely_since
@@ -195,7 +182,8 @@ class Controller(Link):
             if self._closing.is_set():
                 channel.close()
                 raise ServerUnreachable(CLOSED)
-            self._channel, self._cluster, self._altered = channel, {}, 0
+            self._channel, self._altered = channel, 0
+            self._learn({})
             self.forget_connection()
         channel.start_writer()
 
@@ -207,7 +195,7 @@ class Controller(Link):
         try:
             while (channel := self._channel) is not None and not self._closing.is_set() and self._lost is None:
                 why = channel.run(self._handle, self.push)
-                self._cluster = {}
+                self._learn({})
                 if self._lost is None:
                     self._reconnect(why)
                 channel.close()
@@ -256,6 +244,11 @@ class Controller(Link):
                     raise ServerUnreachable(
                         f"the server at {self._where()} did not send {what} within {REPLY_SECONDS:g} s")
 
+    def _learn(self, cluster: dict[str, Any]) -> None:
+        """The server has said CLUSTER, or is lost."""
+        self._cluster, self.connected = cluster, bool(cluster)
+        self.workers, self.largest = cluster.get("workers", 0), cluster.get("largest", 0)
+
     def _where(self) -> str:
         return f"{self.settings.host}:{self.settings.port}"
 
@@ -273,7 +266,8 @@ class Controller(Link):
                 if kind is Kind.STATUS:
                     self._status = body
                 else:
-                    self._cluster, self._met = body, True
+                    self._learn(body)
+                    self._met = True
                 self.changed.notify_all()
                 self.fill()
         elif kind is Kind.BYE and body["reason"] == "killed":
@@ -286,25 +280,12 @@ class Controller(Link):
             raise ProtocolError(f"the server says: {body['message']}")
 
     def leave_to_parent(self) -> None:
-        """In a child of the caller: the connection is the parent's. Takes no lock; its holder may not exist."""
-        self._lost = ServerUnreachable("this connection belongs to the parent process; open one after the fork")
-        self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
-        for job in self.jobs.values():
-            job.sink.error = self._lost
+        """As Link says."""
+        super().leave_to_parent()
         channel, self._channel = self._channel, None
-        self._closing, self.jobs, self._kept = threading.Event(), {}, {}
+        self._closing = threading.Event()
         if channel is not None:
             channel.socket.close()
-
-
-@functools.cache
-def _of_this_process() -> weakref.WeakSet[Controller]:
-    """The controllers that leave their connection where this process forks."""
-    controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: [*map(Controller.leave_to_parent, controllers)])
-    return controllers
 
 
 def tell(text: str) -> None:

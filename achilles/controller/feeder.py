@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DumpError, LetterTooLarge
 from ..objects.letters import dump_chunk, dump_chunks
 from ..objects.outcomes import mark
-from ..protocol.frames import letters_of
+from ..protocol.frames import letter_of, letters_of
 from .results import Run
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Feeder:
 
     def __init__(self, call: Call, args: Any, size: int, largest: int | None, packets: bool) -> None:
         self.size = size
-        self.ended = threading.Event()  # all is fed
+        self.ended = False  # all is fed
         self.inline = False  # the thread that takes feeds
         self._call, self._args, self._largest, self._packets = call, args, largest, packets
         self._sequence = isinstance(args, (list, tuple, range))
@@ -76,7 +76,7 @@ class Feeder:
         if self._sequence and not (self._packets and self._args and isinstance(self._args[0], list)):
             self.inline, self._burst = inline, self.size
             self.step()  # short sequences are fed by then
-        if not self.inline and not self.ended.is_set():
+        if not self.inline and not self.ended:
             self._thread = threading.Thread(target=self._run, name="achilles-feeder", daemon=True)
             self._thread.start()
 
@@ -107,7 +107,7 @@ class Feeder:
 
     def _run(self) -> None:
         """The feeder thread."""
-        while not self.ended.is_set() and self._call.results.error is None:
+        while not self.ended and self._call.results.error is None:
             if not self.step():
                 self._room(LOOK_SECONDS)
 
@@ -128,7 +128,7 @@ class Feeder:
                 call.results.fail(error)
             if not more:
                 call.results.finish(call.job.next, error)
-                self.ended.set()
+                self.ended = True
         call.link.push()
         return not self._full
 
@@ -153,12 +153,12 @@ class Feeder:
         call, unsent = self._call, len(self._open) - self._sent
         limit = call.buffersize
         if limit is None:
-            limit = call.job.pace.window(self.size, call.link.workers()[0])
+            limit = call.job.pace.window(self.size, call.link.workers)
         unit = 1 if call.results.by_argument else self.size
         with call.link.lock:
             free = call.results.free(limit, -(-(unsent + 1) // unit))
             if not free and call.results.error is None:
-                call.results.room.wait(timeout)
+                call.results.changed.wait(timeout)
         return free * unit - unsent
 
     def _read(self, wanted: int) -> bool:
@@ -222,17 +222,16 @@ class Feeder:
             what = f"args[{self._index}] is of type {type(argument).__name__}"
             raise mark(TypeError(f"{what}: where args[0] is a list, all must be lists"), index=self._index)
         with call.link.lock:
-            while argument and call.results.error is None and not call.link.workers()[1]:
+            while argument and call.results.error is None and not call.link.largest:
                 call.link.changed.wait(LOOK_SECONDS)
-        self._send(argument, self._index, -(-len(argument) // (call.link.workers()[1] or 1)))
+        self._send(argument, self._index, -(-len(argument) // (call.link.largest or 1)))
 
     def _enter(self, run: Run, arguments: list[Any], lost: Mapping[int, BaseException] | None = None) -> None:
         """Dump arguments and queue them in the job; or `lost` is all that will come of them."""
         call = self._call
         if lost is None:
             found = dump_chunks(call.job.context, arguments, run.size)
-            call.link.check_size("a chunk", max(map(len, found)))
-            run.letters = letters_of(found)
+            run.letters = letters_of(found, "a chunk")
         with call.link.lock:
             if call.results.error is not None:
                 return
@@ -247,7 +246,7 @@ class Feeder:
         context = self._call.job.context
         try:
             letter = b"".join(context.dump(argument, f"{name} (of type {type(argument).__qualname__})"))
-            self._call.link.check_size(name, len(letter))
+            letter_of(letter, name)
             dump_chunk(context, [argument])
         except (DumpError, LetterTooLarge) as error:
             return error

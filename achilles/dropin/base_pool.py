@@ -25,11 +25,9 @@ from ..calls import check_counts, check_seconds, connect
 from ..config import SecretKey
 from ..controller.call import Call
 from ..controller.job import Job
-from ..controller.results import Run
 from ..errors import DumpError, LetterTooLarge
 from ..objects import letters
 from ..objects.letters import dump_chunk, dump_function, joined
-from ..objects.outcomes import own_error
 from ..protocol.frames import Letter, letter_of
 from .async_results import PoolIterator
 from .dispatcher import Dispatcher, SingleCall, Singles, Taker
@@ -74,19 +72,20 @@ class BasePool:
         self._given = processes
         self._options = {"maxtasksperchild": maxtasksperchild}
         self._context, self._context_id = letters.Context(caller=True), secrets.token_bytes(16)
+        name = "the initializer"
         self._initializer = None if initializer is None else letter_of(
-            dump_function(self._context, (initializer, tuple(initargs)), "the initializer"))
+            dump_function(self._context, (initializer, tuple(initargs)), name), name)
         self._last: tuple[bytes, Letter] = b"", b""  # the function of the last call, which many callers give again
         self._controller = connect(
             host, port, username, secret_key, reconnect_seconds, executor, processes, wait_for_nodes)
-        self._singles: dict[Any, Job] = {}  # jobs of single calls, while any waits; with its lock
+        self._singles: dict[Any, Singles] = {}  # of jobs of single calls, while any waits; with its lock
         self._dispatcher = Dispatcher(self._controller)
         self._state = RUN
 
     @property
     def _processes(self) -> int:
         """How many batches may be out at a time, at least 1; libraries read it."""
-        return max(1, self._given or self._controller.workers()[0])
+        return max(1, self._given or self._controller.workers)
 
     size = _max_workers = _processes
 
@@ -98,7 +97,7 @@ class BasePool:
     def terminate(self) -> None:
         """Stop what runs, and close the connection: some seconds at most. Results not there are InterruptedError."""
         self._state = TERMINATE
-        if not self._dispatcher.forked():
+        if not self._controller.forked:
             with self._controller.lock:
                 self._controller.fail_jobs(InterruptedError("the pool was terminated before this was done"))
             self._dispatcher.stop()
@@ -112,12 +111,12 @@ class BasePool:
         self._dispatcher.stop()
 
     def __del__(self, terminate: str = TERMINATE) -> None:
-        if self._state != terminate and not self._dispatcher.forked():  # what a module holds may be gone by now
+        if self._state != terminate and not self._controller.forked:  # what a module holds may be gone by now
             self._dispatcher.end()
 
     def _check_running(self) -> None:
-        self._dispatcher.check_process()
-        if self._state != RUN:
+        if self._state != RUN or self._controller.forked:
+            self._dispatcher.check_process()
             raise self._refusal[0](self._refusal[1])
 
     def _begin(self) -> Dispatcher:
@@ -131,33 +130,28 @@ class BasePool:
     def _submit(
         self, single: SingleCall, func: Callable[..., Any], args: Iterable[Any], kwds: Mapping[str, Any]
     ) -> None:
-        """Put one call into the job of its function."""
+        """Put one call into the job of its function, as an entry of its Singles."""
         link = self._controller
         try:
             key, function = self._function(func, APPLY)
-            letter = letter_of(joined(dump_chunk(self._context, [(args, kwds)])))
-            link.check_size("the arguments", len(letter))
+            letter = letter_of(joined(dump_chunk(self._context, [(args, kwds)])), "the arguments")
         except (DumpError, LetterTooLarge) as error:
-            with link.lock:
-                single.fail(own_error(error))
+            self._dispatcher.settle([(single, (None, 0, None, error))])
             return
         with link.lock:
-            job = self._singles.get(key)
-            if job is None or job.spent:
-                self._singles[key] = job = link.take(key, partial(self._job, function, APPLY))
-                job.sink = Singles(partial(self._idle, key, job))
-            single.begin(job, self)
-            job.enter(Run(job.next, 0, 1, [letter], 1))
-            job.sink.entries[job.next - 1] = single  # type: ignore[attr-defined]
-            self._dispatcher.open.add(single)  # now it is waited for
-            link.queue(job)
+            singles = self._singles.get(key)
+            if singles is None or singles.job.spent:
+                job = link.take(key, partial(self._job, function, APPLY))
+                self._singles[key] = job.sink = singles = Singles(self._dispatcher, job, partial(self._idle, key))
+            singles.enter(single, letter)
+            link.queue(singles.job)
         link.push()
 
-    def _idle(self, key: Any, job: Job) -> None:
+    def _idle(self, key: Any, singles: Singles) -> None:
         """No call waits for this job any more. Needs the connection's lock."""
-        if self._singles.get(key) is job:
+        if self._singles.get(key) is singles:
             del self._singles[key]
-        self._controller.keep(key, job)
+        self._controller.keep(key, singles.job)
 
     def _function(self, func: Callable[..., Any], options: Mapping[str, Any]) -> tuple[Any, Letter]:
         """What a job of this function is kept under, and the function's letter.
@@ -168,8 +162,7 @@ class BasePool:
         dumped = dump_function(self._context, (func, None), name)
         letter, last = self._last
         if dumped is not letter:
-            self._controller.check_size(name, len(dumped))
-            self._last = dumped, last = dumped, letter_of(dumped)
+            self._last = dumped, last = dumped, letter_of(dumped, name)
         return (dumped, *options.values()), last
 
     def _job(self, function: Letter, options: Mapping[str, Any]) -> Job:

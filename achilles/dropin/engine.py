@@ -40,7 +40,8 @@ class Engine(Link):
 
     def __init__(self, executor: Executor, processes: int | None = None) -> None:
         super().__init__(processes)
-        self._executor, self._workers = executor, _count_workers(executor)
+        self._executor = executor
+        self.workers = self.largest = _count_workers(executor)
         self._submitted: dict[Future[Any], Batch] = {}  # the engine thread's
         self._events: queue.SimpleQueue[tuple[Callable[..., object], Batch, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="achilles-engine", daemon=True)
@@ -68,10 +69,6 @@ class Engine(Link):
         elif kind is not Kind.JOB:
             self._events.put((self._cancel, body, body.end if kind is Kind.CANCEL else float("inf")))
 
-    def workers(self) -> tuple[int, int]:
-        """The executor's, as of one node."""
-        return self._workers, self._workers
-
     # The engine thread.
 
     def _run(self) -> None:
@@ -89,7 +86,7 @@ class Engine(Link):
         if job is None:
             return
         if batch.flags & TELL:
-            self.handle_batch(Kind.GIVEN, Batch(batch.job, batch.first, batch.count, batch.attempt, self._workers))
+            self.handle_batch(Kind.GIVEN, Batch(batch.job, batch.first, batch.count, batch.attempt, self.workers))
         letters = [bytes(joined(letter)) for letter in (job.function, job.initializer) if letter is not None]
         future = self._executor.submit(
             run_batch, job.number, job.declaration, letters, batch.first,

@@ -23,7 +23,7 @@ from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS
 from .async_results import PoolIterator
 from .base_pool import SEQUENCES, BasePool, More
-from .dispatcher import SingleCall
+from .dispatcher import Dispatcher, SingleCall, Singles
 
 __all__ = ["Executor", "Future"]
 
@@ -31,35 +31,35 @@ __all__ = ["Executor", "Future"]
 class Future(SingleCall, concurrent.futures.Future[Any]):
     """A future with a `cancel` that can stop a call that runs. Its state is PENDING until its answer is loaded."""
 
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self._dispatcher = dispatcher
+
     def running(self) -> bool:
         """Whether the call was sent, and is not done."""
         with self._dispatcher.link.lock:
-            waits = self._job and any(run.first <= self._number < run.end for run in self._job.waiting)
+            waits = self.singles and any(run.first <= self.number < run.end for run in self.singles.job.waiting)
         return not waits and not self.done()
 
     def cancel(self, kill: bool = False) -> bool:
         """Cancel the call if it was not sent yet; with `kill`, also where it runs. Whether that was done."""
         link = self._dispatcher.link
         with link.lock:
-            job = self._job
-            if job is None:
+            singles = self.singles
+            if singles is None or self.number not in singles.entries:
                 return self.cancelled()
-            if not job.withdraw(self._number):
+            if not singles.job.withdraw(self.number):
                 if not kill:
                     return False
-                link.cancel(job, self._number)
-            self._job = self._owner = None
-            job.sink.leave(self._number)
+                link.cancel(singles.job, self.number)
+            singles.leave(self.number)
         link.push()
         super().cancel()
         self.set_running_or_notify_cancel()
-        with link.lock:
-            self._dispatcher.forget(self)
         return True
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """As SingleCall says."""
-        self.set_running_or_notify_cancel()
         if error is not None:
             self.set_exception(error)
         else:
@@ -115,12 +115,13 @@ class Executor(BasePool, concurrent.futures.Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take nothing more; end when all is done, and with `wait` block until then."""
-        if self._dispatcher.forked():
+        if self._controller.forked:
             return
         self.close()
         if cancel_futures:
             with self._dispatcher.link.lock:
-                futures = [call for call in self._dispatcher.open if isinstance(call, Future)]
+                singles = [call for call in self._dispatcher.open if isinstance(call, Singles)]
+                futures = [future for each in singles for future in each.entries.values()]
             for future in futures:
                 future.cancel()
         if wait:
@@ -144,5 +145,5 @@ class MapIterator(PoolIterator):
     close = PoolIterator.cancel
 
     def __del__(self, _: object = None) -> None:
-        if self._stream.call is not None and not self._dispatcher.forked():
+        if self._stream.call is not None and not self._dispatcher.link.forked:
             self._dispatcher.work.put(self._stream.abandon)  # takes no lock: this runs in any thread at any moment

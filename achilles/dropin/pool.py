@@ -167,7 +167,7 @@ class Pool(BasePool):
         return types.SimpleNamespace, (), dict.fromkeys(METHODS, absent)
 
     def __del__(self, run: str = RUN, warn: Callable[..., None] = warnings.warn) -> None:
-        if self._state == run and not self._dispatcher.forked():
+        if self._state == run and not self._controller.forked:
             warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, 2, source=self)
         super().__del__()
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from ..errors import ProtocolError
+from ..errors import LetterTooLarge, ProtocolError
 from .kinds import (
     CAREFUL,
     DECLARATION,
@@ -174,18 +174,24 @@ def joined(letter: Letter) -> Buffer:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def letter_of(letter: Buffer) -> Letter:
-    """A letter in one piece, as it travels: with its digest, if it is a long one."""
+def letter_of(letter: Buffer, name: str = "a letter") -> Letter:
+    """A letter in one piece, as it travels: with its digest, if it is a long one.
+
+    LetterTooLarge, with the name of its contents, if it may not travel.
+    """
     if len(letter) <= SHORT_LETTER_BYTES:
         return letter
+    if len(letter) > LETTER_LIMIT_BYTES:
+        raise LetterTooLarge(
+            f"{name} has {len(letter):,} bytes, no more than {LETTER_LIMIT_BYTES:,} travel in one piece")
     return LongLetter((letter,), digest((letter,)), len(letter))
 
 
-def letters_of(found: Sequence[Buffer]) -> list[Letter]:
+def letters_of(found: Sequence[Buffer], name: str = "a letter") -> list[Letter]:
     """The same for many letters."""
     if max(map(len, found), default=0) <= SHORT_LETTER_BYTES:  # at the speed of C
         return list(found)
-    return list(map(letter_of, found))
+    return [letter_of(letter, name) for letter in found]
 
 
 def encode(kind: Kind, body: dict[str, Any] | Batch) -> tuple[bytes, list[memoryview]]:

@@ -103,7 +103,7 @@ def test_each_caller_gets_an_exception_object_of_its_own():
 def test_a_blocking_map_feeds_in_the_thread_that_takes():
     link = FakeLink(1)
     call = begin(link, range(200), flat=True, inline=True)
-    assert call._feeder._thread is None and not call._feeder.ended.is_set()
+    assert call._feeder._thread is None and not call._feeder.ended
     node = threading.Thread(target=lambda: answer(link, call, 200))
     node.start()
     assert values(call) == [n * n for n in range(200)]

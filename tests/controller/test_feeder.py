@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import SECONDS
+from conftest import SECONDS, wait_until
 from fake_link import MOMENT_SECONDS, FakeLink, begin, begin_fixture, make_job, take_all, values  # noqa: F401
 
 from achilles.controller.call import Call, NotYet
@@ -21,7 +21,7 @@ start = begin_fixture
 
 def fed(call):
     """The arguments of each chunk, in order, when all is fed and sent. Every batch is answered."""
-    answer_until(call, call._feeder.ended.is_set)
+    answer_until(call, lambda: call._feeder.ended)
     answer_all(call)
     return [arguments for batch in sorted(call.link.batches(), key=lambda batch: batch.first)
             for arguments in call.link.arguments(batch)]
@@ -85,7 +85,7 @@ def test_nothing_is_over_at_once(start, args, flat):
 def test_a_short_sequence_is_fed_without_a_thread(start, monkeypatch):
     monkeypatch.setattr("achilles.controller.feeder.STEP_SECONDS", SECONDS)  # a busy machine may pause for longer
     call = start(list(range(64)), flat=True, buffersize=64, workers=64)
-    assert call._feeder.ended.is_set() and call._feeder._thread is None
+    assert call._feeder.ended and call._feeder._thread is None
     assert call.link.chunks() == [[n] for n in range(64)]
 
 
@@ -97,7 +97,7 @@ class Slow:
 
 def test_a_caller_is_not_kept_long_by_what_it_feeds(start):
     call = start([Slow() for _ in range(10)], flat=True)
-    assert not call._feeder.ended.is_set(), "the thread goes on where the caller stopped"
+    assert not call._feeder.ended, "the thread goes on where the caller stopped"
     assert fed(call) == [[1]] * 10
 
 
@@ -140,7 +140,7 @@ def test_the_window_grows_with_the_cluster_and_can_be_lifted(start):
     call.link.set_workers(5)
     feeder_stands_still(call, 64 + 10)
     call.lift_window()
-    assert call._feeder.ended.wait(SECONDS)
+    wait_until(lambda: call._feeder.ended)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -281,7 +281,7 @@ def test_what_a_nudge_sends_while_the_iterator_runs_is_sent_once_and_kept_no_lon
             yield n
 
     call.start()
-    assert call._feeder.ended.wait(SECONDS)
+    wait_until(lambda: call._feeder.ended)
     assert [x for arguments in link.chunks() for x in arguments] == [*range(60)]
     assert not call._feeder._open
     call.close(None, InterruptedError())

@@ -17,7 +17,7 @@ from conftest import SECONDS, in_a_child, wait_until
 
 from achilles import Executor, LocalCluster, ServerUnreachable, cluster_status
 from achilles.controller.job import Job
-from achilles.dropin.executor import Future
+from achilles.dropin.dispatcher import Singles
 
 
 def square(x):
@@ -100,7 +100,7 @@ def test_many_calls_that_cannot_be_sent_fail_one_by_one(make):
 def test_ctrl_c_while_a_call_is_queued_reaches_who_submits_and_breaks_nothing(make, monkeypatch, where):
     executor, began = make(), []
     steps = {"the dump": (executor, "_function"), "the first step": (Job, "__init__"),
-             "the second step": (Future, "begin")}
+             "the second step": (Singles, "enter")}
 
     def interrupt(*args, **more):
         began.append(args)
