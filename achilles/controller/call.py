@@ -34,7 +34,8 @@ class Call:
     :param flat: every chunk is delivered by itself (Pool, Executor). Otherwise packets are, or lists.
     :param ordered: `take` follows the order of args.
     :param eager: an error of the iterable is raised at once, not in its place.
-    :param buffersize: arguments that may be out and not taken; None follows the pace.
+    :param buffersize: chunks that may be out and not taken where the call is flat, else arguments; None follows the
+        pace.
     :param largest: arguments of a chunk at most, where the call finds `chunksize` itself.
     :param ready: is called under the connection's lock when there may be something to take; must not block.
     """
@@ -46,10 +47,10 @@ class Call:
     ) -> None:
         self.link, self.job = link, job
         self.eager, self.buffersize = eager, buffersize
-        self.results = Results(link.lock, ordered, buffersize is not None, not flat, ready, job.next)
-        most = buffersize or UNKNOWN_LENGTH
-        self._feeder = Feeder(
-            self, args, min(chunksize, most), largest and min(largest, most), packets=not flat)
+        self.results = Results(link.lock, ordered, buffersize is not None and not flat, not flat, ready, job.next)
+        if buffersize is not None and not flat:  # a chunk has room in the window
+            chunksize = min(chunksize, buffersize)
+        self._feeder = Feeder(self, args, chunksize, largest, packets=not flat)
         job.sink = self.results
 
     def start(self, inline: bool = False) -> None:
@@ -80,6 +81,12 @@ class Call:
         if error is not None:
             self.fail(error)
             self._feeder.join()
+
+    def end_input(self) -> None:
+        """Read no more arguments. Any thread."""
+        with self.link.lock:
+            self._feeder.ended = True
+            self.results.finish(self.job.next, None)
 
     def lift_window(self) -> None:
         """Let everything out: nobody will take before all is done."""

@@ -74,11 +74,12 @@ class Controller(Link):
         self._patience = float("inf") if wait_for_nodes is None else wait_for_nodes
         self.look_seconds = min(LOOK_SECONDS, max(self._patience / 4, LEAST_SECONDS))
         self._lonely_since = self._looked = time.monotonic()  # no node since then; somebody looked then
-        self._told = False  # the caller knows
+        self._told = ""  # the last notice to the caller
         self.settings = resolve()
         self._resolve = resolve
         self._reconnect_seconds = reconnect_seconds
         self._channel: Channel | None = None
+        self.connected = False
         self._cluster: dict[str, Any] = {}  # the last CLUSTER of this connection; empty before
         self._complaints = 0  # of the server, that we break the protocol, and no batch between
         self._altered = 0  # answers on this connection that said so of a letter
@@ -155,20 +156,22 @@ class Controller(Link):
             )
 
     def look(self) -> None:
-        """As Link says. Without a node the caller is told once on stderr."""
+        """As Link says. The caller is told once on stderr that there is no node, or no server."""
         now = time.monotonic()
         paused, self._looked = now - self._looked > PAUSE_SECONDS, now
-        if self.workers or not self.connected or paused:
+        if self.workers or paused:
             self._lonely_since = now
             return
         waited = now - self._lonely_since
         start_one = f"Start one: python -m {config.PACKAGE}.node"
-        if waited >= self._patience:
+        if self.connected and waited >= self._patience:
             patience = f"{self._patience:g} s"
             raise NoNodesError(f"no node joined the server at {self._where()} within {patience}. {start_one}")
-        if waited >= NOTICE_SECONDS and not self._told:
-            self._told = True
-            tell(f"The server at {self._where()} has no nodes; the job waits for one. {start_one}")
+        notice = f"has no nodes; the job waits for one. {start_one}" if self.connected else (
+            f"cannot be reached any more; it is tried again for {self._reconnect_seconds:g} s")
+        if waited >= NOTICE_SECONDS and self._told != notice:
+            self._told = notice
+            tell(f"The server at {self._where()} {notice}")
 
     # The connection.
 
@@ -246,6 +249,8 @@ class Controller(Link):
 
     def _learn(self, cluster: dict[str, Any]) -> None:
         """The server has said CLUSTER, or is lost."""
+        if self.connected != bool(cluster):  # nobody knows whether there was a node meanwhile
+            self._lonely_since = time.monotonic()
         self._cluster, self.connected = cluster, bool(cluster)
         self.workers, self.largest = cluster.get("workers", 0), cluster.get("largest", 0)
 

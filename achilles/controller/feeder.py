@@ -126,7 +126,7 @@ class Feeder:
             call.link.queue(call.job)
             if error is not None and call.eager:
                 call.results.fail(error)
-            if not more:
+            if not more and not self.ended:
                 call.results.finish(call.job.next, error)
                 self.ended = True
         call.link.push()
@@ -140,7 +140,7 @@ class Feeder:
         while True:
             us = self._call.job.pace.us
             if self._largest is not None and us:
-                self.size = max(1, min(int(CHUNK_US / us), self._largest, self._call.buffersize or UNKNOWN_LENGTH))
+                self.size = max(1, min(int(CHUNK_US / us), self._largest))
             room = self._room()
             self._full = room <= 0
             if not self._full and not self._read(1 if self._lists else min(self._burst, room)):
@@ -233,7 +233,7 @@ class Feeder:
             found = dump_chunks(call.job.context, arguments, run.size)
             run.letters = letters_of(found, "a chunk")
         with call.link.lock:
-            if call.results.error is not None:
+            if call.results.error is not None or self.ended:
                 return
             call.results.enter(run)
             if lost is None:

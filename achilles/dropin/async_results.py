@@ -13,7 +13,9 @@ Any thread may use them.
 from __future__ import annotations
 
 import builtins
+import functools
 import multiprocessing
+import sys
 import threading
 import types
 from collections import deque
@@ -32,6 +34,17 @@ Callback = Callable[[Any], object]
 
 class ResultTimeout(multiprocessing.TimeoutError, builtins.TimeoutError):
     """There was no result within the timeout of `get` or `next`."""
+
+
+def _timeout() -> ResultTimeout:
+    """A ResultTimeout that is the TimeoutError of `multiprocess` too, where that is loaded."""
+    theirs = getattr(sys.modules.get("multiprocess"), "TimeoutError", None)
+    return ResultTimeout() if theirs is None else _timeout_class(theirs)()
+
+
+@functools.cache
+def _timeout_class(theirs: type[Exception]) -> type[ResultTimeout]:
+    return type("ResultTimeout", (ResultTimeout, theirs), {"__module__": __name__})
 
 
 class AsyncResult(SingleCall):
@@ -76,7 +89,7 @@ class AsyncResult(SingleCall):
         if not self._ended:
             self.wait(timeout)
         if not self._ended:
-            raise ResultTimeout
+            raise _timeout()
         self._load_answer()
         if self._error is not None:
             raise self._error
@@ -169,7 +182,6 @@ class Stream(Taker):
         self.values.clear()
 
 
-
 class PoolIterator(Iterator[Any]):
     """What imap and imap_unordered return: one result an argument. Dropping it leaves the work to be done."""
 
@@ -187,7 +199,7 @@ class PoolIterator(Iterator[Any]):
                 if over:
                     raise StopIteration from None
                 if not self._dispatcher.wait_for(self._stream.take, timeout):
-                    raise ResultTimeout from None
+                    raise _timeout() from None
                 continue
             if error is not None:
                 raise error
@@ -200,8 +212,12 @@ class PoolIterator(Iterator[Any]):
         """Stop the work: nothing follows, not even the results that were taken. Beyond the standard library."""
         self._stream.abandon()
 
-    def __del__(self, nothing: Callable[..., deque[Any]] = deque) -> None:
-        if (call := self._stream.call) is not None and not self._dispatcher.link.forked:
-            self._stream.values = nothing(maxlen=0)
-            call.results.ready = self._stream.ready_to_take  # takes no lock: this runs in any thread at any moment
-            self._stream.ready_to_take()
+    def leave(self, nothing: Callable[..., deque[Any]] = deque) -> None:
+        """Nobody wants the results, and the work is done all the same. Takes no lock."""
+        stream = self._stream
+        if (call := stream.call) is not None and not self._dispatcher.link.forked:
+            stream.values = nothing(maxlen=0)
+            call.results.ready = stream.ready_to_take
+            stream.ready_to_take()
+
+    __del__ = leave  # in any thread at any moment

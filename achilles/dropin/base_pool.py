@@ -32,7 +32,7 @@ from ..protocol.frames import Letter, letter_of
 from .async_results import PoolIterator
 from .dispatcher import Dispatcher, SingleCall, Singles, Taker
 
-__all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool", "More"]
+__all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool", "More", "copied"]
 
 RUN, CLOSE, TERMINATE = "RUN", "CLOSE", "TERMINATE"
 LARGEST_CHUNK = 1 << 16  # arguments, of an endless input
@@ -41,6 +41,11 @@ SEQUENCES = list, tuple, range  # cut without an iterator
 APPLY = {"call": "apply"}
 
 Kind = TypeVar("Kind", bound=PoolIterator)
+
+
+def copied(iterable: Iterable[Any]) -> Any:
+    """A sequence of the same items, which the caller cannot change while it is read."""
+    return iterable if type(iterable) in (tuple, range) else list(iterable)
 
 
 class More(NamedTuple):
@@ -211,6 +216,6 @@ class BasePool:
         ordered: bool = True,
     ) -> Kind:
         iterator = kind(self._begin(), self)
-        args = iterable if type(iterable) in SEQUENCES else lambda: iterable
+        args = copied(iterable) if type(iterable) in SEQUENCES else lambda: iterable
         self._start(iterator._stream, func, args, chunksize, more, call=call, ordered=ordered)
         return iterator

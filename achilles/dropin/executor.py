@@ -13,17 +13,22 @@ dispatcher thread. The connection's lock guards all state.
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
+import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from ..config import SecretKey
-from ..controller.connection import RECONNECT_SECONDS
-from .async_results import PoolIterator
-from .base_pool import SEQUENCES, BasePool, More
-from .dispatcher import Dispatcher, SingleCall, Singles
+from ..controller.connection import RECONNECT_SECONDS, tell
+from ..errors import AchillesError
+from .async_results import PoolIterator, Stream
+from .base_pool import RUN, SEQUENCES, BasePool, More
+from .dispatcher import Dispatcher, SingleCall, Singles, Taker
 
 __all__ = ["Executor", "Future"]
 
@@ -86,6 +91,7 @@ class Executor(BasePool, concurrent.futures.Executor):
             raise ValueError("max_tasks_per_child must be >= 1")
         super().__init__(max_workers, initializer, initargs, max_tasks_per_child, wait_for_nodes, reconnect_seconds,
                          None, host, port, username, secret_key)
+        _left_open().add(self._dispatcher)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Have a worker call `fn(*args, **kwargs)`; returns its future at once. RuntimeError after `shutdown`."""
@@ -97,11 +103,12 @@ class Executor(BasePool, concurrent.futures.Executor):
         self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None,
         chunksize: int | None = 1, buffersize: int | None = None,
     ) -> Iterator[Any]:
-        """The results of `fn` for the zipped iterables, in their order, which are read `buffersize` calls ahead.
+        """The results of `fn` for the zipped iterables, in their order.
 
         :param timeout: seconds from now, for each result to be there; then TimeoutError.
         :param chunksize: arguments that travel together; None finds a good one.
-        An iterator that ends early, or is closed, cancels what is left.
+        :param buffersize: how many chunks may be out and not taken; None follows the pace.
+        An iterator that ends early cancels what is left. So does one that is closed or dropped, if it was read.
         """
         if chunksize is not None and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -114,36 +121,98 @@ class Executor(BasePool, concurrent.futures.Executor):
         return results
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take nothing more; end when all is done, and with `wait` block until then."""
+        """Take nothing more; end when all is done, and with `wait` block until then.
+
+        :param cancel_futures: cancel what was not sent yet, and what is left of each `map`.
+        """
         if self._controller.forked:
             return
         self.close()
         if cancel_futures:
-            with self._dispatcher.link.lock:
-                singles = [call for call in self._dispatcher.open if isinstance(call, Singles)]
-                futures = [future for each in singles for future in each.entries.values()]
-            for future in futures:
-                future.cancel()
+            with self._controller.lock:
+                calls = [*self._dispatcher.open, *chain.from_iterable(
+                    call.entries.values() for call in self._dispatcher.open if isinstance(call, Singles))]
+            for call in calls:
+                if isinstance(call, Future):
+                    call.cancel()
+                elif isinstance(call, Taker):
+                    call.cancel(concurrent.futures.CancelledError())
         if wait:
             self.join()
         else:
             threading.Thread(target=self.join, name="achilles-shutdown").start()  # the interpreter waits for it
 
+    def terminate_workers(self) -> None:
+        """Stop what runs, and take nothing more; futures without a result are InterruptedError. Some seconds at most.
+
+        The workers are the cluster's, and work for others.
+        """
+        self.terminate()
+
+    kill_workers = terminate_workers
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """As `shutdown`; on Ctrl-C, here or in the block, as `terminate_workers`."""
+        try:
+            if kind is not KeyboardInterrupt:
+                self.shutdown()
+        finally:
+            if self._state == RUN or self._dispatcher.open:
+                self.terminate()
+
+
+@functools.cache
+def _left_open() -> weakref.WeakSet[Dispatcher]:
+    """The dispatchers of executors: what was submitted is done before the interpreter ends, as in the standard library.
+
+    At the end, threads are still there only for functions that `threading` itself calls: concurrent.futures does so.
+    """
+    dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(_finish, dispatchers)
+    return dispatchers
+
+
+def _finish(dispatchers: Iterable[Dispatcher]) -> None:
+    """Wait until the calls of executors are done that nobody shut down. Ctrl-C ends the wait."""
+    try:
+        for dispatcher in [each for each in dispatchers if not each.link.forked]:
+            dispatcher.wait()
+    except (AchillesError, KeyboardInterrupt) as error:
+        tell(f"Calls of an Executor are not done: {str(error) or 'Ctrl-C ended the wait for them'}")
+
 
 class MapIterator(PoolIterator):
-    """What `map` returns. Ends with the first error; closed or dropped, it cancels what is left."""
+    """What `map` returns. Ends with the first error. Closed or dropped when it was read, it cancels what is left."""
 
     deadline = float("inf")  # monotonic, of every result
+    _read = False  # as a generator does, an iterator that nobody has read leaves the work to be done
 
     def __next__(self) -> Any:
+        self._read = True
         try:
             return self.next(max(0.0, self.deadline - time.monotonic()))
         except BaseException:
             self.cancel()
             raise
 
-    close = PoolIterator.cancel
+    def leave(self, *more: Any) -> None:
+        """As PoolIterator says. What nobody has read of the input, beyond `buffersize`, stays so."""
+        call = self._stream.call
+        super().leave(*more)
+        if call is not None and call.buffersize is not None and not self._dispatcher.link.forked:
+            self._dispatcher.work.put(call.end_input)
+
+    def close(self) -> None:
+        """Nothing follows. What is left is cancelled, if a result was read."""
+        if self._read:
+            self.cancel()
+        else:
+            self.leave()
+            self._stream = Stream(self._dispatcher, None)
 
     def __del__(self, _: object = None) -> None:
-        if self._stream.call is not None and not self._dispatcher.link.forked:
+        if not self._read:
+            self.leave()
+        elif self._stream.call is not None and not self._dispatcher.link.forked:
             self._dispatcher.work.put(self._stream.abandon)  # takes no lock: this runs in any thread at any moment

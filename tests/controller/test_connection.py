@@ -242,7 +242,7 @@ def test_a_lost_server_gets_the_jobs_anew_and_only_what_is_not_answered(free_por
 def test_what_was_before_nobody_looked_does_not_count(minutes):
     """A pool that works or rests for an hour looks at nothing; then its cluster is started anew."""
     controller = Controller(lambda: settings(1), wait_for_nodes=30)
-    controller._cluster = {"workers": 0}
+    controller._learn({"workers": 0})
     controller.look()
 
     def wait(seconds):
@@ -257,6 +257,18 @@ def test_what_was_before_nobody_looked_does_not_count(minutes):
     wait(1)
     with pytest.raises(NoNodesError, match="within 30 s"):
         controller.look()
+
+
+def test_who_waits_for_a_lost_server_is_told_once(capfd):
+    controller = Controller(lambda: settings(1), reconnect_seconds=60)
+    controller._learn({"workers": 4})
+    controller._learn({})
+    for _ in range(12):
+        controller.look()
+        controller._looked -= 1
+        controller._lonely_since -= 1
+    told, = capfd.readouterr().err.splitlines()
+    assert told == "The server at 127.0.0.1:1 cannot be reached any more; it is tried again for 60 s"
 
 
 def test_a_server_that_stays_away_is_named(free_port, monkeypatch):

@@ -8,8 +8,10 @@ import gc
 import inspect
 import itertools
 import os
+import signal
 import subprocess
 import threading
+import time
 
 import pytest
 from cluster import PYTHON, environment
@@ -134,13 +136,14 @@ def outcome(case, executor):
         return type(error), str(error)
 
 
-@pytest.mark.parametrize("end", ["close", "drop", "drop begun"])
-def test_a_map_that_is_closed_or_dropped_is_cancelled_though_it_has_no_end(make, end):
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_a_map_that_is_closed_or_dropped_reads_no_more_though_it_has_no_end(make, end, read):
     executor = make()
     results = executor.map(square, itertools.count(), buffersize=4)
-    if end == "drop begun":
+    if read:
         assert next(results) == 0
-    elif end == "close":
+    if end == "close":
         results.close()
         assert list(results) == []
     del results
@@ -149,11 +152,31 @@ def test_a_map_that_is_closed_or_dropped_is_cancelled_though_it_has_no_end(make,
     executor.shutdown()
 
 
-def test_map_reads_ahead_as_far_as_it_is_told(make):
+def test_a_map_that_nobody_reads_is_done_all_the_same(make, tmp_path):
+    with make() as executor:
+        executor.map(release, [str(tmp_path / f"{n}") for n in range(40)], chunksize=3)
+        executor.map(release, iter([str(tmp_path / f"closed {n}") for n in range(40)])).close()
+    assert len(list(tmp_path.iterdir())) == 80
+
+
+def test_a_map_that_was_read_is_cancelled_when_it_is_dropped(make, tmp_path):
+    with make(max_workers=1) as executor:
+        results = executor.map(wait_for, [str(tmp_path / "first"), *[str(tmp_path / "never")] * 9])
+        release(str(tmp_path / "first"))
+        assert next(results) is None
+        del results
+        gc.collect()
+        wait_until(lambda: not executor._dispatcher.open, "the end of the work")
+
+
+@pytest.mark.parametrize("chunksize", [1, 5])
+def test_map_reads_ahead_as_many_chunks_as_it_is_told(make, chunksize):
     read = []
-    results = make().map(square, (read.append(n) or n for n in itertools.count()), buffersize=4, chunksize=2)
-    assert [next(results) for _ in range(20)] == [*map(square, range(20))]
-    assert len(read) <= 28
+    results = make().map(square, (read.append(n) or n for n in itertools.count()), buffersize=4, chunksize=chunksize)
+    wait_until(lambda: len(read) == 4 * chunksize, "four chunks")
+    for n in range(20):
+        assert next(results) == n * n
+        assert len(read) <= n - n % chunksize + 5 * chunksize
     results.close()
 
 
@@ -202,6 +225,21 @@ def test_a_running_call_is_stopped_with_kill(make, tmp_path):
     with pytest.raises(concurrent.futures.CancelledError):
         future.exception()
     assert executor.submit(square, 3).result(SECONDS) == 9
+
+
+def test_asyncio_sees_a_call_that_is_killed_as_cancelled(make, tmp_path):
+    executor, path = make(max_workers=1), str(tmp_path / "never")
+
+    async def run():
+        future = executor.submit(wait_for, path)
+        waiting = asyncio.wrap_future(future)
+        await asyncio.to_thread(begun, path)
+        assert future.cancel(kill=True)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        return waiting.cancelled()
+
+    assert asyncio.run(run())
 
 
 def test_a_call_that_is_killed_leaves_the_others_of_its_function_alone(make, tmp_path):
@@ -352,6 +390,97 @@ def test_wrong_arguments_are_refused(make):
         make(max_tasks_per_child="a")
     with pytest.raises(ValueError, match="chunksize must be >= 1."):
         make().map(square, [1], chunksize=0)
+
+
+@pytest.mark.parametrize("way", ["terminate_workers", "kill_workers"])
+def test_its_workers_are_ended_with_all_that_waits(make, tmp_path, way):
+    executor = make(max_workers=1)
+    futures = [executor.submit(wait_for, str(tmp_path / f"never {n}")) for n in range(3)]
+    begun(str(tmp_path / "never 0"))
+    getattr(executor, way)()
+    errors = [future.exception(SECONDS) for future in futures]
+    assert {type(error) for error in errors} == {InterruptedError} and len({*map(id, errors)}) == 3
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        executor.submit(square, 2)
+
+
+def test_a_shutdown_that_cancels_ends_a_map(make, tmp_path):
+    executor = make(max_workers=1)
+    results = executor.map(wait_for, [str(tmp_path / "never")] * 3)
+    begun(str(tmp_path / "never"))
+    executor.shutdown(cancel_futures=True)
+    with pytest.raises(concurrent.futures.CancelledError):
+        next(results)
+
+
+@pytest.mark.parametrize("where", ["the block", "the wait"])
+def test_ctrl_c_ends_a_with_at_once(make, tmp_path, where):
+    def raise_at(happened):
+        wait_until(happened)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    executor, path = make(max_workers=1), str(tmp_path / "never")
+    happened = (lambda: executor._state != "RUN") if where == "the wait" else (lambda: os.path.exists(path + ".begun"))
+    thread = threading.Thread(target=raise_at, args=(happened,))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), executor:
+        future = executor.submit(wait_for, path)
+        thread.start()
+        if where == "the block":
+            threading.Event().wait(SECONDS)
+    thread.join()
+    assert type(future.exception(SECONDS)) is InterruptedError and time.monotonic() - began < SECONDS
+
+
+SCRIPT = """
+import achilles, os, sys, time
+def job(path):
+    time.sleep(0.1)
+    open(path, "w").close()
+if __name__ == "__main__":
+    way, folder, *place = sys.argv[1:]
+    executor = achilles.Executor(2, host=place[0], port=int(place[1]), username=place[2], secret_key=place[3])
+    for n in range(6):
+        executor.submit(job, os.path.join(folder, str(n)))
+    if way == "map":
+        executor.map(job, [os.path.join(folder, str(n)) for n in range(6, 12)])
+    if way == "no wait":
+        executor.shutdown(wait=False)
+    if way == "gone":
+        del executor
+    if way == "exit":
+        sys.exit(0)
+    if way == "raises":
+        raise ValueError("mine")
+"""
+
+
+def started(cluster, tmp_path, way):
+    script, folder = tmp_path / "script.py", tmp_path / "folder"
+    script.write_text(SCRIPT)
+    folder.mkdir()
+    place = cluster.host, str(cluster.port), cluster.username, cluster.settings.secret.reveal()
+    return folder, subprocess.Popen(
+        [*PYTHON, str(script), way, str(folder), *place], env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("way", ["open", "map", "no wait", "gone", "exit", "raises"])
+def test_what_was_submitted_is_done_before_the_interpreter_ends(cluster, tmp_path, way):
+    folder, process = started(cluster, tmp_path, way)
+    _, said = process.communicate(timeout=SECONDS)
+    assert len(list(folder.iterdir())) == (12 if way == "map" else 6)
+    assert process.returncode == (way == "raises") and ("ValueError: mine" in said if way == "raises" else said == "")
+
+
+def test_at_the_end_of_the_interpreter_a_lost_server_is_named_and_ctrl_c_ends_the_wait(tmp_path):
+    with LocalCluster(nodes=1, cpu_count=1) as own:
+        folder, process = started(own, tmp_path, "open")
+        wait_until(lambda: [*folder.iterdir()], "the first call")
+    told = process.stderr.readline()
+    assert f"The server at 127.0.0.1:{own.port} cannot be reached any more; it is tried again for 300 s" in told
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=SECONDS)
+    assert said == "Calls of an Executor are not done: Ctrl-C ended the wait for them\n"
 
 
 def test_asyncio_runs_its_calls_there(make):

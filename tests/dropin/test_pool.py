@@ -329,7 +329,10 @@ def test_a_case_ends_as_in_the_standard_library(ours, theirs, case):
 
 
 def test_every_method_takes_what_that_of_the_standard_library_takes():
-    """The same arguments in the same order, with the same defaults; ours come behind them, by keyword alone."""
+    """The same arguments in the same order, with the same defaults; ours come behind them, by keyword alone.
+
+    But for `buffersize` of imap and imap_unordered, which is their fourth argument from Python 3.16 on.
+    """
     theirs = multiprocessing.pool.Pool
     names = {name for name in vars(theirs) if not name.startswith("_")} - {"Process"}
     assert names == {"apply", "apply_async", "map", "map_async", "imap", "imap_unordered", "starmap",
@@ -337,7 +340,8 @@ def test_every_method_takes_what_that_of_the_standard_library_takes():
     for name in names | {"__init__"}:
         here, there = (list(inspect.signature(getattr(pool, name)).parameters.values()) for pool in (Pool, theirs))
         assert [(p.name, p.default) for p in here[:len(there)]] == [(p.name, p.default) for p in there]
-        assert {p.kind for p in here[len(there):]} <= {inspect.Parameter.KEYWORD_ONLY}
+        by_place = [p.name for p in here[len(there):] if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        assert by_place == (["buffersize"] if name.startswith("imap") and len(there) == 4 else [])
     of_results = (AsyncResult, multiprocessing.pool.AsyncResult), (PoolIterator, multiprocessing.pool.IMapIterator)
     for classes in of_results:
         for name in {name for name in vars(classes[1]) if not name.startswith("_")}:
@@ -799,14 +803,31 @@ def test_buffersize_bounds_how_far_an_endless_iterable_is_read_ahead(make):
             read.append(n)
             yield n
 
-    iterator = pool.imap(square, endless(), buffersize=7)
+    iterator = pool.imap(square, endless(), 2, 7)
     assert [next(iterator) for _ in range(50)] == [*map(square, range(50))]
-    assert len(read) <= 60
+    assert len(read) <= 50 + 2 * 8
+
+
+@pytest.mark.parametrize("method", ["map_async", "starmap_async", "imap", "imap_unordered"])
+def test_a_list_that_changes_after_the_call_has_the_results_of_before(make, method):
+    pool, args = make(), [[n] for n in range(20_000)]
+    result = getattr(pool, method)(sum if method != "starmap_async" else abs, args, chunksize=1)
+    args.clear()
+    assert sorted(result.get(SECONDS) if "async" in method else result) == [*range(20_000)]
 
 
 def test_timeout_ends_the_call_of_one_argument_alone(ours):
     found = outcomes(ours.imap(after, [0, 60, 0], timeout=0.5))
     assert [kind for kind, *_ in found] == ["value", TaskTimeout, "value", StopIteration]
+
+
+def test_a_timeout_is_that_of_multiprocess_too_where_it_is_loaded(make):
+    multiprocess = pytest.importorskip("multiprocess")
+    pool = make()
+    for wait in (pool.apply_async(after, (60,)).get, pool.imap(after, [60]).next):
+        with pytest.raises(multiprocess.TimeoutError) as caught:
+            wait(0.01)
+        assert isinstance(caught.value, multiprocessing.TimeoutError) and isinstance(caught.value, TimeoutError)
 
 
 def test_a_seed_gives_the_same_numbers_however_the_work_is_cut(ours, make):
