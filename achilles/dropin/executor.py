@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -92,6 +93,13 @@ class Executor(BasePool, concurrent.futures.Executor):
         super().__init__(max_workers, initializer, initargs, max_tasks_per_child, wait_for_nodes, reconnect_seconds,
                          None, host, port, username, secret_key)
         _left_open().add(self._dispatcher)
+
+    def wait_for_workers(self) -> int:
+        """How many calls may run at a time, as soon as a node is there. NoNodesError after `wait_for_nodes`."""
+        link = self._controller
+        with link.lock:
+            self._dispatcher.wait_for(partial(link.changed.wait_for, lambda: link.workers))
+        return self._processes
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Have a worker call `fn(*args, **kwargs)`; returns its future at once. RuntimeError after `shutdown`."""
