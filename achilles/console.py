@@ -26,7 +26,7 @@ __all__ = [
     "ExitStatus", "errors_to_exit_status", "parse", "parser", "read_secret", "say", "signal_handlers", "status_table",
 ]
 
-OPTIONS: dict[str, dict[str, Any]] = {  # of all commands; a secret has none, because others can read a command line
+OPTIONS: dict[str, dict[str, Any]] = {  # of server and node; a secret has none, because others can read a command line
     "--host": {"help": "name or address of the server"},
     "--port": {"type": int, "help": "its port, 9999 by default"},
     "--username": {"help": "1 to 32 bytes"},
@@ -61,13 +61,15 @@ def say(text: str) -> None:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that all commands have."""
+def parser(
+    command: str, description: str, options: dict[str, dict[str, Any]] = OPTIONS
+) -> argparse.ArgumentParser:
+    """Return a command's parser; by default with the options of all commands that connect."""
     made = argparse.ArgumentParser(
         prog=f"python -m {__package__}.{command}", description=description,
         allow_abbrev=False,  # --secret-key must not pass for --secret-key-file, with the secret on the command line
     )
-    for option, about in OPTIONS.items():
+    for option, about in options.items():
         made.add_argument(option, **about)
     return made
 
