@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Packets", "check_options", "cluster_status", "connect", "imap", "imap_unordered", "kill_cluster", "map"]
 
-LOCAL = "local"  # as a host: a LocalCluster of this process
 # Options of the calls: types, their name, the least value, the limits in words.
 _COUNT = int, "an int", 1, "at least 1"
 _SECONDS = (int, float), "a number of seconds", 0, "a finite number of seconds, more than 0"
@@ -84,7 +83,9 @@ class Packets(Iterator[Packet], contextlib.AbstractContextManager["Packets"]):
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at the interpreter's end half of it may be gone
             if not self._closed.is_set():  # collected in any thread, which may hold any lock and must not be kept
-                start_new_thread(_close, (self._call, self._controller))
+                closer = threading.Thread(
+                    target=_cancel, args=(self._call, self._controller), name="achilles-closer", daemon=True)
+                start_new_thread(closer.start, ())  # what joins threads is better one that `threading` knows
 
 
 def _packets(
@@ -199,8 +200,7 @@ def kill_cluster(
     if not command_verified:
         if not (sys.stdin and sys.stdin.isatty()):
             raise ValueError("kill_cluster ends a whole cluster: pass command_verified=True where nobody can be asked")
-        sys.stderr.write("This ends every node and the server, and all jobs that run. Type YES to go on: ")
-        sys.stderr.flush()
+        tell("This ends every node and the server, and all jobs that run. Type YES to go on:")
         if sys.stdin.readline().strip() != "YES":
             return False
     with contextlib.closing(connect(host, port, username, secret_key)) as controller:
@@ -276,13 +276,13 @@ def connect(
 
 
 def _resolve(host: str | None, port: int | None, username: str | None, secret_key: SecretKey) -> Settings:
-    if host == LOCAL:
+    if host == "local":  # a LocalCluster of this process
         from .local import embedded
 
         return embedded().settings
     # A reconnection runs in a thread of ours, where nobody can be asked.
-    ask = threading.current_thread() is threading.main_thread()
-    return config.resolve(host, port, username, secret_key, ask=ask)
+    return config.resolve(
+        host, port, username, secret_key, ask=threading.current_thread() is threading.main_thread())
 
 
 def check_options(**options: object) -> None:
@@ -295,11 +295,6 @@ def check_options(**options: object) -> None:
             raise TypeError(f"{name} must be {kind}, not {type(value).__name__}")
         if least is not None and not least <= value < float("inf"):
             raise ValueError(f"{name} must be {limits}, not {value}")
-
-
-def _close(call: Call, controller: Controller) -> None:
-    """In a bare thread: an iterator was dropped. What joins threads is better one that `threading` knows."""
-    threading.Thread(target=_cancel, args=(call, controller), name="achilles-closer", daemon=True).start()
 
 
 def _cancel(call: Call, controller: Controller) -> None:

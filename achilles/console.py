@@ -110,21 +110,17 @@ def signal_handlers(
     With `read_again`, SIGHUP calls `read_again`, as in other daemons. That holds under nohup too: nohup wants no end.
     Where the terminal in which this process was started has gone, SIGHUP says so, and goes to `handler`.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     handlers = {number: handler for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
     if read_again is not None and hasattr(signal, "SIGHUP"):
         ends_with_terminal = signal.SIGHUP in handlers and _has_terminal()
         handlers[signal.SIGHUP] = lambda number, frame: (
             handler(number, frame) if ends_with_terminal and not _has_terminal() else read_again())
-    before = {number: signal.signal(number, each) for number, each in handlers.items()}
-    try:
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number, each in handlers.items():
+                stack.callback(signal.signal, number, signal.signal(number, each))
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def status_table(state: dict[str, Any]) -> str:
