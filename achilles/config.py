@@ -59,7 +59,7 @@ PREFIX = "ACHILLES_"  # of environment variables; the same in a renamed copy of 
 MAKE_ONE = 'Make a good one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 
 # Patterns are texts: a process that needs none of them, such as a local cluster's, compiles none.
-_UNFIT = r"[\x00\ud800-\udfff]"  # NUL, and the characters that stand for broken UTF-8
+_UNFIT = r"[\x00\r\n\ud800-\udfff]"  # NUL, the ends of a file's line, and the characters for broken UTF-8
 SETTING = (  # a line of a file, or no match if the line belongs to others
     rf"""(?x)[ \t]*(?:export[ \t]+)? (?P<name>{'|'.join((*NAMES, PREVIOUS))}) [ \t]*="""
     r"""(?: [ \t]* (?: '(?P<literal>[^']*)' | "(?P<escaped>(?:[^"\\]|\\.)*)" | (?P<bare>(?:[^'"\#\s].*?)?) )"""
@@ -168,13 +168,11 @@ def read_again(settings: Settings, role: Role, bind: str | None = None) -> Setti
     :raises ConfigurationError: the settings came from no file. Or the file cannot be read, is open to others, or has
         no good secret. The message is one line.
     """
-    path = settings.env_file
-    if path is None:
+    if settings.env_file is None:
         raise ConfigurationError("the secret did not come from a configuration file, so there is none to read")
-    if "SECRET_KEY" not in read_file(path):
-        raise ConfigurationError(f"{path} has no SECRET_KEY")
-    return resolve(
-        settings.host, settings.port, settings.username, env_file=path, ask=False, role=role, bind=bind)
+    if "SECRET_KEY" not in read_file(settings.env_file):
+        raise ConfigurationError(f"{settings.env_file} has no SECRET_KEY")
+    return resolve(*settings[:3], env_file=settings.env_file, ask=False, role=role, bind=bind)
 
 
 def check(name: str, value: Any, source: str) -> Any:
@@ -208,7 +206,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "USERNAME": (
         lambda value: isinstance(value, str) and not re.search(_UNFIT, value)
         and 1 <= len(value.encode()) <= USERNAME_BYTES,
-        f"1 to {USERNAME_BYTES} bytes of UTF-8 without NUL"),
+        f"1 to {USERNAME_BYTES} bytes of UTF-8 without NUL and line breaks"),
 }
 
 
@@ -220,10 +218,12 @@ def is_loopback(host: str) -> bool:
 def check_secret(secret: Secret, host: str, source: str = "secret_key") -> Secret:
     """Return `secret`, if it is good enough for a cluster at `host`.
 
-    :raises ConfigurationError: empty, not UTF-8, or shorter than 16 characters where others can connect.
+    :raises ConfigurationError: empty, not UTF-8, of several lines, or shorter than 16 characters where others can
+        connect.
     """
     if not secret.reveal() or re.search(_UNFIT, secret.reveal()):
-        raise ConfigurationError(f"{secret.source or source} is empty, or has a NUL or broken UTF-8 in it. {MAKE_ONE}")
+        raise ConfigurationError(f"{secret.source or source} is empty, or has a NUL, a line break or broken "
+                                 f"UTF-8 in it. {MAKE_ONE}")
     if len(secret.reveal()) < SECRET_CHARACTERS and not is_loopback(host):
         raise ConfigurationError(f"{secret.source or source} is shorter than {SECRET_CHARACTERS} characters, "
                                  f"which is allowed on loopback alone, not at {host}. {MAKE_ONE}")

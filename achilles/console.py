@@ -26,7 +26,7 @@ __all__ = [
     "ExitStatus", "errors_to_exit_status", "parse", "parser", "read_secret", "say", "signal_handlers", "status_table",
 ]
 
-OPTIONS: dict[str, dict[str, Any]] = {  # of all commands; a secret has none, because others can read a command line
+OPTIONS: dict[str, dict[str, Any]] = {  # of server and node; a secret has none, because others can read a command line
     "--host": {"help": "name or address of the server"},
     "--port": {"type": int, "help": "its port, 9999 by default"},
     "--username": {"help": "1 to 32 bytes"},
@@ -61,13 +61,15 @@ def say(text: str) -> None:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that all commands have."""
+def parser(
+    command: str, description: str, options: dict[str, dict[str, Any]] = OPTIONS
+) -> argparse.ArgumentParser:
+    """Return a command's parser; by default with the options of all commands that connect."""
     made = argparse.ArgumentParser(
         prog=f"python -m {__package__}.{command}", description=description,
         allow_abbrev=False,  # --secret-key must not pass for --secret-key-file, with the secret on the command line
     )
-    for option, about in OPTIONS.items():
+    for option, about in options.items():
         made.add_argument(option, **about)
     return made
 
@@ -108,21 +110,17 @@ def signal_handlers(
     With `read_again`, SIGHUP calls `read_again`, as in other daemons. That holds under nohup too: nohup wants no end.
     Where the terminal in which this process was started has gone, SIGHUP says so, and goes to `handler`.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     handlers = {number: handler for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
     if read_again is not None and hasattr(signal, "SIGHUP"):
         ends_with_terminal = signal.SIGHUP in handlers and _has_terminal()
         handlers[signal.SIGHUP] = lambda number, frame: (
             handler(number, frame) if ends_with_terminal and not _has_terminal() else read_again())
-    before = {number: signal.signal(number, each) for number, each in handlers.items()}
-    try:
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number, each in handlers.items():
+                stack.callback(signal.signal, number, signal.signal(number, each))
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def status_table(state: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from ..calls import check_counts, check_seconds, connect
+from ..calls import check_options, connect
 from ..config import SecretKey
 from ..controller.call import Call
 from ..controller.job import Job
@@ -73,7 +73,7 @@ class BasePool:
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
+        check_options(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
         self._given = processes
         self._options = {"maxtasksperchild": maxtasksperchild}
         self._context, self._context_id = letters.Context(caller=True), secrets.token_bytes(16)
@@ -179,8 +179,7 @@ class BasePool:
     ) -> None:
         """Begin a mapping call for `taker`, which takes its results; `inline`: take them."""
         buffersize, timeout, seed = more
-        check_counts(buffersize=buffersize)
-        check_seconds(timeout=timeout)
+        check_options(buffersize=buffersize, timeout=timeout)
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         options: dict[str, Any] = {"call": call, "timeout": timeout}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..configuring import ask_config, update_config
-from ..node import run_node as runAchillesNode
+from ..node.loop import run_node as runAchillesNode
 
 __all__ = ["genConfig", "runAchillesNode"]
 

@@ -97,8 +97,8 @@ class Channel:
 
         The writer thread writes the rest. Never blocks; a failure is the writer thread's to see. Any thread.
         """
-        is_new = self._queue and not self._parts  # else there is nothing, or the writer thread is at it
-        if is_new and hasattr(os, "writev") and self._writing.acquire(blocking=False):  # Windows has no writev
+        # Otherwise there is nothing to write, or the writer thread is at it, or this is Windows, without writev.
+        if self._queue and not self._parts and hasattr(os, "writev") and self._writing.acquire(blocking=False):
             try:
                 self._write_safely(lambda parts: os.writev(self.socket.fileno(), parts), PUSH_BYTES)
             finally:
@@ -182,8 +182,7 @@ class Channel:
             if not ready:
                 self.send(Kind.PING, {}, ahead=True)
             with self._writing:
-                if self._state < SHUT:
-                    self._write_safely(self._sendmsg)
+                self._write_safely(self._sendmsg)
 
     def _write_safely(self, write: Callable[..., int], limit: float = float("inf")) -> None:
         """As `_write`; an error ends writing, so that no frame follows half of one."""
@@ -258,15 +257,12 @@ class Channel:
         :returns: the reason of the end, in a few words.
         """
         try:
-            while self._state != CLOSED:
-                received = self.receive()
-                if received is None:
-                    return "end of file"
+            while self._state != CLOSED and (received := self.receive()) is not None:
                 for frame in received:
                     handle(frame)
                 done()
                 self.tick()
-            return "closed"
+            return "end of file"
         except ProtocolError as e:
             self.complain(e)
             done()

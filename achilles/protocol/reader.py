@@ -57,8 +57,7 @@ class FrameReader:
             self._place = self._parser.send(count)
         except StopIteration:
             raise ProtocolError("a peer's mistake was read before: nothing behind it is a frame") from None
-        found = self._found.copy()
-        self._found.clear()
+        found, self._found = self._found, []
         return found
 
     def close(self) -> None:
