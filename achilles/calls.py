@@ -40,6 +40,7 @@ __all__ = ["Packets", "check_options", "cluster_status", "connect", "imap", "ima
 # Options of the calls: types, their name, the least value, the limits in words.
 _COUNT = int, "an int", 1, "at least 1"
 _SECONDS = (int, float), "a number of seconds", 0, "a finite number of seconds, more than 0"
+NOWHERE = None, None, None, None  # no host, port, username and secret given
 RULES: dict[str, tuple[Any, str, float | None, str]] = {
     "func": (Callable, "callable", None, ""), "callback": (Callable, "callable or None", None, ""),
     "callback_error": (Callable, "callable or None", None, ""), "chunksize": _COUNT, "buffersize": _COUNT,
@@ -203,7 +204,7 @@ def kill_cluster(
         tell("This ends every node and the server, and all jobs that run. Type YES to go on:")
         if sys.stdin.readline().strip() != "YES":
             return False
-    with contextlib.closing(connect(host, port, username, secret_key)) as controller:
+    with contextlib.closing(_controller(host, port, username, secret_key)) as controller:
         controller.kill()
     return True
 
@@ -217,7 +218,7 @@ def cluster_status(
     seconds since 1970). `jobs`: id, user, queued, running, done (chunks). `server`: version, uptime (s), memory
     (resident bytes, None where the system does not tell).
     """
-    with contextlib.closing(connect(host, port, username, secret_key)) as controller:
+    with contextlib.closing(_controller(host, port, username, secret_key)) as controller:
         return controller.status()
 
 
@@ -240,8 +241,7 @@ def _start(
     controller = connect(
         host, port, username, secret_key, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
     try:
-        if executor is None:
-            settings = controller.settings
+        if (settings := controller.settings) is not None:
             tell(f"ALERT: Connection to achilles_server at {settings.host}:{settings.port} "
                  "and authentication successful.\n")
         with controller.lock:
@@ -260,16 +260,26 @@ def connect(
     reconnect_seconds: float = RECONNECT_SECONDS, executor: Executor | None = None, processes: int | None = None,
     wait_for_nodes: float | None = None,
 ) -> Controller:
-    """A controller of the cluster that these say, or that the settings say; or what takes its place on `executor`."""
-    if executor is not None:
+    """A controller of the cluster that these say, or that the settings say; or what takes its place.
+
+    That is an engine, on `executor`, or in a worker that is not told of any cluster: if all workers waited for others,
+    none would be left.
+    """
+    place = host, port, username, secret_key
+    if executor is not None or (config.in_worker and place == NOWHERE):
         from .dropin.engine import Engine  # and what its workers need
 
-        if (host, port, username, secret_key) != (None, None, None, None):
+        if place != NOWHERE:
             raise ValueError("a call runs on a cluster or on an executor: give host and the like, or executor")
         return cast(Controller, Engine(executor, processes))
-    controller = Controller(
-        lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds,
-        wait_for_nodes=wait_for_nodes, processes=processes)
+    return _controller(
+        *place, reconnect_seconds=reconnect_seconds, wait_for_nodes=wait_for_nodes, processes=processes)
+
+
+def _controller(
+    host: str | None, port: int | None, username: str | None, secret_key: SecretKey, **options: Any
+) -> Controller:
+    controller = Controller(lambda: _resolve(host, port, username, secret_key), **options)
     controller.open()
     return controller
 

@@ -54,6 +54,7 @@ SECRET_CHARACTERS = 16  # a recorded handshake lets a shorter secret be guessed
 NAMES = ("HOST", "PORT", "USERNAME", "SECRET_KEY")
 REQUIRED = ("HOST", "USERNAME", "SECRET_KEY")  # the port has a default
 PREVIOUS = "PREVIOUS_SECRET_KEY"  # a server accepts it too, while a secret is being replaced
+in_worker = False  # this process is a worker of ours, or a child of one: node/worker.py says so
 PACKAGE = __package__  # the package's name in commands that messages show; a renamed copy has its own
 PREFIX = "ACHILLES_"  # of environment variables; the same in a renamed copy of the package
 MAKE_ONE = 'Make a good one: python -c "import secrets; print(secrets.token_urlsafe(32))"'

@@ -75,7 +75,7 @@ class Controller(Link):
         self.look_seconds = min(LOOK_SECONDS, max(self._patience / 4, LEAST_SECONDS))
         self._lonely_since = self._looked = time.monotonic()  # no node since then; somebody looked then
         self._told = ""  # the last notice to the caller
-        self.settings = resolve()
+        self.settings: config.Settings = resolve()
         self._resolve = resolve
         self._reconnect_seconds = reconnect_seconds
         self._channel: Channel | None = None

@@ -73,8 +73,9 @@ class Feeder:
 
         :param inline: the calling thread will take all results now, and can feed a sequence itself.
         """
+        self.inline = self._call.link.in_place
         if self._sequence and not (self._packets and self._args and isinstance(self._args[0], list)):
-            self.inline, self._burst = inline, self.size
+            self.inline, self._burst = inline or self.inline, self.size
             self.step()  # short sequences are fed by then
         if not self.inline and not self.ended:
             self._thread = threading.Thread(target=self._run, name="achilles-feeder", daemon=True)

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ..config import Settings
 from ..errors import ServerUnreachable
 from ..objects.outcomes import fresh
 from ..protocol.frames import U32, Batch, Kind, Letter, LongLetter, Status
@@ -43,6 +44,8 @@ class Link:
     connected = True  # whether batches may be posted
     workers = largest = 0  # that can run this caller's functions: of the cluster, and of its largest node
     look_seconds = 1.0  # how often to `look`
+    settings: Settings | None = None  # of the server, where there is one
+    in_place = False  # batches run where they are pushed: in the thread that takes their results
     forked = False  # this process is a child of the caller's: threads and connections are the parent's
     _lost: BaseException | None = None  # why no job can be started any more
 

@@ -144,6 +144,7 @@ class Pool(BasePool):
         inline: bool = False, call: str = "one",
     ) -> MapResult:
         self._check_running()
+        inline = inline or self._controller.in_place
         args = iterable if inline and type(iterable) is list else copied(iterable)  # its own error is raised here
         taker = MapResult(self._dispatcher if inline else self._begin(), self, *callbacks)
         self._start(taker, func, args, chunksize, more, call=call, ready=None if inline else taker.ready_to_take,

@@ -33,6 +33,7 @@ from typing import Any
 
 import multiprocess
 
+from .. import config
 from ..protocol.channel import Channel
 from ..protocol.frames import (
     CAREFUL,
@@ -179,6 +180,7 @@ def main(
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
     keep_freed_memory()
+    config.in_worker = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches workers too: the node ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for thing in inherited:
