@@ -237,8 +237,8 @@ def _decode_letters(kind: Kind, batch: Batch, envelope: bytes) -> None:
         raise ProtocolError(f"the letters of a {kind.name} do not fill its envelope")
     if max(long, default=0) > LETTER_LIMIT_BYTES or (
             len(long) > 1 and sum(long) > MAX_LONG_BYTES and kind is not Kind.JOB):
-        raise ProtocolError(f"a {kind.name} with long letters of {sum(long)} bytes; the limits are {MAX_LONG_BYTES} for "
-                            f"several, and {LETTER_LIMIT_BYTES} for each")
+        raise ProtocolError(f"a {kind.name} with long letters of {sum(long)} bytes; the limits are {MAX_LONG_BYTES} "
+                            f"for several, and {LETTER_LIMIT_BYTES} for each")
     ends = range(at + DIGEST_BYTES, len(batch.packed) + 1, DIGEST_BYTES)
     batch.longs = [LongLetter((), batch.packed[end - DIGEST_BYTES : end], length) for end, length in zip(ends, long)]
     if kind is Kind.JOB:
