@@ -182,7 +182,8 @@ class Channel:
             if not ready:
                 self.send(Kind.PING, {}, ahead=True)
             with self._writing:
-                self._write_safely(self._sendmsg)
+                if self._state < SHUT:
+                    self._write_safely(self._sendmsg)
 
     def _write_safely(self, write: Callable[..., int], limit: float = float("inf")) -> None:
         """As `_write`; an error ends writing, so that no frame follows half of one."""
