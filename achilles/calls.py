@@ -17,6 +17,8 @@ iterated in the job's feeder. Any number of calls may run at once, in any thread
 from __future__ import annotations
 
 import contextlib
+import numbers
+import operator
 import secrets
 import sys
 import threading
@@ -35,11 +37,11 @@ from .protocol.frames import letter_of
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-__all__ = ["Packets", "check_options", "cluster_status", "connect", "imap", "imap_unordered", "kill_cluster", "map"]
+__all__ = ["Packets", "checked", "cluster_status", "connect", "imap", "imap_unordered", "kill_cluster", "map"]
 
 # Options of the calls: types, their name, the least value, the limits in words.
-_COUNT = int, "an int", 1, "at least 1"
-_SECONDS = (int, float), "a number of seconds", 0, "a finite number of seconds, more than 0"
+_COUNT = numbers.Integral, "an int", 1, "at least 1"
+_SECONDS = numbers.Real, "a number of seconds", 0, "a finite number of seconds, more than 0"
 NOWHERE = None, None, None, None  # no host, port, username and secret given
 RULES: dict[str, tuple[Any, str, float | None, str]] = {
     "func": (Callable, "callable", None, ""), "callback": (Callable, "callable or None", None, ""),
@@ -230,8 +232,9 @@ def _start(
     reconnect_seconds: float, timeout: float | None, executor: Executor | None,
 ) -> Packets:
     """Check, dump the function, connect, and begin."""
-    check_options(
-        func=func, callback=callback, callback_error=callback_error, chunksize=chunksize, buffersize=buffersize,
+    checked(func=func, callback=callback, callback_error=callback_error)
+    chunksize, buffersize = checked(chunksize=chunksize, buffersize=buffersize)
+    wait_for_nodes, reconnect_seconds, timeout = checked(
         wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
     if not callable(args):
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
@@ -294,16 +297,23 @@ def _resolve(host: str | None, port: int | None, username: str | None, secret_ke
         host, port, username, secret_key, ask=threading.current_thread() is threading.main_thread())
 
 
-def check_options(**options: object) -> None:
-    """TypeError or ValueError unless each is as RULES says. None is good where the option is not required."""
+def checked(**options: Any) -> list[Any]:
+    """The values of options, numbers as Python's own: numpy's are good, too. None is good where none is required.
+
+    TypeError or ValueError unless each is as RULES says.
+    """
+    found = []
     for name, value in options.items():
         types, kind, least, limits = RULES[name]
-        if value is None and name not in REQUIRED:
-            continue
-        if not isinstance(value, types) or isinstance(value, bool):
-            raise TypeError(f"{name} must be {kind}, not {type(value).__name__}")
-        if least is not None and not least <= value < float("inf"):
-            raise ValueError(f"{name} must be {limits}, not {value}")
+        if value is not None or name in REQUIRED:
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise TypeError(f"{name} must be {kind}, not {type(value).__name__}")
+            if least is not None and not least <= value < float("inf"):
+                raise ValueError(f"{name} must be {limits}, not {value}")
+            value = operator.index(value) if isinstance(value, numbers.Integral) else value
+            value = float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value
+        found.append(value)
+    return found
 
 
 def _cancel(call: Call, controller: Controller) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import inspect
 import io
 import itertools
+import numbers
 import signal
 import socket
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from conftest import wait_until
 from fakes import SECONDS, SECRET, Node, address, serving
 
 from achilles import errors
-from achilles.calls import cluster_status, imap, imap_unordered, kill_cluster
+from achilles.calls import checked, cluster_status, imap, imap_unordered, kill_cluster
 from achilles.calls import map as map_
 from achilles.controller import connection
 from achilles.lineReceiver import achilles_main, achilles_node, achilles_server
@@ -112,6 +115,37 @@ def test_the_other_functions_take_what_the_originals_take(function, signature):
 def test_what_will_not_do_is_refused_before_anything_is_connected(function, options, error, text):
     with pytest.raises(error, match=text):
         function(**({"func": square, "args": [1], **address(1)} | options))
+
+
+@pytest.mark.parametrize("options", [
+    {"chunksize": Fraction(3)}, {"buffersize": "3"}, {"timeout": complex(3)}, {"chunksize": Decimal(3)}])
+def test_numbers_of_other_kinds_are_refused(options):
+    with pytest.raises(TypeError, match="must be a"):
+        checked(**options)
+
+
+@numbers.Integral.register
+class Whole:
+    """A number as numpy has them: no int, but registered as one of its kind."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+    def __lt__(self, other):
+        return self.value < other
+
+    def __ge__(self, other):
+        return self.value >= other
+
+
+def test_numbers_as_numpy_has_them_count_as_pythons_own():
+    found = checked(chunksize=Whole(3), buffersize=None, timeout=Fraction(3, 2), wait_for_nodes=Whole(2))
+    assert found == [3, None, 1.5, 2] and [*map(type, found)] == [int, type(None), float, int]
+    with pytest.raises(ValueError, match="chunksize must be at least 1"):
+        checked(chunksize=Whole(0))
 
 
 # Results.

@@ -37,7 +37,7 @@ AIMS = {
     "ring": 800, "protocol": 600, "server": 620, "node": 750, "objects": 800, "controller": 780, "core": 4000,
     "whole": 4850,
 }
-THIN_MODULES = {"dropin.joblib_backend": 60, "dropin.engine": 105}  # others' interfaces; lines of code are fewer
+THIN_MODULES = {"dropin.joblib_backend": 75, "dropin.engine": 120}  # others' interfaces; lines of code are fewer
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 PICKLING = {
     "objects.letters": "what a letter is made of",

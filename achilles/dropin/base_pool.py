@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from ..calls import check_options, connect
+from ..calls import checked, connect
 from ..config import SecretKey
 from ..controller.call import Call
 from ..controller.job import Job
@@ -73,7 +73,8 @@ class BasePool:
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        check_options(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
+        wait_for_nodes, reconnect_seconds = checked(
+            wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
         self._given = processes
         self._options = {"maxtasksperchild": maxtasksperchild}
         self._context, self._context_id = letters.Context(caller=True), secrets.token_bytes(16)
@@ -178,14 +179,14 @@ class BasePool:
         call: str = "one", ordered: bool = False, ready: Callable[[], object] | None = None, inline: bool = False,
     ) -> None:
         """Begin a mapping call for `taker`, which takes its results; `inline`: take them."""
-        buffersize, timeout, seed = more
-        check_options(buffersize=buffersize, timeout=timeout)
+        buffersize, timeout = checked(buffersize=more.buffersize, timeout=more.timeout)
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        chunksize = None if chunksize is None else operator.index(chunksize)
         options: dict[str, Any] = {"call": call, "timeout": timeout}
-        if seed is not None:
+        if more.seed is not None:
             args = (lambda given=args: enumerate(given())) if callable(args) else [*enumerate(args)]
-            options["seed"] = hashlib.sha256(b"%x" % operator.index(seed)).hexdigest()
+            options["seed"] = hashlib.sha256(b"%x" % operator.index(more.seed)).hexdigest()
         try:
             taker.key, function = self._function(func, options)
         except DumpError as error:

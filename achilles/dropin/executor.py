@@ -136,6 +136,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         if self._controller.forked:
             return
         self.close()
+        _left_open().discard(self._dispatcher)
         if cancel_futures:
             with self._controller.lock:
                 calls = [*self._dispatcher.open, *chain.from_iterable(
@@ -184,8 +185,9 @@ def _left_open() -> weakref.WeakSet[Dispatcher]:
 def _finish(dispatchers: Iterable[Dispatcher]) -> None:
     """Wait until the calls of executors are done that nobody shut down. Ctrl-C ends the wait."""
     try:
-        for dispatcher in [each for each in dispatchers if not each.link.forked]:
+        for dispatcher in [each for each in dispatchers if each.open and not each.link.forked]:
             dispatcher.wait()
+            dispatcher.link.check_usable()
     except (AchillesError, KeyboardInterrupt) as error:
         tell(f"Calls of an Executor are not done: {str(error) or 'Ctrl-C ended the wait for them'}")
 

@@ -476,11 +476,20 @@ def test_at_the_end_of_the_interpreter_a_lost_server_is_named_and_ctrl_c_ends_th
     with LocalCluster(nodes=1, cpu_count=1) as own:
         folder, process = started(own, tmp_path, "open")
         wait_until(lambda: [*folder.iterdir()], "the first call")
-    told = process.stderr.readline()
+        own.server.kill()
+        told = process.stderr.readline()
     assert f"The server at 127.0.0.1:{own.port} cannot be reached any more; it is tried again for 300 s" in told
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=SECONDS)
     assert said == "Calls of an Executor are not done: Ctrl-C ended the wait for them\n"
+
+
+def test_at_the_end_of_the_interpreter_a_cluster_that_is_ended_is_named(tmp_path):
+    with LocalCluster(nodes=1, cpu_count=1) as own:
+        folder, process = started(own, tmp_path, "open")
+        wait_until(lambda: [*folder.iterdir()], "the first call")
+    _, said = process.communicate(timeout=SECONDS)
+    assert said == "Calls of an Executor are not done: the cluster was ended by kill_cluster\n"
 
 
 def test_asyncio_runs_its_calls_there(make):
