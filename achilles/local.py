@@ -71,6 +71,7 @@ class LocalCluster:
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._count = nodes
         self._cpu_count = cpu_count
+        self.hash_seed = os.environ.get("PYTHONHASHSEED") or str(int.from_bytes(os.urandom(4), "big"))  # `hash` agrees
 
     @property
     def settings(self) -> Settings:
@@ -80,8 +81,8 @@ class LocalCluster:
     def start(self) -> LocalCluster:
         """Start all processes, and wait until every node has joined. Raises ServerUnreachable if a node does not."""
         try:
-            self.server = _spawn("server")
-            self.nodes = [_spawn("node") for _ in range(self._count)]
+            self.server = _spawn("server", self.hash_seed)
+            self.nodes = [_spawn("node", self.hash_seed) for _ in range(self._count)]
             from .protocol import auth  # while the children import theirs
 
             key = auth.derive_key(self.username, self.secret_key.reveal())
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with console.errors_to_exit_status() as status, LocalCluster(args.nodes, args.cpu_count) as cluster:
         environment = os.environ | {
             "ACHILLES_HOST": cluster.host, "ACHILLES_PORT": str(cluster.port), "ACHILLES_USERNAME": cluster.username,
-            "ACHILLES_SECRET_KEY": cluster.secret_key.reveal(),
+            "ACHILLES_SECRET_KEY": cluster.secret_key.reveal(), "PYTHONHASHSEED": cluster.hash_seed,
         }
         with subprocess.Popen([sys.executable, args.script, *args.args], env=environment) as script:
 
@@ -162,11 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 # The caller's side of a child.
 
 
-def _spawn(role: str) -> subprocess.Popen[bytes]:
+def _spawn(role: str, hash_seed: str) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # workers import as the caller does
     environment = {name: value for name, value in os.environ.items() if not name.startswith(config.PREFIX)}
     return subprocess.Popen(
-        [sys.executable, *CHILD, role], env=environment | {"PYTHONPATH": path}, bufsize=0,
+        [sys.executable, *CHILD, role], env=environment | {"PYTHONPATH": path, "PYTHONHASHSEED": hash_seed}, bufsize=0,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )

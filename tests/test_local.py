@@ -54,6 +54,21 @@ def test_its_attributes_and_a_map(local):
     assert [node["cpu_count"] for node in nodes] == [1, 1]
 
 
+def hashes(_):
+    return os.getpid(), hash("text")
+
+
+def test_texts_have_one_hash_in_all_processes_and_in_the_script(local, tmp_path):
+    found = dict(sum(map(hashes, range(20), chunksize=1, **address(local)), []))
+    assert len(found) == 2 and len(set(found.values())) == 1
+    script = start(tmp_path, """
+        import achilles
+        print(sum(achilles.map(hash, ["text"] * 4), [hash("text")]))
+    """, "-m", "achilles.local", "--nodes", "1")
+    script.wait()
+    assert len(set(json.loads(script.out.read_text()))) == 1
+
+
 def test_usable_cores_are_divided(no_leftovers):
     for count, shares in ((7, [3, 2, 2]), (1, [1, 1, 1]), (6, [2, 2, 2])):
         assert [local_child.share(count, 3, index) for index in range(3)] == shares
