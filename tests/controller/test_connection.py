@@ -259,6 +259,25 @@ def test_what_was_before_nobody_looked_does_not_count(minutes):
         controller.look()
 
 
+def test_a_connection_that_is_made_anew_is_given_the_whole_patience():
+    """A server that is back has no nodes yet, however long there was none before it was lost."""
+    controller = Controller(lambda: settings(1), wait_for_nodes=30)
+
+    def looks(cluster):
+        controller._cluster = cluster
+        for _ in range(29):
+            controller._looked -= 1
+            controller._lonely_since -= 1
+            controller.look()
+
+    looks({"workers": 0})
+    looks({})
+    looks({"workers": 0})
+    controller._lonely_since -= 1
+    with pytest.raises(NoNodesError, match="within 30 s"):
+        controller.look()
+
+
 def test_a_server_that_stays_away_is_named(free_port, monkeypatch):
     monkeypatch.setattr(controller_module, "BACKOFF_SECONDS", (0.02, 0.1))
     with serving(free_port):
