@@ -259,7 +259,9 @@ def test_dropping_cancels(server, where):
         ended(server)
 
 
-def test_dropping_cancels_though_a_thread_of_ours_collects_it_under_a_lock(server, where):
+def test_dropping_cancels_though_a_thread_of_ours_collects_it_under_a_lock(server, where, monkeypatch):
+    starters, start = [], threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda each: starters.append(threading.get_ident()) or start(each))
     with Node(where["port"], most=8) as node:
         packets = imap(square, itertools.count, **where)
         next(packets)
@@ -276,6 +278,7 @@ def test_dropping_cancels_though_a_thread_of_ours_collects_it_under_a_lock(serve
         assert not collector.is_alive()
         node.wait(lambda: node.kinds(Kind.END))
         ended(server)
+    assert starters and collector.ident not in starters, "whoever starts a Thread waits until that has begun"
 
 
 def test_leaving_the_block_cancels_even_by_an_exception(server, where):

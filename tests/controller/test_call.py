@@ -162,3 +162,16 @@ def test_a_call_whose_connection_ended_as_it_began_says_so(args):
             lost.start()
         caught.append(error.value)
     assert caught[0] is not caught[1], "an exception that is raised anew keeps every traceback"
+
+
+def test_a_call_that_failed_as_it_began_has_an_exception_of_its_own():
+    link, error = FakeLink(), ServerUnreachable("gone")
+    calls = [Call(link, make_job(link), [1], flat=True) for _ in range(2)]
+    with link.lock:
+        link.fail_jobs(error)
+    caught = []
+    for call in calls:
+        with pytest.raises(ServerUnreachable, match="gone") as raised:
+            call.start()
+        caught.append(raised.value)
+    assert len({id(each) for each in [*caught, error]}) == 3

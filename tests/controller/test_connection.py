@@ -271,6 +271,25 @@ def test_who_waits_for_a_lost_server_is_told_once(capfd):
     assert told == "The server at 127.0.0.1:1 cannot be reached any more; it is tried again for 60 s"
 
 
+def test_a_connection_that_is_made_anew_is_given_the_whole_patience():
+    """A server that is back has no nodes yet, however long there was none before it was lost."""
+    controller = Controller(lambda: settings(1), wait_for_nodes=30)
+
+    def looks(cluster):
+        controller._learn(cluster)
+        for _ in range(29):
+            controller._looked -= 1
+            controller._lonely_since -= 1
+            controller.look()
+
+    looks({"workers": 0})
+    looks({})
+    looks({"workers": 0})
+    controller._lonely_since -= 1
+    with pytest.raises(NoNodesError, match="within 30 s"):
+        controller.look()
+
+
 def test_a_server_that_stays_away_is_named(free_port, monkeypatch):
     monkeypatch.setattr(controller_module, "BACKOFF_SECONDS", (0.02, 0.1))
     with serving(free_port):

@@ -354,21 +354,23 @@ def test_what_is_sent_again_takes_no_chunk_along_that_was_not_given(start):
     assert values(call) == [n * n for n in range(200)]
 
 
-@pytest.mark.parametrize("name", ["_declare", "post"])
-def test_ctrl_c_in_a_fill_loses_no_chunk_of_another_call(name, monkeypatch):
+@pytest.mark.parametrize(("kind", "is_posted"), [(Kind.JOB, True), (Kind.TASK, False), (Kind.TASK, True)])
+def test_ctrl_c_in_a_fill_loses_no_chunk_of_another_call(kind, is_posted, monkeypatch):
     """The thread that is interrupted may make the batches of any call."""
     link = FakeLink(2)
     link.connected = False
     call = begin(link, range(5), flat=True)
     wait_until(lambda: call._feeder.ended)
     link.connected = True
-    real = getattr(FakeLink, name)
+    post = FakeLink.post
 
-    def interrupted(self, *more):
-        real(self, *more)
-        raise KeyboardInterrupt
+    def interrupted(self, said, body):
+        if said is not kind or is_posted:
+            post(self, said, body)
+        if said is kind:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(FakeLink, name, interrupted)
+    monkeypatch.setattr(FakeLink, "post", interrupted)
     with link.lock, pytest.raises(KeyboardInterrupt):
         link.fill()
     monkeypatch.undo()
@@ -376,6 +378,7 @@ def test_ctrl_c_in_a_fill_loses_no_chunk_of_another_call(name, monkeypatch):
         link.fill()
     link.finish()
     assert values(call) == [n * n for n in range(5)] and not call.job.owes
+    assert len(link.of(Kind.JOB)) == 1, "a server takes no second one"
     call.close(None, InterruptedError())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import concurrent.futures
 import gc
@@ -115,6 +116,23 @@ def test_ctrl_c_while_a_call_is_queued_reaches_who_submits_and_breaks_nothing(ma
     assert len(began) == 1 and not executor._dispatcher.open
     assert executor.submit(square, 3).result(SECONDS) == 9
     executor.shutdown()
+
+
+def test_ctrl_c_in_the_taking_of_the_lock_of_a_connection_leaves_it_free(make, monkeypatch):
+    """As test_pool.py has it for a pool."""
+    executor, enter = make(), threading.Condition.__enter__
+
+    def interrupted(condition):
+        enter(condition)
+        if condition is executor._dispatcher.changed or condition is executor._controller.changed:
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(threading.Condition, "__enter__", interrupted)
+    future = executor.submit(square, 2)
+    assert future.result(SECONDS) == 4 and not future.cancel()
+    assert [*executor.map(square, [3])] == [9]
+    executor.shutdown(cancel_futures=True)
 
 
 def test_map_is_that_of_the_standard_library(make):
@@ -300,6 +318,31 @@ def test_an_executor_that_is_dropped_ends_in_silence(make, cluster):
     Executor(host=cluster.host, port=cluster.port, username=cluster.username, secret_key=cluster.secret_key)
     gc.collect()
     wait_until(lambda: threading.active_count() == before, "the end of its threads")
+
+
+@pytest.mark.parametrize("what", ["executor", "iterator"])
+def test_what_is_dropped_under_locks_of_ours_blocks_nobody(cluster, no_leftovers, tmp_path, what):
+    """The garbage collector may drop it in any thread, and at any moment."""
+    executor = Executor(host=cluster.host, port=cluster.port, username=cluster.username, secret_key=cluster.secret_key)
+    link = executor._controller
+    if what == "iterator":
+        path, kept = str(tmp_path / "never"), executor
+        dropped = [executor.map(wait_for, [path])]
+        begun(path)
+    else:
+        dropped, kept = [executor], None
+    del executor
+
+    def drop():
+        with link.lock, link._channel._lock, link._channel._writing:
+            dropped.clear()
+
+    dropper = threading.Thread(target=drop, daemon=True)
+    dropper.start()
+    dropper.join(SECONDS)
+    assert not dropper.is_alive()
+    if kept is not None:
+        kept.shutdown()
 
 
 def set_state(value):
@@ -507,3 +550,18 @@ def test_a_submit_of_somebodys_own_sees_the_calls_of_map(make):
     executor.submit = lambda *args, **more: seen.append(args) or submit(*args, **more)
     assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16] and len(seen) == 5
     del executor.submit
+
+
+def test_single_calls_start_no_thread_and_make_no_lock(make, monkeypatch):
+    """But those of the standard library's Future."""
+    executor, made = make(), []
+    executor.submit(square, 1).result(SECONDS)
+
+    def refuse(*_):
+        raise AssertionError("a thread for a call")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(threading, "Lock", lambda: made.append(1) or _thread.allocate_lock())
+    futures = [executor.submit(square, n) for n in range(50)]
+    assert [future.result(SECONDS) for future in futures] == [n * n for n in range(50)]
+    assert not made

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 
 from achilles import (
     ClusterKilled,
+    LetterTooLarge,
     LocalCluster,
     NoNodesError,
     Pool,
@@ -585,6 +586,27 @@ def test_an_iterator_that_is_dropped_when_its_window_is_full_goes_on(make):
     assert call.results.over
 
 
+@pytest.mark.parametrize("name", ["imap", "imap_unordered"])
+def test_an_iterator_that_is_dropped_under_locks_of_ours_blocks_nobody(make, tmp_path, name):
+    """The garbage collector may drop it in any thread, and at any moment."""
+    pool, path = make(), tmp_path / "go"
+    dropped = [getattr(pool, name)(until, [path])]
+    call, channel = dropped[0]._stream.call, pool._controller._channel
+    wait_until(lambda: call.job.out, "the sending of the call")
+
+    def drop():
+        with pool._controller.lock, channel._lock, channel._writing, call._feeder._cutting:
+            dropped.clear()
+
+    dropper = threading.Thread(target=drop, daemon=True)
+    dropper.start()
+    dropper.join(SECONDS)
+    assert not dropper.is_alive()
+    path.touch()
+    pool.close()
+    pool.join()
+
+
 def test_terminate_ends_who_waits(make):
     pool = make()
     result, iterator, told = pool.map_async(after, [60, 60]), pool.imap(after, [60, 60]), []
@@ -597,6 +619,19 @@ def test_terminate_ends_who_waits(make):
     for found in (outcome(result.get), outcome(iterator.next), *told):
         assert found[:2] == (InterruptedError, "the pool was terminated before this was done")
     assert len(told) == 1
+
+
+def test_each_single_call_of_a_pool_that_is_terminated_has_an_exception_of_its_own(make, tmp_path):
+    """Threads that raise one object would share its traceback."""
+    pool = make()
+    results = [pool.apply_async(until, (tmp_path / "never",)) for _ in range(3)]
+    pool.terminate()
+    caught = []
+    for result in results:
+        with pytest.raises(InterruptedError) as raised:
+            result.get(SECONDS)
+        caught.append(raised.value)
+    assert len(set(map(id, caught))) == 3
 
 
 def test_a_call_that_begins_while_its_pool_is_terminated_fails(make, monkeypatch):
@@ -845,6 +880,20 @@ def test_a_seed_gives_the_same_numbers_after_a_worker_was_lost(ours, tmp_path):
     assert twice[0] == twice[1] == ours.map(numbers, range(10), seed=1)
 
 
+def test_whatever_is_over_a_lowered_limit_is_letter_too_large_and_the_pool_goes_on(make, monkeypatch):
+    monkeypatch.setattr("achilles.protocol.frames.LETTER_LIMIT_BYTES", 5000)
+    pool, large = make(), b"x" * 6000
+    places = outcomes(pool.imap(len, [b"1", large, b"22"]))
+    assert [kind for kind, *_ in places] == ["value", LetterTooLarge, "value", StopIteration]
+    for call, text in ((lambda: pool.map(len, [b"1", large]), "argument 1 has 6,"),
+                       (lambda: pool.apply(len, (large,)), "the arguments has 6,"),
+                       (lambda: pool.map(functools.partial(operator.contains, large), [1]), "function partial has 6,"),
+                       (lambda: pool.apply(functools.partial(len, large)), "function partial has 6,")):
+        with pytest.raises(LetterTooLarge, match=f"^{text}.* no more than 5,000"):
+            call()
+    assert pool.map(len, [b"333"]) == [3] and pool.apply(len, (b"22",)) == 2
+
+
 @pytest.mark.parametrize("more, error", [
     (dict(seed=1.5), TypeError), (dict(buffersize=0), ValueError), (dict(timeout=0), ValueError),
     (dict(chunksize=0), ValueError), (dict(unknown=1), TypeError),
@@ -1024,3 +1073,20 @@ def test_a_map_of_a_list_has_two_threads_and_five_locks(make, monkeypatch):
     watcher.join()
     assert seen == {"achilles-reader", "achilles-writer"}
     assert len(RecordedLock.used) <= 3, RecordedLock.used  # and two that are made for each map and its objects
+
+
+def test_single_calls_start_no_thread_and_make_one_lock_each(make, monkeypatch):
+    """The lock with which a thread waits for the result."""
+    pool, made = make(), []
+    pool.apply(square, (1,))
+
+    def refuse(*_):
+        raise AssertionError("a thread for a call")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    monkeypatch.setattr(threading, "Lock", lambda: made.append(sys._getframe(1).f_globals["__name__"]) or
+                        _thread.allocate_lock())
+    results = [pool.apply_async(square, (n,)) for n in range(50)]
+    assert [pool.apply(square, (n,)) for n in range(50)] == [result.get(SECONDS) for result in results]
+    assert made == ["achilles.dropin.async_results"] * 100

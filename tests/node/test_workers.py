@@ -482,6 +482,19 @@ def test_a_worker_whose_function_writes_to_its_socket_dies_of_it(loop: Any) -> N
     assert (number, state, note["phase"], it.returned()) == (0, Status.DIED, "call", [1])
 
 
+def test_a_death_and_a_time_limit_say_no_time(loop: Any) -> None:
+    """The pace of a job is that of calls which end."""
+    it = loop(1)
+    it.declare(exit_on)
+    it.declare(sleep, job=2, timeout=0.1)
+    it.add(["die"])
+    it.until(it.answers)
+    it.add([30], job=2)
+    it.until(lambda: it.give_again() or it.answers(2))
+    assert [(*batch.statuses, batch.number) for kind, batch in it.heard if kind is Kind.RESULT] == [
+        (Status.DIED, 0), (Status.TIMEOUT, 0)]
+
+
 def test_an_idle_worker_that_is_killed_is_replaced_and_charges_nothing(loop: Any) -> None:
     it = loop(1)
     it.declare(pid_of)
@@ -518,7 +531,7 @@ def test_a_death_in_an_initializer_is_the_jobs(loop: Any) -> None:
 @pytest.mark.parametrize("how", ["return", "raise", "exit"])
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_a_child_that_returns_from_the_function_is_no_second_worker(
-    loop: Any, tmp_path: Path, how: str, chunks: int
+    loop: Any, tmp_path: Path, how: str, chunks: int, capfd: Any
 ) -> None:
     it = loop(1)
     it.declare(fork)
@@ -529,6 +542,28 @@ def test_a_child_that_returns_from_the_function_is_no_second_worker(
     pids = {pid for values in it.values().values() for pid in values}
     assert pids == {it.pids[0]} and len(it.answers()) == chunks
     assert Path(path).read_text().split() == [str(it.pids[0])] * 4
+    assert capfd.readouterr().err == "", "the child ends in silence"
+
+
+def count_sockets_in_a_child(path: str) -> None:
+    reading, writing = os.pipe()
+    warnings.simplefilter("ignore", DeprecationWarning)
+    if os.fork() == 0:
+        found = [name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}") and
+                 stat.S_ISSOCK(os.stat(f"/proc/self/fd/{name}").st_mode)]
+        Path(path).write_text(str(len(found)))
+        os._exit(0)
+    os.close(writing)
+    os.read(reading, 1)  # until the child has ended
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_child_that_the_function_forks_does_not_hold_its_workers_socket(loop: Any, tmp_path: Path) -> None:
+    it = loop(1)
+    it.declare(count_sockets_in_a_child)
+    it.add([str(tmp_path / "count")])
+    it.until(it.answers)
+    assert it.values() and (tmp_path / "count").read_text() == "0"
 
 
 def test_a_stopped_worker_does_not_stop_the_loop(loop: Any) -> None:
@@ -604,6 +639,22 @@ def test_what_waited_in_the_queue_is_returned(loop: Any) -> None:
     assert list(it.values()) == [0]
 
 
+def test_an_idle_worker_gets_what_waits_behind_a_batch_that_it_may_not_run(loop: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "WAIT_SECONDS", 3600.0)
+    monkeypatch.setattr(module, "SHARE_SECONDS", 3600.0)
+    it = loop(2)
+    for job, context in ((1, "a"), (2, "b")):
+        it.declare(sleep, job=job, context=context, initializer=set_up)
+    it.add([0], job=2)
+    it.until(lambda: it.values(2) and not it.workers.busy)
+    it.add([9.0], us=10**9)
+    it.until(lambda: it.workers.busy)
+    it.add([0], first=1)
+    it.add([0], job=2, first=1)
+    it.until(lambda: 1 in it.values(2))
+    assert not it.values() and not it.returned()
+
+
 def test_an_answer_of_a_chunk_that_was_returned_is_passed_on_and_confuses_nobody(loop: Any) -> None:
     it = loop(1)
     it.declare(sleep)
@@ -657,7 +708,7 @@ def test_a_worker_with_an_initializer_is_replaced_when_its_context_closes(loop: 
     it.workers.close_context("c" * 32)
     it.declare(get_up, job=2, context="d")
     it.add([0], job=2)
-    it.until(lambda: it.answers(2))
+    it.until(lambda: it.done(1, job=2))
     [(up, before)], [(none, after)] = it.values()[0], it.values(2)[0]
     assert up == str(before) and before != after and none is None
 
@@ -730,13 +781,13 @@ def test_a_context_waits_a_second_for_a_worker_of_one_that_is_always_busy(loop: 
 def test_a_context_gets_an_idle_worker_although_a_busy_one_is_to_end_for_it(loop: Any) -> None:
     it = loop(2)
     it.declare(sleep, job=1, context="a", initializer=set_up)
-    it.add_each([9.0], [1.5])
+    it.add_each([1.5], [9.0])
     it.until(lambda: len([worker for worker in it.workers._workers if worker.status[PHASE] == CALL]) == 2)
     began = time.monotonic()
     it.declare(double, job=2, context="b")
     it.add([1], job=2)
     it.until(lambda: it.give_again() or it.values(2))
-    assert time.monotonic() - began < 4  # one worker was to end after 1 s; the other one is idle after 1.5 s
+    assert time.monotonic() - began < 4  # the later worker was to end after 1 s; the other one is idle after 1.5 s
 
 
 def test_of_busy_workers_the_one_whose_batch_began_last_makes_way(loop: Any, monkeypatch: Any) -> None:
@@ -750,6 +801,9 @@ def test_of_busy_workers_the_one_whose_batch_began_last_makes_way(loop: Any, mon
     it.declare(double, job=2, context="b")
     it.add([1], job=2)
     it.until(lambda: not all(worker.usable for worker in it.workers._workers))
+    for _ in range(3):  # and no other one for the same batch
+        it.workers.look_at = 0.0
+        it.turn()
     assert [worker.batch.first for worker in it.workers._workers if worker.usable] == [0]
     it.until(lambda: it.give_again() or it.values(2))
 
@@ -769,11 +823,13 @@ def test_contexts_that_take_turns_keep_their_workers(loop: Any, monkeypatch: Any
     assert set(it.pids) == pids
 
 
-def test_maxtasksperchild_replaces_a_worker_after_so_many_chunks(loop: Any) -> None:
+def test_maxtasksperchild_replaces_a_worker_after_so_many_chunks(loop: Any, monkeypatch: Any) -> None:
+    for place in (module, process):  # no batch is returned: its chunks would be given again one by one
+        monkeypatch.setattr(place, "WAIT_SECONDS", 3600.0)
     it = loop(1)
     it.declare(pid_of, maxtasksperchild=2)
     for first, count in ((0, 1), (1, 2), (3, 2), (5, 1), (6, 1)):  # the second does not fit behind the first
-        it.add(*([n] for n in range(count)), first=first)
+        it.add(*([n] for n in range(count)), first=first, us=10**9)
     it.until(lambda: it.done(7))
     pids = [values[0] for _, values in sorted(it.values().items())]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [1, 2, 2, 2]
@@ -787,6 +843,41 @@ def test_maxtasksperchild_counts_what_was_run_and_not_taken_back(loop: Any) -> N
     assert it.workers._workers[0].tasks_left == 4 - len(it.answers())
     it.until(lambda: it.done(3))
     assert len({pid for (pid,) in it.values().values()}) == 1
+
+
+class Unwalked(dict[int, Any]):
+    """Jobs that are looked up by their number alone."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("somebody walks over all jobs")
+
+    keys = items = values = __iter__
+
+
+class UnwalkedSet(set[Any]):
+    """The same, of the jobs that a worker was told of."""
+
+    __iter__ = __len__ = Unwalked.__iter__
+
+
+def test_neither_a_turn_nor_a_frame_walks_over_the_jobs_of_the_workers(loop: Any) -> None:
+    it = loop(2)
+    for job in range(1, 101):
+        it.declare(exit_on, job=job)
+        it.add([job], job=job)
+    it.until(lambda: it.give_again() or all(it.answers(job) for job in range(1, 101)))
+    it.workers._jobs = Unwalked(it.workers._jobs)
+    for worker in it.workers._workers:
+        worker.told = UnwalkedSet(worker.told)
+    it.add(["die"], [1], first=1)
+    it.until(lambda: it.done(2))
+    it.add([2], job=2, first=1)
+    it.workers.cancel(2)
+    it.workers.end(3)
+    it.workers.close_context("c" * 32)
+    it.workers.drain()
+    it.until(lambda: not it.workers.busy and not it.workers._queue)
+    it.workers.turn()
 
 
 # Limits, cancels, draining.
