@@ -239,8 +239,7 @@ def _start(
     try:
         controller.check_size(name, len(function))
         if executor is None:
-            settings = controller.settings
-            tell(f"ALERT: Connection to achilles_server at {settings.host}:{settings.port} "
+            tell(f"ALERT: Connection to achilles_server at {controller.settings.host}:{controller.settings.port} "
                  "and authentication successful.\n")
         with controller.lock:
             job = controller.start(Job(context, secrets.token_bytes(16), function, options={"timeout": timeout}))

@@ -2,7 +2,15 @@
 
 It knows nodes and controllers by their frames, and imports `protocol`. It must not know `objects`: letters pass
 through it unopened. `listen.py` sees bytes that nobody has verified; `exchange.py` gives frames their meaning;
-`scheduler.py` decides, without sockets and clocks. `achilles.run_server` runs one.
+`scheduler.py` decides, without sockets and clocks.
 """
 
-__all__: list[str] = []
+__all__ = ["run_server"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .listen import run_server
+
+    return run_server
