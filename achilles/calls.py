@@ -98,15 +98,7 @@ def _packets(
 
     A StopIteration of the user's code is raised as a RuntimeError, as in any generator (PEP 479).
     """
-    while not closed.is_set():
-        try:
-            taken = _take(controller, call)
-        except (InterruptedError, KeyError):
-            if closed.is_set():  # by another thread, meanwhile
-                return
-            raise
-        if taken is None:
-            return
+    while (taken := _take(controller, call, closed)) is not None:
         start, values, errors = taken
         for place in sorted(errors):
             if callback_error is None:
@@ -115,11 +107,16 @@ def _packets(
         yield {"ARGS_COUNTER": start, "RESULT": values}
 
 
-def _take(controller: Controller, call: Call) -> Taken | None:
+def _take(controller: Controller, call: Call, closed: threading.Event) -> Taken | None:
     """Return the call's next values, or None behind the last ones. Look meanwhile whether there are nodes."""
     while True:
         with contextlib.suppress(NotYet):
-            return call.take(controller.look_seconds)
+            try:
+                return call.take(controller.look_seconds)
+            except Exception:
+                if not closed.is_set():  # by this thread, or by another one meanwhile
+                    raise
+                return None
         controller.look()
 
 

@@ -242,8 +242,8 @@ def checked(found: Found, bind: str | None = None) -> dict[str, Any]:
 
 def env_path(env_file: EnvFile = None) -> str:
     """Return the absolute path of the file in use, whether the file exists or not."""
-    named = env_file or os.environ.get(f"{PREFIX}ENV_FILE")
-    return os.path.abspath(named or os.path.join(os.path.dirname(__file__), ".env"))
+    return os.path.abspath(
+        env_file or os.environ.get(f"{PREFIX}ENV_FILE") or os.path.join(os.path.dirname(__file__), ".env"))
 
 
 def of_environment(names: Iterable[str]) -> Found:
@@ -317,6 +317,4 @@ def _parse(lines: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
 def _plain(setting: re.Match[str]) -> str:
     """Return the value that a file's line stands for."""
-    if setting["escaped"] is not None:
-        return re.sub(r'\\([\\"$`])', r"\1", setting["escaped"])
-    return setting["literal"] or setting["bare"] or ""
+    return setting["literal"] or setting["bare"] or re.sub(r'\\([\\"$`])', r"\1", setting["escaped"] or "")

@@ -35,8 +35,8 @@ def write_config(
 
     :raises ConfigurationError: a value is not good, or the file cannot be written. The file stays as it was.
     """
-    found = config.of_arguments(DEFAULT_HOST, DEFAULT_PORT, "achilles", make_secret())
-    return _save(found | config.of_arguments(host, port, username, secret_key), config.env_path(env_file))
+    defaults = config.of_arguments(DEFAULT_HOST, DEFAULT_PORT, "achilles", make_secret())
+    return _save(defaults | config.of_arguments(host, port, username, secret_key), config.env_path(env_file))
 
 
 def update_config(

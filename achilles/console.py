@@ -110,8 +110,8 @@ def signal_handlers(
     With `read_again`, SIGHUP calls `read_again`, as in other daemons. That holds under nohup too: nohup wants no end.
     Where the terminal in which this process was started has gone, SIGHUP says so, and goes to `handler`.
     """
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: handler for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
+    handlers = {each: handler for each in signal.Signals
+                if each.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(each) is not signal.SIG_IGN}
     if read_again is not None and hasattr(signal, "SIGHUP"):
         ends_with_terminal = signal.SIGHUP in handlers and _has_terminal()
         handlers[signal.SIGHUP] = lambda number, frame: (

@@ -102,7 +102,10 @@ class LocalCluster:
         return self
 
     def stop(self) -> None:
-        """End all processes. Wait until they are gone; after five seconds they are killed."""
+        """End all processes. Wait until they are gone; after five seconds they are killed.
+
+        A call that is open raises ClusterKilled.
+        """
         processes = [*self.nodes, self.server] if self.server is not None else []
         for node in self.nodes:
             node.terminate()

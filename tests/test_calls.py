@@ -296,6 +296,17 @@ def test_closing_in_another_thread_ends_the_iteration(where):
     assert list(packets) == []
 
 
+def test_an_error_handler_that_closes_and_raises_is_heard(where, node):
+    def handle(error):
+        packets.close()
+        raise error
+
+    with imap(below_five, range(20), callback_error=handle, **where) as packets:
+        with pytest.raises(ValueError, match="5 is too much"):
+            next(packets)
+        assert list(packets) == []
+
+
 def test_after_the_last_packet_it_stays_ended(where, node):
     packets = imap(square, range(3), **where)
     assert len(list(packets)) == 1

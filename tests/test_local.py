@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ import tasks
 from cluster import PYTHON, Process, alive, children, descendants, environment
 from conftest import SECONDS, wait_until
 
-from achilles import LocalCluster, ServerUnreachable, cluster_status, local_child, map  # noqa: A004
-from achilles.local import START_SECONDS
+from achilles import ClusterKilled, LocalCluster, ServerUnreachable, cluster_status, imap, local_child, map  # noqa: A004
+from achilles.local import START_SECONDS, STOP_SECONDS
 from achilles.node.cores import usable_cores
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
@@ -100,6 +101,24 @@ def test_an_error_in_the_block_ends_it_too(no_leftovers):
         server = cluster.server
         raise LookupError
     assert server.returncode == 0
+
+
+def test_a_call_that_is_open_ends_with_the_cluster(no_leftovers):
+    with LocalCluster(nodes=1, cpu_count=1) as cluster:
+        packets = imap(time.sleep, [60], **address(cluster))
+        wait_until(lambda: cluster_status(**address(cluster))["nodes"][0]["busy"], "the call in a worker")
+        began = time.monotonic()
+    assert time.monotonic() - began < STOP_SECONDS
+    with pytest.raises(ClusterKilled):
+        next(packets)
+
+
+def test_it_ends_soon_without_its_server(no_leftovers):
+    with LocalCluster(nodes=2, cpu_count=1) as cluster:
+        cluster.server.kill()
+        cluster.server.wait()
+        began = time.monotonic()
+    assert time.monotonic() - began < STOP_SECONDS
 
 
 @needs_proc

@@ -10,12 +10,13 @@ Knows the arguments and the window; what becomes of a chunk is the job's. Nothin
 A thread that takes results and finds none calls `nudge`. So a generator may wait for results of its own call. A
 blocking map of a sequence has no feeder thread: the thread that takes calls `step` between its looks.
 
-`_cutting` guards the open chunk while it is cut, between feeder and nudger. The feeder alone appends to the open
+The lock `_cutting` guards the open chunk while it is cut, between feeder and nudger. The feeder alone appends to the open
 chunk, outside that lock while the iterator runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ class Feeder:
         self._full = False  # the feeder waits for room
         self._pulling = 0.0  # since when (monotonic) the feeder is inside `next`, or was nudged; 0 where it is not
         self._burst = 1  # arguments that are read at once: as many as a step takes
-        self._cutting = threading.Lock()  # guards all below
+        self._cutting: Any = contextlib.nullcontext()  # guards all below, where a thread feeds
         self._open: list[Any] = []  # arguments that are in no chunk yet
         self._sent = 0  # of them, those at the head that a nudge has sent
         self._index = 0  # arguments, or lists, that are in chunks
@@ -78,6 +79,7 @@ class Feeder:
             self.inline, self._burst = inline or self.inline, self.size
             self.step()  # short sequences are fed by then
         if not self.inline and not self.ended:
+            self._cutting = threading.Lock()
             self._thread = threading.Thread(target=self._run, name="achilles-feeder", daemon=True)
             self._thread.start()
 
