@@ -10,8 +10,8 @@ Knows the arguments and the window; what becomes of a chunk is the job's. Nothin
 A thread that takes results and finds none calls `nudge`. So a generator may wait for results of its own call. A
 blocking map of a sequence has no feeder thread: the thread that takes calls `step` between its looks.
 
-The lock `_cutting` guards the open chunk while it is cut, between feeder and nudger. The feeder alone appends to the open
-chunk, outside that lock while the iterator runs.
+The lock `_cutting` guards the open chunk while it is cut, between feeder thread and nudger. The feeder alone appends to
+the open chunk, outside that lock while the iterator runs.
 """
 
 from __future__ import annotations

@@ -245,8 +245,8 @@ def _decode_letters(kind: Kind, batch: Batch, envelope: bytes) -> None:
             len(long) > 1 and sum(long) > MAX_LONG_BYTES and kind is not Kind.JOB):
         raise ProtocolError(f"a {kind.name} with long letters of {sum(long)} bytes; the limits are {MAX_LONG_BYTES} "
                             f"for several, and {LETTER_LIMIT_BYTES} for each")
-    ends = range(at + DIGEST_BYTES, len(batch.packed) + 1, DIGEST_BYTES)
-    batch.longs = [LongLetter((), batch.packed[end - DIGEST_BYTES : end], length) for end, length in zip(ends, long)]
+    places = range(at, len(batch.packed), DIGEST_BYTES)
+    batch.longs = [LongLetter((), batch.packed[at : at + DIGEST_BYTES], length) for at, length in zip(places, long)]
     if kind is Kind.JOB:
         declaration = joined(batch.letters()[0])  # nothing, if it is a long letter: its parts have not come
         batch.declaration = read_object("JOB", bytes(declaration), DECLARATION)
