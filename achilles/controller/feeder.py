@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DumpError, LetterTooLarge
 from ..objects.letters import dump_chunk, dump_chunks
 from ..objects.outcomes import mark
-from ..protocol.frames import letter_of, letters_of
+from ..protocol.frames import SHORT_LETTER_BYTES, letter_of
 from .results import Run
 
 if TYPE_CHECKING:
@@ -234,7 +234,9 @@ class Feeder:
         call = self._call
         if lost is None:
             found = dump_chunks(call.job.context, arguments, run.size)
-            run.letters = letters_of(found, "a chunk")
+            run.letters = list(found)
+            if max(map(len, found)) > SHORT_LETTER_BYTES:  # asked at the speed of C
+                run.letters = [letter_of(letter, "a chunk") for letter in found]
         with call.link.lock:
             if call.results.error is not None or self.ended:
                 return

@@ -29,7 +29,7 @@ from typing import Any, cast
 from ..controller.job import Job
 from ..controller.link import Link
 from ..node.runner import Runner
-from ..protocol.frames import CAREFUL, TELL, U32, Batch, Gone, Kind, joined, letters_of
+from ..protocol.frames import CAREFUL, TELL, U32, Batch, Gone, Kind, joined, letter_of
 
 __all__ = ["Engine"]
 
@@ -123,7 +123,7 @@ class Engine(Link):
 
     def _answered(self, batch: Batch, us: int, statuses: bytes, letters: list[bytes]) -> None:
         self.handle_batch(Kind.RESULT, Batch.pack(
-            batch.job, batch.first, letters_of(letters), attempt=batch.attempt, number=us, statuses=statuses))
+            batch.job, batch.first, [*map(letter_of, letters)], attempt=batch.attempt, number=us, statuses=statuses))
 
     def _cancel(self, chunks: Batch, end: float) -> None:
         for future, batch in list(self._submitted.items()):

@@ -89,10 +89,12 @@ def receive_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
     """Return `count` bytes by `deadline` (monotonic); ServerUnreachable at end of file, TimeoutError when late."""
     received = b""
     while len(received) < count:
-        sock.settimeout(max(deadline - time.monotonic(), 0.001))  # so a byte at a time is late by 0.1 s at most
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
         piece = sock.recv(count - len(received))
         if not piece:
             raise ServerUnreachable("the connection was closed during the handshake")
+        if time.monotonic() > deadline:
+            raise TimeoutError("the handshake took too long")
         received += piece
     return received
 

@@ -48,7 +48,6 @@ __all__ = [
     "CAREFUL", "HEAD", "LETTER_LIMIT_BYTES", "MAX_CHUNKS", "MAX_LONG_BYTES", "MAX_SHORT_BYTES", "NOTE",
     "SHORT_LETTER_BYTES", "TAG_BYTES", "TELL", "TEXT_CHARS", "U16", "U32", "U64", "Batch", "Buffer", "Frame", "Gone",
     "Kind", "Letter", "LongLetter", "Status", "decode", "digest", "encode", "joined", "letter_of",
-    "letters_of",
 ]
 
 HEAD = struct.Struct(">BBHI")  # kind, flags, zero, length of the envelope
@@ -184,13 +183,6 @@ def letter_of(letter: Buffer, name: str = "a letter") -> Letter:
         raise LetterTooLarge(
             f"{name} has {len(letter):,} bytes, no more than {LETTER_LIMIT_BYTES:,} travel in one piece")
     return LongLetter((letter,), digest((letter,)), len(letter))
-
-
-def letters_of(found: Sequence[Buffer], name: str = "a letter") -> list[Letter]:
-    """The same for many letters."""
-    if max(map(len, found), default=0) <= SHORT_LETTER_BYTES:  # at the speed of C
-        return list(found)
-    return [letter_of(letter, name) for letter in found]
 
 
 def encode(kind: Kind, body: dict[str, Any] | Batch) -> tuple[bytes, list[memoryview]]:
