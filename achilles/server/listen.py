@@ -9,8 +9,9 @@ test says so.
     accepter thread  reader thread of the connection ─────────────┘             │
                      writer thread of each connection:  sends ◀──────────────────┘
 
-Threads: the thread that calls `run` waits for the reason to end, and closes all. The accepter gives each connection
-its reader thread. Each connection has a writer, too. A reader never waits for another connection's writer: it queues.
+Threads: the thread that calls `run` waits for the reason to end, and closes all. The accepter is the loop of a
+`socketserver.ThreadingTCPServer`, which gives each connection its reader thread. Each connection has a writer, too.
+A reader never waits for another connection's writer: it queues.
 `_places_lock` guards the places of connections that are not authenticated yet. Under this lock the server takes no
 other lock, writes no log and waits for nothing.
 
@@ -28,9 +29,11 @@ import queue
 import secrets
 import signal
 import socket
+import socketserver
 import threading
 import time
 from collections import Counter
+from typing import Any
 
 from .. import config, console
 from ..errors import AddressError, ProtocolError
@@ -77,32 +80,23 @@ class Server:
         self._places_lock = threading.Lock()
         # Connections before authentication, the oldest first: the address, and an event for the loss of the place.
         self._places: dict[socket.socket, tuple[str, threading.Event]] = {}
-        self._is_over = threading.Event()  # the accepter ends
-        self._listening = _listen(bind or settings.host, settings.port)
-        self.address = settings.host, self._listening.getsockname()[1]  # the host as it was given; the port is never 0
+        self._listener = _listen(bind or settings.host, settings.port, self)
+        self.address = settings.host, self._listener.server_address[1]  # the host as it was given; the port is never 0
 
     def run(self) -> None:
-        """Serve until `end` is called; then say BYE to all peers, close everything, and join its threads. Blocks."""
+        """Serve until `end` is called; then say BYE to all peers, and close everything. Blocks."""
         keep_freed_memory()
-        accepter = threading.Thread(target=self._accept, name="achilles-accepter", daemon=True)
+        accepter = threading.Thread(
+            target=self._listener.serve_forever, args=(POLL_SECONDS,), name="achilles-accepter", daemon=True)
         accepter.start()
         reason = self._wait_for_reason()
         if reason == "killed":
             self._exchange.say_goodbye(reason)
             self._wait_for_reason(reason, KILLED_SECONDS)  # a person may end this process sooner
-        self._is_over.set()
+        self._listener.shutdown()
         accepter.join(JOIN_SECONDS)
-        self._listening.close()
-        peers = self._exchange.say_goodbye(reason)
-        deadline = time.monotonic() + JOIN_SECONDS
-        with self._places_lock:
-            for sock, (_, lost) in self._places.items():
-                _take_away(sock, lost)
-        for peer in peers:
-            peer.channel.wait_written(deadline - time.monotonic())
-            peer.channel.close()
-        for reader in list(self._readers):
-            reader.join(max(deadline - time.monotonic(), 0))
+        self._listener.server_close()
+        self._close_all(reason)
 
     def end(self, reason: str) -> None:
         """Let `run` return. `restart`: peers come back. `killed`: peers end, and so do those of the next 10 s.
@@ -139,69 +133,55 @@ class Server:
             log.info("%s was read again: the secret is %s, %s", settings.env_file, new, more)
             self.settings = settings
 
-    # In the accepter thread.
-
-    def _accept(self) -> None:
-        """Give each client a place, and then a reader thread.
-
-        Where the system has no descriptor or no thread left, pause: the listening socket stays readable.
-        """
-        while not self._is_over.is_set():
-            try:  # it is no error that nobody has come, or that the client has left already
-                with contextlib.suppress(TimeoutError, ConnectionError), contextlib.ExitStack() as undo:
-                    sock, (address, *_) = self._listening.accept()
-                    undo.enter_context(sock)
-                    undo.callback(self._dismiss, sock)
-                    reader = threading.Thread(
-                        target=self._serve, args=(sock, address, self._admit(sock, address)),
-                        name=f"achilles-reader {address}", daemon=True)
-                    reader.start()
-                    undo.pop_all()
-            except Exception as e:
-                log.error("cannot accept a connection: %s", e)
-                self._is_over.wait(NO_ROOM_SECONDS)
-
-    def _admit(self, sock: socket.socket, address: str) -> threading.Event:
-        """Give a client a place. If there are too many, the address with most loses its oldest one.
-
-        Return an event for the loss of the place.
-        """
-        lost = threading.Event()
+    def _close_all(self, reason: str) -> None:
+        """End every connection, and wait for its threads."""
+        peers = self._exchange.say_goodbye(reason)
+        deadline = time.monotonic() + JOIN_SECONDS
         with self._places_lock:
-            self._places[sock] = address, lost
-            if len(self._places) > PLACES:
-                most = Counter(held for held, _ in self._places.values()).most_common(1)[0][0]
-                oldest = next(each for each, (held, _) in self._places.items() if held == most)
-                _take_away(oldest, self._places.pop(oldest)[1])
-        return lost
+            for sock, (_, lost) in self._places.items():
+                _take_away(sock, lost)
+        for peer in peers:
+            peer.channel.wait_written(deadline - time.monotonic())
+            peer.channel.close()
+        for reader in list(self._readers):
+            reader.join(max(deadline - time.monotonic(), 0))
 
     # In a connection's reader thread.
 
-    def _serve(self, sock: socket.socket, address: str, lost: threading.Event) -> None:
-        """Authenticate a client, then read its frames until it is gone."""
+    def serve(self, sock: socket.socket, client_address: Any, _: object) -> None:
+        """Authenticate a client, then read its frames until it is gone. The listener closes the socket."""
+        address = client_address[0]
+        threading.current_thread().name = f"achilles-reader {address}"
         self._readers.add(threading.current_thread())
         try:
+            _, lost = self._places.get(sock, ("", None))
             role, user, keys = connect.answer_claim(sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS)
             if keys is None:
                 log.warning("refused %s as user %r", address, user.decode(errors="replace"))
-                lost.wait(REFUSAL_SECONDS)  # without its place, a client has no right to a thread either
+                if lost is not None:  # without its place, a client has no right to a thread either
+                    lost.wait(REFUSAL_SECONDS)
             sock.sendall(keys.server_proof if keys else auth.REFUSAL)
-            self._dismiss(sock)
+            self.dismiss(sock)
             if keys is not None:
                 self._serve_peer(sock, address, role, user, keys)
         except (OSError, ProtocolError) as e:
             log.info("%s did not authenticate: %s", address, e)
-        except Exception:
-            log.exception("a connection failed: %s", address)
         finally:
-            self._dismiss(sock)
-            sock.close()
             self._readers.discard(threading.current_thread())
 
     def _find_keys(self, user: bytes) -> list[bytes]:
         return self._keys if hmac.compare_digest(user, self.settings.username.encode()) else self._decoys
 
-    def _dismiss(self, sock: socket.socket) -> None:
+    def admit(self, sock: socket.socket, address: str) -> None:
+        """The accepter: give a client a place. If there are too many, the address with most loses its oldest one."""
+        with self._places_lock:
+            self._places[sock] = address, threading.Event()
+            if len(self._places) > PLACES:
+                most = Counter(held for held, _ in self._places.values()).most_common(1)[0][0]
+                oldest = next(each for each, (held, _) in self._places.items() if held == most)
+                _take_away(oldest, self._places.pop(oldest)[1])
+
+    def dismiss(self, sock: socket.socket) -> None:
         """A client needs its place no longer, if it has it still."""
         with self._places_lock:
             self._places.pop(sock, None)
@@ -238,8 +218,8 @@ def run_server(
     :raises ConfigurationError: a setting is missing or malformed.
     :raises AddressError: the server cannot listen there.
     """
-    server = Server(
-        config.resolve(host, port, username, secret_key, env_file=env_file, role="server", bind=bind), bind)
+    settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="server", bind=bind)
+    server = Server(settings, bind)
     told: list[int] = []
 
     def on_signal(number: int, _: object) -> None:
@@ -264,8 +244,8 @@ def _take_away(sock: socket.socket, lost: threading.Event) -> None:
 
 def _derive(settings: config.Settings) -> list[bytes]:
     """Return K of the secret, and of the previous one. Without a previous one, nobody knows the second K."""
-    keys = [auth.derive_key(settings.username, each.reveal())
-            for each in (settings.secret, settings.previous) if each is not None]
+    given = [each for each in (settings.secret, settings.previous) if each is not None]
+    keys = [auth.derive_key(settings.username, each.reveal()) for each in given]
     return [*keys, secrets.token_bytes(32)][:2]  # the same work, with and without a previous secret
 
 
@@ -279,15 +259,48 @@ def _most_connections() -> int:
     return min(CONNECTIONS, max(1, (limit - SPARE_FILES) * 3 // 4)) if limit != resource.RLIM_INFINITY else CONNECTIONS
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket with a timeout; AddressError, with a remedy, if there is none."""
+class _Listener(socketserver.ThreadingTCPServer):
+    """Accepts connections. Where the system has no descriptor, it pauses: the listening socket stays readable."""
+
+    allow_reuse_address = os.name == "posix"  # elsewhere that option lets another process take the port over
+    daemon_threads = True  # the server joins its readers itself, with a deadline
+    request_queue_size = BACKLOG
+
+    def __init__(self, family: socket.AddressFamily, address: Any, server: Server) -> None:
+        self.address_family, self._server = family, server
+        super().__init__(address, server.serve)  # type: ignore[arg-type]
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """accept()."""
+        try:
+            return super().get_request()
+        except OSError as e:
+            if not isinstance(e, ConnectionError):  # the client has left already
+                log.error("cannot accept a connection: %s", e)
+                threading.Event().wait(NO_ROOM_SECONDS)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Give the connection a place, before it has a thread."""
+        self._server.admit(request, client_address[0])
+        return True
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close the connection."""
+        self._server.dismiss(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: object, client_address: Any) -> None:
+        """Our own error in a reader thread, or no thread for the reader or the writer: then pause as well."""
+        log.exception("a connection failed: %s", client_address[0])
+        threading.Event().wait(NO_ROOM_SECONDS)
+
+
+def _listen(host: str, port: int, server: Server) -> _Listener:
+    """Return a listener that gives connections to the server; AddressError, with a remedy, if there is none."""
     try:
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        made = socket.create_server(
-            address[:2], family=family, backlog=BACKLOG,
-            dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6())
-        made.settimeout(POLL_SECONDS)
-        return made
+        return _Listener(family, address[:2], server)
     except OSError as e:
         reason = REASONS.get(e.errno or 0, f"{e.strerror or e}; is this an address of this machine? --bind 0.0.0.0 "
                                            "listens at all of them")

@@ -191,7 +191,7 @@ def test_other_reasons_not_to_listen_are_told_with_a_remedy(monkeypatch, number,
     def create(*args, **options):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(socket, "create_server", create)
+    monkeypatch.setattr(listen._Listener, "server_bind", create)
     with pytest.raises(AddressError, match=text) as caught:
         Server(settings(80))
     assert "127.0.0.1:80" in str(caught.value) and caught.value.errno == number
@@ -471,14 +471,8 @@ from fakes import settings
 from achilles.server.listen import Server
 made = Server(settings())
 accepts = []
-real = made._listening
-
-class Counted:
-    def accept(self):
-        accepts.append(1)
-        return real.accept()
-
-made._listening = Counted()
+real = made._listener.get_request
+made._listener.get_request = lambda: accepts.append(1) or real()
 import os
 resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3,) * 2)
 threading.Thread(target=made.run, daemon=True).start()
@@ -509,7 +503,7 @@ def test_without_descriptors_accepting_does_not_spin():
     assert took > listen.NO_ROOM_SECONDS and int(accepts) < 50 and float(seconds) < 5
 
 
-@pytest.mark.parametrize("name", ["achilles-reader", "achilles-writer"])
+@pytest.mark.parametrize("name", ["process_request_thread", "achilles-writer"])
 def test_without_threads_it_goes_on_and_does_not_spin(running, monkeypatch, caplog, name):
     """As where systemd's TasksMax is reached: whoever came then is closed, and the next one gets in."""
     real, failed = threading.Thread.start, []
