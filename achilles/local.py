@@ -191,7 +191,7 @@ def _hand_over(process: subprocess.Popen[bytes], about: dict[str, Any]) -> None:
 
 
 def _wait_ready(process: subprocess.Popen[bytes]) -> int:
-    """Return the number that a child writes when it is ready: a server's port, or a node's number."""
+    """Return the number that a child writes when it is ready: a server's port, or 0."""
     line = process.stdout.readline() if process.stdout else b""
     if not line:
         raise ServerUnreachable(
