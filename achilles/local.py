@@ -26,7 +26,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from . import config
@@ -80,6 +81,8 @@ class LocalCluster:
 
     def start(self) -> LocalCluster:
         """Start all processes, and wait until every node has joined. Raises ServerUnreachable if a node does not."""
+        late = threading.Timer(START_SECONDS, lambda: [*map(subprocess.Popen.kill, self._processes())])
+        late.start()
         try:
             self.server = _spawn("server", self.hash_seed)
             self.nodes = [_spawn("node", self.hash_seed) for _ in range(self._count)]
@@ -88,31 +91,37 @@ class LocalCluster:
             key = auth.derive_key(self.username, self.secret_key.reveal())
             about = {"username": self.username, "secret": self.secret_key, "key": key.hex()}
             about |= {"cpu_count": self._cpu_count, "nodes": self._count}
-            with _limited([self.server, *self.nodes], START_SECONDS):
-                _hand_over(self.server, about | {"port": 0})
-                self.port = _wait_ready(self.server)
-                for index, node in enumerate(self.nodes):
-                    _hand_over(node, about | {"port": self.port, "index": index})
-                importlib.import_module(".controller.connection", __package__)  # for the calls; there is time now
-                for node in self.nodes:
-                    _wait_ready(node)
+            _hand_over(self.server, about | {"port": 0})
+            self.port = _wait_ready(self.server)
+            for index, node in enumerate(self.nodes):
+                _hand_over(node, about | {"port": self.port, "index": index})
+            importlib.import_module(".controller.connection", __package__)  # the calls need it; there is time now
+            for node in self.nodes:
+                _wait_ready(node)
         except BaseException:
             self.stop()
             raise
+        finally:
+            late.cancel()
+            late.join()
         return self
 
     def stop(self) -> None:
         """End all processes. Wait until they are gone; after five seconds they are killed.
 
-        A call that is open raises ClusterKilled.
+        A call that is open raises ClusterKilled. No thread is started: the interpreter may be at its end.
         """
-        processes = [*self.nodes, self.server] if self.server is not None else []
         for node in self.nodes:
             node.terminate()
-        with _limited(processes, STOP_SECONDS), contextlib.ExitStack() as stack:
-            for process in processes:
-                stack.enter_context(process)  # its pipes are closed, which ends the server, and its end is waited for
+        if self.server is not None and self.server.stdin is not None:
+            self.server.stdin.close()
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self._processes():
+            _wait_gone(process, deadline)
         self.nodes, self.server = [], None
+
+    def _processes(self) -> list[subprocess.Popen[bytes]]:
+        return [*self.nodes, self.server] if self.server is not None else []
 
     def __enter__(self) -> LocalCluster:
         return self.start()
@@ -183,7 +192,7 @@ def _hand_over(process: subprocess.Popen[bytes], about: dict[str, Any]) -> None:
 
 
 def _wait_ready(process: subprocess.Popen[bytes]) -> int:
-    """Return the number that a child writes when it is ready: a server's port, or a node's number."""
+    """Return the number that a child writes when it is ready: a server's port, or 0."""
     line = process.stdout.readline() if process.stdout else b""
     if not line:
         raise ServerUnreachable(
@@ -192,16 +201,13 @@ def _wait_ready(process: subprocess.Popen[bytes]) -> int:
     return int(line)
 
 
-@contextlib.contextmanager
-def _limited(processes: list[subprocess.Popen[bytes]], seconds: float) -> Iterator[None]:
-    """Kill the processes if the block takes longer."""
-    late = threading.Timer(seconds, lambda: [*map(subprocess.Popen.kill, processes)])
-    late.start()
-    try:
-        yield
-    finally:
-        late.cancel()
-        late.join()
+def _wait_gone(process: subprocess.Popen[bytes], deadline: float) -> None:
+    """Wait for a child that was told to end, by `deadline`; then kill it. Close its pipes."""
+    with process:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
     python -m achilles.local_child ROLE          imports what the role needs, while the caller prepares
     stdin    one line of JSON: port, username, secret, its derived key, cpu_count       from the caller
-    stdout   one line when it is ready: its port, or its number                         to the caller
+    stdout   one line when it is ready: a server's port, or 0                           to the caller
 
 After that, stdout is the caller's stderr. The server ends when its stdin ends or its parent changes. It looks for
 both, because a forked child of the caller may hold the pipe open. Then it tells the nodes that the cluster is killed.
@@ -17,6 +17,7 @@ This module knows the roles; the roles know nothing of it. `local.py` starts it;
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -39,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Be a server or a node until the caller is gone: `python -m achilles.local_child server`, or `node`."""
     role, = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if role == "server":
-        _serve(os.getppid())
-    else:
-        _lend(os.getppid())
+    {"server": _serve, "node": _lend}[role](os.getppid())
     return 0
 
 
@@ -80,12 +78,8 @@ def _lend(parent: int) -> None:
     class LocalNode(Node):
         """A node that tells its caller that it has joined, and ends with it."""
 
-        told = False  # a node that joins again has told already
-
         def greet(self, number: int, connections: int) -> None:
-            if not self.told:
-                _tell(number)
-            self.told = True
+            _tell(0)
 
         def look(self) -> None:
             if POLLS_STDIN and os.getppid() != parent:
@@ -93,8 +87,7 @@ def _lend(parent: int) -> None:
 
     about, settings = _hear()
     cpu_count = about["cpu_count"] or share(usable_cores(), about["nodes"], about["index"])
-    made = LocalNode(settings, cpu_count, default_start_method())
-    with contextlib.closing(made) as node, node.signals():
+    with contextlib.closing(LocalNode(settings, cpu_count, default_start_method())) as node, node.signals():
         node.run()
 
 
@@ -109,6 +102,7 @@ def _hear() -> tuple[dict[str, Any], Settings]:
     return about, settings
 
 
+@functools.cache  # a node that joins again has told already
 def _tell(number: int) -> None:
     """Tell the caller that this process is ready. From now on users' functions print to the caller's stderr."""
     with contextlib.suppress(OSError):

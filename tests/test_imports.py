@@ -31,7 +31,7 @@ LONGEST_FUNCTION_LINES, MOST_METHODS = 40, 28
 # is to come down, and may not grow meanwhile.
 BUDGETS = {
     "ring": 800, "protocol": 600, "server": 606, "node": 783, "objects": 1128, "controller": 1009, "core": 4578,
-    "whole": 5515,
+    "whole": 5514,
 }
 AIMS = {
     "ring": 800, "protocol": 600, "server": 620, "node": 750, "objects": 800, "controller": 780, "core": 4000,

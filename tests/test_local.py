@@ -225,6 +225,7 @@ EMBEDDED = """
 def test_the_embedded_cluster_is_one_a_process(tmp_path, no_leftovers):
     caller = start(tmp_path, EMBEDDED)
     assert caller.wait() == 0, caller.err.read_text()
+    assert "atexit" not in caller.err.read_text(), caller.err.read_text()
     pids = [int(pid) for pid in caller.out.read_text().split()]
     assert not any(map_alive(pids))
 

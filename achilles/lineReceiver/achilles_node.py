@@ -1,7 +1,5 @@
 """The original's path to the node: `from achilles.lineReceiver.achilles_node import runAchillesNode`."""
 
-from __future__ import annotations
-
 from ..configuring import ask_config, update_config
 from ..node.loop import run_node as runAchillesNode
 
