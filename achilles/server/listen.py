@@ -32,7 +32,6 @@ import socket
 import socketserver
 import threading
 import time
-import weakref
 from collections import Counter
 from typing import Any
 
@@ -77,7 +76,7 @@ class Server:
         self._decoys = [secrets.token_bytes(32), secrets.token_bytes(32)]  # for unknown users: the same work
         self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # to end; a signal handler may put
         self._exchange = Exchange(kill=lambda: self.end("killed"))
-        self._readers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self._readers: set[threading.Thread] = set()  # reader threads that have not ended
         self._places_lock = threading.Lock()
         # Connections before authentication, the oldest first: the address, and an event for the loss of the place.
         self._places: dict[socket.socket, tuple[str, threading.Event]] = {}
@@ -168,6 +167,7 @@ class Server:
             log.info("%s did not authenticate: %s", address, e)
         finally:
             self.dismiss(sock)
+            self._readers.discard(threading.current_thread())
 
     def _find_keys(self, user: bytes) -> list[bytes]:
         return self._keys if hmac.compare_digest(user, self.settings.username.encode()) else self._decoys
