@@ -32,6 +32,7 @@ from .controller.call import Call, NotYet
 from .controller.connection import RECONNECT_SECONDS, Controller, tell
 from .controller.job import Job, Taken
 from .objects import letters
+from .objects.outcomes import mark
 from .protocol.frames import letter_of
 
 if TYPE_CHECKING:
@@ -96,14 +97,17 @@ def _packets(
 ) -> Iterator[Packet]:
     """Yield the packets of a call. It ends early where it is closed. It does not know the Packets: it may be dropped.
 
-    A StopIteration of the user's code is raised as a RuntimeError, as in any generator (PEP 479).
+    A StopIteration of the user's code is raised as a RuntimeError, as in any generator (PEP 479), and names its place.
     """
     while (taken := _take(controller, call, closed)) is not None:
         start, values, errors = taken
-        for place in sorted(errors):
+        for place, error in sorted(errors.items()):
+            if callback_error is None and isinstance(error, StopIteration):
+                told = RuntimeError(f"argument {getattr(error, 'index', '?')} raised StopIteration")
+                raise mark(told, index=getattr(error, "index", None), node=getattr(error, "node", None)) from error
             if callback_error is None:
-                raise errors[place]
-            values[place] = callback_error(errors[place])
+                raise error
+            values[place] = callback_error(error)
         yield {"ARGS_COUNTER": start, "RESULT": values}
 
 

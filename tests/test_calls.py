@@ -525,8 +525,9 @@ def test_a_stop_iteration_of_the_users_does_not_pass_for_the_end(where, callback
 
     with Node(where["port"]):
         for call in CALLS:
-            with pytest.raises(RuntimeError, match="StopIteration"):
+            with pytest.raises(RuntimeError, match="StopIteration") as caught:
                 list(call(stops, range(10), callback_error=callback_error, **where))
+            assert callback_error is not None or caught.value.index == 3
 
 
 def test_a_stop_iteration_of_what_makes_the_arguments_does_not_either(where):

@@ -33,7 +33,6 @@ from ..errors import AchillesError, AuthenticationError, ConfigurationError, Pro
 from ..protocol import auth, connect
 from ..protocol.channel import GOODBYE_SECONDS, Channel
 from ..protocol.frames import U16, Kind
-from ..protocol.reader import keep_freed_memory
 from .cores import check_start_method, count_threads, default_start_method, usable_cores
 from .workers import Workers, pump
 
@@ -88,7 +87,7 @@ class Node:
 
     def run(self) -> None:
         """Join the server, again and again, until this node is not wanted any more."""
-        keep_freed_memory()
+        console.keep_freed_memory()
         while not self.draining:
             try:
                 log.info("%s", self._connect_and_serve())

@@ -33,7 +33,7 @@ from typing import Any
 
 import multiprocess
 
-from .. import config
+from .. import config, console
 from ..protocol.channel import Channel
 from ..protocol.frames import (
     CAREFUL,
@@ -48,7 +48,6 @@ from ..protocol.frames import (
     LongLetter,
     digest,
 )
-from ..protocol.reader import keep_freed_memory
 from .runner import CHUNK, FUNCTION, IDLE, LIMIT, PHASE, Answer, Runner
 
 __all__ = ["Worker", "main"]
@@ -179,7 +178,7 @@ def main(
     # Linux ends the worker with its node or its forkserver, which ends with the node. Elsewhere the guard sees it.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
-    keep_freed_memory()
+    console.keep_freed_memory()
     config.in_worker = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches workers too: the node ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

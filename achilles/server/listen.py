@@ -38,7 +38,6 @@ from typing import Any
 from .. import config, console
 from ..errors import AddressError, ProtocolError
 from ..protocol import auth, channel, connect
-from ..protocol.reader import keep_freed_memory
 from .exchange import Exchange, Peer
 
 __all__ = ["Server", "run_server"]
@@ -85,7 +84,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until `end` is called; then say BYE to all peers, and close everything. Blocks."""
-        keep_freed_memory()
+        console.keep_freed_memory()
         accepter = threading.Thread(
             target=self._listener.serve_forever, args=(POLL_SECONDS,), name="achilles-accepter", daemon=True)
         accepter.start()

@@ -215,7 +215,7 @@ def test_a_crowd_that_comes_and_goes_costs_controllers_and_nodes_once(cluster, m
 
     class Peers(set):
         def __iter__(self):
-            steps.append("controllers")
+            steps.append("peers")
             return super().__iter__()
 
     class Nodes(dict):
@@ -230,7 +230,7 @@ def test_a_crowd_that_comes_and_goes_costs_controllers_and_nodes_once(cluster, m
     monkeypatch.setattr(scheduler, "cluster", lambda python: steps.append("count") or count(python))
     for _ in range(40):
         cluster.controller()
-    exchange._controllers, exchange._nodes, scheduler.nodes = Peers(exchange._controllers), Nodes(), Nodes()
+    exchange._peers, exchange._nodes, scheduler.nodes = Peers(exchange._peers), Nodes(), Nodes()
     exchange._announce_after, steps[:] = float("inf"), []
     nodes = [cluster.node(1) for _ in range(40)]
     for node in nodes[:20]:
@@ -240,7 +240,7 @@ def test_a_crowd_that_comes_and_goes_costs_controllers_and_nodes_once(cluster, m
     assert steps == []
     exchange._announce_after = 0.0
     cluster.tick()
-    assert sorted(steps) == ["controllers", "count", "nodes"]
+    assert sorted(steps) == ["count", "nodes", "peers"]
 
 
 def test_of_many_pythons_those_with_the_most_nodes_are_named(cluster):
