@@ -1,12 +1,12 @@
 """A worker process as its node sees it: its start, its batch, its end.
 
-It knows one process, the socket pair to it, and the status array of runner.py. It knows no queue, selector or server.
-The node's one thread calls it.
+It knows one process, the socket pair to it, and its board. It knows no queue, selector or server. The node's one thread
+calls it.
 
 The node gives a worker one batch at a time. The worker answers its chunks in their order. The node may take chunks
 back that have not begun, which lowers the batch's end::
 
-    first ──answered── next ──done, not sent── the chunk that runs ──not begun── end ──taken back── first + count
+    first ──answered── next ──done, on the board── the chunk that runs ──not begun── end ──taken back── first + count
 
 A worker ends by itself when it retires, or the node kills it, or it dies. `charge` says what that makes of a chunk.
 """

@@ -71,7 +71,7 @@ class _RunnerJob(_Prepared):
 class Runner:
     """Jobs and contexts of one process.
 
-    :param status: a memoryview or list of four integers, see above; by default one that nobody sees.
+    :param status: a memoryview or list, the status array of board.py; by default one that nobody sees.
     :param node: the node's id, which exceptions name.
     :param own: whether the process is ours, so that its ``__main__`` may be the caller's script.
     """

@@ -6,11 +6,13 @@ letter, and opens none.
 ::
 
     TASK ─▶ queue ──feed──▶ an idle worker: one batch ──RESULT──▶ send
-              │ waited 250 ms       │ late, or cancelled      ──▶ RETURNED, the chunks that have not begun
-              ▼                     │ died: status array      ──▶ RESULT died, one chunk; RETURNED, the others
-           RETURNED                 └ killed by the node      ──▶ RESULT timeout, one chunk, or nothing; RETURNED
+              │ waited 250 ms       │ 20 ms at one chunk      ──▶ RESULT, the answers on its board
+              ▼                     │ late, or cancelled      ──▶ RETURNED, the chunks that have not begun
+           RETURNED                 │ died: its board         ──▶ RESULT died, one chunk; RETURNED, the others
+                                    └ killed by the node      ──▶ RESULT timeout, one chunk, or nothing; RETURNED
 
 Each chunk that comes leaves as an answer or as RETURNED. That frees the server's places, also for a job that is over.
+A late worker sends the answers on its board as well, when it goes on: the server drops what it has.
 
 The worker of a job with an initializer or with maxtasksperchild belongs to that context until CLOSE, or until another
 needs it more, and is then replaced. A death is seen in `exitcode`, which alone tells the truth: sentinel and end of
@@ -290,5 +292,4 @@ def pump(selector: selectors.BaseSelector, channel: Channel) -> None:
     with contextlib.suppress(OSError, KeyError):
         events = selectors.EVENT_READ | selectors.EVENT_WRITE * (not channel.flush())
         key = selector.get_key(channel.socket)
-        if key.events != events:
-            selector.modify(channel.socket, events, key.data)
+        selector.modify(channel.socket, events, key.data)

@@ -48,7 +48,7 @@ from achilles.protocol.kinds import check_fields
 from achilles.protocol.reader import FrameReader
 
 METHODS = multiprocess.get_all_start_methods()
-SECONDS = 20.0  # tells a hang from a wait
+SECONDS = 60.0  # tells a hang from a wait: on a busy machine a spawned worker may take 10 s to start, and to load
 
 
 class Loop:
@@ -585,7 +585,9 @@ def test_c_code_that_holds_the_interpreter_holds_up_no_other_chunk_of_its_batch(
 def test_answers_that_a_dead_worker_has_not_sent_count(loop: Any) -> None:
     it = loop(1)
     it.declare(exit_on)
-    it.add(*[[n] for n in range(40)], ["die"], [0])
+    it.add([0])
+    it.until(it.answers)  # the function is loaded
+    it.add(*[[n] for n in range(1, 40)], ["die"], [0], first=1, us=10**6)
     it.until(it.returned)
     assert it.values() == {n: [n] for n in range(40)} and it.returned() == [41]
     assert [(number, state) for number, state, _ in it.answers() if state] == [(40, Status.DIED)]
