@@ -142,12 +142,7 @@ def run_batch(
     runner = _lone_runner(declaration["context"])
     runner.declare(number, declaration, letters[0], letters[1] if len(letters) > 1 else None)
     began = time.monotonic_ns()
-    failure = runner.prepare(number)
-    answers = []
-    for at, chunk in enumerate(chunks):
-        answer = failure or runner.run(number, first + at, chunk, careful)
-        if answer is not None:  # there is no limit here
-            answers.append((answer[0], b"".join(answer[1])))
+    answers = [(status, b"".join(parts)) for status, parts in runner.run(number, first, chunks, careful)]
     runner.end(number)
     return (min(max(1, (time.monotonic_ns() - began) // 1000), U32), bytes(status for status, _ in answers),
             [letter for _, letter in answers])
