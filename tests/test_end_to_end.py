@@ -5,8 +5,10 @@ from __future__ import annotations
 import array
 import collections
 import functools
+import importlib
 import io
 import itertools
+import logging
 import multiprocessing.pool
 import os
 import pickle
@@ -810,3 +812,23 @@ def test_any_seed_gives_the_same_numbers_each_time(eight, seed):
         assert [*pool.imap(roll, range(20), seed=seed)] == first
         assert pool.map(roll, range(20), seed=1) != first
     assert len(set(first)) == 20
+
+
+def about_its_process(module):
+    process = importlib.import_module(module)
+    current, parent = process.current_process(), process.parent_process()
+    record = logging.LogRecord("a", 20, "path", 1, "text", (), None)
+    return {"name": current.name, "number": current._identity[-1], "pid": current.pid == os.getpid(),
+            "parent": parent.pid == os.getppid() and parent.is_alive(), "children": process.active_children(),
+            "log": record.processName, "daemon": current.daemon}
+
+
+@pytest.mark.parametrize("module", ["multiprocessing", "multiprocess"])
+def test_a_worker_has_a_name_a_number_and_a_parent_of_its_own(eight, module):
+    found = [about for packet in map(about_its_process, [module] * 40, **eight.address) for about in packet]
+    for about in found:
+        assert about["number"] >= 1 and about["name"] == f"achilles-worker-{about['number']}"
+        assert about["pid"] and about["children"] == []
+        assert about["log"] == about["name"], "as multiprocessing tells logging"
+        assert about["parent"] or START_METHOD == "forkserver"
+    assert len({about["name"] for about in found}) > 1

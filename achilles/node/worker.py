@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.process
 import os
 import signal
 import socket
@@ -131,6 +132,7 @@ def main(
         threading.Thread(target=_watch, args=(parent,), name="achilles-watch", daemon=True).start()
     console.keep_freed_memory()
     config.in_worker = True
+    _take_name()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches workers too: the node ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for thing in inherited:
@@ -149,6 +151,20 @@ def main(
     finally:
         if os.getpid() != pid:  # a child that the user's function forked, and that returned from the function
             os._exit(0)
+
+
+def _take_name() -> None:
+    """Let `multiprocessing`, as `multiprocess` does, tell of a worker here, and of its name, number and parent.
+
+    Libraries ask for them: for a line of the screen, a log file, a device.
+    """
+    worker, parent = multiprocess.current_process(), multiprocess.parent_process()
+    worker.name = f"achilles-worker-{worker._identity[-1]}"
+    seen: Any = multiprocessing.process.BaseProcess(name=worker.name)
+    seen._identity, seen.authkey = worker._identity, bytes(worker.authkey)
+    process: Any = multiprocessing.process
+    process._current_process = seen
+    process._parent_process = process._ParentProcess(parent.name, parent.pid, parent.sentinel)
 
 
 def _letter(parts: Sequence[Buffer]) -> Letter:
