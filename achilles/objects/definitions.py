@@ -58,7 +58,7 @@ class Definitions:
         """Whether letters bring an item, and do not only name it."""
         return self._caller or item.token[:16] == self.names.process
 
-    def dump(self, roots: list[Entry]) -> bytes:
+    def dump(self, *roots: Entry) -> bytes:
         """The letter that brings what these functions, classes and values need, and them."""
         named = self.names.values
         looks = self._in_order(roots)
@@ -118,7 +118,7 @@ class Definitions:
                 if kind is not FunctionType and not is_class(each):
                     self._shared.append(self.hold(each, None))
 
-    def _in_order(self, roots: list[Entry]) -> dict[Any, Any]:
+    def _in_order(self, roots: tuple[Entry, ...]) -> dict[Any, Any]:
         """All that these need, and they: each behind what it needs, with its pickle if a letter brings it."""
         looks: dict[Any, Any] = {}
         order: list[Any] = []

@@ -12,9 +12,8 @@ Three ways, each tried when the one before fails::
                 the first need. Its import extends the table of pickle's Python Pickler (`dill.extend`), never C
                 pickle's. Nothing else is changed
 
-A chunk of which arguments are to be skipped has their offsets in front of its letter::
-
-    2 | 3 zero | count u32 | 8 zero | count offsets u32 | zeros up to a multiple of 16 | letter        big-endian
+A chunk of which arguments are to be skipped is a letter of form 2: the pickle is the set of their offsets, the one
+buffer is the letter of the chunk.
 
 Globals. All functions by value of one module and one context share one globals dict in a worker. A name that running
 code has set there is kept. A global that came by letter is kept until a letter brings another version.
@@ -33,10 +32,10 @@ letter is answered.
 from __future__ import annotations
 
 import pickle
-import struct
 import sys
 from collections import deque
 from collections.abc import Collection, Sequence
+import functools
 from operator import is_
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -60,9 +59,6 @@ OWN_MAIN = sys.modules["__main__"]  # of this process
 TO_A_NODE = "to a node", "Send what it is made from and make it in the function"
 BACK = "back", "Return what it is made from"
 
-SKIPS = struct.Struct(">BxxxI8x")
-SKIPPING = 2  # the first byte of a chunk with offsets
-NO_OFFSETS: frozenset[int] = frozenset()
 
 
 class _Known(NamedTuple):
@@ -95,15 +91,14 @@ class Context:
         self.known: dict[tuple[int, ...], _Known] = {}  # by the ids of a function and its callback
         self.definitions = Definitions(self.names, caller)
         self._caller, self._own = caller, own
-        self._dumped: dict[tuple[int, ...], tuple[Any, ...]] = {}  # of this job: roots, and a letter, by their ids
+        self._dumped = functools.lru_cache(DEFINITIONS_KEPT)(self.definitions.dump)  # of this job
         self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT if caller else 0)  # results may name them
-        self._loaded: dict[bytes, list[Any]] = {}  # by digest, the latest last
+        self._loaded = functools.lru_cache(LETTERS_KEPT)(self._define)
 
     def refresh(self) -> None:
         """Look anew at classes and globals: to be called when a job begins."""
-        if self._dumped:
-            with self.lock:
-                self._dumped.clear()
+        with self.lock:
+            self._dumped.cache_clear()
 
     def become_main(self) -> None:
         """Make the caller's script this process's ``__main__``, as `pickle` in a user's function expects."""
@@ -124,18 +119,19 @@ class Context:
         shared = self._caller and type(value) is not list
         return self.dump_with(value, what, plain=not shared, shared=shared)
 
-    def load(self, letter: Buffer, start: int = 0) -> Any:
+    def load(self, letter: Buffer) -> Any:
         """Turn a letter into its object. Loading runs whatever code the letter names: only ever load
         what came under a checked tag, or has its checked digest.
 
         :param letter: in one piece; arrays out of a bytearray are writable views of it.
-        :param start: where in it the object begins, in bytes.
         :raises ModuleNotFoundError: the letter names a module that is not here.
         """
-        if letter[start] == PICKLE_START:
-            return pickle.loads(memoryview(letter)[start:] if start else letter)
-        data, definitions, *buffers = loading.opened(memoryview(letter), start)
-        roots = self._define(definitions) if definitions else []
+        if letter[0] == PICKLE_START:
+            return pickle.loads(letter)
+        data, definitions, *buffers = loading.opened(memoryview(letter))
+        with self.lock:
+            define = self._loaded if len(definitions) <= LETTER_BYTES else self._define
+            roots = define(bytes(definitions)) if definitions else []
         return Loader(self.names, data, buffers, roots, range(len(roots))).load()
 
     def dump_with(self, value: Any, what: str | None, plain: bool = True, shared: bool = False) -> list[Buffer]:
@@ -168,35 +164,16 @@ class Context:
         roots, definitions = [*dumper.refs], loading.NOTHING
         if roots:
             with self.lock:
-                definitions = memoryview(self._defined(roots))
+                is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # else it may change
+                definitions = memoryview((self._dumped if is_fixed else self.definitions.dump)(*roots))
                 if not shared:
                     self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
         return loading.letter_of(dumper.file.getbuffer(), [definitions, *dumper.views])
 
-    def _defined(self, roots: list[Any]) -> bytes:
-        """The letter that brings what definitions need for these; of one job, always the same one."""
-        key = tuple(map(id, roots))
-        if key in self._dumped:
-            return bytes(self._dumped[key][-1])
-        letter = self.definitions.dump(roots)
-        if self._caller or not any(map(self.definitions.carries, roots)):  # else it ends when nobody holds it
-            if len(self._dumped) >= DEFINITIONS_KEPT:
-                self._dumped.clear()
-            self._dumped[key] = [root.thing for root in roots], roots, letter
-        return letter
-
-    def _define(self, letter: memoryview) -> list[Any]:
-        """The roots of a letter of definitions; loaded once, while it is among the latest."""
-        digest = letter_digest([letter])
-        with self.lock:
-            found = self._loaded.pop(digest, None)
-            if found is None:
-                found = loading.define(self.names, letter)
-                self.become_main()
-            if len(letter) <= LETTER_BYTES:
-                self._loaded[digest] = found
-            if len(self._loaded) > LETTERS_KEPT:
-                del self._loaded[next(iter(self._loaded))]
+    def _define(self, letter: bytes) -> list[Any]:
+        """The roots of a letter of definitions."""
+        found = loading.define(self.names, memoryview(letter))
+        self.become_main()
         return found
 
 
@@ -274,30 +251,20 @@ def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer
 
     :param parts: a letter of `dump_chunk`, or of this function. Its offsets are replaced.
     """
-    first = memoryview(parts[0])
-    head = SKIPS.pack(SKIPPING, len(offsets)) + struct.pack(f">{len(offsets)}I", *offsets)
-    return [head.ljust(_aligned(len(head)), b"\0"), first[_skipped(first)[1] :], *parts[1:]]
+    letter = memoryview(joined(parts))
+    if letter[0] == loading.SKIPPING:
+        letter = loading.opened(letter)[1]
+    return loading.letter_of(pickle.dumps(frozenset(offsets)), [letter], loading.SKIPPING)
 
 
 def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:
     """The arguments of a chunk and the offsets among them to skip; as `Context.load` otherwise."""
     if letter[0] == PICKLE_START:
-        return pickle.loads(letter), NO_OFFSETS
-    offsets, end = _skipped(memoryview(letter))
-    return context.load(letter, end), offsets
-
-
-def _skipped(view: memoryview) -> tuple[frozenset[int], int]:
-    """The offsets to skip in a chunk, and where its arguments begin."""
-    if view[0] != SKIPPING:
-        return NO_OFFSETS, 0
-    _, count = SKIPS.unpack_from(view)
-    offsets = struct.unpack_from(f">{count}I", view, SKIPS.size)
-    return frozenset(offsets), _aligned(SKIPS.size + 4 * count)
-
-
-def _aligned(size: int) -> int:
-    return size + -size % loading.ALIGNMENT_BYTES
+        return pickle.loads(letter), frozenset()
+    if letter[0] != loading.SKIPPING:
+        return context.load(letter), frozenset()
+    offsets, whole = loading.opened(memoryview(letter))
+    return context.load(whole), pickle.loads(offsets)
 
 
 def text_of(value: Any, text: Any = repr) -> str:

@@ -41,7 +41,7 @@ __all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS"
            "define", "dump_plain", "is_plain", "letter_digest", "letter_of", "opened", "take_large"]
 
 Buffer = bytes | bytearray | memoryview
-FORM = 1  # the first byte of a letter that is not a bare pickle
+FORM, SKIPPING = 1, 2  # the first byte of a letter that is not a bare pickle; of a chunk with offsets to skip
 NOTHING = memoryview(b"")  # no definitions
 PICKLE_START = 0x80  # the first byte of a bare pickle, which is a plain letter (PROTO, pickletools)
 HEAD = struct.Struct(">BxxxIQ")
@@ -82,10 +82,10 @@ def take_large(views: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
     return not large
 
 
-def letter_of(data: Buffer, buffers: Sequence[memoryview]) -> list[Buffer]:
+def letter_of(data: Buffer, buffers: Sequence[memoryview], form: int = FORM) -> list[Buffer]:
     """The parts of a letter."""
     lengths = [view.nbytes for view in buffers]
-    head = HEAD.pack(FORM, len(buffers), len(data)) + struct.pack(f">{len(buffers)}Q", *lengths)
+    head = HEAD.pack(form, len(buffers), len(data)) + struct.pack(f">{len(buffers)}Q", *lengths)
     parts: list[Buffer] = [head + data] if len(data) <= JOINED_BYTES else [head, data]
     at = len(head) + len(data)
     for view in buffers:
@@ -103,12 +103,12 @@ def letter_digest(parts: Iterable[Buffer]) -> bytes:
     return digest.digest()
 
 
-def opened(letter: memoryview, start: int) -> list[memoryview]:
+def opened(letter: memoryview) -> list[memoryview]:
     """The pickle of a letter and its buffers."""
-    _, count, length = HEAD.unpack_from(letter, start)
-    at = start + HEAD.size + 8 * count
+    _, count, length = HEAD.unpack_from(letter)
+    at = HEAD.size + 8 * count
     pieces: list[memoryview] = []
-    for size in (length, *struct.unpack_from(f">{count}Q", letter, start + HEAD.size)):
+    for size in (length, *struct.unpack_from(f">{count}Q", letter, HEAD.size)):
         at += -at % ALIGNMENT_BYTES if pieces else 0
         pieces.append(letter[at : at + size])
         at += size
@@ -235,7 +235,7 @@ class Part(Loader):
 
 def define(names: Names, letter: memoryview) -> list[Part]:
     """Make and fill what a letter of definitions brings, and return its roots."""
-    data, *views = opened(letter, 0)
+    data, *views = opened(letter)
     records, roots, modules = pickle.loads(data)
     for name in modules:
         with contextlib.suppress(ModuleNotFoundError):  # a name that may be no module's: from copy import copy
