@@ -127,8 +127,7 @@ class Dumper:
         """Whether a number stands in place of a thing."""
         if entry.kind != "value" or entry is self.entry or entry.is_one or not self.shares:
             return entry.kind == "space"
-        is_said = entry.named or self.entry is None or not self.entry.named
-        return is_said if self.only is None else entry.token in self.only
+        return self.only is None or entry.token in self.only
 
     def reducer_override(self, thing: Any) -> Any:
         """Take apart what pickle cannot, or would name by an import that fails elsewhere."""
@@ -214,7 +213,7 @@ class Dumper:
     def _module(self, module: ModuleType) -> Any:
         if by_import(module):
             return importlib.import_module, (module.__name__,)
-        space = self.names.space_of(vars(module))
+        space = self.names.name(vars(module), kind=Space)
         for name in vars(module):
             if not name.startswith("__"):
                 self.refs.setdefault(space.slot(name), len(self.refs))

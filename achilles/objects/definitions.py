@@ -17,13 +17,11 @@ Threads: all callers have the context's lock. User code, such as a `__reduce__`,
 from __future__ import annotations
 
 import contextlib
-import enum
 import functools
 import importlib
 import pickle
 import re
 from collections import deque
-from collections.abc import Iterator
 from itertools import islice, repeat
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -31,8 +29,8 @@ from typing import Any
 from ..errors import DumpError, VersionError
 from .byvalue import CACHE_TYPE, Dumper
 from .loading import letter_digest, letter_of
-from .names import MISSING, Entry, Names, Place, by_import, is_class, is_stream, travels_by_value
-from .parts import global_names, is_global, needs_of, pieces_of
+from .names import MISSING, Entry, Names, is_class, travels_by_value
+from .parts import global_names, pieces_of, slots_of
 
 __all__ = ["Definitions", "dumped", "facts_of", "way_to"]
 
@@ -69,7 +67,6 @@ class Definitions:
         numbers = {item: number for number, item in enumerate(looks)}
         records: list[Any] = []
         views: list[memoryview] = []
-        modules: dict[Any, None] = {}
         for item, dumper in looks.items():
             if dumper is None:
                 records.append(("", item.token, 0, [], b"", 0))
@@ -78,26 +75,13 @@ class Definitions:
             refs = [numbers[each] for each in item.refs]
             records.append((item.kind, *label, refs, dumper.file.getvalue(), len(dumper.views)))
             views += dumper.views
-            modules.update({need: None for need in item.needs if isinstance(need, str)})
-        head = pickle.dumps((records, [numbers[root] for root in roots], [*modules]))
+        head = pickle.dumps((records, [numbers[root] for root in roots]))
         return b"".join(letter_of(head, views))
 
     def functions(self) -> list[Any] | None:
         """The functions that were dumped last; None if it is not enough to compare these."""
         is_fixed = all(item.kind in ("function", "cell", "slot", "space") for item in self.order)
         return [item.thing for item in self.order if item.kind == "function"] if is_fixed else None
-
-    def hold(self, value: Any, place: Place | None, is_named: bool = True) -> Entry | None:
-        """The entry of a value that something holds; None for what needs no name.
-
-        :param is_named: whether letters say the token of the holder.
-        """
-        if by_import(value) or isinstance(value, enum.Enum) or is_stream(value):
-            return None
-        entry = self.names.name(value)
-        entry.place = place or entry.place
-        entry.named = entry.named or is_named
-        return self.names.own(entry)
 
     def share(self, value: Any) -> None:
         """Give tokens to what a function belongs to, or an initializer gets: a global may be the same thing.
@@ -116,49 +100,39 @@ class Definitions:
                 found.append(each.__self__)
             elif is_initializer or kind in (list, dict, set, CACHE_TYPE) or travels_by_value(kind):
                 if kind is not FunctionType and not is_class(each):
-                    self._shared.append(self.hold(each, None))
+                    self._shared.append(self.names.hold(each, None))
 
     def _in_order(self, roots: tuple[Entry, ...]) -> dict[Any, Any]:
         """All that these need, and they: each behind what it needs, with its pickle if a letter brings it."""
         looks: dict[Any, Any] = {}
         order: list[Any] = []
-        stack: list[tuple[Any, Iterator[Any]]] = [(None, iter(roots))]
+        stack: list[Any] = [*roots]
         while stack:
-            item, left = stack[-1]
-            inner = next((each for each in left if each not in looks and not isinstance(each, str)), None)
-            if inner is None:
-                order.append(item)
-                stack.pop()
-                continue
-            looks[inner] = self._look(inner) if self.carries(inner) else None
-            stack.append((inner, iter(inner.needs if looks[inner] else ())))
-        return {item: looks[item] for item in order[:-1]}
+            item = stack.pop()
+            if type(item) is tuple:  # all that the item needs is in order
+                order += item
+            elif item not in looks:
+                looks[item] = self._look(item) if self.carries(item) else None
+                stack += [(item,), *reversed(item.refs if looks[item] else [])]
+        return {item: looks[item] for item in order}
 
     def _settle(self, looks: dict[Any, Any]) -> None:
-        """Give items other versions, if their content or that of what they hold has changed."""
+        """Give items another version, if their content or that of what they hold has changed."""
         contents = {item: _content(dumper) for item, dumper in looks.items() if dumper}
-        changed: set[Any] = set()
-
-        def state(item: Any) -> Any:  # a class does not count: it is changed in its place
-            return contents[item], [each.version for each in item.refs if each.kind != "class"]
-        while more := [item for item in contents if item not in changed and item.state != state(item)]:
-            for item in more:
-                item.version = next(self.names.numbers)
-                self.names.changes += item.state is not None
-            changed.update(more)
-        for item in contents:
-            item.state = state(item)
+        version = next(self.names.numbers)
+        changed = True
+        while changed:
+            changed = False
+            for item, content in contents.items():
+                # A global is set in its place, a class changed.
+                state = content, [each.version for each in item.refs if each.kind not in ("class", "slot")]
+                if item.state != state:
+                    self.names.changes += item.state is not None
+                    item.version, item.state, changed = version, state, True
 
     def _look(self, item: Any) -> Any:
         """The pickle of an item. What it needs is known then."""
-        if item.kind == "function" and is_global(item.thing):
-            item.named = True
-            self.names.own(item)
-        held = [self.hold(value, place, item.named) for value, place in pieces_of(item)]
-        needs = needs_of(item)
-        for slot in needs:
-            if not isinstance(slot, str):
-                slot.place = "global", slot.name, getattr(item.thing, "__qualname__", item.thing.__name__)
+        item.holds = [self.names.hold(value, place, item.named) for value, place in pieces_of(item)]
         try:
             dumper = dumped(self.names, item.thing, entry=item, only=item.state and item.state[0][1])
             if item.state and _content(dumper) != item.state[0]:
@@ -170,8 +144,11 @@ class Definitions:
             told = DumpError(f"{where}{way_to(self.names, item.thing)}{error}")
             told.where = where
             raise told from error
+        if item.kind == "function":
+            for slot in slots_of(item.thing, self.names):
+                slot.place = "global", slot.name, item.thing.__qualname__
+                dumper.refs.setdefault(slot, len(dumper.refs))
         item.refs = [*dumper.refs]
-        item.needs = [*item.refs, *filter(None, held), *needs]
         return dumper
 
 

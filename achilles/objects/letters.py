@@ -31,11 +31,11 @@ letter is answered.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import sys
 from collections import deque
 from collections.abc import Collection, Sequence
-import functools
 from operator import is_
 from types import FunctionType
 from typing import Any, NamedTuple

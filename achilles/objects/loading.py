@@ -22,7 +22,6 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import importlib.machinery
 import io
 import marshal
 import os
@@ -31,10 +30,10 @@ import struct
 import weakref
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from types import CellType, FunctionType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
-from .names import ATOMS, UNFOUND, Names
+from .names import ATOMS, MAINS, UNFOUND, Entry, Main, Names, Space
 from .parts import builtin_base, make_class, update_class
 
 __all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS", "SENTINEL", "Buffer", "Loader",
@@ -185,8 +184,8 @@ class Part(Loader):
             return
         maker, arguments = self.load()
         self.value = maker(*arguments)
-        self.entry = self.names.name(self.value, self.token)
-        self.entry.needs = self.met
+        self.entry = self.names.name(self.value, self.token, Space if self.kind in ("space", "slot") else Entry)
+        self.entry.holds = self.met
         self.is_empty = self.kind != "slot"
         if self.kind == "value":
             self.fill()
@@ -199,15 +198,17 @@ class Part(Loader):
             self.load()
             self.entry.version = self.version
 
-    def space(self, name: str, attributes: dict[str, Any], spec: tuple[str, Any] | None) -> Any:
+    def space(self, name: str, attributes: dict[str, Any]) -> Any:
         """A module's dict, with what an import would have set."""
         if not self.token:
-            return self.names.space_of(vars(importlib.import_module(name))).thing
-        names = vars(self.names.make_module(self.token, name)) if self.entry is None else self.entry.thing
+            return vars(importlib.import_module(name))
+        if self.entry is None:
+            module = Main(name) if name in MAINS else ModuleType(name)
+            vars(module)["__builtins__"] = builtins
+            self.entry = self.names.name(vars(module), self.token, Space)
+            self.entry.module = module
+        names = self.entry.thing
         names.update({name: value for name, value in attributes.items() if names.get(name) is None})
-        if spec is not None and names.get("__spec__") is None:
-            names["__spec__"] = made = importlib.machinery.ModuleSpec(spec[0], None, origin=spec[1])
-            made.has_location = spec[1] is not None
         return names
 
     def slot(self, names: dict[str, Any], name: str, value: Any) -> Any:
@@ -236,10 +237,7 @@ class Part(Loader):
 def define(names: Names, letter: memoryview) -> list[Part]:
     """Make and fill what a letter of definitions brings, and return its roots."""
     data, *views = opened(letter)
-    records, roots, modules = pickle.loads(data)
-    for name in modules:
-        with contextlib.suppress(ModuleNotFoundError):  # a name that may be no module's: from copy import copy
-            importlib.import_module(name)
+    records, roots = pickle.loads(data)
     parts: list[Part] = []
     buffers = iter(views)
     for record in records:
@@ -249,6 +247,13 @@ def define(names: Names, letter: memoryview) -> list[Part]:
     found = [parts[index] for index in roots]
     parts.clear()
     return found
+
+
+def _make_function(names: dict[str, Any], code: bytes, name: str, cells: Any, submodules: list[str]) -> Any:
+    for module in submodules:
+        with contextlib.suppress(ModuleNotFoundError):  # a name that may be no module's: from copy import copy
+            importlib.import_module(module)
+    return FunctionType(marshal.loads(code), names, name, None, cells)
 
 
 def _make_plain(cls: Any, *arguments: Any) -> Any:
@@ -299,7 +304,7 @@ MAKERS: dict[str, Any] = {
     "partialmethod": lambda function, arguments, options: functools.partialmethod(function, *arguments, **options),
     "dead": lambda: weakref.ref(set()),  # which ends at once
     "cell": CellType,
-    "function": lambda names, code, name, cells: FunctionType(marshal.loads(code), names, name, None, cells),
+    "function": _make_function,
     "new_class": Part.new_class,
     "fill_class": Part.fill_class,
     "space": Part.space,

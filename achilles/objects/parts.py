@@ -21,6 +21,7 @@ import copyreg
 import dis
 import enum
 import functools
+import importlib.machinery
 import marshal
 import sys
 import types
@@ -28,10 +29,10 @@ import weakref
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, cast
 
-from .names import ATOMS, MISSING, by_path
+from .names import ATOMS, MISSING, Space
 
-__all__ = ["REDUCES", "apart", "builtin_base", "evaluated", "global_names", "has_own", "is_c_type", "is_global",
-           "make_class", "needs_of", "pieces_of", "reduced", "update_class"]
+__all__ = ["REDUCES", "apart", "builtin_base", "evaluated", "global_names", "has_own", "is_c_type",
+           "make_class", "pieces_of", "reduced", "slots_of", "update_class"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
@@ -169,21 +170,24 @@ def reduced(item: Any) -> Any:
 
 
 def _space(space: Any, thing: dict[str, Any]) -> tuple[Any, ...]:
-    if space.is_imported:
-        return "space", (space.name, {}, None)
-    attributes = {name: thing[name] for name in ("__package__", "__file__", "__doc__") if name in thing}
-    spec = thing.get("__spec__")
-    return "space", (space.name, attributes, None if spec is None else (spec.name, spec.origin))
+    names = () if space.is_imported else ("__package__", "__file__", "__doc__", "__spec__")
+    attributes = {name: thing[name] for name in names if thing.get(name) is not None}
+    if spec := attributes.get("__spec__"):
+        attributes["__spec__"] = copied = importlib.machinery.ModuleSpec(spec.name, None, origin=spec.origin)
+        copied.has_location = spec.has_location
+    return "space", (space.name, attributes)
 
 
-def _function(_: Any, function: Any) -> tuple[Any, ...]:
+def _function(entry: Any, function: Any) -> tuple[Any, ...]:
+    modules = [slot.thing.__name__ for slot in slots_of(function, entry.names) if isinstance(slot.thing, ModuleType)]
     code = marshal.dumps(function.__code__, MARSHAL)
     if MARSHAL > 2:  # the same bytes each time: references by count are gone after a load
         code = marshal.dumps(marshal.loads(code), MARSHAL)
     annotations = "__annotate__" if getattr(function, "__annotate__", None) else "__annotations__"  # unevaluated
     filled = {key: value for key in (*FILLED, annotations) if (value := getattr(function, key, None))}
     filled |= {key: getattr(function, key) for key in TITLES}
-    arguments = function.__globals__, code, function.__name__, function.__closure__
+    submodules = submodules_of(function.__code__, modules)
+    arguments = function.__globals__, code, function.__name__, function.__closure__, submodules
     return "function", arguments, (dict(vars(function)), filled)
 
 
@@ -232,13 +236,6 @@ def cell_content(entry: Any) -> tuple[Any, ...]:
     return (content,)
 
 
-def is_global(function: FunctionType) -> bool:
-    """Whether a function's module has it under its name."""
-    first, _, rest = function.__qualname__.partition(".")
-    found = function.__globals__.get(first, MISSING)
-    return (by_path(found, rest) if rest else found) is function
-
-
 def has_own(cls: type, *names: str) -> bool:
     """Whether a class written in Python has one of these methods, and not only what it inherits from C."""
     return any(isinstance(getattr(cls, name, None), FunctionType) for name in names)
@@ -252,41 +249,38 @@ def evaluated(variable: Any, attribute: str) -> Any:
         return None
 
 
-def needs_of(entry: Any) -> list[Any]:
-    """The globals of a function, and the names of the submodules that a function reaches through a package.
+def slots_of(function: Any, names: Any) -> list[Any]:
+    """The globals of a function, but for those that it finds in the module that an import gives.
 
-    A function of a module that is imported finds its globals there, all but those that pytest writes into it.
+    It does not find there the names that pytest writes into a module.
     """
-    if entry.kind != "function":
-        return []
-    code, space = entry.thing.__code__, entry.names.space_of(entry.thing.__globals__)
-    found = [name for name in global_names(code) if name in space.thing and name not in ("__name__", "__builtins__")]
-    needs: list[Any] = [space.slot(name) for name in found if not (space.is_imported and name.isidentifier())]
-    packages = [slot.thing.__name__ for slot in needs if isinstance(slot.thing, ModuleType)]
-    attributes = sorted(_attribute_names(code)) if packages else []
+    space = names.name(function.__globals__, kind=Space)
+    found = [name for name in global_names(function.__code__)
+             if name in space.thing and name not in ("__name__", "__builtins__")]
+    return [space.slot(name) for name in found if not (space.is_imported and name.isidentifier())]
+
+
+def submodules_of(code: CodeType, packages: list[str]) -> list[str]:
+    """The names of the submodules that code reaches through packages."""
+    lazy = " ".join(["", *getattr(sys, "lazy_modules", ())])  # Python 3.15
+    attributes = sorted({name for each in codes_of(code) for name in each.co_names}) if packages else []
     for package in packages:  # grows while it is walked: a package's package
-        packages += [name for each in attributes if _is_module(name := f"{package}.{each}") and name not in packages]
-    return needs + [name for name in packages if "." in name]
+        names = (f"{package}.{each}" for each in attributes)
+        packages += [name for name in names if name in sys.modules or f" {name}" in lazy]
+    return [name for name in packages if "." in name]
 
 
-def _is_module(name: str) -> bool:
-    """Whether a submodule was imported, or may be, lazily (Python 3.15)."""
-    lazy = getattr(sys, "lazy_modules", ())
-    return name in sys.modules or any(f"{each}.".startswith(f"{name}.") for each in lazy)
+def codes_of(code: CodeType) -> list[CodeType]:
+    """A code object and those nested in it."""
+    found = [code]
+    for each in found:  # grows while it is walked
+        found += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
+    return found
 
 
 @functools.lru_cache(CODES_REMEMBERED)
 def global_names(code: CodeType) -> tuple[str, ...]:
     """The names that a code object, or one nested in it, reads as globals."""
-    names = dict.fromkeys(step.argval for step in dis.get_instructions(code)
-                          if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names.update(dict.fromkeys(global_names(constant)))
-    return tuple(names)
-
-
-def _attribute_names(code: CodeType) -> set[str]:
-    """The names of attributes and globals in a code object and those nested in it."""
-    nested = (_attribute_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*nested)
+    names = [step.argval for each in codes_of(code) for step in dis.get_instructions(each)
+             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")]
+    return tuple(dict.fromkeys(names))
