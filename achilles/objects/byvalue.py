@@ -80,7 +80,8 @@ class Dumper:
     :ivar refs: the numbers of the entries that the definitions bring.
     """
 
-    def __init__(self, names: Names, entry: Any = None, shares: bool = True, only: list[bytes] | None = None) -> None:
+    def __init__(self, names: Names, value: Any, entry: Any = None, shares: bool = True,
+                 only: list[bytes] | None = None) -> None:
         self.names, self.entry, self.shares, self.only, self.ids = names, entry, shares, only, names.ids
         self.refs: dict[Any, int] = {}
         self.numbers: dict[int, Any] = dict(PIDS)  # and names of makers, by the ids of things
@@ -91,17 +92,12 @@ class Dumper:
         self.file, self.views = io.BytesIO(), list[memoryview]()
         take = functools.partial(take_large, self.views)
         super().__init__(self.file, PICKLE, buffer_callback=take)  # type: ignore[call-arg]
-
-    def dump_all(self, value: Any) -> None:
-        """Dump arguments; or what makes the thing of the entry, and what fills it."""
         pickled: Any = self
-        if self.entry is None:
-            pickled.dump(value)
-            return
-        maker, arguments, *self.rest = self._apart(value)
-        pickled.dump((maker, arguments))
-        self.numbers[id(value)] = OWN
-        pickled.dump(self.entry)
+        if entry is not None:
+            maker, arguments, *self.rest = self._apart(value)
+            pickled.dump((maker, arguments))
+            self.numbers[id(value)] = OWN
+        pickled.dump(value if entry is None else entry)
 
     def _apart(self, value: Any) -> Any:
         """As pickle's reductions: what makes a thing, then what fills it, so that things may need each other."""

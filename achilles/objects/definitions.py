@@ -26,7 +26,7 @@ from itertools import islice, repeat
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-from ..errors import DumpError, VersionError
+from ..errors import VersionError
 from .byvalue import CACHE_TYPE, Dumper
 from .loading import letter_digest, letter_of
 from .names import MISSING, Entry, Names, is_class, travels_by_value
@@ -137,13 +137,9 @@ class Definitions:
             dumper = dumped(self.names, item.thing, entry=item, only=item.state and item.state[0][1])
             if item.state and _content(dumper) != item.state[0]:
                 dumper = dumped(self.names, item.thing, entry=item)  # now tokens stand where those values stood
-        except VersionError:
-            raise
         except Exception as error:
-            where = "the {} {!r} of {}: ".format(*item.place) if item.place is not None else ""
-            told = DumpError(f"{where}{way_to(self.names, item.thing)}{error}")
-            told.where = where
-            raise told from error
+            error.__dict__["item"] = item
+            raise
         if item.kind == "function":
             for slot in slots_of(item.thing, self.names):
                 slot.place = "global", slot.name, item.thing.__qualname__
@@ -175,17 +171,14 @@ def dill_pickler() -> Any:
 def dumped(names: Names, value: Any, **options: Any) -> Any:
     """Dump arguments, or the thing of an entry, by the fast way or by the slow one; with a Dumper of these options."""
     try:
-        dumper: Any = _Pickler(names, **options)
-        dumper.dump_all(value)
-    except (RecursionError, DumpError):
+        return _Pickler(names, value, **options)
+    except RecursionError:
         raise
     except Exception as error:
         try:
-            dumper = dill_pickler()(names, **options)
-            dumper.dump_all(value)
+            return dill_pickler()(names, value, **options)
         except Exception as second:
             raise second from error
-    return dumper
 
 
 def facts_of(functions: list[Any]) -> list[Any]:
@@ -203,24 +196,17 @@ def facts_of(functions: list[Any]) -> list[Any]:
     return found
 
 
-def way_to(names: Names, value: Any) -> str:
-    """Where in a value the thing is that cannot be dumped; nothing if it is the value itself."""
-    way, owner = "", value
-    for _ in range(DEEPEST):
-        failing = (each for each in _children(value).items() if not _can_dump(names, each[1]))
-        step, child = next(failing, ("", None))
-        if not step:
-            break
-        way, owner, value = way + step, value, child
+def way_to(names: Names, value: Any, way: str = "", owner: Any = None, left: int = DEEPEST) -> str:
+    """Where in a value the thing is that cannot be dumped; nothing if it is the value itself.
+
+    :param way: to the value, from an owner, with so many steps left to look.
+    """
+    for step, child in _children(value).items() if left else ():
+        try:
+            dumped(names, child, shares=False)
+        except Exception:
+            return way_to(names, child, way + step, value, left - 1)
     return f"its {way}, held by an object of type {type(owner).__qualname__}: " if way else ""
-
-
-def _can_dump(names: Names, value: Any) -> bool:
-    try:
-        dumped(names, value, shares=False)
-    except Exception:
-        return False
-    return True
 
 
 def _children(value: Any) -> dict[str, Any]:

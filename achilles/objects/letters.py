@@ -147,14 +147,17 @@ class Context:
             raise
         except Exception as error:
             whither, remedy = TO_A_NODE if self._caller else BACK
-            way, text = way_to(self.names, value), text_of(error, str).rstrip(".")
+            item = error.__dict__.pop("item", None)  # of the definitions
+            where = "the {} {!r} of {}: ".format(*item.place) if item is not None and item.place else ""
+            way = way_to(self.names, value if item is None else item.thing)
             if shared:  # a function stands before its callback, an initializer before its arguments
                 way = way.replace("its [0].", "its .", 1)
             name = getattr(value, "__qualname__", None)
             name = f"{type(value).__name__} {name}" if name else f"an object of type {type(value).__qualname__}"
-            told = DumpError(f"{what or name} cannot be sent {whither}: {way}{text}. {remedy}")
-            told.where = getattr(error, "where", "") or (way if "." in way or "'" in way else "")
-            raise told from (error.__cause__ if isinstance(error, DumpError) else error)
+            text = text_of(error, str).rstrip(".")
+            told = DumpError(f"{what or name} cannot be sent {whither}: {where}{way}{text}. {remedy}")
+            told.where = where or (way if "." in way or "'" in way else "")
+            raise told from error
 
     def _dump_by_value(self, value: Any, shared: bool) -> list[Buffer]:
         if shared:

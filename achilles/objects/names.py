@@ -17,7 +17,6 @@ at most. Spaces of scripts are kept for ever. Of the other unused spaces the las
 
 from __future__ import annotations
 
-import enum
 import functools
 import itertools
 import os
@@ -197,7 +196,7 @@ class Names:
 
         :param is_named: whether letters say the token of the holder.
         """
-        if by_import(value) or isinstance(value, enum.Enum) or is_stream(value):
+        if by_import(value) or is_stream(value):
             return None
         entry: Entry = self.name(value)
         entry.place = place or entry.place
