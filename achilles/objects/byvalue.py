@@ -31,7 +31,7 @@ from collections.abc import Callable
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from .loading import MAKERS, PICKLE, PIDS, SENTINEL, take_large
+from .loading import EXTEND, MAKERS, PICKLE, PIDS, SENTINEL, inode, take_large
 from .names import (
     MAINS,
     MISSING,
@@ -46,7 +46,7 @@ from .names import (
     is_stream,
     travels_by_value,
 )
-from .parts import REDUCES, apart, evaluated, has_own, is_c_type, reduced
+from .parts import NEW, REDUCES, evaluated, has_own, is_c_type, reduced
 
 __all__ = ["CACHE_TYPE", "Dumper"]
 
@@ -59,9 +59,7 @@ WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
 # Methods that pickle calls for a copy. A fork has the objects already, and calls none of them.
 SPECIAL = (*REDUCES, "__new__", "__setstate__", "__setattr__", "__getattr__", "__iter__", "append", "extend", "items",
            "__setitem__")
-STATES = (*REDUCES, "__getstate__", "__getnewargs__", "__getnewargs_ex__")
-NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
-EXTEND: Any = {list: list.extend, dict: dict.update}
+STATES = ("__getstate__", "__getnewargs__", "__getnewargs_ex__")
 OWN = -1  # the number of the thing that is dumped
 ALIAS: Any = getattr(typing, "TypeAliasType", typing.NewType)  # Python 3.12
 STANDS_FOR = {ALIAS: "__value__", typing.NewType: "__supertype__"}  # a name, where that cannot be evaluated
@@ -85,10 +83,8 @@ class Dumper:
         self.names, self.entry, self.shares, self.only, self.ids = names, entry, shares, only, names.ids
         self.refs: dict[Any, int] = {}
         self.numbers: dict[int, Any] = dict(PIDS)  # and names of makers, by the ids of things
-        self.alive: list[Any] = []  # what has to live until the definitions are made
         self.plain: set[type] = set()  # classes by value: pickle takes their instances apart itself
-        self.begun = False  # a variable of types; an alias may name itself
-        self.rest: Any = ()  # what fills the thing of the entry, as pickle's reductions have it
+        self.rest: Any = None  # what fills the thing of the entry, as pickle's reductions have it
         self.file, self.views = io.BytesIO(), list[memoryview]()
         take = functools.partial(take_large, self.views)
         super().__init__(self.file, PICKLE, buffer_callback=take)  # type: ignore[call-arg]
@@ -145,7 +141,7 @@ class Dumper:
             return self._instance(kind, thing)
         # An exception's `__init__` may take other arguments than its built-in base. And pickle asks an empty instance
         # for `__setstate__`: some `__getattr__` never come to an end then.
-        special = "__init__" if isinstance(thing, BaseException) else "__getattr__" if self.shares else ""
+        special = "__init__" if isinstance(thing, BaseException) else "__getattr__"
         return self._instance(kind, thing) if has_own(kind, special) else NotImplemented
 
     def _instance(self, cls: Any, thing: Any) -> Any:
@@ -153,34 +149,29 @@ class Dumper:
         if isinstance(thing, enum.Enum):
             is_named = cls._member_map_.get(thing._name_) is thing
             return (MAKERS["member"], (cls, thing._name_)) if is_named else (cls, (thing._value_,))
-        if isinstance(thing, BaseException) and not has_own(cls, *REDUCES):
-            return self._plain(thing, *apart(thing))
+        is_error = isinstance(thing, BaseException)
         special = SPECIAL if self.shares else REDUCES
-        if cls in copyreg.dispatch_table or not has_own(cls, *special):
+        if cls in copyreg.dispatch_table or not (is_error or has_own(cls, *special)):
             self.plain.add(cls)
             return NotImplemented
         found = thing.__reduce_ex__(PICKLE)
         if isinstance(found, str):
             return self._singleton(thing, found, MAKERS["plain"], cls)
-        if self.shares and found[0] is NEW and not has_own(cls, *STATES):
-            return self._plain(thing, found[1][1:], found[2])
-        return found
-
-    def _plain(self, thing: Any, arguments: tuple[Any, ...], state: Any) -> Any:
-        """An instance as its built-in base makes it: its own `__new__`, `__init__` and `__setstate__` know nothing."""
-        cls = type(thing)
+        if has_own(cls, *REDUCES) or not (is_error or (self.shares and found[0] is NEW and not has_own(cls, *STATES))):
+            return found
+        # Its own `__new__`, `__init__` and `__setstate__` know nothing: it is made as its built-in base makes it.
+        state = found[2] if len(found) > 2 else None
         state, slots = state if isinstance(state, tuple) else (state, {})
-        if isinstance(thing, BaseException):  # the state has the name of an ImportError, for one
+        if is_error:  # the state has the name of an ImportError, for one
             names = copyreg._slotnames(cls)  # type: ignore[attr-defined]
             slots = {**(state or {}), **{name: getattr(thing, name) for name in names if hasattr(thing, name)}}
             state = None
-        base = next((base for base in EXTEND if isinstance(thing, base)), None)
-        content = (state, slots, None, None) if base is None else (state, slots, EXTEND[base], base.copy(thing))
-        return MAKERS["plain"], (cls, *arguments), content, None, None, MAKERS["fill_plain"]
+        items = next((base.copy(thing) for base in EXTEND if isinstance(thing, base)), None)
+        arguments = found[1][1:] if found[0] is NEW else found[1]
+        return MAKERS["plain"], (cls, *arguments), (state, slots, items), None, None, MAKERS["fill_plain"]
 
     def _refer(self, thing: Any) -> Any:
         """A function, class or cell, or a value that is one thing everywhere: the definitions bring it."""
-        self.alive.append(thing)
         return MAKERS["thing"], (self.refs.setdefault(self.names.name(thing), len(self.refs)),)
 
     def _one(self, thing: Any, *reduced: Any) -> Any:
@@ -215,11 +206,6 @@ class Dumper:
                 self.refs.setdefault(space.slot(name), len(self.refs))
         return MAKERS["module"], (vars(module),)
 
-    def _method(self, method: MethodType) -> Any:
-        if getattr(method.__self__, method.__name__, None) == method:
-            return getattr, (method.__self__, method.__name__)
-        return MethodType, (method.__func__, method.__self__)
-
     def _variable(self, variable: Any) -> Any:
         """A type variable and the like, by its name where an import gives it."""
         if not travels_by_value(variable):
@@ -228,9 +214,8 @@ class Dumper:
             return reference
         kind: Any = type(variable)
         name = variable.__name__
-        if self.begun:
+        if self.rest is not None:
             raise TypeError(f"cannot pickle the type alias {name}, which refers to itself")
-        self.begun = True
         options = {name: evaluated(variable, attribute) for name, attribute in OPTIONS.items()}
         options = {name: value for name, value in options.items() if value is not None and value is not NO_DEFAULT}
         arguments = getattr(variable, "__constraints__", ())
@@ -247,16 +232,13 @@ class Dumper:
     def _stream(self, stream: Any) -> Any:
         """A stream of the process goes by its name; in definitions, a file that is open for reading by its path."""
         places = [(sys, name) for name in STREAMS] + [(getattr(sys, name, None), "buffer") for name in STREAMS]
-        for owner, name in places:
-            if getattr(owner, name, MISSING) is stream:
-                return getattr, (owner, name)
+        if found := [(owner, name) for owner, name in places if getattr(owner, name, MISSING) is stream]:
+            return getattr, found[0]
         mode, path = getattr(stream, "mode", None), getattr(stream, "name", None)
         if not self.shares or mode not in ("r", "rb") or not isinstance(path, str) or stream.closed:
             return NotImplemented
         options = {} if mode == "rb" else {"encoding": stream.encoding, "errors": stream.errors}
-        status = os.fstat(stream.fileno())
-        identity = status.st_dev, status.st_ino
-        return MAKERS["file"], (os.path.abspath(path), identity, mode, stream.tell(), options)
+        return MAKERS["file"], (os.path.abspath(path), inode(stream), mode, stream.tell(), options)
 
     def _weak(self, weak: Any) -> Any:
         if not self.shares:  # it would arrive dead
@@ -273,7 +255,7 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
     CellType: Dumper._refer,
     CACHE_TYPE: Dumper._cache,
     ModuleType: Dumper._module,
-    MethodType: Dumper._method,
+    MethodType: lambda _, method: (MethodType, (method.__func__, method.__self__)),
     **dict.fromkeys(WEAK, Dumper._weak),
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
     **dict.fromkeys(VARIABLES, Dumper._variable),

@@ -50,6 +50,7 @@ GLOBAL_OPCODE = b"\x93"  # without it, a pickle names no module (STACK_GLOBAL, p
 FEW_ITEMS = 64  # above, to search the pickle for names is quicker than to ask each item for its type
 JOINED_BYTES = 65_536  # a pickle up to this is copied behind its head, so that it is one part
 ALIGNMENT_BYTES = 16  # what numpy's vector loops like
+EXTEND: Any = {list: list.extend, dict: dict.update}
 SENTINEL: Any = getattr(builtins, "sentinel", None)  # Python 3.15
 
 
@@ -154,7 +155,6 @@ class Part(Loader):
 
     :ivar value: the thing, and `entry`, its entry.
     :ivar is_empty: whether it is made, and not filled.
-    :ivar code: the functions and constants of a class.
     """
 
     def __init__(self, names: Names, parts: list[Part], record: Any, buffers: Iterable[Any]) -> None:
@@ -162,7 +162,6 @@ class Part(Loader):
         super().__init__(names, data, list(islice(buffers, count)), parts, [*refs, len(parts)])
         self.entry: Any = None
         self.value: Any = None
-        self.code: dict[str, Any] = {}
         self.is_begun = self.is_empty = False
 
     def made(self) -> Any:
@@ -219,17 +218,16 @@ class Part(Loader):
     def new_class(self, meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
                   code: dict[str, Any], members: dict[str, Any]) -> Any:
         """A class with its functions and constants; the one that is here, if there is one."""
-        self.code = code
-        if self.entry is not None:
-            return self.entry.thing
-        return make_class(meta, name, bases, {**namespace, **code}, members)
+        cls = make_class(meta, name, bases, namespace, members) if self.entry is None else self.entry.thing
+        update_class(cls, code, self.names.name(cls, self.token).code)
+        return cls
 
     def fill_class(self, cls: Any, state: tuple[dict[str, Any], dict[str, Any], list[type]]) -> None:
         """Give a class all else: attributes, states of an enum's members, registered classes."""
         data, states, registered = state
         for name, attributes in states.items():
             cls._member_map_[name].__dict__.update(attributes)
-        update_class(cls, {**self.code, **data}, self.entry.came)
+        update_class(cls, data, self.entry.data)
         for each in registered:
             cls.register(each)
 
@@ -265,15 +263,15 @@ def _make_plain(cls: Any, *arguments: Any) -> Any:
     return made
 
 
-def _fill_plain(thing: Any, state: tuple[dict[str, Any], dict[str, Any], Any, Any]) -> None:
+def _fill_plain(thing: Any, state: tuple[dict[str, Any], dict[str, Any], Any]) -> None:
     """Give an instance its attributes and items, whatever methods its class has for that."""
-    attributes, slots, extend, items = state
+    attributes, slots, items = state
     if attributes:
         thing.__dict__.update(attributes)
     for name, value in slots.items():
         object.__setattr__(thing, name, value)
     if items:
-        extend(thing, items)
+        EXTEND[type(items)](thing, items)
 
 
 def _make_sentinel(name: str, module: str) -> Any:
@@ -282,11 +280,15 @@ def _make_sentinel(name: str, module: str) -> Any:
     return made
 
 
-def _open_file(path: str, place: tuple[int, int], mode: str, position: int, options: dict[str, Any]) -> Any:
+def inode(file: Any) -> Sequence[int]:
+    """The numbers of an open file and of its device."""
+    return os.fstat(file.fileno())[1:3]
+
+
+def _open_file(path: str, place: Sequence[int], mode: str, position: int, options: dict[str, Any]) -> Any:
     """A file that was open for reading, at its place; the very same file, or none."""
     file = open(path, mode, **options)
-    status = os.fstat(file.fileno())
-    if (status.st_dev, status.st_ino) != place:
+    if inode(file) != place:
         file.close()
         raise FileNotFoundError(f"{path}, which a global of the script was reading, is another file here. "
                                 "Open it in the function")

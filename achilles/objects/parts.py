@@ -31,7 +31,7 @@ from typing import Any, cast
 
 from .names import ATOMS, MISSING, Space
 
-__all__ = ["REDUCES", "apart", "builtin_base", "evaluated", "global_names", "has_own", "is_c_type",
+__all__ = ["REDUCES", "builtin_base", "evaluated", "global_names", "has_own", "is_c_type",
            "make_class", "pieces_of", "reduced", "slots_of", "update_class"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
@@ -45,6 +45,7 @@ MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself, 
 FILLED = ("__defaults__", "__kwdefaults__", "__type_params__")
 TITLES = ("__qualname__", "__module__", "__doc__")
 REDUCES = ("__reduce__", "__reduce_ex__")
+NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
 HOOK = "<stop>"  # the attribute that ends type.__new__ before any hook
 
 
@@ -69,14 +70,10 @@ def builtin_base(cls: type) -> Any:
                 if is_c_type(base) or isinstance(vars(base).get("__new__"), types.BuiltinFunctionType))
 
 
-def apart(thing: Any) -> tuple[Any, ...]:
-    """The arguments with which `__new__` of the built-in base makes a copy, and what its reduction says beside."""
-    base = builtin_base(type(thing))
-    if base is object:
-        return (), None
-    reduced = base.__reduce__(thing) if isinstance(thing, BaseException) else base.__reduce_ex__(thing, 2)
-    is_plain = reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
-    return tuple(reduced[1][1:] if is_plain else reduced[1]), reduced[2] if len(reduced) > 2 else None
+def arguments_of(member: Any) -> Any:
+    """The arguments with which `__new__` of the built-in base makes a member of an enum."""
+    maker, arguments, *_ = builtin_base(type(member)).__reduce_ex__(member, 2)
+    return arguments[1:] if maker is NEW else arguments
 
 
 def make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
@@ -201,7 +198,7 @@ def _class(_: Any, cls: Any) -> tuple[Any, ...]:
         known = set(map(id, members.values()))
         values = data["_value2member_map_"].items()  # flags that were combined are in it, too
         data["_value2member_map_"] = {value: member for value, member in values if id(member) in known}
-    made = {name: apart(member)[0] for name, member in members.items()}
+    made = {name: arguments_of(member) for name, member in members.items()}
     states = {name: {key: value for key, value in vars(member).items() if key != "_inverted_"}
               for name, member in members.items()}
     references = abc._get_dump(cls)[0] if isinstance(cls, abc.ABCMeta) else ()  # type: ignore[attr-defined]
