@@ -15,6 +15,7 @@ Threads: one thread uses a Dumper. That thread has the context's lock, but for a
 
 from __future__ import annotations
 
+import builtins
 import copyreg
 import enum
 import functools
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from .loading import EXTEND, MAKERS, PICKLE, PIDS, SENTINEL, inode, take_large
+from .loading import EXTEND, MAKERS, PICKLE, PIDS, inode, take_large
 from .names import (
     MAINS,
     MISSING,
@@ -156,7 +157,7 @@ class Dumper:
             return NotImplemented
         found = thing.__reduce_ex__(PICKLE)
         if isinstance(found, str):
-            return self._singleton(thing, found, MAKERS["plain"], cls)
+            return self._singleton(thing, found, MAKERS["plain"], (cls,), getattr(thing, "__dict__", None))
         if has_own(cls, *REDUCES) or not (is_error or (self.shares and found[0] is NEW and not has_own(cls, *STATES))):
             return found
         # Its own `__new__`, `__init__` and `__setstate__` know nothing: it is made as its built-in base makes it.
@@ -180,11 +181,11 @@ class Dumper:
         entry.is_one = True
         return reduced if entry is self.entry else self._refer(thing)
 
-    def _singleton(self, thing: Any, name: str, maker: Any, *arguments: Any) -> Any:
+    def _singleton(self, thing: Any, name: str, *reduced: Any) -> Any:
         """A thing that pickle takes for a global of its module."""
         if thing.__module__ not in MAINS and by_path(sys.modules.get(thing.__module__), name) is thing:
             return name
-        return self._one(thing, maker, arguments, getattr(thing, "__dict__", None))
+        return self._one(thing, *reduced)
 
     def _definition(self, thing: Any) -> Any:
         """A function or class."""
@@ -270,7 +271,7 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
     # A lock arrives as a new one: an RLock that dill loads is held for ever, by nobody.
     type(threading.Lock()): lambda _, thing: (threading.Lock, ()),
     type(threading.RLock()): lambda _, thing: (threading.RLock, ()),
+    # Python 3.15. dill takes each for a mark of dataclasses.
+    getattr(builtins, "sentinel", None): lambda dumper, mark: dumper._singleton(
+        mark, mark.__name__, type(mark), (mark.__name__,), (None, {"__module__": mark.__module__})),
 }
-if SENTINEL is not None:  # dill takes each for a mark of dataclasses
-    _REDUCE[SENTINEL] = lambda dumper, mark: dumper._singleton(
-        mark, mark.__name__, MAKERS["sentinel"], mark.__name__, mark.__module__)

@@ -18,18 +18,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
+import io
 import pickle
 import re
 from collections import deque
 from itertools import islice, repeat
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 from ..errors import VersionError
-from .byvalue import CACHE_TYPE, Dumper
-from .loading import letter_digest, letter_of
-from .names import MISSING, Entry, Names, is_class, travels_by_value
+from .byvalue import Dumper
+from .loading import letter_of
+from .names import MISSING, Entry, Names
 from .parts import global_names, pieces_of, slots_of
 
 __all__ = ["Definitions", "dumped", "facts_of", "way_to"]
@@ -38,6 +40,12 @@ DILL_OLDEST = (0, 4, 1)  # the first that knows Python 3.13's code and threads
 DILL_KINDS = {"save_code", "_save_dict_view", "save_super", "save_wrapper_descriptor", "save_singleton", "save_type",
               "save_slice"}  # what dill does with files and references would open, truncate and delete
 SHARED_KEPT = 64  # lists and dicts that initializers get
+BELONGS: Any = {  # what a function belongs to, or consists of
+    FunctionType: lambda _: (), tuple: list, MethodType: lambda method: [method.__self__],
+    BuiltinFunctionType: lambda method: [method.__self__],
+    functools.partial: lambda partial: [partial.func, *partial.args, *partial.keywords.values()],
+}
+NAMED: Any = SimpleNamespace(refs={}, views=[], file=io.BytesIO())  # in place of a pickle, where the token is enough
 DEEPEST, WIDEST = 10, 1000  # of a search for what cannot be dumped
 
 
@@ -68,12 +76,10 @@ class Definitions:
         records: list[Any] = []
         views: list[memoryview] = []
         for item, dumper in looks.items():
-            if dumper is None:
-                records.append(("", item.token, 0, [], b"", 0))
-                continue
-            label = (item.token, item.version) if item.named else (b"", 0)
-            refs = [numbers[each] for each in item.refs]
-            records.append((item.kind, *label, refs, dumper.file.getvalue(), len(dumper.views)))
+            kind = item.kind if dumper is not NAMED else ""
+            label = (item.token, item.version) if item.named or not kind else (b"", 0)
+            refs = [numbers[each] for each in dumper.refs]
+            records.append((kind, *label, refs, dumper.file.getvalue(), len(dumper.views)))
             views += dumper.views
         head = pickle.dumps((records, [numbers[root] for root in roots]))
         return b"".join(letter_of(head, views))
@@ -88,19 +94,13 @@ class Definitions:
 
         :param value: a function with its callback, or an initializer with a tuple of arguments.
         """
-        found = [*value] if type(value) is tuple else [value]
-        is_initializer = len(found) == 2 and type(found[1]) is tuple
+        is_initializer = type(value) is tuple and type(value[-1]) is tuple
+        found = [value]
         for each in found:  # grows while it is walked
-            kind = type(each)
-            if kind is tuple:
-                found += each
-            elif kind is functools.partial and is_initializer:
-                found += [each.func, *each.args, *each.keywords.values()]
-            elif kind in (MethodType, BuiltinFunctionType):
-                found.append(each.__self__)
-            elif is_initializer or kind in (list, dict, set, CACHE_TYPE) or travels_by_value(kind):
-                if kind is not FunctionType and not is_class(each):
-                    self._shared.append(self.names.hold(each, None))
+            if type(each) in BELONGS:
+                found += BELONGS[type(each)](each)
+            else:
+                self._shared.append(self.names.hold(each, None, is_initializer))
 
     def _in_order(self, roots: tuple[Entry, ...]) -> dict[Any, Any]:
         """All that these need, and they: each behind what it needs, with its pickle if a letter brings it."""
@@ -112,13 +112,13 @@ class Definitions:
             if type(item) is tuple:  # all that the item needs is in order
                 order += item
             elif item not in looks:
-                looks[item] = self._look(item) if self.carries(item) else None
-                stack += [(item,), *reversed(item.refs if looks[item] else [])]
+                looks[item] = self._look(item) if self.carries(item) else NAMED
+                stack += [(item,), *reversed(looks[item].refs)]
         return {item: looks[item] for item in order}
 
     def _settle(self, looks: dict[Any, Any]) -> None:
         """Give items another version, if their content or that of what they hold has changed."""
-        contents = {item: _content(dumper) for item, dumper in looks.items() if dumper}
+        contents = {item: _content(dumper) for item, dumper in looks.items() if dumper is not NAMED}
         version = next(self.names.numbers)
         changed = True
         while changed:
@@ -221,4 +221,5 @@ def _children(value: Any) -> dict[str, Any]:
 
 def _content(dumper: Any) -> Any:
     """What tells whether a content is another one."""
-    return letter_digest([dumper.file.getbuffer(), *dumper.views]), [entry.token for entry in dumper.refs]
+    digest = hashlib.sha256(b"".join([dumper.file.getvalue(), *dumper.views])).digest()
+    return digest, [entry.token for entry in dumper.refs]

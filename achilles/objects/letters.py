@@ -31,6 +31,7 @@ letter is answered.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pickle
 import sys
@@ -43,11 +44,11 @@ from typing import Any, NamedTuple
 from ..errors import DumpError, VersionError
 from . import loading
 from .definitions import Definitions, dumped, facts_of, way_to
-from .loading import PICKLE_START, Buffer, Loader, letter_digest
+from .loading import PICKLE_START, Buffer, Loader
 from .names import Names, by_import
 
-__all__ = ["Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "joined", "letter_digest",
-           "load_chunk", "text_of", "with_skips"]
+__all__ = ["Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "joined", "load_chunk",
+           "text_of", "with_skips"]
 
 REPR_CHARACTERS = 500  # of a value that could not be dumped
 DEFINITIONS_KEPT = 64  # letters of definitions of one job
@@ -97,8 +98,7 @@ class Context:
 
     def refresh(self) -> None:
         """Look anew at classes and globals: to be called when a job begins."""
-        with self.lock:
-            self._dumped.cache_clear()
+        self._dumped.cache_clear()
 
     def become_main(self) -> None:
         """Make the caller's script this process's ``__main__``, as `pickle` in a user's function expects."""
@@ -201,17 +201,12 @@ def dump_chunks(context: Context, arguments: list[Any], size: int) -> list[Buffe
     :raises DumpError: as `dump_chunk` does.
     """
     chunks = [arguments[at : at + size] for at in range(0, len(arguments), size)]
-    if not chunks:
-        return []
-    first = joined(dump_chunk(context, chunks[0]))
-    if len(chunks) > 1 and len(first) <= loading.JOINED_BYTES:
-        try:
-            letters = [pickle.dumps(chunk, loading.PICKLE) for chunk in chunks]
+    with contextlib.suppress(Exception):  # dump_chunk tells what is wrong, or pickles by value
+        if len(chunks) > 1 and len(pickle.dumps(chunks[0], loading.PICKLE)) <= loading.JOINED_BYTES:
+            letters: list[Buffer] = [pickle.dumps(chunk, loading.PICKLE) for chunk in chunks]
             if loading.is_plain(b"".join(letters)):
-                return list(letters)
-        except Exception:
-            pass  # dump_chunk tells what is wrong, or pickles by value
-    return [first, *(joined(dump_chunk(context, chunk)) for chunk in chunks[1:])]
+                return letters
+    return [joined(dump_chunk(context, chunk)) for chunk in chunks]
 
 
 def joined(parts: Sequence[Buffer]) -> Buffer:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import hashlib
 import importlib
 import io
 import marshal
@@ -36,8 +35,8 @@ from typing import Any
 from .names import ATOMS, MAINS, UNFOUND, Entry, Main, Names, Space
 from .parts import builtin_base, make_class, update_class
 
-__all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS", "SENTINEL", "Buffer", "Loader",
-           "define", "dump_plain", "is_plain", "letter_digest", "letter_of", "opened", "take_large"]
+__all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS", "Buffer", "Loader",
+           "define", "dump_plain", "is_plain", "letter_of", "opened", "take_large"]
 
 Buffer = bytes | bytearray | memoryview
 FORM, SKIPPING = 1, 2  # the first byte of a letter that is not a bare pickle; of a chunk with offsets to skip
@@ -51,7 +50,6 @@ FEW_ITEMS = 64  # above, to search the pickle for names is quicker than to ask e
 JOINED_BYTES = 65_536  # a pickle up to this is copied behind its head, so that it is one part
 ALIGNMENT_BYTES = 16  # what numpy's vector loops like
 EXTEND: Any = {list: list.extend, dict: dict.update}
-SENTINEL: Any = getattr(builtins, "sentinel", None)  # Python 3.15
 
 
 def dump_plain(value: Any) -> list[Buffer] | None:
@@ -59,13 +57,11 @@ def dump_plain(value: Any) -> list[Buffer] | None:
     if type(value) is list and len(value) <= FEW_ITEMS and ATOMS.issuperset(map(type, value)):
         return [pickle.dumps(value, PICKLE)]
     views: list[memoryview] = []
-    try:
+    with contextlib.suppress(Exception):
         data = pickle.dumps(value, PICKLE, buffer_callback=functools.partial(take_large, views))
-    except Exception:
-        return None
-    if views and is_plain(data):
-        return letter_of(data, [NOTHING, *views])
-    return [data] if is_plain(data) else None
+        if is_plain(data):
+            return letter_of(data, [NOTHING, *views]) if views else [data]
+    return None
 
 
 def is_plain(data: bytes) -> bool:
@@ -76,10 +72,10 @@ def is_plain(data: bytes) -> bool:
 def take_large(views: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
     """Take a large buffer out of the band of a pickle, or leave it there (true)."""
     view = buffer.raw()
-    large = view.nbytes >= OUT_OF_BAND_BYTES
-    if large:
-        views.append(view)
-    return not large
+    if view.nbytes < OUT_OF_BAND_BYTES:
+        return True
+    views.append(view)
+    return False
 
 
 def letter_of(data: Buffer, buffers: Sequence[memoryview], form: int = FORM) -> list[Buffer]:
@@ -93,14 +89,6 @@ def letter_of(data: Buffer, buffers: Sequence[memoryview], form: int = FORM) -> 
         parts += [bytes(padding), view] if padding else [view]
         at += padding + view.nbytes
     return parts
-
-
-def letter_digest(parts: Iterable[Buffer]) -> bytes:
-    """SHA-256 of a letter, 32 bytes."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
 
 
 def opened(letter: memoryview) -> list[memoryview]:
@@ -274,12 +262,6 @@ def _fill_plain(thing: Any, state: tuple[dict[str, Any], dict[str, Any], Any]) -
         EXTEND[type(items)](thing, items)
 
 
-def _make_sentinel(name: str, module: str) -> Any:
-    made = SENTINEL(name)
-    made.__module__ = module
-    return made
-
-
 def inode(file: Any) -> Sequence[int]:
     """The numbers of an open file and of its device."""
     return os.fstat(file.fileno())[1:3]
@@ -299,7 +281,6 @@ def _open_file(path: str, place: Sequence[int], mode: str, position: int, option
 MAKERS: dict[str, Any] = {
     "cache": lambda function, parameters: functools.lru_cache(**parameters)(function),
     "plain": _make_plain,
-    "sentinel": _make_sentinel,
     "fill_plain": _fill_plain,
     "file": _open_file,
     "member": lambda cls, name: cls._member_map_[name],

@@ -130,11 +130,9 @@ class Main(ModuleType):
     __spec__ = property(lambda self: None)
 
     @property
-    def __file__(self) -> str:  # type: ignore[override]
-        path = str(vars(self)["__file__"])
-        if not os.path.exists(path):
-            raise AttributeError("the file of the caller's script is not on this machine")
-        return path
+    def __file__(self) -> Any:  # type: ignore[override]
+        path = vars(self).get("__file__", "")
+        return path if os.path.exists(path) else None
 
 
 class Names:
@@ -218,13 +216,11 @@ def importable(name: str) -> bool:
 @functools.lru_cache(MODULES_REMEMBERED)
 def _found(name: str) -> bool:
     spec = getattr(sys.modules[name], "__spec__", None)
-    if "." in name or spec is None or not spec.has_location:
-        return True
     finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
-    if any(find and find(name, None) for find in finders):
-        return True
-    UNFOUND.add(name.encode())
-    return False
+    is_by_path = "." not in name and spec is not None and spec.has_location
+    if is_by_path and not any(find and find(name, None) for find in finders):
+        UNFOUND.add(name.encode())
+    return name.encode() not in UNFOUND
 
 
 def travels_by_value(thing: Any) -> bool:

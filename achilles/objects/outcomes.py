@@ -32,16 +32,14 @@ def dump_outcomes(context: Context, values: list[Any],
             return False, dump_plain(values) or context.dump_with(values, None, plain=False)
         except (DumpError, VersionError):
             pass
-    entries = {offset: _error_entry(context, error) for offset, error in errors.items()}
-    kept: list[bytes | None] = [None] * len(values)
+    outcomes: list[Any] = []
     for offset, value in enumerate(values):
         try:
-            if offset not in errors:
-                kept[offset] = b"".join(context.dump(value))
+            found = _error_entry(context, errors[offset]) if offset in errors else b"".join(context.dump(value))
         except (DumpError, VersionError) as error:
-            letter, text, _ = _error_entry(context, encoding_error(own_error(error), value))
-            entries[offset] = letter, text, ""  # of no code of the user's
-    return True, context.dump([kept, entries, context.node])
+            found = *_error_entry(context, encoding_error(own_error(error), value))[:2], ""  # no code of the user's
+        outcomes.append(found)
+    return True, context.dump([outcomes, context.node])
 
 
 def load_outcomes(context: Context, letter: Buffer,
@@ -54,9 +52,10 @@ def load_outcomes(context: Context, letter: Buffer,
     loaded = context.load(letter)
     if not raised:
         return loaded, {}
-    kept, entries, node = loaded
-    values = [None if each is None else context.load(bytearray(each)) for each in kept]
-    return values, {offset: _error_of(context, node, *entry) for offset, entry in entries.items()}
+    outcomes, node = loaded
+    values = [context.load(bytearray(each)) if type(each) is bytes else None for each in outcomes]
+    errors = {offset: each for offset, each in enumerate(outcomes) if type(each) is tuple}
+    return values, {offset: _error_of(context, node, *each) for offset, each in errors.items()}
 
 
 def load_values(context: Context, letters: Iterable[Buffer]) -> list[list[Any]]:
