@@ -47,7 +47,7 @@ from .names import (
     is_stream,
     travels_by_value,
 )
-from .parts import NEW, REDUCES, evaluated, has_own, is_c_type, reduced
+from .parts import NEW, REDUCED, REDUCES, evaluated, has_own, is_c_type
 
 __all__ = ["CACHE_TYPE", "Dumper"]
 
@@ -99,7 +99,7 @@ class Dumper:
     def _apart(self, value: Any) -> Any:
         """As pickle's reductions: what makes a thing, then what fills it, so that things may need each other."""
         if self.entry.kind != "value":
-            return [MAKERS[part] if type(part) is str else part for part in reduced(self.entry)]
+            return [MAKERS[part] if type(part) is str else part for part in REDUCED[self.entry.kind](self.entry, value)]
         kind, found = type(value), self.reducer_override(value)
         is_empty_first = kind in (list, dict) or (hasattr(value, "__dict__") and kind not in copyreg.dispatch_table)
         if found is NotImplemented and is_empty_first:

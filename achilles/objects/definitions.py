@@ -16,7 +16,6 @@ Threads: all callers have the context's lock. User code, such as a `__reduce__`,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib
@@ -32,7 +31,7 @@ from ..errors import VersionError
 from .byvalue import Dumper
 from .loading import letter_of
 from .names import MISSING, Entry, Names
-from .parts import global_names, pieces_of, slots_of
+from .parts import content_of, global_names, pieces_of, slots_of
 
 __all__ = ["Definitions", "dumped", "facts_of", "way_to"]
 
@@ -191,8 +190,7 @@ def facts_of(functions: list[Any]) -> list[Any]:
                   function.__doc__, *map(function.__globals__.get, global_names(code), repeat(MISSING)),
                   *tables, *tables.values()]
         for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # empty
-                found.append(cell.cell_contents)
+            found += content_of(cell)
     return found
 
 

@@ -39,7 +39,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from operator import is_
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import DumpError, VersionError
 from . import loading
@@ -62,17 +62,11 @@ BACK = "back", "Return what it is made from"
 
 
 
-class _Known(NamedTuple):
-    """What is known of a function, and of its callback."""
-
-    value: tuple[Any, ...] = ()  # held, so that its ids stay its own
-    functions: list[Any] | None = None  # that it needs, and itself; None if it needs what may change in its place
-    facts: Sequence[Any] = ()  # what they refer to, from before the letter was dumped
-    counts: tuple[int, int] | None = None  # of changed versions and of modules, then; None if the facts say too little
-    letter: bytes = b""
-
-
-UNKNOWN = _Known()
+# What is known of a function and its callback: the pair, held so that its ids stay its own; the functions it needs,
+# and itself, or None if it needs what may change in its place; what they refer to, from before the letter was dumped;
+# the counts of changed versions and of modules then, or None if that says too little; the letter.
+Known = tuple[tuple[Any, ...], list[Any] | None, Sequence[Any], tuple[int, int] | None, bytes]
+UNKNOWN: Known = (), None, (), None, b""
 
 
 class Context:
@@ -89,7 +83,7 @@ class Context:
         self.names = Names()
         self.lock = self.names.lock  # guards all here
         self.node = node
-        self.known: dict[tuple[int, ...], _Known] = {}  # by the ids of a function and its callback
+        self.known: dict[tuple[int, ...], Known] = {}  # by the ids of a function and its callback
         self.definitions = Definitions(self.names, caller)
         self._caller, self._own = caller, own
         self._dumped = functools.lru_cache(DEFINITIONS_KEPT)(self.definitions.dump)  # of this job
@@ -226,11 +220,11 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     """
     context.refresh()
     key = tuple(map(id, value))
-    known = context.known.get(key, UNKNOWN)
-    facts = [] if known.functions is None else facts_of(known.functions)
+    _, known, known_facts, known_counts, known_letter = context.known.get(key, UNKNOWN)
+    facts = facts_of(known or [])
     counts = context.names.changes, len(sys.modules)  # a submodule may be among the modules
-    if known.counts == counts and len(facts) == len(known.facts) and all(map(is_, facts, known.facts)):
-        return known.letter
+    if known_counts == counts and len(facts) == len(known_facts) and all(map(is_, facts, known_facts)):
+        return known_letter
     with context.lock:
         context.definitions.order = []
         letter = b"".join(context.dump(value, what))
@@ -238,9 +232,9 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
         functions = context.definitions.functions() if is_fixed else None
         if len(context.known) >= FUNCTIONS_KEPT:
             context.known.clear()
-        is_same = functions is not None and functions == known.functions
-        letter = known.letter if letter == known.letter else letter
-        context.known[key] = _Known(value, functions, facts, counts if is_same else None, letter)
+        letter = known_letter if letter == known_letter else letter
+        is_same = functions is not None and functions == known
+        context.known[key] = value, functions, facts, counts if is_same else None, letter
     return letter
 
 

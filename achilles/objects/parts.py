@@ -26,13 +26,13 @@ import marshal
 import sys
 import types
 import weakref
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, cast
 
 from .names import ATOMS, MISSING, Space
 
-__all__ = ["REDUCES", "builtin_base", "evaluated", "global_names", "has_own", "is_c_type",
-           "make_class", "pieces_of", "reduced", "slots_of", "update_class"]
+__all__ = ["REDUCES", "builtin_base", "content_of", "evaluated", "global_names", "has_own", "is_c_type",
+           "make_class", "pieces_of", "slots_of", "update_class"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
@@ -42,8 +42,8 @@ MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself, 
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
     "__annotations_cache__",
 }
-FILLED = ("__defaults__", "__kwdefaults__", "__type_params__")
-TITLES = ("__qualname__", "__module__", "__doc__")
+FILLED = [name for name in ("__defaults__", "__kwdefaults__", "__type_params__", "__qualname__", "__module__",
+                            "__doc__") if hasattr(FunctionType, name)]  # the third came with Python 3.12
 REDUCES = ("__reduce__", "__reduce_ex__")
 NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
 HOOK = "<stop>"  # the attribute that ends type.__new__ before any hook
@@ -78,13 +78,10 @@ def arguments_of(member: Any) -> Any:
 
 def make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
                members: dict[str, Any]) -> type:
-    """Make a class with its functions and constants. Only a metaclass written in C runs code of its own."""
-    maker = builtin_base(meta)
-    if maker is not type:
-        return cast(type, maker.__new__(meta, name, bases, namespace))
+    """Make a class, without the hooks of its bases. Only a metaclass written in C runs code of its own."""
     stop = _Stop()
     try:
-        type.__new__(meta, name, bases, {**namespace, HOOK: stop})
+        builtin_base(meta).__new__(meta, name, bases, {**namespace, HOOK: stop})
     except Exception:
         if stop.owner is None:
             raise
@@ -149,7 +146,7 @@ def pieces_of(entry: Any) -> list[tuple[Any, Any]]:
     if kind == "slot":
         return [(thing, entry.place)]
     if kind == "cell":
-        return [(value, entry.place) for value in cell_content(entry)]
+        return [(value, entry.place) for value in content_of(thing, entry.place[1])]
     if kind == "function":
         code, defaults = thing.__code__, thing.__defaults__ or ()
         optional = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
@@ -159,11 +156,6 @@ def pieces_of(entry: Any) -> list[tuple[Any, Any]]:
     elif kind == "class" and not isinstance(thing, enum.EnumMeta):  # its tables need its members at once
         tables["attribute"] = _attributes(thing)[1]
     return [(value, (role, name, thing.__qualname__)) for role in tables for name, value in tables[role].items()]
-
-
-def reduced(item: Any) -> Any:
-    """The reduction that makes the thing of an item and fills it, as pickle's are; with the names of makers."""
-    return _REDUCED[item.kind](item, item.thing)
 
 
 def _space(space: Any, thing: dict[str, Any]) -> tuple[Any, ...]:
@@ -181,8 +173,7 @@ def _function(entry: Any, function: Any) -> tuple[Any, ...]:
     if MARSHAL > 2:  # the same bytes each time: references by count are gone after a load
         code = marshal.dumps(marshal.loads(code), MARSHAL)
     annotations = "__annotate__" if getattr(function, "__annotate__", None) else "__annotations__"  # unevaluated
-    filled = {key: value for key in (*FILLED, annotations) if (value := getattr(function, key, None))}
-    filled |= {key: getattr(function, key) for key in TITLES}
+    filled = {key: getattr(function, key) for key in (*FILLED, annotations)}
     submodules = submodules_of(function.__code__, modules)
     arguments = function.__globals__, code, function.__name__, function.__closure__, submodules
     return "function", arguments, (dict(vars(function)), filled)
@@ -194,10 +185,9 @@ def _class(_: Any, cls: Any) -> tuple[Any, ...]:
     code, data = _attributes(cls)
     table = cls._member_map_ if isinstance(cls, enum.EnumMeta) else {}
     members = {member._name_: member for member in table.values()}
-    if isinstance(cls, enum.EnumMeta):
-        known = set(map(id, members.values()))
-        values = data["_value2member_map_"].items()  # flags that were combined are in it, too
-        data["_value2member_map_"] = {value: member for value, member in values if id(member) in known}
+    if isinstance(cls, enum.EnumMeta):  # flags that were combined are in it, too
+        values = data["_value2member_map_"].items()
+        data["_value2member_map_"] = {value: member for value, member in values if table.get(member._name_) is member}
     made = {name: arguments_of(member) for name, member in members.items()}
     states = {name: {key: value for key, value in vars(member).items() if key != "_inverted_"}
               for name, member in members.items()}
@@ -207,12 +197,11 @@ def _class(_: Any, cls: Any) -> tuple[Any, ...]:
     return "new_class", arguments, (data, states, registered), None, None, "fill_class"
 
 
-def _cell(cell: Any, _: Any) -> tuple[Any, ...]:
-    state = [(None, {"cell_contents": content}) for content in cell_content(cell)]
-    return "cell", (), *state
+def _cell(entry: Any, cell: CellType) -> tuple[Any, ...]:
+    return "cell", (), *[(None, {"cell_contents": content}) for content in content_of(cell, entry.place[1])]
 
 
-_REDUCED: dict[str, Any] = {
+REDUCED: dict[str, Any] = {  # by the kind of an entry, what makes its thing and fills it, with the names of makers
     "space": _space,
     "function": _function,
     "class": _class,
@@ -221,16 +210,16 @@ _REDUCED: dict[str, Any] = {
 }
 
 
-def cell_content(entry: Any) -> tuple[Any, ...]:
+def content_of(cell: CellType, name: str = "") -> list[Any]:
     """The content of a variable's cell, or nothing. In ``__classdict__`` annotations look up names (Python 3.14)."""
     try:
-        content = entry.thing.cell_contents
+        content = cell.cell_contents
     except ValueError:  # empty
-        return ()
-    if entry.place is not None and entry.place[1] == "__classdict__":
+        return []
+    if name == "__classdict__":
         content = {key: value for key, value in content.items()
                    if not (key in MADE_ANEW or key[0] == key[-1] == "_" or isinstance(value, (*CODE, property)))}
-    return (content,)
+    return [content]
 
 
 def has_own(cls: type, *names: str) -> bool:
