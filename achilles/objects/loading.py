@@ -17,7 +17,6 @@ Limits: buffers under OUT_OF_BAND_BYTES travel inside the pickle.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import functools
 import importlib
@@ -27,12 +26,12 @@ import os
 import pickle
 import struct
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
-from types import CellType, FunctionType, ModuleType
+from types import CellType, FunctionType
 from typing import Any
 
-from .names import ATOMS, MAINS, UNFOUND, Entry, Main, Names, Space
+from .names import ATOMS, UNFOUND, Module, Names, Space
 from .parts import builtin_base, make_class, update_class
 
 __all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS", "Buffer", "Loader",
@@ -142,7 +141,7 @@ class Part(Loader):
     """One item of a letter of definitions. It is made when another one needs it, and filled in its turn.
 
     :ivar value: the thing, and `entry`, its entry.
-    :ivar is_empty: whether it is made, and not filled.
+    :ivar steps: what makes the thing, up to a stop, and then fills it.
     """
 
     def __init__(self, names: Names, parts: list[Part], record: Any, buffers: Iterable[Any]) -> None:
@@ -150,18 +149,17 @@ class Part(Loader):
         super().__init__(names, data, list(islice(buffers, count)), parts, [*refs, len(parts)])
         self.entry: Any = None
         self.value: Any = None
-        self.is_begun = self.is_empty = False
+        self.steps: Any = self._made_and_filled()
 
     def made(self) -> Any:
         """The thing, made now if it is not here; a value is filled, too."""
-        if not self.is_begun:
-            self.is_begun = True
-            self._make()
-        elif self.value is None:
+        if self.steps.gi_running and self.value is None:
             raise pickle.UnpicklingError("two values need each other before either of them can be made")
+        if self.value is None:
+            next(self.steps, None)
         return self.value
 
-    def _make(self) -> None:
+    def _made_and_filled(self) -> Generator[None]:
         self.entry = entry = self.names.of_token(self.token) if self.kind != "slot" else None
         if not self.kind and entry is None:
             raise pickle.UnpicklingError("a class or function is not known here any more; dump its instance again")
@@ -171,27 +169,17 @@ class Part(Loader):
             return
         maker, arguments = self.load()
         self.value = maker(*arguments)
-        self.entry = self.names.name(self.value, self.token, Space if self.kind in ("space", "slot") else Entry)
+        self.entry = self.names.name(self.value, self.token)
         self.entry.holds = self.met
-        self.is_empty = self.kind != "slot"
-        if self.kind == "value":
-            self.fill()
-
-    def fill(self) -> None:
-        """Give the thing all else."""
-        self.made()
-        if self.is_empty:
-            self.is_empty = False
-            self.load()
-            self.entry.version = self.version
+        if self.kind != "value":
+            yield
+        self.load()
+        self.entry.version = self.version
 
     def space(self, name: str, attributes: dict[str, Any]) -> Any:
         """A module's dict, with what an import would have set."""
-        if not self.token:
-            return vars(importlib.import_module(name))
         if self.entry is None:
-            module = Main(name) if name in MAINS else ModuleType(name)
-            vars(module)["__builtins__"] = builtins
+            module = Module(name) if self.token else importlib.import_module(name)
             self.entry = self.names.name(vars(module), self.token, Space)
             self.entry.module = module
         names = self.entry.thing
@@ -229,7 +217,7 @@ def define(names: Names, letter: memoryview) -> list[Part]:
     for record in records:
         parts.append(Part(names, parts, record, buffers))
     for part in parts:
-        part.fill()
+        list(part.steps)
     found = [parts[index] for index in roots]
     parts.clear()
     return found

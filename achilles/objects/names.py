@@ -28,7 +28,7 @@ from collections.abc import Callable
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Main", "Names", "Place", "Slot",
+__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Module", "Names", "Place", "Slot",
            "Space", "by_import", "by_path", "importable", "is_class", "is_stream", "travels_by_value"]
 
 Place = tuple[str, str, str]  # what holds a value: ("global", "log", "work") is the global log of the function work
@@ -124,8 +124,8 @@ class Slot(Entry):
         return value.resolve() if type(value).__name__ == "lazy_import" else value
 
 
-class Main(ModuleType):
-    """``__main__`` in a worker. `multiprocessing` starts children from its file, if that is on this machine."""
+class Module(ModuleType):
+    """A module that no import gives. `multiprocessing` starts children from its file, if that is on this machine."""
 
     __spec__ = property(lambda self: None)
 

@@ -5,6 +5,7 @@ Knows letters. Knows nothing of jobs and frames: which status an answer has is t
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pickle
 import traceback
@@ -74,11 +75,9 @@ def encoding_error(error: BaseException, value: Any) -> BaseException:
 def mark(error: BaseException, **attributes: object) -> Any:
     """Say of an error where it happened, unless it has attributes of these names itself, or no room for them."""
     for name, value in attributes.items():
-        try:
+        with contextlib.suppress(Exception):  # of a property, for one
             if isinstance(error, AchillesError) or not hasattr(error, name):
                 setattr(error, name, value)
-        except Exception:  # of a property, for one
-            pass
     return error
 
 
@@ -108,11 +107,9 @@ def _error_of(
     context: Context, node: int | None, letter: bytes | None, text: str, remote_traceback: str
 ) -> BaseException:
     error: BaseException = RemoteError(text)
-    try:
+    with contextlib.suppress(Exception):  # of a module or class that only the node has: the text stands
         loaded = context.load(letter) if letter is not None else None
         error = loaded if isinstance(loaded, BaseException) else error
-    except Exception:
-        pass  # a module or class that only the node has: the text stands
     if remote_traceback:
         error.__cause__ = importlib.import_module("multiprocessing.pool").RemoteTraceback(remote_traceback)
     return mark(error, node=node)  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ once did is in the attributes.
 from __future__ import annotations
 
 import abc
+import builtins
 import copyreg
 import dis
 import enum
@@ -143,10 +144,9 @@ def pieces_of(entry: Any) -> list[tuple[Any, Any]]:
     """The values that a function, class, cell or global holds, and where; for what else an entry has, nothing."""
     thing, kind = entry.thing, entry.kind
     tables: dict[str, Any] = {}
-    if kind == "slot":
-        return [(thing, entry.place)]
-    if kind == "cell":
-        return [(value, entry.place) for value in content_of(thing, entry.place[1])]
+    if kind in ("slot", "cell"):
+        values = [thing] if kind == "slot" else content_of(thing, entry.place[1])
+        return [(value, entry.place) for value in values]
     if kind == "function":
         code, defaults = thing.__code__, thing.__defaults__ or ()
         optional = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
@@ -160,7 +160,7 @@ def pieces_of(entry: Any) -> list[tuple[Any, Any]]:
 
 def _space(space: Any, thing: dict[str, Any]) -> tuple[Any, ...]:
     names = () if space.is_imported else ("__package__", "__file__", "__doc__", "__spec__")
-    attributes = {name: thing[name] for name in names if thing.get(name) is not None}
+    attributes = {"__builtins__": builtins, **{name: thing[name] for name in names if thing.get(name) is not None}}
     if spec := attributes.get("__spec__"):
         attributes["__spec__"] = copied = importlib.machinery.ModuleSpec(spec.name, None, origin=spec.origin)
         copied.has_location = spec.has_location
