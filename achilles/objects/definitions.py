@@ -117,32 +117,34 @@ class Definitions:
 
     def _settle(self, looks: dict[Any, Any]) -> None:
         """Give items another version, if their content or that of what they hold has changed."""
-        contents = {item: _content(dumper) for item, dumper in looks.items() if dumper is not NAMED}
+        carried = {item: dumper.content for item, dumper in looks.items() if dumper is not NAMED}
         version = next(self.names.numbers)
-        changed = True
-        while changed:
-            changed = False
-            for item, content in contents.items():
+        is_settled = False
+        while not is_settled:
+            is_settled = True
+            for item, content in carried.items():
                 # A global is set in its place, a class changed.
                 state = content, [each.version for each in item.refs if each.kind not in ("class", "slot")]
                 if item.state != state:
                     self.names.changes += item.state is not None
-                    item.version, item.state, changed = version, state, True
+                    item.version, item.state, is_settled = version, state, False
 
     def _look(self, item: Any) -> Any:
         """The pickle of an item. What it needs is known then."""
         item.holds = [self.names.hold(value, place, item.named) for value, place in pieces_of(item)]
+        item.refs = slots = slots_of(item)
         try:
             dumper = dumped(self.names, item.thing, entry=item, only=item.state and item.state[0][1])
-            if item.state and _content(dumper) != item.state[0]:
+            dumper.content = _content(dumper)
+            if item.state and dumper.content != item.state[0]:
                 dumper = dumped(self.names, item.thing, entry=item)  # now tokens stand where those values stood
+                dumper.content = _content(dumper)
         except Exception as error:
             error.__dict__["item"] = item
             raise
-        if item.kind == "function":
-            for slot in slots_of(item.thing, self.names):
-                slot.place = "global", slot.name, item.thing.__qualname__
-                dumper.refs.setdefault(slot, len(dumper.refs))
+        for slot in slots:
+            slot.place = "global", slot.name, item.thing.__qualname__
+            dumper.refs.setdefault(slot, len(dumper.refs))
         item.refs = [*dumper.refs]
         return dumper
 

@@ -57,6 +57,7 @@ LETTERS_KEPT, LETTER_BYTES = 16, 1 << 17  # of definitions, loaded once; what a 
 FUNCTIONS_KEPT = 64  # letters of functions that are compared before they are dumped again
 
 OWN_MAIN = sys.modules["__main__"]  # of this process
+NO_OFFSETS: frozenset[int] = frozenset()
 TO_A_NODE = "to a node", "Send what it is made from and make it in the function"
 BACK = "back", "Return what it is made from"
 
@@ -252,9 +253,9 @@ def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer
 def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:
     """The arguments of a chunk and the offsets among them to skip; as `Context.load` otherwise."""
     if letter[0] == PICKLE_START:
-        return pickle.loads(letter), frozenset()
+        return pickle.loads(letter), NO_OFFSETS
     if letter[0] != loading.SKIPPING:
-        return context.load(letter), frozenset()
+        return context.load(letter), NO_OFFSETS
     offsets, whole = loading.opened(memoryview(letter))
     return context.load(whole), pickle.loads(offsets)
 

@@ -43,8 +43,7 @@ MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself, 
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
     "__annotations_cache__",
 }
-FILLED = [name for name in ("__defaults__", "__kwdefaults__", "__type_params__", "__qualname__", "__module__",
-                            "__doc__") if hasattr(FunctionType, name)]  # the third came with Python 3.12
+FILLED = ("__defaults__", "__kwdefaults__", "__type_params__", "__qualname__", "__module__", "__doc__")
 REDUCES = ("__reduce__", "__reduce_ex__")
 NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
 HOOK = "<stop>"  # the attribute that ends type.__new__ before any hook
@@ -168,12 +167,12 @@ def _space(space: Any, thing: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _function(entry: Any, function: Any) -> tuple[Any, ...]:
-    modules = [slot.thing.__name__ for slot in slots_of(function, entry.names) if isinstance(slot.thing, ModuleType)]
+    modules = [slot.thing.__name__ for slot in entry.refs if isinstance(slot.thing, ModuleType)]
     code = marshal.dumps(function.__code__, MARSHAL)
     if MARSHAL > 2:  # the same bytes each time: references by count are gone after a load
         code = marshal.dumps(marshal.loads(code), MARSHAL)
     annotations = "__annotate__" if getattr(function, "__annotate__", None) else "__annotations__"  # unevaluated
-    filled = {key: getattr(function, key) for key in (*FILLED, annotations)}
+    filled = {key: value for key in (*FILLED, annotations) if (value := getattr(function, key, None))}
     submodules = submodules_of(function.__code__, modules)
     arguments = function.__globals__, code, function.__name__, function.__closure__, submodules
     return "function", arguments, (dict(vars(function)), filled)
@@ -235,13 +234,15 @@ def evaluated(variable: Any, attribute: str) -> Any:
         return None
 
 
-def slots_of(function: Any, names: Any) -> list[Any]:
+def slots_of(entry: Any) -> list[Any]:
     """The globals of a function, but for those that it finds in the module that an import gives.
 
     It does not find there the names that pytest writes into a module.
     """
-    space = names.name(function.__globals__, kind=Space)
-    found = [name for name in global_names(function.__code__)
+    if entry.kind != "function":
+        return []
+    space = entry.names.name(entry.thing.__globals__, kind=Space)
+    found = [name for name in global_names(entry.thing.__code__)
              if name in space.thing and name not in ("__name__", "__builtins__")]
     return [space.slot(name) for name in found if not (space.is_imported and name.isidentifier())]
 
