@@ -113,15 +113,11 @@ class Dumper:
         number = self.numbers.get(key)
         if number is None and key in self.ids:
             entry = self.names.find(thing)
-            if entry is not None and self._cuts(entry):
+            kind = "" if entry is None or entry is self.entry or entry.is_one else entry.kind
+            is_shared = kind == "value" and self.shares and (self.only is None or entry.token in self.only)
+            if is_shared or kind == "space":
                 number = self.numbers[key] = self.refs.setdefault(entry, len(self.refs))
         return number
-
-    def _cuts(self, entry: Entry) -> bool:
-        """Whether a number stands in place of a thing."""
-        if entry.kind != "value" or entry is self.entry or entry.is_one or not self.shares:
-            return entry.kind == "space"
-        return self.only is None or entry.token in self.only
 
     def reducer_override(self, thing: Any) -> Any:
         """Take apart what pickle cannot, or would name by an import that fails elsewhere."""
@@ -131,7 +127,8 @@ class Dumper:
         if kind in _REDUCE:
             return _REDUCE[kind](self, thing)
         if is_class(thing):
-            return self._definition(thing)
+            by_name = is_c_type(thing) or not travels_by_value(thing)  # such as type(None)
+            return NotImplemented if by_name else self._refer(thing)
         if is_stream(thing):  # a notebook's is no file
             return self._stream(thing)
         if kind.__module__ in CONNECTIONS:
@@ -188,17 +185,6 @@ class Dumper:
             return name
         return self._one(thing, *reduced)
 
-    def _definition(self, thing: Any) -> Any:
-        """A function or class."""
-        if not travels_by_value(thing):
-            return thing.__qualname__
-        return NotImplemented if is_class(thing) and is_c_type(thing) else self._refer(thing)  # such as type(None)
-
-    def _cache(self, cache: Any) -> Any:
-        if not travels_by_value(cache):
-            return NotImplemented
-        return MAKERS["cache"], (cache.__wrapped__, cache.cache_parameters()), dict(vars(cache))
-
     def _module(self, module: ModuleType) -> Any:
         if by_import(module):
             return importlib.import_module, (module.__name__,)
@@ -209,9 +195,7 @@ class Dumper:
         return MAKERS["module"], (vars(module),)
 
     def _variable(self, variable: Any) -> Any:
-        """A type variable and the like, by its name where an import gives it."""
-        if not travels_by_value(variable):
-            return NotImplemented
+        """A type variable and the like."""
         if reference := self._one(variable):
             return reference
         kind: Any = type(variable)
@@ -249,18 +233,23 @@ class Dumper:
         return (MAKERS["dead"], ()) if content is None else (MAKERS["weak"], (type(weak), content))
 
 
+def _by_value(reduce: Callable[[Dumper, Any], Any]) -> Callable[[Dumper, Any], Any]:
+    """By its name, where an import gives it."""
+    return lambda dumper, thing: reduce(dumper, thing) if travels_by_value(thing) else NotImplemented
+
 
 _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
     **dict.fromkeys((Entry, Space, Slot), lambda dumper, item: (MAKERS["itself"], (item.thing,), *dumper.rest)),
     object: lambda dumper, mark: dumper._one(mark, object, ()) if dumper.shares else NotImplemented,
-    FunctionType: Dumper._definition,
+    FunctionType: _by_value(Dumper._refer),
     CellType: Dumper._refer,
-    CACHE_TYPE: Dumper._cache,
+    CACHE_TYPE: _by_value(lambda _, cache: (
+        MAKERS["cache"], (cache.__wrapped__, cache.cache_parameters()), dict(vars(cache)))),
     **dict.fromkeys((ModuleType, Module), Dumper._module),
     MethodType: lambda _, method: (MethodType, (method.__func__, method.__self__)),
     **dict.fromkeys(WEAK, Dumper._weak),
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
-    **dict.fromkeys(VARIABLES, Dumper._variable),
+    **dict.fromkeys(VARIABLES, _by_value(Dumper._variable)),
     type(typing.Generic[typing.TypeVar("T")]): Dumper._alias,  # type: ignore[index]
     typing.ForwardRef: lambda _, thing: (typing.ForwardRef, (thing.__forward_arg__,)),
     functools.partialmethod: lambda _, thing: (MAKERS["partialmethod"], (thing.func, thing.args, thing.keywords)),

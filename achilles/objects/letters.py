@@ -159,13 +159,13 @@ class Context:
             with self.lock:
                 self.definitions.share(value)
         dumper = dumped(self.names, value, shares=shared)
-        roots, definitions = [*dumper.refs], loading.NOTHING
-        if roots:
-            with self.lock:
-                is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # else it may change
-                definitions = memoryview((self._dumped if is_fixed else self.definitions.dump)(*roots))
-                if not shared:
-                    self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
+        roots = [*dumper.refs]
+        with self.lock:
+            is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # else it may change
+            dump = self._dumped if is_fixed else self.definitions.dump
+            definitions = memoryview(dump(*roots)) if roots else loading.NOTHING
+            if not shared:
+                self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
         return loading.letter_of(dumper.file.getbuffer(), [definitions, *dumper.views])
 
     def _define(self, letter: bytes) -> list[Any]:

@@ -17,6 +17,7 @@ Limits: buffers under OUT_OF_BAND_BYTES travel inside the pickle.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import importlib
@@ -183,7 +184,8 @@ class Part(Loader):
             self.entry = self.names.name(vars(module), self.token, Space)
             self.entry.module = module
         names = self.entry.thing
-        names.update({name: value for name, value in attributes.items() if names.get(name) is None})
+        missing = {name: value for name, value in attributes.items() if names.get(name) is None}
+        names.update({"__builtins__": builtins, **missing})
         return names
 
     def slot(self, names: dict[str, Any], name: str, value: Any) -> Any:

@@ -17,7 +17,6 @@ once did is in the attributes.
 from __future__ import annotations
 
 import abc
-import builtins
 import copyreg
 import dis
 import enum
@@ -159,7 +158,7 @@ def pieces_of(entry: Any) -> list[tuple[Any, Any]]:
 
 def _space(space: Any, thing: dict[str, Any]) -> tuple[Any, ...]:
     names = () if space.is_imported else ("__package__", "__file__", "__doc__", "__spec__")
-    attributes = {"__builtins__": builtins, **{name: thing[name] for name in names if thing.get(name) is not None}}
+    attributes = {name: thing[name] for name in names if thing.get(name) is not None}
     if spec := attributes.get("__spec__"):
         attributes["__spec__"] = copied = importlib.machinery.ModuleSpec(spec.name, None, origin=spec.origin)
         copied.has_location = spec.has_location
