@@ -33,7 +33,7 @@ from types import CellType, FunctionType
 from typing import Any
 
 from .names import ATOMS, UNFOUND, Module, Names, Space
-from .parts import builtin_base, make_class, update_class
+from .parts import CODE_CAME, DATA_CAME, builtin_base, make_class, update_class
 
 __all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS", "Buffer", "Loader",
            "define", "dump_plain", "is_plain", "letter_of", "opened", "take_large"]
@@ -197,7 +197,7 @@ class Part(Loader):
                   code: dict[str, Any], members: dict[str, Any]) -> Any:
         """A class with its functions and constants; the one that is here, if there is one."""
         cls = make_class(meta, name, bases, namespace, members) if self.entry is None else self.entry.thing
-        update_class(cls, code, self.names.name(cls, self.token).code)
+        update_class(cls, code, CODE_CAME)
         return cls
 
     def fill_class(self, cls: Any, state: tuple[dict[str, Any], dict[str, Any], list[type]]) -> None:
@@ -205,7 +205,7 @@ class Part(Loader):
         data, states, registered = state
         for name, attributes in states.items():
             cls._member_map_[name].__dict__.update(attributes)
-        update_class(cls, data, self.entry.data)
+        update_class(cls, data, DATA_CAME)
         for each in registered:
             cls.register(each)
 

@@ -55,7 +55,6 @@ class Entry:
     :ivar holds: what must live as long as what a letter brought.
     :ivar place: where the thing was found, for errors.
     :ivar is_one: whether arguments refer to the thing, too, and bring no copy.
-    :ivar code: the functions and constants of a class as they came by letter; `data`: all else that came of it.
     """
 
     def __init__(self, names: Names, token: bytes, thing: Any) -> None:
@@ -65,8 +64,6 @@ class Entry:
         self.refs: list[Entry] = []
         self.holds: Any = ()
         self.place: Place | None = None
-        self.code: dict[str, Any] = {}
-        self.data: dict[str, Any] = {}
         try:
             self._ref: Any = weakref.ref(thing, functools.partial(names.owned.pop, self.key))
         except TypeError:
@@ -85,7 +82,7 @@ class Space(Entry):
 
     :ivar module: what has the dict, if it was made here.
     :ivar is_imported: whether an import gives the module.
-    :ivar data: the version of each global that came by letter, and what must live as long as the global.
+    :ivar came: the version of each global that came by letter, and what must live as long as the global.
     """
 
     def __init__(self, names: Names, token: bytes, thing: dict[str, Any]) -> None:
@@ -93,6 +90,7 @@ class Space(Entry):
         self.kind, self.name = "space", str(thing.get("__name__") or MAINS[0])
         self.module: ModuleType | None = None
         self.slots: dict[str, Slot] = {}
+        self.came: dict[str, Any] = {}
         self.is_imported = self.name not in MAINS and importable(self.name) and (
             vars(sys.modules[self.name]) is thing)
         self.named = not self.is_imported
@@ -104,10 +102,10 @@ class Space(Entry):
 
     def bring(self, name: str, version: int, value: Any, holds: Any) -> None:
         """Set a global, unless it came in this version before or running code has set it."""
-        known, _ = self.data.get(name, (version, None))
+        known, _ = self.came.get(name, (version, None))
         if name not in self.thing or (known != version and not self.is_imported):
             self.thing[name] = value
-        self.data[name] = version, holds
+        self.came[name] = version, holds
 
 
 class Slot(Entry):

@@ -25,22 +25,22 @@ import importlib.machinery
 import marshal
 import sys
 import types
-import weakref
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, cast
 
 from .names import ATOMS, MISSING, Space
 
-__all__ = ["REDUCES", "builtin_base", "content_of", "evaluated", "global_names", "has_own", "is_c_type",
-           "make_class", "pieces_of", "slots_of", "update_class"]
+__all__ = ["CODE_CAME", "DATA_CAME", "NEW", "REDUCED", "REDUCES", "builtin_base", "content_of", "evaluated",
+           "global_names", "has_own", "is_c_type", "make_class", "pieces_of", "slots_of", "update_class"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
 CODES_REMEMBERED = 1024  # code objects with their global names; looking at one takes about 50 us
 CODE = (FunctionType, staticmethod, classmethod)
+CODE_CAME, DATA_CAME = "__code_came__", "__data_came__"  # names under which a class keeps what came of it by letter
 MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself, and the members of an enum
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
-    "__annotations_cache__",
+    "__annotations_cache__", CODE_CAME, DATA_CAME,
 }
 FILLED = ("__defaults__", "__kwdefaults__", "__type_params__", "__qualname__", "__module__", "__doc__")
 REDUCES = ("__reduce__", "__reduce_ex__")
@@ -96,34 +96,22 @@ def make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[st
     return cast(type, cls)
 
 
-def _remembered(value: Any) -> Any:
-    """What tells later whether a class still has this value. It keeps nothing alive."""
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return type(value), value if type(value) in ATOMS else id(value)
-
-
-def update_class(cls: type, attributes: dict[str, Any], came: dict[str, Any]) -> None:
+def update_class(cls: type, attributes: dict[str, Any], came: str) -> None:
     """Set attributes that came by letter, and drop those that come no more.
 
     An attribute that running code has set since the last ones came stays.
 
-    :param came: what is remembered of each attribute as it came last; kept up to date here.
+    :param came: the name under which the class keeps the attributes as they came last. So they live as long as it.
     """
-    own, is_first = vars(cls), not came
-
-    def is_still(name: str) -> bool:
-        now, then = _remembered(own.get(name, MISSING)), came.get(name)
-        return now is then or (type(now) is tuple and now == then)
-    for name in came.keys() - attributes.keys():
-        if is_still(name):
+    own = vars(cls)
+    last = own.get(came, {})
+    for name in last.keys() - attributes.keys():
+        if own.get(name, MISSING) is last[name]:
             type.__delattr__(cls, name)
-        del came[name]
     for name, value in attributes.items():
-        if is_first or name not in own or is_still(name):
+        if not last or name not in own or own[name] is last.get(name, MISSING):
             type.__setattr__(cls, name, value)
-        came[name] = _remembered(value)
+    type.__setattr__(cls, came, attributes)
 
 
 def _attributes(cls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
