@@ -53,7 +53,6 @@ from .parts import NEW, REDUCED, REDUCES, evaluated, has_own, is_c_type
 __all__ = ["CACHE_TYPE", "Dumper"]
 
 CACHE_TYPE = type(functools.lru_cache(lambda: None))
-CONNECTIONS = ("multiprocessing.connection", "multiprocess.connection")
 WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
     weakref.ref: lambda reference: reference(), weakref.WeakSet: list, weakref.WeakValueDictionary: dict,
     weakref.WeakKeyDictionary: dict,
@@ -61,11 +60,10 @@ WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
 # Methods that pickle calls for a copy. A fork has the objects already, and calls none of them.
 SPECIAL = (*REDUCES, "__new__", "__setstate__", "__setattr__", "__getattr__", "__iter__", "append", "extend", "items",
            "__setitem__")
-STATES = ("__getstate__", "__getnewargs__", "__getnewargs_ex__")
 OWN = -1  # the number of the thing that is dumped
-ALIAS: Any = getattr(typing, "TypeAliasType", typing.NewType)  # Python 3.12
-STANDS_FOR = {ALIAS: "__value__", typing.NewType: "__supertype__"}  # a name, where that cannot be evaluated
-VARIABLES = (typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR)
+STANDS_FOR: Any = {  # a name, where that cannot be evaluated; the first came with Python 3.12
+    getattr(typing, "TypeAliasType", typing.NewType): "__value__", typing.NewType: "__supertype__",
+}
 NO_DEFAULT = getattr(typing, "NoDefault", None)
 OPTIONS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": "__contravariant__",
            "infer_variance": "__infer_variance__", "default": "__default__", "type_params": "__type_params__"}
@@ -88,9 +86,8 @@ class Dumper:
         self.plain: set[type] = set()  # classes by value: pickle takes their instances apart itself
         self.rest: Any = None  # what fills the thing of the entry, as pickle's reductions have it
         self.file, self.views = io.BytesIO(), list[memoryview]()
-        take = functools.partial(take_large, self.views)
-        super().__init__(self.file, PICKLE, buffer_callback=take)  # type: ignore[call-arg]
-        pickled: Any = self
+        pickled: Any = super()
+        pickled.__init__(self.file, PICKLE, buffer_callback=functools.partial(take_large, self.views))
         if entry is not None:
             maker, arguments, *self.rest = self._apart(value)
             pickled.dump((maker, arguments))
@@ -127,16 +124,15 @@ class Dumper:
         if kind in _REDUCE:
             return _REDUCE[kind](self, thing)
         if is_class(thing):
-            by_name = is_c_type(thing) or not travels_by_value(thing)  # such as type(None)
-            return NotImplemented if by_name else self._refer(thing)
+            return self._refer(thing) if is_by_value(thing) else NotImplemented
         if is_stream(thing):  # a notebook's is no file
             return self._stream(thing)
-        if kind.__module__ in CONNECTIONS:
+        if kind.__module__ in ("multiprocessing.connection", "multiprocess.connection"):
             raise TypeError(f"cannot pickle '{kind.__qualname__}' object, which belongs to this process")
         if kind.__module__ == "dataclasses":  # its marks are compared by identity
             marks = vars(sys.modules["dataclasses"])
             return next((name for name, mark in marks.items() if mark is thing), NotImplemented)
-        if not is_c_type(kind) and travels_by_value(kind):
+        if is_by_value(kind):
             return self._instance(kind, thing)
         # An exception's `__init__` may take other arguments than its built-in base. And pickle asks an empty instance
         # for `__setstate__`: some `__getattr__` never come to an end then.
@@ -156,7 +152,8 @@ class Dumper:
         found = thing.__reduce_ex__(PICKLE)
         if isinstance(found, str):
             return self._singleton(thing, found, MAKERS["plain"], (cls,), getattr(thing, "__dict__", None))
-        if has_own(cls, *REDUCES) or not (is_error or (self.shares and found[0] is NEW and not has_own(cls, *STATES))):
+        has_state = has_own(cls, "__getstate__", "__getnewargs__", "__getnewargs_ex__")
+        if has_own(cls, *REDUCES) or not (is_error or (self.shares and found[0] is NEW and not has_state)):
             return found
         # Its own `__new__`, `__init__` and `__setstate__` know nothing: it is made as its built-in base makes it.
         state = found[2] if len(found) > 2 else None
@@ -202,18 +199,14 @@ class Dumper:
         name = variable.__name__
         if self.rest is not None:
             raise TypeError(f"cannot pickle the type alias {name}, which refers to itself")
-        options = {name: evaluated(variable, attribute) for name, attribute in OPTIONS.items()}
-        options = {name: value for name, value in options.items() if value is not None and value is not NO_DEFAULT}
+        found = {name: evaluated(variable, attribute) for name, attribute in OPTIONS.items()}
+        options = {name: value for name, value in found.items() if value is not None and value is not NO_DEFAULT}
         arguments = getattr(variable, "__constraints__", ())
         if kind in STANDS_FOR:
             value = evaluated(variable, STANDS_FOR[kind])
             arguments = (typing.ForwardRef(name) if value is None else value,)
         state = None if "type_params" in options else (None, {"__module__": variable.__module__})
         return functools.partial(kind, name, *arguments, **options), (), state
-
-    def _alias(self, alias: Any) -> Any:
-        by_value = isinstance(alias.__origin__, type) and travels_by_value(alias.__origin__)
-        return (type(alias), (alias.__origin__, alias.__args__)) if by_value else NotImplemented
 
     def _stream(self, stream: Any) -> Any:
         """A stream of the process goes by its name; in definitions, a file that is open for reading by its path."""
@@ -226,11 +219,10 @@ class Dumper:
         options = {} if mode == "rb" else {"encoding": stream.encoding, "errors": stream.errors}
         return MAKERS["file"], (os.path.abspath(path), inode(stream), mode, stream.tell(), options)
 
-    def _weak(self, weak: Any) -> Any:
-        if not self.shares:  # it would arrive dead
-            return NotImplemented
-        content = WEAK[type(weak)](weak)
-        return (MAKERS["dead"], ()) if content is None else (MAKERS["weak"], (type(weak), content))
+
+def is_by_value(kind: Any) -> bool:
+    """Whether this is a class by value."""
+    return is_class(kind) and not is_c_type(kind) and travels_by_value(kind)
 
 
 def _by_value(reduce: Callable[[Dumper, Any], Any]) -> Callable[[Dumper, Any], Any]:
@@ -247,10 +239,12 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
         MAKERS["cache"], (cache.__wrapped__, cache.cache_parameters()), dict(vars(cache)))),
     **dict.fromkeys((ModuleType, Module), Dumper._module),
     MethodType: lambda _, method: (MethodType, (method.__func__, method.__self__)),
-    **dict.fromkeys(WEAK, Dumper._weak),
+    **dict.fromkeys(WEAK, lambda dumper, weak: (  # as an argument it would arrive dead
+        MAKERS["weak"], (type(weak), WEAK[type(weak)](weak))) if dumper.shares else NotImplemented),
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
-    **dict.fromkeys(VARIABLES, _by_value(Dumper._variable)),
-    type(typing.Generic[typing.TypeVar("T")]): Dumper._alias,  # type: ignore[index]
+    **dict.fromkeys((typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR), _by_value(Dumper._variable)),
+    type(typing.Generic[typing.TypeVar("T")]): lambda _, alias: (  # type: ignore[index]
+        type(alias), (alias.__origin__, alias.__args__)) if is_by_value(alias.__origin__) else NotImplemented,
     typing.ForwardRef: lambda _, thing: (typing.ForwardRef, (thing.__forward_arg__,)),
     functools.partialmethod: lambda _, thing: (MAKERS["partialmethod"], (thing.func, thing.args, thing.keywords)),
     struct.Struct: lambda _, thing: (struct.Struct, (thing.format,)),

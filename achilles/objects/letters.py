@@ -145,8 +145,6 @@ class Context:
             item = error.__dict__.pop("item", None)  # of the definitions
             where = "the {} {!r} of {}: ".format(*item.place) if item is not None and item.place else ""
             way = way_to(self.names, value if item is None else item.thing)
-            if shared:  # a function stands before its callback, an initializer before its arguments
-                way = way.replace("its [0].", "its .", 1)
             name = getattr(value, "__qualname__", None)
             name = f"{type(value).__name__} {name}" if name else f"an object of type {type(value).__qualname__}"
             text = text_of(error, str).rstrip(".")

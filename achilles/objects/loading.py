@@ -26,13 +26,12 @@ import marshal
 import os
 import pickle
 import struct
-import weakref
 from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
 from types import CellType, FunctionType
 from typing import Any
 
-from .names import ATOMS, UNFOUND, Module, Names, Space
+from .names import ATOMS, MISSING, UNFOUND, Module, Names, Space
 from .parts import CODE_CAME, DATA_CAME, builtin_base, make_class, update_class
 
 __all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS", "Buffer", "Loader",
@@ -133,9 +132,9 @@ class Loader(pickle.Unpickler):
         return self.names.find(names).module
 
     def weak(self, kind: Any, content: Any) -> Any:
-        """A weak reference, or a collection of them. What it refers to lives as long as what holds it."""
+        """A weak reference, dead if there is no content, or a collection. Its content lives as long as its holder."""
         self.met.append(content)
-        return kind(content)
+        return kind(set() if content is None else content)
 
 
 class Part(Loader):
@@ -149,14 +148,14 @@ class Part(Loader):
         self.kind, self.token, self.version, refs, data, count = record
         super().__init__(names, data, list(islice(buffers, count)), parts, [*refs, len(parts)])
         self.entry: Any = None
-        self.value: Any = None
+        self.value: Any = MISSING
         self.steps: Any = self._made_and_filled()
 
     def made(self) -> Any:
         """The thing, made now if it is not here; a value is filled, too."""
-        if self.steps.gi_running and self.value is None:
-            raise pickle.UnpicklingError("two values need each other before either of them can be made")
-        if self.value is None:
+        if self.value is MISSING:
+            if self.steps.gi_running:
+                raise pickle.UnpicklingError("two values need each other before either of them can be made")
             next(self.steps, None)
         return self.value
 
@@ -170,7 +169,8 @@ class Part(Loader):
             return
         maker, arguments = self.load()
         self.value = maker(*arguments)
-        self.entry = self.names.name(self.value, self.token)
+        if self.entry is None or self.entry.thing is not self.value:
+            self.entry = self.names.name(self.value, self.token)
         self.entry.holds = self.met
         if self.kind != "value":
             yield
@@ -189,9 +189,12 @@ class Part(Loader):
         return names
 
     def slot(self, names: dict[str, Any], name: str, value: Any) -> Any:
-        """Set a global."""
-        self.names.find(names).bring(name, self.version, value, self.met)
-        return names
+        """Set a global, unless it came in this version before or running code has set it."""
+        self.entry = slot = self.names.find(names).slot(name)
+        is_kept = slot.space.is_imported or slot.version in (0, self.version)
+        if name not in names or not is_kept:
+            names[name] = value
+        return slot.thing
 
     def new_class(self, meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
                   code: dict[str, Any], members: dict[str, Any]) -> Any:
@@ -275,7 +278,6 @@ MAKERS: dict[str, Any] = {
     "file": _open_file,
     "member": lambda cls, name: cls._member_map_[name],
     "partialmethod": lambda function, arguments, options: functools.partialmethod(function, *arguments, **options),
-    "dead": lambda: weakref.ref(set()),  # which ends at once
     "cell": CellType,
     "function": _make_function,
     "new_class": Part.new_class,

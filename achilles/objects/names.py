@@ -82,7 +82,6 @@ class Space(Entry):
 
     :ivar module: what has the dict, if it was made here.
     :ivar is_imported: whether an import gives the module.
-    :ivar came: the version of each global that came by letter, and what must live as long as the global.
     """
 
     def __init__(self, names: Names, token: bytes, thing: dict[str, Any]) -> None:
@@ -90,7 +89,6 @@ class Space(Entry):
         self.kind, self.name = "space", str(thing.get("__name__") or MAINS[0])
         self.module: ModuleType | None = None
         self.slots: dict[str, Slot] = {}
-        self.came: dict[str, Any] = {}
         self.is_imported = self.name not in MAINS and importable(self.name) and (
             vars(sys.modules[self.name]) is thing)
         self.named = not self.is_imported
@@ -99,13 +97,6 @@ class Space(Entry):
     def slot(self, name: str) -> Slot:
         """One of the globals."""
         return self.slots.setdefault(name, Slot(self, name))
-
-    def bring(self, name: str, version: int, value: Any, holds: Any) -> None:
-        """Set a global, unless it came in this version before or running code has set it."""
-        known, _ = self.came.get(name, (version, None))
-        if name not in self.thing or (known != version and not self.is_imported):
-            self.thing[name] = value
-        self.came[name] = version, holds
 
 
 class Slot(Entry):
