@@ -131,8 +131,9 @@ class Definitions:
 
     def _look(self, item: Any) -> Any:
         """The pickle of an item. What it needs is known then."""
-        item.holds = [self.names.hold(value, place, item.named) for value, place in pieces_of(item)]
-        item.refs = slots = slots_of(item)
+        held = [self.names.hold(value, place, item.named) for value, place in pieces_of(item)]
+        slots = slots_of(item)
+        item.refs = [*slots, *filter(None, held)]
         try:
             dumper = dumped(self.names, item.thing, entry=item, only=item.state and item.state[0][1])
             dumper.content = _content(dumper)
@@ -211,12 +212,11 @@ def way_to(names: Names, value: Any, way: str = "", owner: Any = None, left: int
 
 def _children(value: Any) -> dict[str, Any]:
     """What a value holds, by the way to it."""
-    if isinstance(value, MethodType):
-        return {".__self__": value.__self__}
     if isinstance(value, (dict, list, tuple)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {f"[{key!r:.40}]": child for key, child in islice(pairs, WIDEST)}
-    return {f".{name}": child for name, child in getattr(value, "__dict__", {}).items()}
+    attributes = {"__self__": value.__self__} if isinstance(value, MethodType) else getattr(value, "__dict__", {})
+    return {f".{name}": child for name, child in attributes.items()}
 
 
 def _content(dumper: Any) -> Any:

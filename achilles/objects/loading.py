@@ -171,7 +171,7 @@ class Part(Loader):
         self.value = maker(*arguments)
         if self.entry is None or self.entry.thing is not self.value:
             self.entry = self.names.name(self.value, self.token)
-        self.entry.holds = self.met
+        self.entry.refs = self.met
         if self.kind != "value":
             yield
         self.load()

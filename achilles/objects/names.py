@@ -29,7 +29,7 @@ from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
 __all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Module", "Names", "Place", "Slot",
-           "Space", "by_import", "by_path", "importable", "is_class", "is_stream", "travels_by_value"]
+           "Space", "by_import", "by_path", "is_class", "is_stream", "travels_by_value"]
 
 Place = tuple[str, str, str]  # what holds a value: ("global", "log", "work") is the global log of the function work
 
@@ -51,8 +51,7 @@ class Entry:
     :ivar named: whether letters say the token. Letters do not say the token of a function that is no global, nor those
         of lists that it alone holds. So a lambda that is made again and again has the same letter each time.
     :ivar state: the content as it was dumped last: its digest with the tokens that stood in it, and their versions.
-    :ivar refs: the entries that stood in the content, and the globals of a function.
-    :ivar holds: what must live as long as what a letter brought.
+    :ivar refs: the entries that stood in the content, and the globals of a function. They live as long as this one.
     :ivar place: where the thing was found, for errors.
     :ivar is_one: whether arguments refer to the thing, too, and bring no copy.
     """
@@ -62,7 +61,6 @@ class Entry:
         self.kind = "class" if is_class(thing) else KINDS.get(type(thing), "value")
         self.version, self.state, self.is_one = 0, None, False
         self.refs: list[Entry] = []
-        self.holds: Any = ()
         self.place: Place | None = None
         try:
             self._ref: Any = weakref.ref(thing, functools.partial(names.owned.pop, self.key))
@@ -89,8 +87,8 @@ class Space(Entry):
         self.kind, self.name = "space", str(thing.get("__name__") or MAINS[0])
         self.module: ModuleType | None = None
         self.slots: dict[str, Slot] = {}
-        self.is_imported = self.name not in MAINS and importable(self.name) and (
-            vars(sys.modules[self.name]) is thing)
+        found = self.name not in MAINS and self.name in sys.modules and importable(self.name)
+        self.is_imported = found and vars(sys.modules[self.name]) is thing
         self.named = not self.is_imported
         (names.scripts if self.name in MAINS else names.recent).append(self)
 
@@ -197,13 +195,9 @@ def is_class(thing: Any) -> bool:
     return issubclass(type(thing), type)
 
 
-def importable(name: str) -> bool:
-    """Whether an import gives this module, and not only `sys.modules`, where a file can be put under any name."""
-    return name in sys.modules and _found(name)
-
-
 @functools.lru_cache(MODULES_REMEMBERED)
-def _found(name: str) -> bool:
+def importable(name: str) -> bool:
+    """Whether an import gives a module of `sys.modules`, where a file can be put under any name."""
     spec = getattr(sys.modules[name], "__spec__", None)
     finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
     is_by_path = "." not in name and spec is not None and spec.has_location
@@ -215,7 +209,7 @@ def _found(name: str) -> bool:
 def travels_by_value(thing: Any) -> bool:
     """Whether an import on another machine would not find this function, class or cache."""
     module = getattr(thing, "__module__", None)
-    if module is None or module in MAINS or not importable(module):
+    if module in MAINS or module not in sys.modules or not importable(module):
         return True
     name = getattr(thing, "__qualname__", "") or getattr(thing, "__name__", "")
     return by_path(sys.modules[module], name) is not thing
