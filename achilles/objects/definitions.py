@@ -30,7 +30,7 @@ from typing import Any
 from ..errors import VersionError
 from .byvalue import Dumper
 from .loading import letter_of
-from .names import MISSING, Entry, Names
+from .names import MISSING, Entry, Names, by_import
 from .parts import content_of, global_names, pieces_of, slots_of
 
 __all__ = ["Definitions", "dumped", "facts_of", "way_to"]
@@ -83,9 +83,10 @@ class Definitions:
         head = pickle.dumps((records, [numbers[root] for root in roots]))
         return b"".join(letter_of(head, views))
 
-    def functions(self) -> list[Any] | None:
-        """The functions that were dumped last; None if it is not enough to compare these."""
-        is_fixed = all(item.kind in ("function", "cell", "slot", "space") for item in self.order)
+    def functions(self, value: tuple[Any, ...]) -> list[Any] | None:
+        """The functions that were dumped last, with this value; None if it is not enough to compare these."""
+        is_fixed = all(type(each) is FunctionType or by_import(each) for each in value) and all(
+            item.kind in ("function", "cell", "slot", "space") for item in self.order)
         return [item.thing for item in self.order if item.kind == "function"] if is_fixed else None
 
     def share(self, value: Any) -> None:

@@ -38,14 +38,13 @@ import sys
 from collections import deque
 from collections.abc import Collection, Sequence
 from operator import is_
-from types import FunctionType
 from typing import Any
 
 from ..errors import DumpError, VersionError
 from . import loading
 from .definitions import Definitions, dumped, facts_of, way_to
 from .loading import PICKLE_START, Buffer, Loader
-from .names import Names, by_import
+from .names import Names
 
 __all__ = ["Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "joined", "load_chunk",
            "text_of", "with_skips"]
@@ -60,14 +59,10 @@ OWN_MAIN = sys.modules["__main__"]  # of this process
 NO_OFFSETS: frozenset[int] = frozenset()
 TO_A_NODE = "to a node", "Send what it is made from and make it in the function"
 BACK = "back", "Return what it is made from"
-
-
-
 # What is known of a function and its callback: the pair, held so that its ids stay its own; the functions it needs,
 # and itself, or None if it needs what may change in its place; what they refer to, from before the letter was dumped;
 # the counts of changed versions and of modules then, or None if that says too little; the letter.
-Known = tuple[tuple[Any, ...], list[Any] | None, Sequence[Any], tuple[int, int] | None, bytes]
-UNKNOWN: Known = (), None, (), None, b""
+UNKNOWN: tuple[Any, ...] = (), None, (), None, b""
 
 
 class Context:
@@ -84,7 +79,7 @@ class Context:
         self.names = Names()
         self.lock = self.names.lock  # guards all here
         self.node = node
-        self.known: dict[tuple[int, ...], Known] = {}  # by the ids of a function and its callback
+        self.known: dict[tuple[int, ...], tuple[Any, ...]] = {}  # by the ids of a function and its callback
         self.definitions = Definitions(self.names, caller)
         self._caller, self._own = caller, own
         self._dumped = functools.lru_cache(DEFINITIONS_KEPT)(self.definitions.dump)  # of this job
@@ -143,13 +138,17 @@ class Context:
         except Exception as error:
             whither, remedy = TO_A_NODE if self._caller else BACK
             item = error.__dict__.pop("item", None)  # of the definitions
-            where = "the {} {!r} of {}: ".format(*item.place) if item is not None and item.place else ""
-            way = way_to(self.names, value if item is None else item.thing)
+            way = way_to(self.names, value)
+            if shared:  # a function stands before its callback, an initializer before its arguments
+                way = way.replace("its [0].", "its .", 1)
+            if not way and item is not None:
+                where = "the {} {!r} of {}: ".format(*item.place) if item.place is not None else ""
+                way = where + way_to(self.names, item.thing)
             name = getattr(value, "__qualname__", None)
             name = f"{type(value).__name__} {name}" if name else f"an object of type {type(value).__qualname__}"
             text = text_of(error, str).rstrip(".")
-            told = DumpError(f"{what or name} cannot be sent {whither}: {where}{way}{text}. {remedy}")
-            told.where = where or (way if "." in way or "'" in way else "")
+            told = DumpError(f"{what or name} cannot be sent {whither}: {way}{text}. {remedy}")
+            told.where = way if "." in way or "'" in way else ""
             raise told from error
 
     def _dump_by_value(self, value: Any, shared: bool) -> list[Buffer]:
@@ -223,12 +222,11 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     facts = facts_of(known or [])
     counts = context.names.changes, len(sys.modules)  # a submodule may be among the modules
     if known_counts == counts and len(facts) == len(known_facts) and all(map(is_, facts, known_facts)):
-        return known_letter
+        return bytes(known_letter)
     with context.lock:
         context.definitions.order = []
         letter = b"".join(context.dump(value, what))
-        is_fixed = all(type(each) is FunctionType or by_import(each) for each in value)
-        functions = context.definitions.functions() if is_fixed else None
+        functions = context.definitions.functions(value)
         if len(context.known) >= FUNCTIONS_KEPT:
             context.known.clear()
         letter = known_letter if letter == known_letter else letter
