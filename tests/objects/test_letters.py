@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import collections
-import hashlib
 import json
 import pickle
 import re
@@ -93,11 +92,6 @@ def test_skips_are_replaced() -> None:
     many = letters.with_skips(letters.with_skips(parts, {3}), {1, 2, 4, 7, 9})
     assert letters.load_chunk(context, joined(many)) == (list(range(10)), frozenset({1, 2, 4, 7, 9}))
     assert letters.load_chunk(context, joined(letters.with_skips(many, ()))) == (list(range(10)), frozenset())
-
-
-def test_digest_and_length_are_of_the_whole_letter() -> None:
-    parts = [b"ab", bytearray(b"c"), memoryview(b"defg")]
-    assert letters.letter_digest(parts) == hashlib.sha256(b"abcdefg").digest()
 
 
 def test_outcomes_without_error_are_the_plain_values() -> None:
