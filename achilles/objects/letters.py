@@ -55,7 +55,7 @@ ROOTS_KEPT = 1024  # functions and classes of arguments that live until their re
 LETTERS_KEPT, LETTER_BYTES = 16, 1 << 17  # of definitions, loaded once; what a larger letter made ends by itself
 FUNCTIONS_KEPT = 64  # letters of functions that are compared before they are dumped again
 
-OWN_MAIN = sys.modules["__main__"]  # of this process
+OWN_MAIN, OWN_ARGV = sys.modules["__main__"], sys.argv  # of this process
 NO_OFFSETS: frozenset[int] = frozenset()
 TO_A_NODE = "to a node", "Send what it is made from and make it in the function"
 BACK = "back", "Return what it is made from"
@@ -91,10 +91,14 @@ class Context:
         self._dumped.cache_clear()
 
     def become_main(self) -> None:
-        """Make the caller's script this process's ``__main__``, as `pickle` in a user's function expects."""
+        """Make the caller's script this process's ``__main__``, as `pickle` in a user's function expects.
+
+        `sys.argv` is the script's, too.
+        """
         if self._own:
             modules = (space.module for space in self.names.scripts if space.module is not None)
-            sys.modules["__main__"] = next(modules, OWN_MAIN)
+            main = next(modules, OWN_MAIN)
+            sys.modules["__main__"], sys.argv = main, vars(main).get("__argv__", OWN_ARGV)
 
     def dump(self, value: Any, what: str | None = None) -> list[Buffer]:
         """Turn an object into a letter: parts, to be sent end to end.

@@ -28,7 +28,7 @@ import types
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, cast
 
-from .names import ATOMS, MISSING, Space
+from .names import ATOMS, MAINS, MISSING, Space
 
 __all__ = ["CODE_CAME", "DATA_CAME", "NEW", "REDUCED", "REDUCES", "builtin_base", "content_of", "evaluated",
            "global_names", "has_own", "is_c_type", "make_class", "pieces_of", "slots_of", "update_class"]
@@ -147,6 +147,8 @@ def pieces_of(entry: Any) -> list[tuple[Any, Any]]:
 def _space(space: Any, thing: dict[str, Any]) -> tuple[Any, ...]:
     names = () if space.is_imported else ("__package__", "__file__", "__doc__", "__spec__")
     attributes = {name: thing[name] for name in names if thing.get(name) is not None}
+    if space.name in MAINS:  # a script has its arguments in a worker, too
+        attributes["__argv__"] = list(sys.argv)
     if spec := attributes.get("__spec__"):
         attributes["__spec__"] = copied = importlib.machinery.ModuleSpec(spec.name, None, origin=spec.origin)
         copied.has_location = spec.has_location
