@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -68,6 +69,27 @@ def test_texts_have_one_hash_in_all_processes_and_in_the_script(local, tmp_path)
     """, "-m", "achilles.local", "--nodes", "1")
     script.wait()
     assert len(set(json.loads(script.out.read_text()))) == 1
+
+
+def put(both):
+    shared, value = both
+    shared[value] = value * value
+    return dict(shared)
+
+
+@pytest.mark.parametrize("module", ["multiprocessing", "multiprocess"])
+def test_proxies_of_a_manager_of_this_machine_work_in_workers(local, module):
+    with importlib.import_module(module).Manager() as manager:
+        shared, queue, lock = manager.dict(), manager.Queue(), manager.Lock()
+        assert map(put, [(shared, 3)], **address(local)) == [[{3: 9}]] and dict(shared) == {3: 9}
+
+        def locked(n):
+            with lock:
+                queue.put(n)
+            return queue
+
+        found, = sum(map(locked, [5], **address(local)), [])
+        assert found.get(timeout=SECONDS) == 5, "a proxy comes back, too"
 
 
 def test_usable_cores_are_divided(no_leftovers):

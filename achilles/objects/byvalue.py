@@ -129,6 +129,8 @@ class Dumper:
             return self._stream(thing)
         if kind.__module__ in ("multiprocessing.connection", "multiprocess.connection"):
             raise TypeError(f"cannot pickle '{kind.__qualname__}' object, which belongs to this process")
+        if kind.__module__ in ("multiprocessing.managers", "multiprocess.managers") and hasattr(thing, "_authkey"):
+            return _proxy(thing)
         if kind.__module__ == "dataclasses":  # its marks are compared by identity
             marks = vars(sys.modules["dataclasses"])
             return next((name for name, mark in marks.items() if mark is thing), NotImplemented)
@@ -223,6 +225,14 @@ class Dumper:
 def is_by_value(kind: Any) -> bool:
     """Whether this is a class by value."""
     return is_class(kind) and not is_c_type(kind) and travels_by_value(kind)
+
+
+def _proxy(thing: Any) -> tuple[Any, ...]:
+    """A manager's proxy. It has the key of a manager that others reach on this machine alone, as in a fork."""
+    rebuild, (kind, token, serializer, options) = thing.__reduce__()
+    if isinstance(token.address, str):
+        options["authkey"] = bytes(thing._authkey)
+    return rebuild, (kind, token, serializer, options)
 
 
 def _by_value(reduce: Callable[[Dumper, Any], Any]) -> Callable[[Dumper, Any], Any]:

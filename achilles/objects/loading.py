@@ -64,8 +64,8 @@ def dump_plain(value: Any) -> list[Buffer] | None:
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether another process finds all modules that a pickle names."""
-    return not (GLOBAL_OPCODE in data and any(name in data for name in UNFOUND))
+    """Whether another process finds all modules that a pickle names, and no proxy of a manager is in it."""
+    return not (GLOBAL_OPCODE in data and (b".managers" in data or any(name in data for name in UNFOUND)))
 
 
 def take_large(views: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
