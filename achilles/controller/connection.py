@@ -52,7 +52,7 @@ NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start o
 LOOK_SECONDS = 1.0  # how often a waiting call looks whether there are nodes; also how Ctrl-C gets through on Windows
 LEAST_SECONDS = 0.05  # the same, with a short wait_for_nodes
 PAUSE_SECONDS = 3.0  # where nobody has looked for so long, nobody knows whether there was a node meanwhile
-COMPLAINTS = 3  # of the server, after which to connect again is of no use
+BREACHES = 3  # of the protocol, after which to connect again is of no use
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Controller(Link):
         self._channel: Channel | None = None
         self.connected = False
         self._cluster: dict[str, Any] = {}  # the last CLUSTER of this connection; empty before
-        self._complaints = 0  # of the server, that we break the protocol, and no batch between
+        self._breaches = 0  # of the protocol, by the server or by us, which ended connections, and no batch between
         self._altered = 0  # answers on this connection that said so of a letter
         self._met = False  # a server has sent a CLUSTER, ever
         self._status: dict[str, Any] = {}  # the answer to a STATUS
@@ -199,8 +199,11 @@ class Controller(Link):
             while (channel := self._channel) is not None and not self._closing.is_set() and self._lost is None:
                 why = channel.run(self._handle, self.push)
                 self._learn({})
+                self._breaches += isinstance(why, ProtocolError)
+                if self._breaches >= BREACHES:
+                    self._lost = self._lost or ServerUnreachable(f"lost the server {BREACHES} times in a row: {why}")
                 if self._lost is None:
-                    self._reconnect(why)
+                    self._reconnect(str(why))
                 channel.close()
         except Exception as e:  # such as a MemoryError: nobody else would ever end the calls that wait
             log.exception("reading from the server failed")
@@ -261,7 +264,7 @@ class Controller(Link):
         """The reader thread: one frame."""
         kind, body = frame
         if isinstance(body, Batch):
-            self._complaints = 0
+            self._breaches = 0
             self._altered += Status.ALTERED in body.statuses
             self.handle_batch(kind, body)
             if self._altered > 1:  # perhaps a function, which the server and the nodes keep
@@ -279,10 +282,10 @@ class Controller(Link):
             self._lost = ClusterKilled("the cluster was ended by kill_cluster")
             raise self._lost
         elif kind is Kind.ERROR:
-            self._complaints += body["code"] == "protocol"
-            if not self._met or self._complaints >= COMPLAINTS:
-                self._lost = ServerUnreachable(f"the server at {self._where()} says: {body['message']}")
-            raise ProtocolError(f"the server says: {body['message']}")
+            text = f"the server at {self._where()} says: {body['message']}"
+            if not self._met:
+                self._lost = ServerUnreachable(text)
+            raise (ProtocolError if body["code"] == "protocol" else ServerUnreachable)(text)
 
     def leave_to_parent(self) -> None:
         """As Link says."""

@@ -249,13 +249,13 @@ class Channel:
             log.debug("%s < %s", self.name, frame)
         return received
 
-    def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = lambda: None) -> str:
+    def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = lambda: None) -> Any:
         """Read frames and hand each to `handle` until the connection ends; blocks. The connection is aborted then.
 
         A ProtocolError, the reader's or one of `handle`, is told to the peer as ERROR. A wrong tag has no answer.
 
         :param done: is called after all frames that came together: time to push the answers.
-        :returns: the reason of the end, in a few words.
+        :returns: the reason of the end: a few words, or the ProtocolError.
         """
         try:
             while self._state != CLOSED and (received := self.receive()) is not None:
@@ -268,7 +268,7 @@ class Channel:
             self.complain(e)
             done()
             self.wait_written(GOODBYE_SECONDS)
-            return str(e)
+            return e
         except (OSError, AchillesError) as e:
             return str(e) or type(e).__name__
         finally:

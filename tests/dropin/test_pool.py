@@ -1023,6 +1023,14 @@ def test_a_cluster_that_is_killed_ends_the_calls():
             pool.map(square, [1])
 
 
+def test_a_breach_that_comes_again_on_each_connection_ends_the_call(make, monkeypatch):
+    """As a result beyond the caller's own limit does: to connect again for ever is of no use."""
+    pool = make()
+    monkeypatch.setattr("achilles.protocol.frames.LETTER_LIMIT_BYTES", 5000)
+    with pytest.raises(ServerUnreachable, match="lost the server 3 times in a row: a RESULT with long letters of"):
+        pool.map(bytes, [6000])
+
+
 class RecordedLock:
     """A lock that notes where in the package it was made, once it is used."""
 
