@@ -37,7 +37,8 @@ HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C co
 MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
 CODES_REMEMBERED = 1024  # code objects with their global names; looking at one takes about 50 us
 CODE = (FunctionType, staticmethod, classmethod)
-CODE_CAME, DATA_CAME = "__code_came__", "__data_came__"  # names under which a class keeps what came of it by letter
+# Names under which a class keeps what came of it by letter. To `typing`, names in _abc_ are no part of a protocol.
+CODE_CAME, DATA_CAME = "_abc_code_came", "_abc_data_came"
 MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself, and the members of an enum
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
     "__annotations_cache__", CODE_CAME, DATA_CAME,
