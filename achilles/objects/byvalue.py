@@ -238,7 +238,9 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
     CACHE_TYPE: _by_value(lambda _, cache: (
         MAKERS["cache"], (cache.__wrapped__, cache.cache_parameters()), dict(vars(cache)))),
     **dict.fromkeys((ModuleType, Module), Dumper._module),
-    MethodType: lambda _, method: (MethodType, (method.__func__, method.__self__)),
+    MethodType: lambda _, method: (
+        (getattr, (method.__self__, method.__name__)) if getattr(method.__self__, method.__name__, None) == method
+        else (MethodType, (method.__func__, method.__self__))),
     **dict.fromkeys(WEAK, lambda dumper, weak: (  # as an argument it would arrive dead
         MAKERS["weak"], (type(weak), WEAK[type(weak)](weak))) if dumper.shares else NotImplemented),
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
