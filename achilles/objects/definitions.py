@@ -132,8 +132,9 @@ class Definitions:
 
     def _look(self, item: Any) -> Any:
         """The pickle of an item. What it needs is known then."""
-        held = [self.names.hold(value, place, item.named) for value, place in pieces_of(item)]
-        item.refs = [*filter(None, held)]
+        found = [self.names.hold(value, place, item.named) for value, place in pieces_of(item)]
+        held = [entry for entry in found if entry is not None]
+        item.refs = [*item.refs, *held]  # those of the last time stay alive until they are found again
         try:
             dumper = dumped(self.names, item.thing, entry=item, only=item.state and item.state[0][1])
             dumper.content = _content(dumper)
@@ -143,7 +144,7 @@ class Definitions:
         except Exception as error:
             error.__dict__["item"] = item
             raise
-        for entry in item.refs:
+        for entry in held:
             dumper.refs.setdefault(entry, len(dumper.refs))
         item.refs = [*dumper.refs]
         return dumper
