@@ -154,19 +154,17 @@ class Dumper:
         found = thing.__reduce_ex__(PICKLE)
         if isinstance(found, str):
             return self._singleton(thing, found, MAKERS["plain"], (cls,), getattr(thing, "__dict__", None))
+        maker, arguments, state = [*found, None][:3]
         has_state = has_own(cls, "__getstate__", "__getnewargs__", "__getnewargs_ex__")
-        if has_own(cls, *REDUCES) or not (is_error or (self.shares and found[0] is NEW and not has_state)):
+        if has_own(cls, *REDUCES) or not (is_error or (self.shares and maker is NEW and not has_state)):
             return found
         # Its own `__new__`, `__init__` and `__setstate__` know nothing: it is made as its built-in base makes it.
-        state = found[2] if len(found) > 2 else None
-        state, slots = state if isinstance(state, tuple) else (state, {})
         if is_error:  # the state has the name of an ImportError, for one
             names = copyreg._slotnames(cls)  # type: ignore[attr-defined]
-            slots = {**(state or {}), **{name: getattr(thing, name) for name in names if hasattr(thing, name)}}
-            state = None
+            state = None, {**(state or {}), **{name: getattr(thing, name) for name in names if hasattr(thing, name)}}
         items = next((base.copy(thing) for base in EXTEND if isinstance(thing, base)), None)
-        arguments = found[1][1:] if found[0] is NEW else found[1]
-        return MAKERS["plain"], (cls, *arguments), (state, slots, items), None, None, MAKERS["fill_plain"]
+        arguments = (cls, *arguments) if is_error else arguments
+        return MAKERS["plain"], arguments, (state, items), None, None, MAKERS["fill_plain"]
 
     def _refer(self, thing: Any) -> Any:
         """A function, class or cell, or a value that is one thing everywhere: the definitions bring it."""
@@ -248,7 +246,9 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
     CACHE_TYPE: _by_value(lambda _, cache: (
         MAKERS["cache"], (cache.__wrapped__, cache.cache_parameters()), dict(vars(cache)))),
     **dict.fromkeys((ModuleType, Module), Dumper._module),
-    MethodType: lambda _, method: (MethodType, (method.__func__, method.__self__)),
+    MethodType: lambda _, method: (
+        (getattr, (method.__self__, method.__name__)) if getattr(method.__self__, method.__name__, None) == method
+        else (MethodType, (method.__func__, method.__self__))),
     **dict.fromkeys(WEAK, lambda dumper, weak: (  # as an argument it would arrive dead
         MAKERS["weak"], (type(weak), WEAK[type(weak)](weak))) if dumper.shares else NotImplemented),
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),

@@ -31,7 +31,7 @@ from ..errors import VersionError
 from .byvalue import Dumper
 from .loading import letter_of
 from .names import MISSING, Entry, Names, by_import
-from .parts import content_of, global_names, pieces_of, slots_of
+from .parts import content_of, global_names, pieces_of
 
 __all__ = ["Definitions", "dumped", "facts_of", "way_to"]
 
@@ -132,9 +132,9 @@ class Definitions:
 
     def _look(self, item: Any) -> Any:
         """The pickle of an item. What it needs is known then."""
-        held = [self.names.hold(value, place, item.named) for value, place in pieces_of(item)]
-        slots = slots_of(item)
-        item.refs = [*slots, *filter(None, held)]
+        found = [self.names.hold(value, place, item.named) for value, place in pieces_of(item)]
+        held = [entry for entry in found if entry is not None]
+        item.refs = [*item.refs, *held]  # those of the last time stay alive until they are found again
         try:
             dumper = dumped(self.names, item.thing, entry=item, only=item.state and item.state[0][1])
             dumper.content = _content(dumper)
@@ -144,9 +144,8 @@ class Definitions:
         except Exception as error:
             error.__dict__["item"] = item
             raise
-        for slot in slots:
-            slot.place = "global", slot.name, item.thing.__qualname__
-            dumper.refs.setdefault(slot, len(dumper.refs))
+        for entry in held:
+            dumper.refs.setdefault(entry, len(dumper.refs))
         item.refs = [*dumper.refs]
         return dumper
 

@@ -244,9 +244,10 @@ def _make_plain(cls: Any, *arguments: Any) -> Any:
     return made
 
 
-def _fill_plain(thing: Any, state: tuple[dict[str, Any], dict[str, Any], Any]) -> None:
+def _fill_plain(thing: Any, content: tuple[Any, Any]) -> None:
     """Give an instance its attributes and items, whatever methods its class has for that."""
-    attributes, slots, items = state
+    state, items = content
+    attributes, slots = state if isinstance(state, tuple) else (state, {})
     if attributes:
         thing.__dict__.update(attributes)
     for name, value in slots.items():

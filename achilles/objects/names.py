@@ -184,7 +184,7 @@ class Names:
         """
         if by_import(value) or is_stream(value):
             return None
-        entry: Entry = self.name(value)
+        entry: Entry = value if isinstance(value, Slot) else self.name(value)
         entry.place = place or entry.place
         entry.named = entry.named or is_named
         return self.own(entry)

@@ -31,13 +31,14 @@ from typing import Any, cast
 from .names import ATOMS, MAINS, MISSING, Space
 
 __all__ = ["CODE_CAME", "DATA_CAME", "NEW", "REDUCED", "REDUCES", "builtin_base", "content_of", "evaluated",
-           "global_names", "has_own", "is_c_type", "make_class", "pieces_of", "slots_of", "update_class"]
+           "global_names", "has_own", "is_c_type", "make_class", "pieces_of", "update_class"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
 CODES_REMEMBERED = 1024  # code objects with their global names; looking at one takes about 50 us
 CODE = (FunctionType, staticmethod, classmethod)
-CODE_CAME, DATA_CAME = "__code_came__", "__data_came__"  # names under which a class keeps what came of it by letter
+# Names under which a class keeps what came of it by letter. To `typing`, names in _abc_ are no part of a protocol.
+CODE_CAME, DATA_CAME = "_abc_code_came", "_abc_data_came"
 MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself, and the members of an enum
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
     "__annotations_cache__", CODE_CAME, DATA_CAME,
@@ -139,6 +140,7 @@ def pieces_of(entry: Any) -> list[tuple[Any, Any]]:
         tables["default"] = {**dict(zip(optional, defaults)), **(thing.__kwdefaults__ or {})}
         tables["variable"] = dict(zip(code.co_freevars, thing.__closure__ or ()))
         tables["attribute"] = vars(thing)
+        tables["global"] = slots_of(thing, entry.names)
     elif kind == "class" and not isinstance(thing, enum.EnumMeta):  # its tables need its members at once
         tables["attribute"] = _attributes(thing)[1]
     return [(value, (role, name, thing.__qualname__)) for role in tables for name, value in tables[role].items()]
@@ -156,7 +158,7 @@ def _space(space: Any, thing: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _function(entry: Any, function: Any) -> tuple[Any, ...]:
-    modules = [slot.thing.__name__ for slot in entry.refs if isinstance(slot.thing, ModuleType)]
+    modules = [item.thing.__name__ for item in entry.refs if isinstance(item.thing, ModuleType)]
     code = marshal.dumps(function.__code__, MARSHAL)
     if MARSHAL > 2:  # the same bytes each time: references by count are gone after a load
         code = marshal.dumps(marshal.loads(code), MARSHAL)
@@ -223,17 +225,15 @@ def evaluated(variable: Any, attribute: str) -> Any:
         return None
 
 
-def slots_of(entry: Any) -> list[Any]:
+def slots_of(function: FunctionType, names: Any) -> dict[str, Any]:
     """The globals of a function, but for those that it finds in the module that an import gives.
 
     It does not find there the names that pytest writes into a module.
     """
-    if entry.kind != "function":
-        return []
-    space = entry.names.name(entry.thing.__globals__, kind=Space)
-    found = [name for name in global_names(entry.thing.__code__)
+    space = names.name(function.__globals__, kind=Space)
+    found = [name for name in global_names(function.__code__)
              if name in space.thing and name not in ("__name__", "__builtins__")]
-    return [space.slot(name) for name in found if not (space.is_imported and name.isidentifier())]
+    return {name: space.slot(name) for name in found if not (space.is_imported and name.isidentifier())}
 
 
 def submodules_of(code: CodeType, packages: list[str]) -> list[str]:

@@ -315,3 +315,16 @@ def test_what_was_not_filled_is_made_again(monkeypatch: pytest.MonkeyPatch) -> N
         worker.load(letter)
     monkeypatch.setitem(sys.modules, "lacking", lacking)
     assert type(worker.load(letter)[0]()[0]).__name__ == "Thing"
+
+
+def test_a_cache_of_a_function_has_one_version() -> None:
+    """A worker that has loaded it keeps it, with what it has remembered."""
+    context, space = letters.Context(caller=True), dict[str, Any](__name__="__main__")
+    exec("import functools\n@functools.cache\ndef slow(x): return x\ndef other(x): return slow(x)", space)
+    slow, other = space["slow"], space["other"]
+    first = letters.dump_function(context, (slow, None))
+    assert letters.dump_function(context, (slow, None)) == first
+    worker = letters.Context(caller=False)
+    there = worker.load(bytearray(first))[0]
+    loaded = worker.load(bytearray(letters.dump_function(context, (other, None))))[0]
+    assert loaded.__globals__["slow"] is there
