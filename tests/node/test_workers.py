@@ -281,7 +281,7 @@ def fork(given: tuple[str, str]) -> int:
     path, how = given
     with open(path, "a") as file:
         file.write(f"{os.getpid()}\n")
-    warnings.simplefilter("ignore", DeprecationWarning)  # a worker has two threads, and forks all the same
+    warnings.simplefilter("ignore", DeprecationWarning)  # a worker may have a second thread, and forks all the same
     if how and os.fork() == 0:
         if how == "raise":
             raise ValueError
