@@ -16,7 +16,7 @@ answers in front of it can be passed on: also while it is in C code that holds t
 There is no lock. The worker writes an answer before the next `chunk`. It writes over answers that it has sent only
 after the next `chunk`. So the answers that the node has copied are right if `chunk` is still the same.
 
-Limits: 4,096 answers, and 256 KiB of letters.
+Limits: 4,096 answers, and 512 KiB of letters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ START, IDLE, FUNCTION, LOAD, CALL, DUMP = range(6)
 NO_LIMIT = 2**63 - 1  # every chunk may begin
 UNNAMED = -1  # an offset: any argument of the chunk
 MOST_ANSWERS = 4096  # 5 ms of the quickest chunks
-MOST_BYTES = 256 << 10  # of letters, before the last one: a node of 100 workers has 30 MiB of boards
+MOST_BYTES = 512 << 10  # of letters, before the last one: a node of 100 workers has 55 MiB of boards
 LETTERS_AT = 8 * (5 + MOST_ANSWERS)  # the place of the letters, behind the status array and the lengths
 WORDS = (LETTERS_AT + MOST_BYTES + SHORT_LETTER_BYTES + MOST_ANSWERS) // 8  # 64-bit integers of a board
 

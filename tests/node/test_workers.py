@@ -48,6 +48,7 @@ from achilles.protocol.kinds import check_fields
 from achilles.protocol.reader import FrameReader
 
 METHODS = multiprocess.get_all_start_methods()
+WARMING = 99  # the number of a job
 SECONDS = 60.0  # tells a hang from a wait: on a busy machine a spawned worker may take 10 s to start, and to load
 
 
@@ -79,9 +80,23 @@ class Loop:
         if not self.given and self.waits:
             self.until(lambda: len(self.pids) == self.workers.count and all(
                 worker.status[PHASE] for worker in self.workers._workers))
+            self.waits = False
+            if self.workers._method != "fork":
+                self.warm()
         letters = [letter(dump_chunk(self.context, list(arguments))) for arguments in chunks]
         self.given.update(((job, number), each) for number, each in enumerate(letters, first))
         self.workers.add(came(Kind.TASK, Batch.pack(job, first, letters, attempt=2, number=us, flags=flags)))
+
+    def warm(self) -> None:
+        """Have every worker import this module. That takes longer than a chunk may, so a batch would come back."""
+        self.declare(double, job=WARMING, context="f")
+        for number in range(self.workers.count):
+            self.add([number], job=WARMING, first=number)
+        self.until(lambda: self.done(self.workers.count, job=WARMING))
+        self.workers.end(WARMING)
+        self.workers.close_context("f" * 32)
+        self.heard.clear()
+        self.given_again = 0
 
     def add_each(self, *chunks: Any, job: int = 1, first: int = 0) -> None:
         """A batch for each chunk."""
@@ -281,7 +296,7 @@ def fork(given: tuple[str, str]) -> int:
     path, how = given
     with open(path, "a") as file:
         file.write(f"{os.getpid()}\n")
-    warnings.simplefilter("ignore", DeprecationWarning)  # a worker has two threads, and forks all the same
+    warnings.simplefilter("ignore", DeprecationWarning)  # a worker may have a second thread, and forks all the same
     if how and os.fork() == 0:
         if how == "raise":
             raise ValueError
@@ -740,7 +755,7 @@ def test_a_worker_is_told_of_a_job_once_and_of_an_initializer_once_a_context(loo
     send = process.Channel.send
 
     def note(self: Any, kind: Kind, body: Any) -> None:
-        if kind is Kind.JOB:
+        if kind is Kind.JOB and body.job != WARMING:
             sent.append((body.job, body.count))
         send(self, kind, body)
 
@@ -1010,6 +1025,7 @@ def test_end_returns_all_kills_what_runs_and_forgets_the_job(loop: Any) -> None:
 
 def test_a_worker_is_free_again_when_its_batch_was_returned_before_it_began(loop: Any) -> None:
     it = loop(1)
+    it.waits = False
     it.until(lambda: it.pids and it.workers._workers[0].status[PHASE] == 1)
     pid = it.pids[0]
     os.kill(pid, signal.SIGSTOP)
