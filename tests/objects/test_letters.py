@@ -48,7 +48,7 @@ def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("name", NAMES)
 def test_survives_the_way_to_another_process(table: dict[str, str], name: str) -> None:
-    if name not in table and name == "numpy":
+    if name not in table and name.startswith("numpy"):
         pytest.skip("numpy is not installed")
     assert table[name] == ""
 
