@@ -259,6 +259,15 @@ def test_a_function_whose_global_changes_and_changes_back_has_another_letter() -
     assert letters.dump_function(context, (space["function"], None)) != first
 
 
+def test_a_name_that_plain_pickles_must_not_have_is_imported_where_it_is_a_modules() -> None:
+    """Connections are refused, and what else their module has is found there."""
+    from multiprocessing.connection import Client
+    space: dict[str, Any] = {"__name__": "__main__", "Client": Client}
+    exec("def function(): return Client", space)
+    letter = bytearray(letters.dump_function(letters.Context(caller=True), (space["function"], None)))
+    assert letters.Context(caller=False).load(letter)[0]() is Client
+
+
 def test_an_unchanged_function_has_the_very_same_letter() -> None:
     context, function = letters.Context(caller=True), make_function()
     for value in ((json.dumps, None), (len, None), (function, None), (function, json.loads), (function, (1, "a"))):
