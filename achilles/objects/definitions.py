@@ -28,9 +28,9 @@ from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 from ..errors import VersionError
-from .byvalue import Dumper
+from .byvalue import CACHE_TYPE, Dumper
 from .loading import letter_of
-from .names import MISSING, Entry, Names, by_import
+from .names import MISSING, Entry, Names, by_import, travels_by_value
 from .parts import content_of, global_names, pieces_of
 
 __all__ = ["Definitions", "dumped", "facts_of", "way_to"]
@@ -94,13 +94,14 @@ class Definitions:
 
         :param value: a function with its callback, or an initializer with a tuple of arguments.
         """
-        is_initializer = type(value) is tuple and type(value[-1]) is tuple
+        is_initializer = type(value) is tuple and len(value) == 2 and type(value[1]) is tuple
         found = [value]
         for each in found:  # grows while it is walked
-            if type(each) in BELONGS:
-                found += BELONGS[type(each)](each)
-            else:
-                self._shared.append(self.names.hold(each, None, is_initializer))
+            kind = type(each)
+            if kind in BELONGS and (is_initializer or kind is not functools.partial):
+                found += BELONGS[kind](each)
+            elif is_initializer or kind in (list, dict, set, CACHE_TYPE) or travels_by_value(kind):
+                self._shared.append(self.names.hold(each, None))
 
     def _in_order(self, roots: tuple[Entry, ...]) -> dict[Any, Any]:
         """All that these need, and they: each behind what it needs, with its pickle if a letter brings it."""

@@ -84,7 +84,7 @@ class Context:
         self._caller, self._own = caller, own
         self._dumped = functools.lru_cache(DEFINITIONS_KEPT)(self.definitions.dump)  # of this job
         self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT if caller else 0)  # results may name them
-        self._loaded = functools.lru_cache(LETTERS_KEPT)(self._define)
+        self._loaded = functools.lru_cache(LETTERS_KEPT)(functools.partial(loading.define, self.names))
 
     def refresh(self) -> None:
         """Look anew at classes and globals: to be called when a job begins."""
@@ -123,9 +123,11 @@ class Context:
         if letter[0] == PICKLE_START:
             return pickle.loads(letter)
         data, definitions, *buffers = loading.opened(memoryview(letter))
+        is_kept = len(definitions) <= LETTER_BYTES
         with self.lock:
-            define = self._loaded if len(definitions) <= LETTER_BYTES else self._define
-            roots = define(bytes(definitions)) if definitions else []
+            define: Any = self._loaded if is_kept else self._loaded.__wrapped__
+            roots = define(bytes(definitions) if is_kept else definitions) if definitions else []
+            self.become_main()
         return Loader(self.names, data, buffers, roots, range(len(roots))).load()
 
     def dump_with(self, value: Any, what: str | None, plain: bool = True, shared: bool = False) -> list[Buffer]:
@@ -168,12 +170,6 @@ class Context:
             if not shared:
                 self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
         return loading.letter_of(dumper.file.getbuffer(), [definitions, *dumper.views])
-
-    def _define(self, letter: bytes) -> list[Any]:
-        """The roots of a letter of definitions."""
-        found = loading.define(self.names, memoryview(letter))
-        self.become_main()
-        return found
 
 
 def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:

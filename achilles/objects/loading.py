@@ -213,9 +213,9 @@ class Part(Loader):
             cls.register(each)
 
 
-def define(names: Names, letter: memoryview) -> list[Part]:
+def define(names: Names, letter: bytes | memoryview) -> list[Part]:
     """Make and fill what a letter of definitions brings, and return its roots."""
-    data, *views = opened(letter)
+    data, *views = opened(letter if isinstance(letter, memoryview) else memoryview(bytearray(letter)))
     records, roots = pickle.loads(data)
     parts: list[Part] = []
     buffers = iter(views)

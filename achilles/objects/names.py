@@ -200,10 +200,11 @@ def importable(name: str) -> bool:
     """Whether an import gives a module of `sys.modules`, where a file can be put under any name."""
     spec = getattr(sys.modules[name], "__spec__", None)
     finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
-    is_by_path = "." not in name and spec is not None and spec.has_location
-    if is_by_path and not any(find and find(name, None) for find in finders):
+    is_file = "." not in name and spec is not None and spec.has_location
+    is_found = not is_file or any(find and find(name, None) for find in finders)
+    if not is_found:
         UNFOUND.add(name.encode())
-    return name.encode() not in UNFOUND
+    return is_found
 
 
 def travels_by_value(thing: Any) -> bool:
