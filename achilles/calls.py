@@ -239,9 +239,8 @@ def _start(
         wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
     if not callable(args):
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
-    name = f"function {getattr(func, '__qualname__', type(func).__name__)}"
     context = letters.Context(caller=True)
-    function = letter_of(letters.dump_function(context, (func, callback), name), name)
+    function = letter_of(letters.dump_function(context, (func, callback)), letters.name_of(func))
     controller = connect(
         host, port, username, secret_key, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
     try:

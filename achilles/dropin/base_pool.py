@@ -27,7 +27,7 @@ from ..controller.call import Call
 from ..controller.job import Job
 from ..errors import DumpError, LetterTooLarge
 from ..objects import letters
-from ..objects.letters import dump_chunk, dump_function, joined
+from ..objects.letters import dump_chunk, dump_function, joined, name_of
 from ..protocol.frames import Letter, letter_of
 from .async_results import PoolIterator
 from .dispatcher import Dispatcher, SingleCall, Singles, Taker
@@ -164,11 +164,10 @@ class BasePool:
 
         The function is looked at anew at each call, since what it refers to may have changed.
         """
-        name = f"function {getattr(func, '__qualname__', type(func).__name__)}"
-        dumped = dump_function(self._context, (func, None), name)
+        dumped = dump_function(self._context, (func, None))
         letter, last = self._last
         if dumped is not letter:
-            self._last = dumped, last = dumped, letter_of(dumped, name)
+            self._last = dumped, last = dumped, letter_of(dumped, name_of(func))
         return (dumped, *options.values()), last
 
     def _job(self, function: Letter, options: Mapping[str, Any]) -> Job:

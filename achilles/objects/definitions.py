@@ -189,10 +189,10 @@ def facts_of(functions: list[Any]) -> list[Any]:
     found: list[Any] = []
     for function in functions:
         code = function.__code__
-        tables = {**(function.__kwdefaults__ or {}), **function.__dict__}
-        found += [code, function.__defaults__, function.__name__, function.__qualname__, function.__module__,
-                  function.__doc__, *map(function.__globals__.get, global_names(code), repeat(MISSING)),
-                  *tables, *tables.values()]
+        found += (code, function.__defaults__, function.__name__, function.__qualname__, function.__module__,
+                  function.__doc__, *map(function.__globals__.get, global_names(code), repeat(MISSING)))
+        for table in filter(None, (function.__kwdefaults__, function.__dict__)):
+            found += (*table, *table.values())
         for cell in function.__closure__ or ():
             found += content_of(cell)
     return found

@@ -47,7 +47,7 @@ from .loading import PICKLE_START, Buffer, Loader
 from .names import Names
 
 __all__ = ["Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "joined", "load_chunk",
-           "text_of", "with_skips"]
+           "name_of", "text_of", "with_skips"]
 
 REPR_CHARACTERS = 500  # of a value that could not be dumped
 DEFINITIONS_KEPT = 64  # letters of definitions of one job
@@ -213,7 +213,7 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     changed. From its third dump on, a function that needs constants, imports and other such functions alone is
     compared by identity instead. Any thread may call it, at every call.
 
-    :param what: how to call the value in an error.
+    :param what: how to call the value in an error, by default as `name_of` calls the function.
     :raises DumpError: as `Context.dump` does.
     """
     context.refresh()
@@ -225,7 +225,7 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
         return bytes(known_letter)
     with context.lock:
         context.definitions.order = []
-        letter = b"".join(context.dump(value, what))
+        letter = b"".join(context.dump(value, what or name_of(value[0])))
         functions = context.definitions.functions(value)
         if len(context.known) >= FUNCTIONS_KEPT:
             context.known.clear()
@@ -233,6 +233,11 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
         is_same = functions is not None and functions == known
         context.known[key] = value, functions, facts, counts if is_same else None, letter
     return letter
+
+
+def name_of(function: Any) -> str:
+    """How to call a function in an error."""
+    return f"function {getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer]:

@@ -56,11 +56,13 @@ def dump_plain(value: Any) -> list[Buffer] | None:
     if type(value) is list and len(value) <= FEW_ITEMS and ATOMS.issuperset(map(type, value)):
         return [pickle.dumps(value, PICKLE)]
     views: list[memoryview] = []
-    with contextlib.suppress(Exception):
+    try:
         data = pickle.dumps(value, PICKLE, buffer_callback=functools.partial(take_large, views))
-        if is_plain(data):
-            return letter_of(data, [NOTHING, *views]) if views else [data]
-    return None
+    except Exception:
+        return None
+    if views and is_plain(data):
+        return letter_of(data, [NOTHING, *views])
+    return [data] if is_plain(data) else None
 
 
 def is_plain(data: bytes) -> bool:
