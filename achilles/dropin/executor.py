@@ -92,7 +92,7 @@ class Executor(BasePool, concurrent.futures.Executor):
             raise ValueError("max_tasks_per_child must be >= 1")
         super().__init__(max_workers, initializer, initargs, max_tasks_per_child, wait_for_nodes, reconnect_seconds,
                          None, host, port, username, secret_key)
-        _left_open().add(self._dispatcher)
+        _left_open().add(self)
 
     def wait_for_workers(self) -> int:
         """How many calls may run at a time, as soon as a node is there. NoNodesError after `wait_for_nodes`."""
@@ -170,22 +170,25 @@ class Executor(BasePool, concurrent.futures.Executor):
 
 
 @functools.cache
-def _left_open() -> weakref.WeakSet[Dispatcher]:
-    """The dispatchers of executors: what was submitted is done before the interpreter ends, as in the standard library.
+def _left_open() -> weakref.WeakSet[Executor]:
+    """The executors: what was submitted is done before the interpreter ends, as in the standard library.
 
     At the end, threads are still there only for functions that `threading` itself calls: concurrent.futures does so.
     """
-    dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+    executors: weakref.WeakSet[Executor] = weakref.WeakSet()
     register = getattr(threading, "_register_atexit", atexit.register)
-    register(_finish, dispatchers)
-    return dispatchers
+    register(_finish, executors)
+    return executors
 
 
-def _finish(dispatchers: Iterable[Dispatcher]) -> None:
-    """Wait until the calls of executors are done that nobody shut down. Ctrl-C ends the wait."""
+def _finish(executors: Iterable[Executor]) -> None:
+    """Take nothing more, and wait until the calls of executors are done that nobody shut down. Ctrl-C ends the wait."""
+    left = [each for each in executors if not each._controller.forked]
+    for executor in left:
+        executor.close()
     try:
-        for dispatcher in [each for each in dispatchers if not each.link.forked]:
-            dispatcher.wait()
+        for executor in left:
+            executor._dispatcher.wait()
     except (AchillesError, KeyboardInterrupt) as error:
         tell(f"Calls of an Executor are not done: {str(error) or 'Ctrl-C ended the wait for them'}")
 

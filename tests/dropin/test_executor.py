@@ -472,6 +472,22 @@ def test_what_was_submitted_is_done_before_the_interpreter_ends(cluster, tmp_pat
     assert process.returncode == (way == "raises") and ("ValueError: mine" in said if way == "raises" else said == "")
 
 
+def test_at_the_end_of_the_interpreter_nothing_more_is_taken(cluster):
+    place = {name: getattr(cluster.settings, name) for name in ("host", "port", "username")}
+    script = f"""if True:
+        import achilles, atexit
+        executor = achilles.Executor(**{place!r}, secret_key={cluster.settings.secret.reveal()!r})
+        executor.submit(abs, -1).result()
+        @atexit.register
+        def late():
+            try:
+                executor.submit(print, "never seen")
+            except RuntimeError as error:
+                print(error)"""
+    done = subprocess.run([*PYTHON, "-c", script], env=environment(), capture_output=True, timeout=SECONDS)
+    assert (done.stdout, done.stderr) == (b"cannot schedule new futures after shutdown\n", b"")
+
+
 def test_at_the_end_of_the_interpreter_a_lost_server_is_named_and_ctrl_c_ends_the_wait(tmp_path):
     with LocalCluster(nodes=1, cpu_count=1) as own:
         folder, process = started(own, tmp_path, "open")
