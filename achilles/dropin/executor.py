@@ -19,6 +19,7 @@ import functools
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
@@ -124,9 +125,22 @@ class Executor(BasePool, concurrent.futures.Executor):
             return super().map(fn, *iterables, timeout=timeout)
         short = all(isinstance(each, SEQUENCES) for each in iterables)
         args: Iterable[Any] = list(zip(*iterables)) if short else zip(*iterables)
+        left: list[bool] = []
+        if buffersize is not None:
+            args = self._ahead(args, buffersize * (chunksize or 1), left)
         results = self._iterate(MapIterator, fn, args, chunksize, More(buffersize), call="star")
+        results.left = left
         results.deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         return results
+
+    def _ahead(self, args: Iterable[Any], count: int, left: list[bool]) -> Iterator[Any]:
+        """The arguments. Behind the first `count`, none is read any more when nobody wants its result, or may submit."""
+        for number, arg in enumerate(args, 1):
+            yield arg
+            if number >= count and left:
+                return
+            if number >= count:
+                self._check_running()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take nothing more; end when all is done, and with `wait` block until then.
@@ -197,6 +211,7 @@ class MapIterator(PoolIterator):
     """What `map` returns. Ends with the first error. Closed or dropped when it was read, it cancels what is left."""
 
     deadline = float("inf")  # monotonic, of every result
+    left: Any = deque(maxlen=0)  # gets something when nobody will read more; of a `map` that began, its own
     _read = False  # as a generator does, an iterator that nobody has read leaves the work to be done
 
     def __next__(self) -> Any:
@@ -209,10 +224,8 @@ class MapIterator(PoolIterator):
 
     def leave(self, *more: Any) -> None:
         """As PoolIterator says. What nobody has read of the input, beyond `buffersize`, stays so."""
-        call = self._stream.call
+        self.left.append(True)
         super().leave(*more)
-        if call is not None and call.buffersize is not None and not self._dispatcher.link.forked:
-            self._dispatcher.work.put(call.end_input)
 
     def close(self) -> None:
         """Nothing follows. What is left is cancelled, if a result was read."""

@@ -85,7 +85,7 @@ class _Batches:
 
 
 def _begin_worker(threads: int, names: tuple[str, ...], initializer: Callable[..., Any] | None, initargs: Any) -> None:
-    """The initializer of a worker whose libraries may use so many threads."""
+    """The initializer of a worker: its libraries may use so many threads."""
     import importlib.util
     import os
 

@@ -180,6 +180,26 @@ def test_map_reads_ahead_as_many_chunks_as_it_is_told(make, chunksize):
     results.close()
 
 
+@pytest.mark.parametrize("end", ["drop", "close", "keep", "read"])
+def test_of_an_endless_input_no_more_is_read_than_is_done_at_the_end(make, end):
+    executor, numbers = make(), itertools.count()
+    results = executor.map(square, numbers, buffersize=3, chunksize=2)
+    taken = [next(results)] if end == "read" else []
+    if end == "drop":
+        del results
+    elif end == "close":
+        results.close()
+    executor.shutdown()
+    count = next(numbers)
+    assert count == 6 or (end == "read" and count in (6, 8))
+    if end in ("keep", "read"):
+        taken += itertools.islice(results, count - len(taken))
+        assert taken == [*map(square, range(count))]
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            next(results)
+        assert list(results) == []
+
+
 def test_maps_timeout_counts_from_the_call(make, tmp_path):
     results = make().map(wait_for, [str(tmp_path / "never")], timeout=0.1)
     with pytest.raises(concurrent.futures.TimeoutError):
