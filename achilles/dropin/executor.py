@@ -134,7 +134,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         return results
 
     def _ahead(self, args: Iterable[Any], count: int, left: list[bool]) -> Iterator[Any]:
-        """The arguments. Behind the first `count`, none is read any more when nobody wants its result, or may submit."""
+        """The arguments. Behind the first `count`, none is read when nobody wants its result, or nobody may submit."""
         for number, arg in enumerate(args, 1):
             yield arg
             if number >= count and left:
