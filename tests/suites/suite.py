@@ -60,7 +60,8 @@ def exceptions(table: dict[str, str], endless: Collection[str] = ()) -> Callable
 def check_table(request: pytest.FixtureRequest, table: dict[str, str]) -> None:
     """Each pattern is that of a test of this module."""
     items = [item for item in request.session.items if item.path == request.path]
-    assert not table.keys() - {pattern for item in items for pattern in reasons(item, table)}
+    unused = table.keys() - {pattern for item in items for pattern in reasons(item, table)}
+    assert not unused, unused
 
 
 def script_runner(module: str, name: str) -> Callable[..., Any]:
