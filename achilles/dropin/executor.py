@@ -19,6 +19,7 @@ import functools
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
@@ -92,7 +93,7 @@ class Executor(BasePool, concurrent.futures.Executor):
             raise ValueError("max_tasks_per_child must be >= 1")
         super().__init__(max_workers, initializer, initargs, max_tasks_per_child, wait_for_nodes, reconnect_seconds,
                          None, host, port, username, secret_key)
-        _left_open().add(self._dispatcher)
+        _left_open().add(self)
 
     def wait_for_workers(self) -> int:
         """How many calls may run at a time, as soon as a node is there. NoNodesError after `wait_for_nodes`."""
@@ -124,9 +125,22 @@ class Executor(BasePool, concurrent.futures.Executor):
             return super().map(fn, *iterables, timeout=timeout)
         short = all(isinstance(each, SEQUENCES) for each in iterables)
         args: Iterable[Any] = list(zip(*iterables)) if short else zip(*iterables)
+        left: list[bool] = []
+        if buffersize is not None:
+            args = self._ahead(args, buffersize * (chunksize or 1), left)
         results = self._iterate(MapIterator, fn, args, chunksize, More(buffersize), call="star")
+        results.left = left
         results.deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         return results
+
+    def _ahead(self, args: Iterable[Any], count: int, left: list[bool]) -> Iterator[Any]:
+        """The arguments. Behind the first `count`, none is read when nobody wants its result, or nobody may submit."""
+        for number, arg in enumerate(args, 1):
+            yield arg
+            if number >= count and left:
+                return
+            if number >= count:
+                self._check_running()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take nothing more; end when all is done, and with `wait` block until then.
@@ -171,23 +185,26 @@ class Executor(BasePool, concurrent.futures.Executor):
 
 
 @functools.cache
-def _left_open() -> weakref.WeakSet[Dispatcher]:
-    """The dispatchers of executors: what was submitted is done before the interpreter ends, as in the standard library.
+def _left_open() -> weakref.WeakSet[Executor]:
+    """The executors: what was submitted is done before the interpreter ends, as in the standard library.
 
     At the end, threads are still there only for functions that `threading` itself calls: concurrent.futures does so.
     """
-    dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+    executors: weakref.WeakSet[Executor] = weakref.WeakSet()
     register = getattr(threading, "_register_atexit", atexit.register)
-    register(_finish, dispatchers)
-    return dispatchers
+    register(_finish, executors)
+    return executors
 
 
-def _finish(dispatchers: Iterable[Dispatcher]) -> None:
-    """Wait until the calls of executors are done that nobody shut down. Ctrl-C ends the wait."""
+def _finish(executors: Iterable[Executor]) -> None:
+    """Take nothing more, and wait until the calls of executors are done that nobody shut down. Ctrl-C ends the wait."""
+    left = [each for each in executors if not each._controller.forked]
+    for executor in left:
+        executor.close()
     try:
-        for dispatcher in [each for each in dispatchers if each.open and not each.link.forked]:
-            dispatcher.wait()
-            dispatcher.link.check_usable()
+        for executor in [each for each in left if each._dispatcher.open]:
+            executor._dispatcher.wait()
+            executor._controller.check_usable()
     except (AchillesError, KeyboardInterrupt) as error:
         tell(f"Calls of an Executor are not done: {str(error) or 'Ctrl-C ended the wait for them'}")
 
@@ -196,6 +213,7 @@ class MapIterator(PoolIterator):
     """What `map` returns. Ends with the first error. Closed or dropped when it was read, it cancels what is left."""
 
     deadline = float("inf")  # monotonic, of every result
+    left: Any = deque(maxlen=0)  # gets something when nobody will read more; of a `map` that began, its own
     _read = False  # as a generator does, an iterator that nobody has read leaves the work to be done
 
     def __next__(self) -> Any:
@@ -208,10 +226,8 @@ class MapIterator(PoolIterator):
 
     def leave(self, *more: Any) -> None:
         """As PoolIterator says. What nobody has read of the input, beyond `buffersize`, stays so."""
-        call = self._stream.call
+        self.left.append(True)
         super().leave(*more)
-        if call is not None and call.buffersize is not None and not self._dispatcher.link.forked:
-            self._dispatcher.work.put(call.end_input)
 
     def close(self) -> None:
         """Nothing follows. What is left is cancelled, if a result was read."""

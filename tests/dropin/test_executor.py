@@ -198,6 +198,26 @@ def test_map_reads_ahead_as_many_chunks_as_it_is_told(make, chunksize):
     results.close()
 
 
+@pytest.mark.parametrize("end", ["drop", "close", "keep", "read"])
+def test_of_an_endless_input_no_more_is_read_than_is_done_at_the_end(make, end):
+    executor, numbers = make(), itertools.count()
+    results = executor.map(square, numbers, buffersize=3, chunksize=2)
+    taken = [next(results)] if end == "read" else []
+    if end == "drop":
+        del results
+    elif end == "close":
+        results.close()
+    executor.shutdown()
+    count = next(numbers)
+    assert count == 6 or (end == "read" and count in (6, 8))
+    if end in ("keep", "read"):
+        taken += itertools.islice(results, count - len(taken))
+        assert taken == [*map(square, range(count))]
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            next(results)
+        assert list(results) == []
+
+
 def test_maps_timeout_counts_from_the_call(make, tmp_path):
     results = make().map(wait_for, [str(tmp_path / "never")], timeout=0.1)
     with pytest.raises(concurrent.futures.TimeoutError):
@@ -513,6 +533,22 @@ def test_what_was_submitted_is_done_before_the_interpreter_ends(cluster, tmp_pat
     _, said = process.communicate(timeout=SECONDS)
     assert len(list(folder.iterdir())) == (12 if way == "map" else 6)
     assert process.returncode == (way == "raises") and ("ValueError: mine" in said if way == "raises" else said == "")
+
+
+def test_at_the_end_of_the_interpreter_nothing_more_is_taken(cluster):
+    place = {name: getattr(cluster.settings, name) for name in ("host", "port", "username")}
+    script = f"""if True:
+        import achilles, atexit
+        executor = achilles.Executor(**{place!r}, secret_key={cluster.settings.secret.reveal()!r})
+        executor.submit(abs, -1).result()
+        @atexit.register
+        def late():
+            try:
+                executor.submit(print, "never seen")
+            except RuntimeError as error:
+                print(error)"""
+    done = subprocess.run([*PYTHON, "-c", script], env=environment(), capture_output=True, timeout=SECONDS)
+    assert (done.stdout, done.stderr) == (b"cannot schedule new futures after shutdown\n", b"")
 
 
 def test_at_the_end_of_the_interpreter_a_lost_server_is_named_and_ctrl_c_ends_the_wait(tmp_path):
