@@ -150,7 +150,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         if self._controller.forked:
             return
         self.close()
-        _left_open().discard(self._dispatcher)
+        _left_open().discard(self)
         if cancel_futures:
             with self._controller.lock:
                 calls = [*self._dispatcher.open, *chain.from_iterable(
