@@ -82,12 +82,6 @@ class Call:
             self.fail(error)
             self._feeder.join()
 
-    def end_input(self) -> None:
-        """Read no more arguments. Any thread."""
-        with self.link.lock:
-            self._feeder.ended = True
-            self.results.finish(self.job.next, None)
-
     def lift_window(self) -> None:
         """Let everything out: nobody will take before all is done."""
         self.buffersize = UNKNOWN_LENGTH

@@ -129,7 +129,7 @@ class Feeder:
             call.link.queue(call.job)
             if error is not None and call.eager:
                 call.results.fail(error)
-            if not more and not self.ended:
+            if not more:
                 call.results.finish(call.job.next, error)
                 self.ended = True
         call.link.push()
@@ -238,7 +238,7 @@ class Feeder:
             if max(map(len, found)) > SHORT_LETTER_BYTES:  # asked at the speed of C
                 run.letters = [letter_of(letter, "a chunk") for letter in found]
         with call.link.lock:
-            if call.results.error is not None or self.ended:
+            if call.results.error is not None:
                 return
             call.results.enter(run)
             if lost is None:
