@@ -28,7 +28,7 @@ import pickle
 import struct
 from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
-from types import CellType, FunctionType
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
 
 from .names import ATOMS, MISSING, UNFOUND, Module, Names, Space
@@ -133,7 +133,7 @@ class Loader(pickle.Unpickler):
 
     def weak(self, kind: Any, content: Any) -> Any:
         """A weak reference, dead if there is no content, or a collection. Its content lives as long as its holder."""
-        self.met.append(content)
+        self.met.append(SimpleNamespace(thing=content))
         return kind(set() if content is None else content)
 
 
@@ -183,9 +183,8 @@ class Part(Loader):
             module = Module(name) if self.token else importlib.import_module(name)
             self.entry = self.names.name(vars(module), self.token, Space)
             self.entry.module = module
-        names = self.entry.thing
-        missing = {name: value for name, value in attributes.items() if names.get(name) is None}
-        names.update({"__builtins__": builtins, **missing})
+        names, attributes = self.entry.thing, {"__builtins__": builtins, **attributes}
+        names.update({name: value for name, value in attributes.items() if names.get(name) is None})
         return names
 
     def slot(self, names: dict[str, Any], name: str, value: Any) -> Any:
@@ -199,7 +198,7 @@ class Part(Loader):
     def new_class(self, meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
                   code: dict[str, Any], members: dict[str, Any]) -> Any:
         """A class with its functions and constants; the one that is here, if there is one."""
-        cls = make_class(meta, name, bases, namespace, members) if self.entry is None else self.entry.thing
+        cls = make_class(meta, name, bases, {**namespace, **code}, members) if self.entry is None else self.entry.thing
         update_class(cls, code, CODE_CAME)
         return cls
 

@@ -72,7 +72,8 @@ def builtin_base(cls: type) -> Any:
 
 def arguments_of(member: Any) -> Any:
     """The arguments with which `__new__` of the built-in base makes a member of an enum."""
-    maker, arguments, *_ = builtin_base(type(member)).__reduce_ex__(member, 2)
+    base = builtin_base(type(member))
+    maker, arguments, *_ = (NEW, ()) if base is object else base.__reduce_ex__(member, 2)
     return arguments[1:] if maker is NEW else arguments
 
 
