@@ -255,15 +255,10 @@ def _fill_plain(thing: Any, content: tuple[Any, Any]) -> None:
         EXTEND[type(items)](thing, items)
 
 
-def inode(file: Any) -> Sequence[int]:
-    """The numbers of an open file and of its device."""
-    return os.fstat(file.fileno())[1:3]
-
-
 def _open_file(path: str, place: Sequence[int], mode: str, position: int, options: dict[str, Any]) -> Any:
-    """A file that was open for reading, at its place; the very same file, or none."""
+    """A file that was open for reading, at its position; the very same file, by inode and device, or none."""
     file = open(path, mode, **options)
-    if inode(file) != place:
+    if os.fstat(file.fileno())[1:3] != place:
         file.close()
         raise FileNotFoundError(f"{path}, which a global of the script was reading, is another file here. "
                                 "Open it in the function")
