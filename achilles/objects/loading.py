@@ -7,6 +7,8 @@ A letter::
     count lengths u64 | pickle | count buffers          each buffer begins at a multiple of 16 bytes
     the first buffer is empty, or has the definitions   it is a letter itself
 
+A letter of form 2, in place of 1, is a chunk with offsets to skip: see letters.py.
+
 The pickle of definitions is a list of items, each with its own pickle: first how it is made, then what fills it.
 
 Knows names.py and parts.py. A pickle names a maker by a persistent id, never by an import path: the package has another

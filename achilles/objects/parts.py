@@ -12,6 +12,9 @@ steps, so that they may refer to each other in any order::
 
 No hook of a class runs again, neither `__init_subclass__` nor the metaclass's `__new__` or `__init__`: what they
 once did is in the attributes.
+
+A class that came by letter keeps its attributes as they came, under CODE_CAME and DATA_CAME. So an attribute that
+running code has set is told from one that came, and what came ends with its class.
 """
 
 from __future__ import annotations
