@@ -32,7 +32,7 @@ from collections.abc import Callable
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from .loading import EXTEND, MAKERS, PICKLE, PIDS, inode, take_large
+from .loading import EXTEND, MAKERS, PICKLE, PIDS, take_large
 from .names import (
     MAINS,
     MISSING,
@@ -217,7 +217,7 @@ class Dumper:
         if not self.shares or mode not in ("r", "rb") or not isinstance(path, str) or stream.closed:
             return NotImplemented
         options = {} if mode == "rb" else {"encoding": stream.encoding, "errors": stream.errors}
-        return MAKERS["file"], (os.path.abspath(path), inode(stream), mode, stream.tell(), options)
+        return MAKERS["file"], (os.path.abspath(path), os.fstat(stream.fileno())[1:3], mode, stream.tell(), options)
 
 
 def is_by_value(kind: Any) -> bool:

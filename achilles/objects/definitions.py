@@ -44,7 +44,8 @@ BELONGS: Any = {  # what a function belongs to, or consists of
     BuiltinFunctionType: lambda method: [method.__self__],
     functools.partial: lambda partial: [partial.func, *partial.args, *partial.keywords.values()],
 }
-NAMED: Any = SimpleNamespace(refs={}, views=[], file=io.BytesIO())  # in place of a pickle, where the token is enough
+# In place of a pickle, where the token is enough.
+NAMED: Any = SimpleNamespace(refs={}, views=[], file=io.BytesIO(), content=None)
 DEEPEST, WIDEST = 10, 1000  # of a search for what cannot be dumped
 
 
@@ -119,15 +120,14 @@ class Definitions:
 
     def _settle(self, looks: dict[Any, Any]) -> None:
         """Give items another version, if their content or that of what they hold has changed."""
-        carried = {item: dumper.content for item, dumper in looks.items() if dumper is not NAMED}
         version = next(self.names.numbers)
         is_settled = False
         while not is_settled:
             is_settled = True
-            for item, content in carried.items():
+            for item, dumper in looks.items():
                 # A global is set in its place, a class changed.
-                state = content, [each.version for each in item.refs if each.kind not in ("class", "slot")]
-                if item.state != state:
+                state = dumper.content, [each.version for each in item.refs if each.kind not in ("class", "slot")]
+                if item.state != state and dumper is not NAMED:
                     self.names.changes += item.state is not None
                     item.version, item.state, is_settled = version, state, False
 

@@ -7,6 +7,8 @@ A letter::
     count lengths u64 | pickle | count buffers          each buffer begins at a multiple of 16 bytes
     the first buffer is empty, or has the definitions   it is a letter itself
 
+A letter of form 2, in place of 1, is a chunk with offsets to skip: see letters.py.
+
 The pickle of definitions is a list of items, each with its own pickle: first how it is made, then what fills it.
 
 Knows names.py and parts.py. A pickle names a maker by a persistent id, never by an import path: the package has another
@@ -28,7 +30,7 @@ import pickle
 import struct
 from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
-from types import CellType, FunctionType
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
 
 from .names import ATOMS, MISSING, UNFOUND, Module, Names, Space
@@ -135,7 +137,7 @@ class Loader(pickle.Unpickler):
 
     def weak(self, kind: Any, content: Any) -> Any:
         """A weak reference, dead if there is no content, or a collection. Its content lives as long as its holder."""
-        self.met.append(content)
+        self.met.append(SimpleNamespace(thing=content))
         return kind(set() if content is None else content)
 
 
@@ -185,9 +187,8 @@ class Part(Loader):
             module = Module(name) if self.token else importlib.import_module(name)
             self.entry = self.names.name(vars(module), self.token, Space)
             self.entry.module = module
-        names = self.entry.thing
-        missing = {name: value for name, value in attributes.items() if names.get(name) is None}
-        names.update({"__builtins__": builtins, **missing})
+        names, attributes = self.entry.thing, {"__builtins__": builtins, **attributes}
+        names.update({name: value for name, value in attributes.items() if names.get(name) is None})
         return names
 
     def slot(self, names: dict[str, Any], name: str, value: Any) -> Any:
@@ -201,7 +202,7 @@ class Part(Loader):
     def new_class(self, meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
                   code: dict[str, Any], members: dict[str, Any]) -> Any:
         """A class with its functions and constants; the one that is here, if there is one."""
-        cls = make_class(meta, name, bases, namespace, members) if self.entry is None else self.entry.thing
+        cls = make_class(meta, name, bases, {**namespace, **code}, members) if self.entry is None else self.entry.thing
         update_class(cls, code, CODE_CAME)
         return cls
 
@@ -258,15 +259,10 @@ def _fill_plain(thing: Any, content: tuple[Any, Any]) -> None:
         EXTEND[type(items)](thing, items)
 
 
-def inode(file: Any) -> Sequence[int]:
-    """The numbers of an open file and of its device."""
-    return os.fstat(file.fileno())[1:3]
-
-
 def _open_file(path: str, place: Sequence[int], mode: str, position: int, options: dict[str, Any]) -> Any:
-    """A file that was open for reading, at its place; the very same file, or none."""
+    """A file that was open for reading, at its position; the very same file, by inode and device, or none."""
     file = open(path, mode, **options)
-    if inode(file) != place:
+    if os.fstat(file.fileno())[1:3] != place:
         file.close()
         raise FileNotFoundError(f"{path}, which a global of the script was reading, is another file here. "
                                 "Open it in the function")

@@ -12,6 +12,9 @@ steps, so that they may refer to each other in any order::
 
 No hook of a class runs again, neither `__init_subclass__` nor the metaclass's `__new__` or `__init__`: what they
 once did is in the attributes.
+
+A class that came by letter keeps its attributes as they came, under CODE_CAME and DATA_CAME. So an attribute that
+running code has set is told from one that came, and what came ends with its class.
 """
 
 from __future__ import annotations
@@ -72,7 +75,8 @@ def builtin_base(cls: type) -> Any:
 
 def arguments_of(member: Any) -> Any:
     """The arguments with which `__new__` of the built-in base makes a member of an enum."""
-    maker, arguments, *_ = builtin_base(type(member)).__reduce_ex__(member, 2)
+    base = builtin_base(type(member))
+    maker, arguments, *_ = (NEW, ()) if base is object else base.__reduce_ex__(member, 2)
     return arguments[1:] if maker is NEW else arguments
 
 
