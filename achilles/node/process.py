@@ -109,7 +109,8 @@ class NodeWorker:
 
         ProtocolError if a function wrote over the board.
         """
-        if not self.status[FIRST] == self.next < chunk < self.end:
+        if not (self.status[FIRST] == self.next < chunk < self.end
+                and sum(self._board.lengths[: chunk - self.next]) <= len(self._board.letters)):
             return None
         answer = self._board.answers(self.batch, chunk - self.next)
         decode(Kind.RESULT, 0, encode(Kind.RESULT, answer)[0][HEAD.size :])

@@ -13,7 +13,7 @@ frame, works, writes, and reads again, so it does everything in the order in whi
 The worker ends when its node shuts down writing. It has one thread: the threads of a user's function are its only
 others. Where the system does not end a worker with its node, a second thread looks for the node every second.
 
-Limits: a RESULT leaves after 5 ms, when the board is full, or at once with a longer letter.
+Limits: a RESULT leaves after 5 ms, when the board is full, or at once with a letter of more than 256 KiB.
 """
 
 from __future__ import annotations
@@ -36,16 +36,13 @@ from .. import config, console
 from ..protocol.channel import Channel
 from ..protocol.frames import (
     CAREFUL,
-    SHORT_LETTER_BYTES,
     U32,
     Batch,
-    Buffer,
     Kind,
-    Letter,
     LongLetter,
     digest,
 )
-from .board import FIRST, IDLE, MOST_ANSWERS, MOST_BYTES, PHASE, Board
+from .board import FIRST, IDLE, LETTER_BYTES, MOST_ANSWERS, MOST_BYTES, PHASE, Board
 from .runner import Runner
 
 __all__ = ["Worker", "main"]
@@ -92,25 +89,26 @@ class Worker:
         count = size = 0  # of the answers on the board; of their letters
         sent = now = clock()
         for state, parts in answers:
-            letter: Letter = parts[0]
-            if len(parts) > 1 or len(letter) > SHORT_LETTER_BYTES:
-                letter = _letter(parts)
+            letter: Any = parts[0]
             length = len(letter)
+            if len(parts) > 1 or length > LETTER_BYTES:
+                length = sum(map(len, parts))
+                letter = LongLetter(parts, digest(parts), length) if length > LETTER_BYTES else b"".join(parts)
             lengths[count], statuses[count] = length, state
             count += 1
-            if length <= SHORT_LETTER_BYTES:
-                letters[size : size + length] = letter  # type: ignore[assignment]
+            if length <= LETTER_BYTES:
+                letters[size : size + length] = letter
                 size += length
             now = clock()
-            if now - sent > FLUSH_NS or length > SHORT_LETTER_BYTES or count == MOST_ANSWERS or size > MOST_BYTES:
-                self._send(batch, count, now - sent, [letter] if length > SHORT_LETTER_BYTES else [])
+            if now - sent > FLUSH_NS or length > LETTER_BYTES or count == MOST_ANSWERS or size > MOST_BYTES:
+                self._send(batch, count, now - sent, [letter] if length > LETTER_BYTES else [])
                 sent, count, size = now, 0, 0
         if count:
             self._send(batch, count, now - sent)
 
-    def _send(self, batch: Batch, count: int, ns: int, longs: Sequence[Any] = ()) -> None:
+    def _send(self, batch: Batch, count: int, ns: int, large: Sequence[Any] = ()) -> None:
         """Write the answers on the board as one RESULT."""
-        self._channel.send(Kind.RESULT, self._board.answers(batch, count, min(max(1, ns // 1000), U32), longs))
+        self._channel.send(Kind.RESULT, self._board.answers(batch, count, min(max(1, ns // 1000), U32), large))
         while not self._channel.flush():
             pass
         self._board.status[FIRST] += count
@@ -165,12 +163,6 @@ def _take_name() -> None:
     process: Any = multiprocessing.process
     process._current_process = seen
     process._parent_process = process._ParentProcess(parent.name, parent.pid, parent.sentinel)
-
-
-def _letter(parts: Sequence[Buffer]) -> Letter:
-    """A letter of several parts, or a long one."""
-    length = sum(map(len, parts))
-    return LongLetter(parts, digest(parts), length) if length > SHORT_LETTER_BYTES else b"".join(parts)
 
 
 def _watch(parent: int | None) -> None:

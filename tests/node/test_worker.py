@@ -390,7 +390,8 @@ def test_what_is_done_lies_on_the_board_while_a_chunk_lasts(node: Node) -> None:
     assert answers[0].letters()[:2] == answer.letters() and wait_until(lambda: status[FIRST] == 5)
 
 
-@pytest.mark.parametrize(("count", "size"), [(3 * MOST_ANSWERS, 0), (3 * MOST_BYTES // 900, 900)])
+@pytest.mark.parametrize(("count", "size"), [
+    (3 * MOST_ANSWERS, 0), (3 * MOST_BYTES // 900, 900), (300, 5_000), (5, 250_000)])
 def test_more_answers_than_the_board_holds_come_in_order(
     node: Node, monkeypatch: pytest.MonkeyPatch, count: int, size: int
 ) -> None:

@@ -637,9 +637,10 @@ def test_answers_that_a_dead_worker_has_not_sent_count(loop: Any) -> None:
     it.declare(exit_on)
     it.add([0])
     it.until(it.answers)  # the function is loaded
-    it.add(*[[n] for n in range(1, 40)], ["die"], [0], first=1, us=10**6)
+    given = [n * "x" for n in (0, 5_000, 40, 100_000, *range(1, 36))]
+    it.add(*[[each] for each in given], ["die"], [0], first=1, us=10**6)
     it.until(it.returned)
-    assert it.values() == {n: [n] for n in range(40)} and it.returned() == [41]
+    assert list(it.values().values()) == [[0], *[[each] for each in given]] and it.returned() == [41]
     assert [(number, state) for number, state, _ in it.answers() if state] == [(40, Status.DIED)]
 
 
