@@ -55,7 +55,8 @@ EXTEND: Any = {list: list.extend, dict: dict.update}
 
 def dump_plain(value: Any) -> list[Buffer] | None:
     """The letter of a value by C pickle alone; None if that fails, or names a module that another process has not."""
-    if type(value) is list and len(value) <= FEW_ITEMS and ATOMS.issuperset(map(type, value)):
+    if type(value) is list and len(value) <= FEW_ITEMS and (
+            type(value[0]) in ATOMS if len(value) == 1 else ATOMS.issuperset(map(type, value))):
         return [pickle.dumps(value, PICKLE)]
     views: list[memoryview] = []
     try:
