@@ -51,9 +51,10 @@ class Dispatcher:
 
     def start(self) -> None:
         """Begin the thread, if it has not begun."""
-        with self.link.lock:
-            if self._thread.ident is None:
-                self._thread.start()
+        if self._thread.ident is None:
+            with self.link.lock:
+                if self._thread.ident is None:
+                    self._thread.start()
 
     def forget(self, call: object) -> None:
         """Calls are over: their results are there, or `work` has what brings them. Needs the connection's lock."""
