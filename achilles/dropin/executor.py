@@ -122,7 +122,8 @@ class Executor(BasePool, concurrent.futures.Executor):
         if chunksize is not None and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
         if getattr(self.submit, "__func__", None) is not Executor.submit:  # somebody counts the calls by his own
-            return super().map(fn, *iterables, timeout=timeout)
+            known = {} if buffersize is None else {"buffersize": buffersize}  # since Python 3.14
+            return super().map(fn, *iterables, timeout=timeout, **known)
         short = all(isinstance(each, SEQUENCES) for each in iterables)
         args: Iterable[Any] = list(zip(*iterables)) if short else zip(*iterables)
         left: list[bool] = []

@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -440,6 +441,17 @@ def test_a_submit_of_a_class_of_somebodys_own_sees_the_calls_of_map(cluster, no_
     with Counting(host=cluster.host, port=cluster.port, username=cluster.username,
                   secret_key=cluster.secret_key) as executor:
         assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16] and len(seen) == 5
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="the standard library's map has no buffersize yet")
+def test_a_map_through_a_submit_of_somebodys_own_reads_no_more_than_it_is_told(make):
+    executor, seen = make(), []
+    submit = executor.submit
+    executor.submit = lambda *args, **more: seen.append(args) or submit(*args, **more)
+    results = executor.map(square, itertools.count(), buffersize=2)
+    assert [*itertools.islice(results, 3)] == [0, 1, 4] and len(seen) == 5
+    results.close()
+    del executor.submit
 
 
 def test_wrong_arguments_are_refused(make):

@@ -8,6 +8,7 @@ import gc
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import pytest
 
 from achilles import LocalCluster
 
+SECONDS = 10.0  # for a thread that has lost its connection
 SITE = Path(__file__).parent / "site"  # every process of a suite begins with its sitecustomize
 
 
 @contextlib.contextmanager
 def cluster(workers: int) -> Iterator[pytest.MonkeyPatch]:
     """A cluster, which the environment names. What is patched with the value ends with it."""
+    threads = set(threading.enumerate())
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SITE)
         patch.setenv("PYTHONPATH", os.pathsep.join(os.path.abspath(folder) for folder in sys.path))
@@ -33,6 +36,8 @@ def cluster(workers: int) -> Iterator[pytest.MonkeyPatch]:
             patch.setenv("ACHILLES_SECRET_KEY", made.secret_key.reveal())
             yield patch
             gc.collect()  # what failed tests have left open
+        for thread in set(threading.enumerate()) - threads:  # of connections that a test has broken
+            thread.join(SECONDS)
 
 
 def reasons(item: pytest.Item, table: dict[str, str]) -> dict[str, str]:
@@ -43,16 +48,16 @@ def reasons(item: pytest.Item, table: dict[str, str]) -> dict[str, str]:
     return {pattern: reason for pattern, reason in table.items() if fnmatch.fnmatchcase(name, pattern)}
 
 
-def exceptions(table: dict[str, str], endless: Collection[str] = ()) -> Callable[..., Any]:
+def exceptions(table: dict[str, str], not_run: Collection[str] = ()) -> Callable[..., Any]:
     """A fixture of a module: the tests in this table are run, and must fail.
 
-    :param endless: of the patterns, those of tests that would wait for ever, and are not run.
+    :param not_run: of the patterns, those of tests that would wait for ever, or leave something that others trip over.
     """
 
     @pytest.fixture(autouse=True)
     def not_ours(request: pytest.FixtureRequest) -> None:
         for pattern, reason in reasons(request.node, table).items():
-            request.applymarker(pytest.mark.xfail(run=pattern not in endless, strict=True, reason=reason))
+            request.applymarker(pytest.mark.xfail(run=pattern not in not_run, strict=True, reason=reason))
 
     return not_ours
 
