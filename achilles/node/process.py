@@ -139,6 +139,8 @@ class NodeWorker:
         seen = chunk, _, phase = tuple(self.status)[:LIMIT]
         if chunk != self.seen[0]:
             self.chunk_at = now
+            if self.seen[0] == NOT_BEGUN:  # the time of its start is none of its batch's
+                self.since = now
         if seen != self.seen:
             self.seen, self.seen_at = seen, now
         if now > self.kill_at:

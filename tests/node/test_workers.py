@@ -7,12 +7,14 @@ import json
 import os
 import selectors
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from multiprocess import forkserver, resource_tracker
 from achilles.errors import ProtocolError
 from achilles.node import process
 from achilles.node import workers as module
-from achilles.node.board import CALL, CHUNK, FIRST, PHASE
+from achilles.node.board import CALL, CHUNK, FIRST, PHASE, START, WORDS
 from achilles.node.cores import default_start_method, usable_cores
 from achilles.node.workers import Workers
 from achilles.objects.letters import Context, dump_chunk
@@ -394,6 +396,21 @@ def test_a_worker_that_dies_before_it_is_ready_is_not_started_again_at_once(loop
         it.turn()
         started += [pid for pid in it.pids if pid not in started]
     assert 2 <= len(started) <= 5  # a pause of 0.5 s after each
+
+
+def test_the_time_in_which_a_worker_starts_is_no_time_of_its_batch() -> None:
+    """Else most of a batch of 40 ms goes back when a worker has taken 180 ms to start."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        worker = process.NodeWorker(types.SimpleNamespace(pid=1), ours, bytearray(8 * WORDS))
+        worker.status[PHASE] = START
+        batch = Batch.pack(1, 0, [b"x"] * 10, number=40_000)
+        worker.begin(process.NodeJob("a context", {"initializer": False}, [b"", b"f"]), batch)
+        began = worker.since
+        assert not worker.look(began + 0.01) and not worker.look(began + 0.18)
+        for number in range(10):
+            worker.status[PHASE], worker.status[CHUNK] = CALL, number
+            assert not worker.look(began + 0.181 + 0.004 * number)
 
 
 def test_a_batch_whose_worker_does_not_start_is_returned(loop: Any, monkeypatch: Any) -> None:
