@@ -15,8 +15,6 @@ import importlib
 
 TYPE_CHECKING = False  # as type checkers know it, without typing, which takes most of the time of an import
 if TYPE_CHECKING:
-    from typing import Any
-
     from .calls import cluster_status, imap, imap_unordered, kill_cluster, map
     from .configuring import write_config
     from .dropin.executor import Executor
@@ -41,8 +39,8 @@ if TYPE_CHECKING:
         WorkerLost,
     )
     from .local import LocalCluster
-    from .node import run_node
-    from .server import run_server
+    from .node.loop import run_node
+    from .server.listen import run_server
 
 __version__ = "1.0.0"
 __all__ = [
@@ -60,12 +58,10 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_MODULES.get(name, 'errors')}", __name__)
-    value = globals()[name] = getattr(module, name)
-    return value
+    return getattr(importlib.import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,8 @@ iterated in the job's feeder. Any number of calls may run at once, in any thread
 from __future__ import annotations
 
 import contextlib
+import numbers
+import operator
 import secrets
 import sys
 import threading
@@ -36,87 +38,90 @@ from .protocol.frames import letter_of
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-__all__ = ["Packets", "check_counts", "check_seconds", "cluster_status", "connect", "imap", "imap_unordered",
-           "kill_cluster", "map"]
+__all__ = ["Packets", "checked", "cluster_status", "connect", "imap", "imap_unordered", "kill_cluster", "map"]
 
-LOCAL = "local"  # as a host: a LocalCluster of this process
+# Options of the calls: types, their name, the least value, the limits in words.
+_COUNT = numbers.Integral, "an int", 1, "at least 1"
+_SECONDS = numbers.Real, "a number of seconds", 0, "a finite number of seconds, more than 0"
+NOWHERE = None, None, None, None  # no host, port, username and secret given
+RULES: dict[str, tuple[Any, str, float | None, str]] = {
+    "func": (Callable, "callable", None, ""), "callback": (Callable, "callable or None", None, ""),
+    "callback_error": (Callable, "callable or None", None, ""), "chunksize": _COUNT, "buffersize": _COUNT,
+    "wait_for_nodes": _SECONDS, "reconnect_seconds": _SECONDS,
+    "timeout": (*_SECONDS[:2], 1e-9, _SECONDS[3]),  # the least that a JOB may say
+}
+REQUIRED = ("func", "chunksize")
 
 Args = Iterable[Any] | Callable[[], Iterable[Any]]
 Packet = dict[str, Any]
 
 
-class Packets(Iterator[Packet]):
+class Packets(Iterator[Packet], contextlib.AbstractContextManager["Packets"]):
     """What imap and imap_unordered return: an iterator that cancels its call when it is closed or dropped."""
 
     def __init__(
         self, controller: Controller, call: Call, callback_error: Callable[[Any], Any] | None
     ) -> None:
-        self._controller = controller
-        self._call = call
-        self._callback_error = callback_error
-        self._closed = False
+        self._controller, self._call = controller, call
+        self._closed = threading.Event()
+        self._packets = _packets(controller, call, self._closed, callback_error)
         self._taking = threading.RLock()  # several threads may take from one iterator, each packet once
-
-    def __iter__(self) -> Packets:
-        return self
 
     def __next__(self) -> Packet:
         with self._taking:
-            return self._next()
-
-    def _next(self) -> Packet:
-        if self._closed:
-            raise StopIteration
-        try:
-            taken = self._take()
-            if taken is not None:
-                start, values, errors = taken
-                for place in sorted(errors):
-                    values[place] = self._handle(errors[place])
-                return {"ARGS_COUNTER": start, "RESULT": values}
-        except StopIteration as e:  # of the user's code: it would pass for the end of the results (as in PEP 479)
-            self.close()
-            error = RuntimeError(f"argument {getattr(e, 'index', '?')} raised StopIteration")
-            raise mark(error, index=getattr(e, "index", None), node=getattr(e, "node", None)) from e
-        except BaseException:
-            self.close()
-            raise
-        self.close()
-        raise StopIteration
+            try:
+                return next(self._packets)
+            except BaseException:  # the end, too
+                self.close()
+                raise
 
     def close(self) -> None:
         """Cancel what is left of the call and close the connection. Idempotent."""
-        if not self._closed:
-            self._closed = True
+        if not self._closed.is_set():
+            self._closed.set()
             _cancel(self._call, self._controller)
-
-    def __enter__(self) -> Packets:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at the interpreter's end half of it may be gone
-            if not self._closed:  # collected in any thread, which may hold any lock and must not be kept
-                start_new_thread(_close, (self._call, self._controller))
+            if not self._closed.is_set():  # collected in any thread, which may hold any lock and must not be kept
+                closer = threading.Thread(
+                    target=_cancel, args=(self._call, self._controller), name="achilles-closer", daemon=True)
+                start_new_thread(closer.start, ())  # what joins threads is better one that `threading` knows
 
-    def _handle(self, error: BaseException) -> Any:
-        if self._callback_error is None:
-            raise error
-        return self._callback_error(error)
 
-    def _take(self) -> Taken | None:
-        while True:
+def _packets(
+    controller: Controller, call: Call, closed: threading.Event, callback_error: Callable[[Any], Any] | None
+) -> Iterator[Packet]:
+    """Yield the packets of a call. It ends early where it is closed. It does not know the Packets: it may be dropped.
+
+    A StopIteration of the user's code is raised as a RuntimeError, as in any generator (PEP 479), and names its place.
+    """
+    while (taken := _take(controller, call, closed)) is not None:
+        start, values, errors = taken
+        for place, error in sorted(errors.items()):
+            if callback_error is None and isinstance(error, StopIteration):
+                told = RuntimeError(f"argument {getattr(error, 'index', '?')} raised StopIteration")
+                raise mark(told, index=getattr(error, "index", None), node=getattr(error, "node", None)) from error
+            if callback_error is None:
+                raise error
+            values[place] = callback_error(error)
+        yield {"ARGS_COUNTER": start, "RESULT": values}
+
+
+def _take(controller: Controller, call: Call, closed: threading.Event) -> Taken | None:
+    """Return the call's next values, or None behind the last ones. Look meanwhile whether there are nodes."""
+    while True:
+        with contextlib.suppress(NotYet):
             try:
-                return self._call.take(self._controller.look_seconds)
-            except NotYet:
-                pass
-            except (InterruptedError, KeyError):
-                if self._closed:  # by another thread, meanwhile
-                    return None
-                raise
-            self._controller.look()
+                return call.take(controller.look_seconds)
+            except Exception:
+                if not closed.is_set():  # by this thread, or by another one meanwhile
+                    raise
+                return None
+        controller.look()
 
 
 def map(
@@ -199,11 +204,10 @@ def kill_cluster(
     if not command_verified:
         if not (sys.stdin and sys.stdin.isatty()):
             raise ValueError("kill_cluster ends a whole cluster: pass command_verified=True where nobody can be asked")
-        sys.stderr.write("This ends every node and the server, and all jobs that run. Type YES to go on: ")
-        sys.stderr.flush()
+        tell("This ends every node and the server, and all jobs that run. Type YES to go on:")
         if sys.stdin.readline().strip() != "YES":
             return False
-    with contextlib.closing(connect(host, port, username, secret_key)) as controller:
+    with contextlib.closing(_controller(host, port, username, secret_key)) as controller:
         controller.kill()
     return True
 
@@ -217,7 +221,7 @@ def cluster_status(
     seconds since 1970). `jobs`: id, user, queued, running, done (chunks). `server`: version, uptime (s), memory
     (resident bytes, None where the system does not tell).
     """
-    with contextlib.closing(connect(host, port, username, secret_key)) as controller:
+    with contextlib.closing(_controller(host, port, username, secret_key)) as controller:
         return controller.status()
 
 
@@ -229,22 +233,20 @@ def _start(
     reconnect_seconds: float, timeout: float | None, executor: Executor | None,
 ) -> Packets:
     """Check, dump the function, connect, and begin."""
-    _check_callables(func=func, callback=callback, callback_error=callback_error)
-    check_counts(chunksize=chunksize, buffersize=buffersize)
-    check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
+    checked(func=func, callback=callback, callback_error=callback_error)
+    chunksize, buffersize = checked(chunksize=chunksize, buffersize=buffersize)
+    wait_for_nodes, reconnect_seconds, timeout = checked(
+        wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
     if not callable(args):
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
-    name = f"function {getattr(func, '__qualname__', type(func).__name__)}"
     context = letters.Context(caller=True)
-    function = letter_of(letters.dump_function(context, (func, callback), name))
+    function = letter_of(letters.dump_function(context, (func, callback)), letters.name_of(func))
     controller = connect(
         host, port, username, secret_key, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
     try:
-        controller.check_size(name, len(function))
-        if executor is None:
-            settings = controller.settings
-            where = f"{settings.host}:{settings.port}"
-            tell(f"ALERT: Connection to achilles_server at {where} and authentication successful.\n")
+        if (settings := controller.settings) is not None:
+            tell(f"ALERT: Connection to achilles_server at {settings.host}:{settings.port} "
+                 "and authentication successful.\n")
         with controller.lock:
             job = controller.start(Job(context, secrets.token_bytes(16), function, options={"timeout": timeout}))
             call = Call(
@@ -261,64 +263,57 @@ def connect(
     reconnect_seconds: float = RECONNECT_SECONDS, executor: Executor | None = None, processes: int | None = None,
     wait_for_nodes: float | None = None,
 ) -> Controller:
-    """A controller of the cluster that these say, or that the settings say; or what takes its place on `executor`."""
-    if executor is not None:
+    """A controller of the cluster that these say, or that the settings say; or what takes its place.
+
+    That is an engine, on `executor`, or in a worker that is not told of any cluster: if all workers waited for others,
+    none would be left.
+    """
+    place = host, port, username, secret_key
+    if executor is not None or (config.in_worker and place == NOWHERE):
         from .dropin.engine import Engine  # and what its workers need
 
-        if (host, port, username, secret_key) != (None, None, None, None):
+        if place != NOWHERE:
             raise ValueError("a call runs on a cluster or on an executor: give host and the like, or executor")
         return cast(Controller, Engine(executor, processes))
-    controller = Controller(
-        lambda: _resolve(host, port, username, secret_key), reconnect_seconds=reconnect_seconds,
-        wait_for_nodes=wait_for_nodes, processes=processes)
+    return _controller(
+        *place, reconnect_seconds=reconnect_seconds, wait_for_nodes=wait_for_nodes, processes=processes)
+
+
+def _controller(
+    host: str | None, port: int | None, username: str | None, secret_key: SecretKey, **options: Any
+) -> Controller:
+    controller = Controller(lambda: _resolve(host, port, username, secret_key), **options)
     controller.open()
     return controller
 
 
 def _resolve(host: str | None, port: int | None, username: str | None, secret_key: SecretKey) -> Settings:
-    if host == LOCAL:
+    if host == "local":  # a LocalCluster of this process
         from .local import embedded
 
-        settings: Settings = embedded().settings
-        return settings
+        return embedded().settings
     # A reconnection runs in a thread of ours, where nobody can be asked.
-    ask = threading.current_thread() is threading.main_thread()
-    return config.resolve(host, port, username, secret_key, ask=ask)
+    return config.resolve(
+        host, port, username, secret_key, ask=threading.current_thread() is threading.main_thread())
 
 
-def check_counts(**counts: object) -> None:
-    """TypeError or ValueError unless each is an int of at least 1; buffersize may be None."""
-    for name, value in counts.items():
-        if value is None and name == "buffersize":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+def checked(**options: Any) -> list[Any]:
+    """The values of options, numbers as Python's own: numpy's are good, too. None is good where none is required.
 
-
-def check_seconds(**seconds: object) -> None:
-    """TypeError or ValueError unless each is None or a finite number, and a timeout more than 0."""
-    for name, value in seconds.items():
-        if value is None:
-            continue
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-        if not 0 <= value < float("inf") or (name == "timeout" and value == 0):
-            raise ValueError(f"{name} must be a finite number of seconds, more than 0, not {value}")
-
-
-def _check_callables(func: object, **callbacks: object) -> None:
-    if not callable(func):
-        raise TypeError(f"func must be callable, not {type(func).__name__}")
-    for name, value in callbacks.items():
-        if value is not None and not callable(value):
-            raise TypeError(f"{name} must be callable or None, not {type(value).__name__}")
-
-
-def _close(call: Call, controller: Controller) -> None:
-    """In a bare thread: an iterator was dropped. What joins threads is better one that `threading` knows."""
-    threading.Thread(target=_cancel, args=(call, controller), name="achilles-closer", daemon=True).start()
+    TypeError or ValueError unless each is as RULES says.
+    """
+    found = []
+    for name, value in options.items():
+        types, kind, least, limits = RULES[name]
+        if value is not None or name in REQUIRED:
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise TypeError(f"{name} must be {kind}, not {type(value).__name__}")
+            if least is not None and not least <= value < float("inf"):
+                raise ValueError(f"{name} must be {limits}, not {value}")
+            value = operator.index(value) if isinstance(value, numbers.Integral) else value
+            value = float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value
+        found.append(value)
+    return found
 
 
 def _cancel(call: Call, controller: Controller) -> None:

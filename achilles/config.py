@@ -54,12 +54,13 @@ SECRET_CHARACTERS = 16  # a recorded handshake lets a shorter secret be guessed
 NAMES = ("HOST", "PORT", "USERNAME", "SECRET_KEY")
 REQUIRED = ("HOST", "USERNAME", "SECRET_KEY")  # the port has a default
 PREVIOUS = "PREVIOUS_SECRET_KEY"  # a server accepts it too, while a secret is being replaced
+in_worker = False  # this process is a worker of ours, or a child of one: node/worker.py says so
 PACKAGE = __package__  # the package's name in commands that messages show; a renamed copy has its own
 PREFIX = "ACHILLES_"  # of environment variables; the same in a renamed copy of the package
 MAKE_ONE = 'Make a good one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 
 # Patterns are texts: a process that needs none of them, such as a local cluster's, compiles none.
-_UNFIT = r"[\x00\ud800-\udfff]"  # NUL, and the characters that stand for broken UTF-8
+_UNFIT = r"[\x00\r\n\ud800-\udfff]"  # NUL, the ends of a file's line, and the characters for broken UTF-8
 SETTING = (  # a line of a file, or no match if the line belongs to others
     rf"""(?x)[ \t]*(?:export[ \t]+)? (?P<name>{'|'.join((*NAMES, PREVIOUS))}) [ \t]*="""
     r"""(?: [ \t]* (?: '(?P<literal>[^']*)' | "(?P<escaped>(?:[^"\\]|\\.)*)" | (?P<bare>(?:[^'"\#\s].*?)?) )"""
@@ -168,13 +169,11 @@ def read_again(settings: Settings, role: Role, bind: str | None = None) -> Setti
     :raises ConfigurationError: the settings came from no file. Or the file cannot be read, is open to others, or has
         no good secret. The message is one line.
     """
-    path = settings.env_file
-    if path is None:
+    if settings.env_file is None:
         raise ConfigurationError("the secret did not come from a configuration file, so there is none to read")
-    if "SECRET_KEY" not in read_file(path):
-        raise ConfigurationError(f"{path} has no SECRET_KEY")
-    return resolve(
-        settings.host, settings.port, settings.username, env_file=path, ask=False, role=role, bind=bind)
+    if "SECRET_KEY" not in read_file(settings.env_file):
+        raise ConfigurationError(f"{settings.env_file} has no SECRET_KEY")
+    return resolve(*settings[:3], env_file=settings.env_file, ask=False, role=role, bind=bind)
 
 
 def check(name: str, value: Any, source: str) -> Any:
@@ -208,7 +207,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "USERNAME": (
         lambda value: isinstance(value, str) and not re.search(_UNFIT, value)
         and 1 <= len(value.encode()) <= USERNAME_BYTES,
-        f"1 to {USERNAME_BYTES} bytes of UTF-8 without NUL"),
+        f"1 to {USERNAME_BYTES} bytes of UTF-8 without NUL and line breaks"),
 }
 
 
@@ -220,10 +219,12 @@ def is_loopback(host: str) -> bool:
 def check_secret(secret: Secret, host: str, source: str = "secret_key") -> Secret:
     """Return `secret`, if it is good enough for a cluster at `host`.
 
-    :raises ConfigurationError: empty, not UTF-8, or shorter than 16 characters where others can connect.
+    :raises ConfigurationError: empty, not UTF-8, of several lines, or shorter than 16 characters where others can
+        connect.
     """
     if not secret.reveal() or re.search(_UNFIT, secret.reveal()):
-        raise ConfigurationError(f"{secret.source or source} is empty, or has a NUL or broken UTF-8 in it. {MAKE_ONE}")
+        raise ConfigurationError(f"{secret.source or source} is empty, or has a NUL, a line break or broken "
+                                 f"UTF-8 in it. {MAKE_ONE}")
     if len(secret.reveal()) < SECRET_CHARACTERS and not is_loopback(host):
         raise ConfigurationError(f"{secret.source or source} is shorter than {SECRET_CHARACTERS} characters, "
                                  f"which is allowed on loopback alone, not at {host}. {MAKE_ONE}")
@@ -241,8 +242,8 @@ def checked(found: Found, bind: str | None = None) -> dict[str, Any]:
 
 def env_path(env_file: EnvFile = None) -> str:
     """Return the absolute path of the file in use, whether the file exists or not."""
-    named = env_file or os.environ.get(f"{PREFIX}ENV_FILE")
-    return os.path.abspath(named or os.path.join(os.path.dirname(__file__), ".env"))
+    return os.path.abspath(
+        env_file or os.environ.get(f"{PREFIX}ENV_FILE") or os.path.join(os.path.dirname(__file__), ".env"))
 
 
 def of_environment(names: Iterable[str]) -> Found:
@@ -316,6 +317,4 @@ def _parse(lines: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
 def _plain(setting: re.Match[str]) -> str:
     """Return the value that a file's line stands for."""
-    if setting["escaped"] is not None:
-        return re.sub(r'\\([\\"$`])', r"\1", setting["escaped"])
-    return setting["literal"] or setting["bare"] or ""
+    return setting["literal"] or setting["bare"] or re.sub(r'\\([\\"$`])', r"\1", setting["escaped"] or "")

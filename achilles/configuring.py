@@ -24,8 +24,6 @@ from .errors import ConfigurationError
 
 __all__ = ["ask_config", "ask_missing", "make_secret", "missing", "next_step", "update_config", "write_config"]
 
-DEFAULT_USERNAME = "achilles"  # of a file that is written without asking
-
 
 def write_config(
     host: str | None = None, port: int | None = None, username: str | None = None,
@@ -37,8 +35,8 @@ def write_config(
 
     :raises ConfigurationError: a value is not good, or the file cannot be written. The file stays as it was.
     """
-    found = config.of_arguments(DEFAULT_HOST, DEFAULT_PORT, DEFAULT_USERNAME, make_secret())
-    return _save(found | config.of_arguments(host, port, username, secret_key), config.env_path(env_file))
+    defaults = config.of_arguments(DEFAULT_HOST, DEFAULT_PORT, "achilles", make_secret())
+    return _save(defaults | config.of_arguments(host, port, username, secret_key), config.env_path(env_file))
 
 
 def update_config(
@@ -135,9 +133,6 @@ def make_secret() -> str:
 def _save(found: Found, path: str) -> str:
     """Check the settings, put them into the file in place of its old settings, and return the path."""
     values = {name: Secret(str(v) if isinstance(v, int) else v) for name, v in config.checked(found).items()}
-    for name, value in values.items():
-        if set(value.reveal()) & set("\r\n"):
-            raise ConfigurationError(f"{name} cannot be kept in a file: it has a line break in it")
     kept = [line for line in (config.read_lines(path) if os.path.exists(path) else [])
             if not re.fullmatch(config.SETTING, line)]
     text = Secret("\n".join([*kept, *(f"{name}={_quoted(v.reveal())}" for name, v in values.items()), ""]))

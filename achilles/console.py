@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -23,10 +24,11 @@ from .config import read_secret_file as read_secret
 from .errors import AchillesError, AuthenticationError, ConfigurationError, ProtocolError
 
 __all__ = [
-    "ExitStatus", "errors_to_exit_status", "parse", "parser", "read_secret", "say", "signal_handlers", "status_table",
+    "ExitStatus", "errors_to_exit_status", "keep_freed_memory", "parse", "parser", "read_secret", "say",
+    "signal_handlers", "status_table",
 ]
 
-OPTIONS: dict[str, dict[str, Any]] = {  # of all commands; a secret has none, because others can read a command line
+OPTIONS: dict[str, dict[str, Any]] = {  # of server and node; a secret has none, because others can read a command line
     "--host": {"help": "name or address of the server"},
     "--port": {"type": int, "help": "its port, 9999 by default"},
     "--username": {"help": "1 to 32 bytes"},
@@ -41,6 +43,7 @@ TABLES = {  # of a status; the columns of each
 }
 NO_TERMINAL = (errno.ENXIO, errno.ENOENT, errno.ENODEV, errno.EIO)  # from opening a /dev/tty that is gone
 USAGE_ERRORS = (ConfigurationError, AuthenticationError, ProtocolError)  # only other settings mend them
+KEPT_BYTES = 32 << 20  # of freed memory that a process keeps; glibc takes no more (HEAP_MAX_SIZE / 2, malloc.c)
 USAGE_STATUS, UNREACHABLE_STATUS, INTERRUPTED_STATUS = 2, 1, 130  # of a process: argparse's, any failure's, a shell's
 
 
@@ -61,13 +64,15 @@ def say(text: str) -> None:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that all commands have."""
+def parser(
+    command: str, description: str, options: dict[str, dict[str, Any]] = OPTIONS
+) -> argparse.ArgumentParser:
+    """Return a command's parser; by default with the options of all commands that connect."""
     made = argparse.ArgumentParser(
         prog=f"python -m {__package__}.{command}", description=description,
         allow_abbrev=False,  # --secret-key must not pass for --secret-key-file, with the secret on the command line
     )
-    for option, about in OPTIONS.items():
+    for option, about in options.items():
         made.add_argument(option, **about)
     return made
 
@@ -108,21 +113,17 @@ def signal_handlers(
     With `read_again`, SIGHUP calls `read_again`, as in other daemons. That holds under nohup too: nohup wants no end.
     Where the terminal in which this process was started has gone, SIGHUP says so, and goes to `handler`.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: handler for number in numbers if signal.getsignal(number) is not signal.SIG_IGN}
+    handlers = {each: handler for each in signal.Signals
+                if each.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(each) is not signal.SIG_IGN}
     if read_again is not None and hasattr(signal, "SIGHUP"):
         ends_with_terminal = signal.SIGHUP in handlers and _has_terminal()
         handlers[signal.SIGHUP] = lambda number, frame: (
             handler(number, frame) if ends_with_terminal and not _has_terminal() else read_again())
-    before = {number: signal.signal(number, each) for number, each in handlers.items()}
-    try:
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number, each in handlers.items():
+                stack.callback(signal.signal, number, signal.signal(number, each))
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def status_table(state: dict[str, Any]) -> str:
@@ -157,3 +158,13 @@ def _drop_broken_streams() -> None:
             getattr(sys, name).flush()
         except (OSError, ValueError, AttributeError):
             setattr(sys, name, None)
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep the memory of long letters for the next ones: a third of their cost is new pages. glibc alone.
+
+    For processes of ours, not for a caller's. Before the first thread.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+            ctypes.CDLL(None).mallopt(option, KEPT_BYTES)

@@ -27,8 +27,6 @@ come back as themselves.
 Knows nothing else of achilles and imports nothing. Any thread may raise any of them.
 """
 
-from __future__ import annotations
-
 __all__ = [
     "AchillesError", "AddressError", "AuthenticationError", "ClusterKilled", "ConfigurationError",
     "DumpError", "LetterAltered", "LetterTooLarge", "NoNodesError", "ProtocolError", "RemoteError",

@@ -6,7 +6,7 @@
         map(f, args, host=cluster.host, …)                   the script finds the cluster in its environment
 
     caller ──stdin: one line of JSON (port, secret, key)───▶ child: `local_child.py`, as a server or a node
-           ◀──stdout: one line of JSON, when it is ready────
+           ◀──stdout: one line, when it is ready────────────
 
 This module knows processes. The secret is random. The caller hands it over through stdin, never on a command line
 nor in an environment. The caller derives the key for all processes, while these import their roles. The children
@@ -28,18 +28,22 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from . import config
 from .config import Secret, Settings
-from .errors import AchillesError, ServerUnreachable
+from .errors import ConfigurationError, ServerUnreachable
 
 __all__ = ["LocalCluster", "embedded", "main"]
 
 HOST, USERNAME = "127.0.0.1", "local"
 START_SECONDS = 30.0  # for all processes to be ready: a cold disk, a loaded machine
 STOP_SECONDS = 5.0  # for all of them to end by themselves
+OPTIONS: dict[str, dict[str, Any]] = {  # of the command
+    "--nodes": {"type": int, "default": 2, "help": "how many nodes (2)"},
+    "--cpu-count": {"type": int, "help": "workers of each node; the usable cores are divided by default"},
+    "script": {}, "args": {"nargs": "..."},  # all that follow: argparse.REMAINDER
+}
 CHILD = ("-P", "-m", f"{__package__}.local_child")  # -P: the path is the caller's, without the current folder
 
 
@@ -59,7 +63,7 @@ class LocalCluster:
     def __init__(self, nodes: int = 2, cpu_count: int | None = None) -> None:
         for name, value in (("nodes", nodes), ("cpu_count", cpu_count)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be an int of at least 1, not {value!r}")
+                raise ConfigurationError(f"{name} must be an int of at least 1, not {value!r}")
         self.host = HOST
         self.port = 0
         self.username = USERNAME
@@ -68,6 +72,7 @@ class LocalCluster:
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._count = nodes
         self._cpu_count = cpu_count
+        self.hash_seed = os.environ.get("PYTHONHASHSEED") or str(int.from_bytes(os.urandom(4), "big"))  # `hash` agrees
 
     @property
     def settings(self) -> Settings:
@@ -76,43 +81,52 @@ class LocalCluster:
 
     def start(self) -> LocalCluster:
         """Start all processes, and wait until every node has joined. Raises ServerUnreachable if a node does not."""
-        deadline = time.monotonic() + START_SECONDS
+        late = threading.Timer(START_SECONDS, lambda: [*map(subprocess.Popen.kill, self._processes())])
+        late.start()
         try:
-            self.server = _spawn("server")
-            self.nodes = [_spawn("node") for _ in range(self._count)]
+            self.server = _spawn("server", self.hash_seed)
+            self.nodes = [_spawn("node", self.hash_seed) for _ in range(self._count)]
             from .protocol import auth  # while the children import theirs
 
             key = auth.derive_key(self.username, self.secret_key.reveal())
             about = {"username": self.username, "secret": self.secret_key, "key": key.hex()}
             about |= {"cpu_count": self._cpu_count, "nodes": self._count}
             _hand_over(self.server, about | {"port": 0})
-            self.port = _wait_ready(self.server, deadline)["port"]
+            self.port = _wait_ready(self.server)
             for index, node in enumerate(self.nodes):
                 _hand_over(node, about | {"port": self.port, "index": index})
             importlib.import_module(".controller.connection", __package__)  # the calls need it; there is time now
             for node in self.nodes:
-                _wait_ready(node, deadline)
+                _wait_ready(node)
         except BaseException:
             self.stop()
             raise
+        finally:
+            late.cancel()
+            late.join()
         return self
 
     def stop(self) -> None:
-        """End all processes, nodes first. Wait until they are gone; after five seconds they are killed."""
-        for processes in (self.nodes, [self.server] if self.server else []):
-            for process in processes:
-                if process.stdin is not None:
-                    with contextlib.suppress(OSError):
-                        process.stdin.close()
-            deadline = time.monotonic() + STOP_SECONDS
-            for process in processes:
-                _wait_gone(process, deadline)
+        """End all processes. Wait until they are gone; after five seconds they are killed.
+
+        A call that is open raises ClusterKilled. No thread is started: the interpreter may be at its end.
+        """
+        for node in self.nodes:
+            node.terminate()
+        if self.server is not None and self.server.stdin is not None:
+            self.server.stdin.close()
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self._processes():
+            _wait_gone(process, deadline)
         self.nodes, self.server = [], None
+
+    def _processes(self) -> list[subprocess.Popen[bytes]]:
+        return [*self.nodes, self.server] if self.server is not None else []
 
     def __enter__(self) -> LocalCluster:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
 
@@ -129,70 +143,43 @@ def embedded() -> LocalCluster:
 def _start_embedded(pid: int) -> LocalCluster:
     """Start the cluster of one process: a forked child gets its own."""
     cluster = LocalCluster(nodes=1).start()
-
-    def stop() -> None:
-        if os.getpid() == pid:
-            cluster.stop()
-
-    atexit.register(stop)
+    atexit.register(cluster.stop)  # in a forked child, a Popen of the parent's counts as ended: nothing is stopped
     return cluster
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m achilles.local [--nodes N] [--cpu-count N] script.py [args]`. Return the script's exit status."""
-    import argparse  # a cluster starts sooner without it
+    from . import console  # a cluster starts sooner without it
 
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.local",
-        description="Run a script against a cluster of its own on this machine, whose address is in its environment.",
-    )
-    parser.add_argument("--nodes", type=int, default=2, help="how many nodes (2)")
-    parser.add_argument("--cpu-count", type=int, help="workers of each node; the usable cores are divided by default")
-    parser.add_argument("script")
-    parser.add_argument("args", nargs=argparse.REMAINDER)
-    args = parser.parse_args(argv)
-    folder = os.path.dirname(os.path.abspath(args.script))
-    try:
-        cluster = LocalCluster(args.nodes, args.cpu_count)
-    except ValueError as e:
-        parser.error(str(e))
-    sys.path.insert(0, folder)  # the nodes get our path
-    try:
-        with cluster:
-            return _run_script([args.script, *args.args], cluster)
-    except AchillesError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    finally:
-        sys.path.remove(folder)
+    made = console.parser(
+        "local", "Run a script against a cluster of its own on this machine, whose address is in its environment.",
+        OPTIONS)
+    args = made.parse_args(argv)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(args.script)))  # the nodes get our path
+    with console.errors_to_exit_status() as status, LocalCluster(args.nodes, args.cpu_count) as cluster:
+        environment = os.environ | {
+            "ACHILLES_HOST": cluster.host, "ACHILLES_PORT": str(cluster.port), "ACHILLES_USERNAME": cluster.username,
+            "ACHILLES_SECRET_KEY": cluster.secret_key.reveal(), "PYTHONHASHSEED": cluster.hash_seed,
+        }
+        with subprocess.Popen([sys.executable, args.script, *args.args], env=environment) as script:
 
+            def on_signal(number: int, _: object) -> None:
+                if number != signal.SIGINT:  # a terminal sends SIGINT to the script, too
+                    script.send_signal(number)
 
-def _run_script(command: list[str], cluster: LocalCluster) -> int:
-    from . import console
-
-    environment = os.environ | {
-        "ACHILLES_HOST": cluster.host, "ACHILLES_PORT": str(cluster.port), "ACHILLES_USERNAME": cluster.username,
-        "ACHILLES_SECRET_KEY": cluster.secret_key.reveal(),
-    }
-    with subprocess.Popen([sys.executable, *command], env=environment) as script:
-
-        def on_signal(number: int, _: object) -> None:
-            if number != signal.SIGINT:  # a terminal sends SIGINT to the script, too
-                script.send_signal(number)
-
-        with console.signal_handlers(on_signal):
-            code = script.wait()
-    return code if code >= 0 else 128 - code
+            with console.signal_handlers(on_signal):
+                status.code = script.wait()
+    return status.code if status.code >= 0 else 128 - status.code
 
 
 # The caller's side of a child.
 
 
-def _spawn(role: str) -> subprocess.Popen[bytes]:
+def _spawn(role: str, hash_seed: str) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # workers import as the caller does
     environment = {name: value for name, value in os.environ.items() if not name.startswith(config.PREFIX)}
     return subprocess.Popen(
-        [sys.executable, *CHILD, role], env=environment | {"PYTHONPATH": path},
+        [sys.executable, *CHILD, role], env=environment | {"PYTHONPATH": path, "PYTHONHASHSEED": hash_seed}, bufsize=0,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )
@@ -202,36 +189,25 @@ def _hand_over(process: subprocess.Popen[bytes], about: dict[str, Any]) -> None:
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):  # the child died: _wait_ready says so
             process.stdin.write(json.dumps(about, default=Secret.reveal).encode() + b"\n")
-            process.stdin.flush()
 
 
-def _wait_ready(process: subprocess.Popen[bytes], deadline: float) -> dict[str, Any]:
-    """Return the line that a child writes when it is ready. ServerUnreachable if it is not by `deadline`."""
-    late = threading.Timer(deadline - time.monotonic(), process.kill)
-    late.start()
-    try:
-        line = process.stdout.readline() if process.stdout else b""
-        if not line:
-            how = f"ended with status {process.wait()} before it was ready"
-            if time.monotonic() > deadline:
-                how = f"was not ready within {START_SECONDS:g} s"
-            raise ServerUnreachable(f"a process of the local cluster {how}; its complaint is on stderr")
-        about: dict[str, Any] = json.loads(line)
-        return about
-    finally:
-        late.cancel()
-        late.join()
+def _wait_ready(process: subprocess.Popen[bytes]) -> int:
+    """Return the number that a child writes when it is ready: a server's port, or 0."""
+    line = process.stdout.readline() if process.stdout else b""
+    if not line:
+        raise ServerUnreachable(
+            f"a process of the local cluster ended with status {process.wait()} before it was ready, "
+            f"or was not ready within {START_SECONDS:g} s; its complaint is on stderr")
+    return int(line)
 
 
 def _wait_gone(process: subprocess.Popen[bytes], deadline: float) -> None:
-    """Wait for a child that was told to end, by `deadline`; then kill it."""
-    try:
-        process.wait(max(deadline - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    """Wait for a child that was told to end, by `deadline`; then kill it. Close its pipes."""
+    with process:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 if __name__ == "__main__":

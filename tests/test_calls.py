@@ -5,19 +5,22 @@ from __future__ import annotations
 import inspect
 import io
 import itertools
+import numbers
 import signal
 import socket
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from conftest import wait_until
 from fakes import SECONDS, SECRET, Node, address, serving
 
 from achilles import errors
-from achilles.calls import cluster_status, imap, imap_unordered, kill_cluster
+from achilles.calls import checked, cluster_status, imap, imap_unordered, kill_cluster
 from achilles.calls import map as map_
 from achilles.controller import connection
 from achilles.lineReceiver import achilles_main, achilles_node, achilles_server
@@ -112,6 +115,37 @@ def test_the_other_functions_take_what_the_originals_take(function, signature):
 def test_what_will_not_do_is_refused_before_anything_is_connected(function, options, error, text):
     with pytest.raises(error, match=text):
         function(**({"func": square, "args": [1], **address(1)} | options))
+
+
+@pytest.mark.parametrize("options", [
+    {"chunksize": Fraction(3)}, {"buffersize": "3"}, {"timeout": complex(3)}, {"chunksize": Decimal(3)}])
+def test_numbers_of_other_kinds_are_refused(options):
+    with pytest.raises(TypeError, match="must be a"):
+        checked(**options)
+
+
+@numbers.Integral.register
+class Whole:
+    """A number as numpy has them: no int, but registered as one of its kind."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+    def __lt__(self, other):
+        return self.value < other
+
+    def __ge__(self, other):
+        return self.value >= other
+
+
+def test_numbers_as_numpy_has_them_count_as_pythons_own():
+    found = checked(chunksize=Whole(3), buffersize=None, timeout=Fraction(3, 2), wait_for_nodes=Whole(2))
+    assert found == [3, None, 1.5, 2] and [*map(type, found)] == [int, type(None), float, int]
+    with pytest.raises(ValueError, match="chunksize must be at least 1"):
+        checked(chunksize=Whole(0))
 
 
 # Results.
@@ -225,7 +259,9 @@ def test_dropping_cancels(server, where):
         ended(server)
 
 
-def test_dropping_cancels_though_a_thread_of_ours_collects_it_under_a_lock(server, where):
+def test_dropping_cancels_though_a_thread_of_ours_collects_it_under_a_lock(server, where, monkeypatch):
+    starters, start = [], threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda each: starters.append(threading.get_ident()) or start(each))
     with Node(where["port"], most=8) as node:
         packets = imap(square, itertools.count, **where)
         next(packets)
@@ -242,6 +278,7 @@ def test_dropping_cancels_though_a_thread_of_ours_collects_it_under_a_lock(serve
         assert not collector.is_alive()
         node.wait(lambda: node.kinds(Kind.END))
         ended(server)
+    assert starters and collector.ident not in starters, "whoever starts a Thread waits until that has begun"
 
 
 def test_leaving_the_block_cancels_even_by_an_exception(server, where):
@@ -257,6 +294,17 @@ def test_closing_in_another_thread_ends_the_iteration(where):
     packets = imap(square, itertools.count, **where)
     threading.Timer(0.1, packets.close).start()
     assert list(packets) == []
+
+
+def test_an_error_handler_that_closes_and_raises_is_heard(where, node):
+    def handle(error):
+        packets.close()
+        raise error
+
+    with imap(below_five, range(20), callback_error=handle, **where) as packets:
+        with pytest.raises(ValueError, match="5 is too much"):
+            next(packets)
+        assert list(packets) == []
 
 
 def test_after_the_last_packet_it_stays_ended(where, node):
@@ -477,8 +525,9 @@ def test_a_stop_iteration_of_the_users_does_not_pass_for_the_end(where, callback
 
     with Node(where["port"]):
         for call in CALLS:
-            with pytest.raises(RuntimeError, match="StopIteration"):
+            with pytest.raises(RuntimeError, match="StopIteration") as caught:
                 list(call(stops, range(10), callback_error=callback_error, **where))
+            assert callback_error is not None or caught.value.index == 3
 
 
 def test_a_stop_iteration_of_what_makes_the_arguments_does_not_either(where):

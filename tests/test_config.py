@@ -197,7 +197,7 @@ def test_good_usernames(value):
     assert config.check("USERNAME", value, "username") == value
 
 
-@pytest.mark.parametrize("value", ["", "u" * 33, "é" * 17, "nul\0", "\udc80", 7, b"u"])
+@pytest.mark.parametrize("value", ["", "u" * 33, "é" * 17, "nul\0", "\udc80", "a\nb", 7, b"u"])
 def test_bad_usernames_are_refused_not_cut(value):
     with pytest.raises(ConfigurationError, match="^username must be 1 to 32 bytes"):
         config.check("USERNAME", value, "username")
@@ -222,7 +222,7 @@ def test_a_short_secret_is_refused_elsewhere(host):
     assert config.check_secret(Secret("x" * 16), host).reveal() == "x" * 16
 
 
-@pytest.mark.parametrize("value", ["", "nul\0", "\udc80"])
+@pytest.mark.parametrize("value", ["", "nul\0", "\udc80", "two\nlines", "end\r"])
 def test_an_empty_or_broken_secret_is_refused_even_on_loopback(value):
     with pytest.raises(ConfigurationError, match="empty, or has.*token_urlsafe"):
         config.check_secret(Secret(value), "127.0.0.1")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import array
 import collections
 import functools
+import importlib
 import io
 import itertools
+import logging
 import multiprocessing.pool
 import os
+import pickle
 import queue
 import random
 import signal
@@ -79,6 +82,15 @@ def test_packets_have_the_lengths_of_nodes(mixed, chunksize, count):
     check_packets(list(imap(tasks.square, range(count), **options)), expected, sizes)
     unordered = sorted(imap_unordered(tasks.square, range(count), **options), key=lambda p: p["ARGS_COUNTER"])
     check_packets(unordered, expected, sizes)
+
+
+def test_packets_of_20_000_instant_calls_are_contiguous_and_have_the_lengths_of_nodes(tmp_path):
+    expected = [n ** 2 for n in range(20_000)]
+    with Cluster(tmp_path, 2, 6) as cluster:
+        for call in (imap, imap_unordered):
+            packets = sorted(call(tasks.square, range(20_000), **cluster.address), key=lambda p: p["ARGS_COUNTER"])
+            check_packets(packets, expected, (2, 6))
+            assert {len(packet["RESULT"]) for packet in packets[:-1]} == {2, 6}
 
 
 def test_ten_arguments_on_eight_workers_are_eight_and_two(eight):
@@ -732,14 +744,27 @@ def test_two_calls_of_one_map_that_wait_for_each_other_meet(eight, tmp_path, slo
     assert flat(map(meet, range(count), chunksize=chunksize, **eight.address)) == [*range(count)]
 
 
-def test_a_function_may_return_a_buffer_that_it_uses_again(eight):
-    def filled(number):
-        buffer = filled.__dict__.setdefault("buffer", bytearray(2_000_000))
-        buffer[:] = bytes([number]) * len(buffer)
-        return buffer
+def test_a_function_may_return_a_buffer_that_it_uses_again(eight, oracle):
+    """In batches of many chunks, too: these calls are quick. A value may say that its bytes need no copy.
 
-    found = flat(map(filled, range(30), **eight.address))
-    assert [(each[0], each[-1], len(each)) for each in found] == [(n, n, 2_000_000) for n in range(30)]
+    A letter that changed after its digest was made is sent again, which nobody would see but for the calls.
+    """
+    class Uncopied:
+        def __init__(self, buffer):
+            self.buffer = buffer
+
+        def __reduce_ex__(self, protocol):
+            return bytes, (pickle.PickleBuffer(self.buffer),)
+
+    def filled(number):
+        tasks.record(oracle.path, number)
+        buffer = filled.__dict__.setdefault("buffer", bytearray(50_000))
+        buffer[:] = bytes([number % 256]) * len(buffer)
+        return buffer if number % 2 else Uncopied(buffer)
+
+    found = flat(map(filled, range(1000), **eight.address))
+    assert [(each[0], each[-1], len(each)) for each in found] == [(n % 256, n % 256, 50_000) for n in range(1000)]
+    assert sum(oracle.counts().values()) < 1050, "1,000, and perhaps a few twice"
 
 
 def test_a_function_may_change_its_argument(eight):
@@ -787,3 +812,23 @@ def test_any_seed_gives_the_same_numbers_each_time(eight, seed):
         assert [*pool.imap(roll, range(20), seed=seed)] == first
         assert pool.map(roll, range(20), seed=1) != first
     assert len(set(first)) == 20
+
+
+def about_its_process(module):
+    process = importlib.import_module(module)
+    current, parent = process.current_process(), process.parent_process()
+    record = logging.LogRecord("a", 20, "path", 1, "text", (), None)
+    return {"name": current.name, "number": current._identity[-1], "pid": current.pid == os.getpid(),
+            "parent": parent.pid == os.getppid() and parent.is_alive(), "children": process.active_children(),
+            "log": record.processName, "daemon": current.daemon}
+
+
+@pytest.mark.parametrize("module", ["multiprocessing", "multiprocess"])
+def test_a_worker_has_a_name_a_number_and_a_parent_of_its_own(eight, module):
+    found = [about for packet in map(about_its_process, [module] * 40, **eight.address) for about in packet]
+    for about in found:
+        assert about["number"] >= 1 and about["name"] == f"achilles-worker-{about['number']}"
+        assert about["pid"] and about["children"] == []
+        assert about["log"] == about["name"], "as multiprocessing tells logging"
+        assert about["parent"] or START_METHOD == "forkserver"
+    assert len({about["name"] for about in found}) > 1

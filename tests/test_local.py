@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ import tasks
 from cluster import PYTHON, Process, alive, children, descendants, environment
 from conftest import SECONDS, wait_until
 
-from achilles import LocalCluster, ServerUnreachable, cluster_status, local_child, map  # noqa: A004
-from achilles.local import START_SECONDS
+from achilles import ClusterKilled, LocalCluster, ServerUnreachable, cluster_status, imap, local_child, map  # noqa: A004
+from achilles.local import START_SECONDS, STOP_SECONDS
 from achilles.node.cores import usable_cores
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
@@ -54,6 +56,42 @@ def test_its_attributes_and_a_map(local):
     assert [node["cpu_count"] for node in nodes] == [1, 1]
 
 
+def hashes(_):
+    return os.getpid(), hash("text")
+
+
+def test_texts_have_one_hash_in_all_processes_and_in_the_script(local, tmp_path):
+    found = dict(sum(map(hashes, range(20), chunksize=1, **address(local)), []))
+    assert len(found) == 2 and len(set(found.values())) == 1
+    script = start(tmp_path, """
+        import achilles
+        print(sum(achilles.map(hash, ["text"] * 4), [hash("text")]))
+    """, "-m", "achilles.local", "--nodes", "1")
+    script.wait()
+    assert len(set(json.loads(script.out.read_text()))) == 1
+
+
+def put(both):
+    shared, value = both
+    shared[value] = value * value
+    return dict(shared)
+
+
+@pytest.mark.parametrize("module", ["multiprocessing", "multiprocess"])
+def test_proxies_of_a_manager_of_this_machine_work_in_workers(local, module):
+    with importlib.import_module(module).Manager() as manager:
+        shared, queue, lock = manager.dict(), manager.Queue(), manager.Lock()
+        assert map(put, [(shared, 3)], **address(local)) == [[{3: 9}]] and dict(shared) == {3: 9}
+
+        def locked(n):
+            with lock:
+                queue.put(n)
+            return queue
+
+        found, = sum(map(locked, [5], **address(local)), [])
+        assert found.get(timeout=SECONDS) == 5, "a proxy comes back, too"
+
+
 def test_usable_cores_are_divided(no_leftovers):
     for count, shares in ((7, [3, 2, 2]), (1, [1, 1, 1]), (6, [2, 2, 2])):
         assert [local_child.share(count, 3, index) for index in range(3)] == shares
@@ -85,6 +123,24 @@ def test_an_error_in_the_block_ends_it_too(no_leftovers):
         server = cluster.server
         raise LookupError
     assert server.returncode == 0
+
+
+def test_a_call_that_is_open_ends_with_the_cluster(no_leftovers):
+    with LocalCluster(nodes=1, cpu_count=1) as cluster:
+        packets = imap(time.sleep, [60], **address(cluster))
+        wait_until(lambda: cluster_status(**address(cluster))["nodes"][0]["busy"], "the call in a worker")
+        began = time.monotonic()
+    assert time.monotonic() - began < STOP_SECONDS
+    with pytest.raises(ClusterKilled):
+        next(packets)
+
+
+def test_it_ends_soon_without_its_server(no_leftovers):
+    with LocalCluster(nodes=2, cpu_count=1) as cluster:
+        cluster.server.kill()
+        cluster.server.wait()
+        began = time.monotonic()
+    assert time.monotonic() - began < STOP_SECONDS
 
 
 @needs_proc
@@ -191,6 +247,7 @@ EMBEDDED = """
 def test_the_embedded_cluster_is_one_a_process(tmp_path, no_leftovers):
     caller = start(tmp_path, EMBEDDED)
     assert caller.wait() == 0, caller.err.read_text()
+    assert "atexit" not in caller.err.read_text(), caller.err.read_text()
     pids = [int(pid) for pid in caller.out.read_text().split()]
     assert not any(map_alive(pids))
 

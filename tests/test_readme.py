@@ -218,10 +218,8 @@ def test_there_is_a_unit_for_the_server_and_one_for_nodes():
 
 
 def test_the_connections_that_a_server_takes_are_those_of_its_limit_of_files(monkeypatch):
-    resource = pytest.importorskip("resource")
-
     def connections(files):
-        monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+        monkeypatch.setattr(os, "sysconf", lambda _: files)
         return listen._most_connections()
 
     text = section("How fast, and how far")

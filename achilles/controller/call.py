@@ -34,7 +34,8 @@ class Call:
     :param flat: every chunk is delivered by itself (Pool, Executor). Otherwise packets are, or lists.
     :param ordered: `take` follows the order of args.
     :param eager: an error of the iterable is raised at once, not in its place.
-    :param buffersize: arguments that may be out and not taken; None follows the pace.
+    :param buffersize: chunks that may be out and not taken where the call is flat, else arguments; None follows the
+        pace.
     :param largest: arguments of a chunk at most, where the call finds `chunksize` itself.
     :param ready: is called under the connection's lock when there may be something to take; must not block.
     """
@@ -46,10 +47,10 @@ class Call:
     ) -> None:
         self.link, self.job = link, job
         self.eager, self.buffersize = eager, buffersize
-        self.results = Results(link.lock, ordered, buffersize is not None, not flat, ready, job.next)
-        most = buffersize or UNKNOWN_LENGTH
-        self._feeder = Feeder(
-            self, args, min(chunksize, most), largest and min(largest, most), packets=not flat)
+        self.results = Results(link.lock, ordered, buffersize is not None and not flat, not flat, ready, job.next)
+        if buffersize is not None and not flat:  # a chunk has room in the window
+            chunksize = min(chunksize, buffersize)
+        self._feeder = Feeder(self, args, chunksize, largest, packets=not flat)
         job.sink = self.results
 
     def start(self, inline: bool = False) -> None:
@@ -93,11 +94,11 @@ class Call:
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         feeder, results = self._feeder, self.results
         while True:
-            fed = feeder.inline and not feeder.ended.is_set() and feeder.step()
+            fed = feeder.inline and not feeder.ended and feeder.step()
             with self.link.lock:
                 found = results.take()
                 if found is None and not fed and not results.over:
-                    left = threading.TIMEOUT_MAX if feeder.ended.is_set() else PAUSE_SECONDS
+                    left = threading.TIMEOUT_MAX if feeder.ended else PAUSE_SECONDS
                     results.changed.wait(max(0.0, min(left, deadline - time.monotonic())))
                     found = results.take()
             if found is not None:

@@ -17,14 +17,11 @@ of the caller the child forgets all of it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import os
 import random
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +52,7 @@ NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start o
 LOOK_SECONDS = 1.0  # how often a waiting call looks whether there are nodes; also how Ctrl-C gets through on Windows
 LEAST_SECONDS = 0.05  # the same, with a short wait_for_nodes
 PAUSE_SECONDS = 3.0  # where nobody has looked for so long, nobody knows whether there was a node meanwhile
-COMPLAINTS = 3  # of the server, after which to connect again is of no use
+BREACHES = 3  # of the protocol, after which to connect again is of no use
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +74,14 @@ class Controller(Link):
         self._patience = float("inf") if wait_for_nodes is None else wait_for_nodes
         self.look_seconds = min(LOOK_SECONDS, max(self._patience / 4, LEAST_SECONDS))
         self._lonely_since = self._looked = time.monotonic()  # no node since then; somebody looked then
-        self._told = False  # the caller knows
-        self.settings = resolve()
+        self._told = ""  # the last notice to the caller
+        self.settings: config.Settings = resolve()
         self._resolve = resolve
         self._reconnect_seconds = reconnect_seconds
         self._channel: Channel | None = None
+        self.connected = False
         self._cluster: dict[str, Any] = {}  # the last CLUSTER of this connection; empty before
-        self._complaints = 0  # of the server, that we break the protocol, and no batch between
+        self._breaches = 0  # of the protocol, by the server or by us, which ended connections, and no batch between
         self._altered = 0  # answers on this connection that said so of a letter
         self._met = False  # a server has sent a CLUSTER, ever
         self._status: dict[str, Any] = {}  # the answer to a STATUS
@@ -103,7 +101,6 @@ class Controller(Link):
             raise ServerUnreachable(
                 f"{e}. Is a server running, and is this its address? Start one: python -m {config.PACKAGE}.server"
             ) from e
-        _of_this_process().add(self)
         self._reader.start()
         try:
             self._wait_until(lambda: bool(self._cluster), "its first word")
@@ -147,15 +144,6 @@ class Controller(Link):
         if self._channel is not None:
             self._channel.push()
 
-    @property
-    def connected(self) -> bool:  # type: ignore[override]
-        """Whether the server has spoken on the connection there is."""
-        return bool(self._cluster)
-
-    def workers(self) -> tuple[int, int]:
-        """As Link says."""
-        return self._cluster.get("workers", 0), self._cluster.get("largest", 0)
-
     def check_usable(self) -> None:
         """Raise why there is no connection; VersionError where no node can run functions of this Python."""
         super().check_usable()
@@ -168,20 +156,22 @@ class Controller(Link):
             )
 
     def look(self) -> None:
-        """As Link says. Without a node the caller is told once on stderr."""
+        """As Link says. The caller is told once on stderr that there is no node, or no server."""
         now = time.monotonic()
         paused, self._looked = now - self._looked > PAUSE_SECONDS, now
-        if self.workers()[0] or not self.connected or paused:
+        if self.workers or paused:
             self._lonely_since = now
             return
         waited = now - self._lonely_since
         start_one = f"Start one: python -m {config.PACKAGE}.node"
-        if waited >= self._patience:
+        if self.connected and waited >= self._patience:
             patience = f"{self._patience:g} s"
             raise NoNodesError(f"no node joined the server at {self._where()} within {patience}. {start_one}")
-        if waited >= NOTICE_SECONDS and not self._told:
-            self._told = True
-            tell(f"The server at {self._where()} has no nodes; the job waits for one. {start_one}")
+        notice = f"has no nodes; the job waits for one. {start_one}" if self.connected else (
+            f"cannot be reached any more; it is tried again for {self._reconnect_seconds:g} s")
+        if waited >= NOTICE_SECONDS and self._told != notice:
+            self._told = notice
+            tell(f"The server at {self._where()} {notice}")
 
     # The connection.
 
@@ -195,7 +185,8 @@ class Controller(Link):
             if self._closing.is_set():
                 channel.close()
                 raise ServerUnreachable(CLOSED)
-            self._channel, self._cluster, self._altered = channel, {}, 0
+            self._channel, self._altered = channel, 0
+            self._learn({})
             self.forget_connection()
         channel.start_writer()
 
@@ -207,9 +198,12 @@ class Controller(Link):
         try:
             while (channel := self._channel) is not None and not self._closing.is_set() and self._lost is None:
                 why = channel.run(self._handle, self.push)
-                self._cluster = {}
+                self._learn({})
+                self._breaches += isinstance(why, ProtocolError)
+                if self._breaches >= BREACHES:
+                    self._lost = self._lost or ServerUnreachable(f"lost the server {BREACHES} times in a row: {why}")
                 if self._lost is None:
-                    self._reconnect(why)
+                    self._reconnect(str(why))
                 channel.close()
         except Exception as e:  # such as a MemoryError: nobody else would ever end the calls that wait
             log.exception("reading from the server failed")
@@ -256,6 +250,13 @@ class Controller(Link):
                     raise ServerUnreachable(
                         f"the server at {self._where()} did not send {what} within {REPLY_SECONDS:g} s")
 
+    def _learn(self, cluster: dict[str, Any]) -> None:
+        """The server has said CLUSTER, or is lost."""
+        if self.connected != bool(cluster):  # nobody knows whether there was a node meanwhile
+            self._lonely_since = time.monotonic()
+        self._cluster, self.connected = cluster, bool(cluster)
+        self.workers, self.largest = cluster.get("workers", 0), cluster.get("largest", 0)
+
     def _where(self) -> str:
         return f"{self.settings.host}:{self.settings.port}"
 
@@ -263,7 +264,7 @@ class Controller(Link):
         """The reader thread: one frame."""
         kind, body = frame
         if isinstance(body, Batch):
-            self._complaints = 0
+            self._breaches = 0
             self._altered += Status.ALTERED in body.statuses
             self.handle_batch(kind, body)
             if self._altered > 1:  # perhaps a function, which the server and the nodes keep
@@ -273,38 +274,26 @@ class Controller(Link):
                 if kind is Kind.STATUS:
                     self._status = body
                 else:
-                    self._cluster, self._met = body, True
+                    self._learn(body)
+                    self._met = True
                 self.changed.notify_all()
                 self.fill()
         elif kind is Kind.BYE and body["reason"] == "killed":
             self._lost = ClusterKilled("the cluster was ended by kill_cluster")
             raise self._lost
         elif kind is Kind.ERROR:
-            self._complaints += body["code"] == "protocol"
-            if not self._met or self._complaints >= COMPLAINTS:
-                self._lost = ServerUnreachable(f"the server at {self._where()} says: {body['message']}")
-            raise ProtocolError(f"the server says: {body['message']}")
+            text = f"the server at {self._where()} says: {body['message']}"
+            if not self._met:
+                self._lost = ServerUnreachable(text)
+            raise (ProtocolError if body["code"] == "protocol" else ServerUnreachable)(text)
 
     def leave_to_parent(self) -> None:
-        """In a child of the caller: the connection is the parent's. Takes no lock; its holder may not exist."""
-        self._lost = ServerUnreachable("this connection belongs to the parent process; open one after the fork")
-        self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
-        for job in self.jobs.values():
-            job.sink.error = self._lost
+        """As Link says."""
+        super().leave_to_parent()
         channel, self._channel = self._channel, None
-        self._closing, self.jobs, self._kept = threading.Event(), {}, {}
+        self._closing = threading.Event()
         if channel is not None:
             channel.socket.close()
-
-
-@functools.cache
-def _of_this_process() -> weakref.WeakSet[Controller]:
-    """The controllers that leave their connection where this process forks."""
-    controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: [*map(Controller.leave_to_parent, controllers)])
-    return controllers
 
 
 def tell(text: str) -> None:

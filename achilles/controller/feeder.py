@@ -10,12 +10,13 @@ Knows the arguments and the window; what becomes of a chunk is the job's. Nothin
 A thread that takes results and finds none calls `nudge`. So a generator may wait for results of its own call. A
 blocking map of a sequence has no feeder thread: the thread that takes calls `step` between its looks.
 
-`_cutting` guards the open chunk while it is cut, between feeder and nudger. The feeder alone appends to the open
-chunk, outside that lock while the iterator runs.
+The lock `_cutting` guards the open chunk while it is cut, between feeder thread and nudger. The feeder alone appends to
+the open chunk, outside that lock while the iterator runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DumpError, LetterTooLarge
 from ..objects.letters import dump_chunk, dump_chunks
 from ..objects.outcomes import mark
-from ..protocol.frames import letters_of
+from ..protocol.frames import SHORT_LETTER_BYTES, letter_of
 from .results import Run
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Feeder:
 
     def __init__(self, call: Call, args: Any, size: int, largest: int | None, packets: bool) -> None:
         self.size = size
-        self.ended = threading.Event()  # all is fed
+        self.ended = False  # all is fed
         self.inline = False  # the thread that takes feeds
         self._call, self._args, self._largest, self._packets = call, args, largest, packets
         self._sequence = isinstance(args, (list, tuple, range))
@@ -63,7 +64,7 @@ class Feeder:
         self._full = False  # the feeder waits for room
         self._pulling = 0.0  # since when (monotonic) the feeder is inside `next`, or was nudged; 0 where it is not
         self._burst = 1  # arguments that are read at once: as many as a step takes
-        self._cutting = threading.Lock()  # guards all below
+        self._cutting: Any = contextlib.nullcontext()  # guards all below, where a thread feeds
         self._open: list[Any] = []  # arguments that are in no chunk yet
         self._sent = 0  # of them, those at the head that a nudge has sent
         self._index = 0  # arguments, or lists, that are in chunks
@@ -73,10 +74,12 @@ class Feeder:
 
         :param inline: the calling thread will take all results now, and can feed a sequence itself.
         """
+        self.inline = self._call.link.in_place
         if self._sequence and not (self._packets and self._args and isinstance(self._args[0], list)):
-            self.inline, self._burst = inline, self.size
+            self.inline, self._burst = inline or self.inline, self.size
             self.step()  # short sequences are fed by then
-        if not self.inline and not self.ended.is_set():
+        if not self.inline and not self.ended:
+            self._cutting = threading.Lock()
             self._thread = threading.Thread(target=self._run, name="achilles-feeder", daemon=True)
             self._thread.start()
 
@@ -107,7 +110,7 @@ class Feeder:
 
     def _run(self) -> None:
         """The feeder thread."""
-        while not self.ended.is_set() and self._call.results.error is None:
+        while not self.ended and self._call.results.error is None:
             if not self.step():
                 self._room(LOOK_SECONDS)
 
@@ -128,7 +131,7 @@ class Feeder:
                 call.results.fail(error)
             if not more:
                 call.results.finish(call.job.next, error)
-                self.ended.set()
+                self.ended = True
         call.link.push()
         return not self._full
 
@@ -140,7 +143,7 @@ class Feeder:
         while True:
             us = self._call.job.pace.us
             if self._largest is not None and us:
-                self.size = max(1, min(int(CHUNK_US / us), self._largest, self._call.buffersize or UNKNOWN_LENGTH))
+                self.size = max(1, min(int(CHUNK_US / us), self._largest))
             room = self._room()
             self._full = room <= 0
             if not self._full and not self._read(1 if self._lists else min(self._burst, room)):
@@ -153,12 +156,12 @@ class Feeder:
         call, unsent = self._call, len(self._open) - self._sent
         limit = call.buffersize
         if limit is None:
-            limit = call.job.pace.window(self.size, call.link.workers()[0])
+            limit = call.job.pace.window(self.size, call.link.workers)
         unit = 1 if call.results.by_argument else self.size
         with call.link.lock:
             free = call.results.free(limit, -(-(unsent + 1) // unit))
             if not free and call.results.error is None:
-                call.results.room.wait(timeout)
+                call.results.changed.wait(timeout)
         return free * unit - unsent
 
     def _read(self, wanted: int) -> bool:
@@ -222,17 +225,18 @@ class Feeder:
             what = f"args[{self._index}] is of type {type(argument).__name__}"
             raise mark(TypeError(f"{what}: where args[0] is a list, all must be lists"), index=self._index)
         with call.link.lock:
-            while argument and call.results.error is None and not call.link.workers()[1]:
+            while argument and call.results.error is None and not call.link.largest:
                 call.link.changed.wait(LOOK_SECONDS)
-        self._send(argument, self._index, -(-len(argument) // (call.link.workers()[1] or 1)))
+        self._send(argument, self._index, -(-len(argument) // (call.link.largest or 1)))
 
     def _enter(self, run: Run, arguments: list[Any], lost: Mapping[int, BaseException] | None = None) -> None:
         """Dump arguments and queue them in the job; or `lost` is all that will come of them."""
         call = self._call
         if lost is None:
             found = dump_chunks(call.job.context, arguments, run.size)
-            call.link.check_size("a chunk", max(map(len, found)))
-            run.letters = letters_of(found)
+            run.letters = list(found)
+            if max(map(len, found)) > SHORT_LETTER_BYTES:  # asked at the speed of C
+                run.letters = [letter_of(letter, "a chunk") for letter in found]
         with call.link.lock:
             if call.results.error is not None:
                 return
@@ -247,7 +251,7 @@ class Feeder:
         context = self._call.job.context
         try:
             letter = b"".join(context.dump(argument, f"{name} (of type {type(argument).__qualname__})"))
-            self._call.link.check_size(name, len(letter))
+            letter_of(letter, name)
             dump_chunk(context, [argument])
         except (DumpError, LetterTooLarge) as error:
             return error

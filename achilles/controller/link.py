@@ -14,15 +14,19 @@ system call and while no code of a user runs.
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import LetterTooLarge
+from ..config import Settings
+from ..errors import ServerUnreachable
 from ..objects.outcomes import fresh
-from ..protocol import frames
 from ..protocol.frames import U32, Batch, Kind, Letter, LongLetter, Status
 from .job import Job
 from .pace import Worth
@@ -37,8 +41,12 @@ KEPT_JOBS, KEPT_BYTES = 16, 256 << 20  # jobs that owe nothing stay open for the
 class Link:
     """Jobs and batches. `processes` is how many batches may be out, None for what the workers can take."""
 
-    connected = True
+    connected = True  # whether batches may be posted
+    workers = largest = 0  # that can run this caller's functions: of the cluster, and of its largest node
     look_seconds = 1.0  # how often to `look`
+    settings: Settings | None = None  # of the server, where there is one
+    in_place = False  # batches run where they are pushed: in the thread that takes their results
+    forked = False  # this process is a child of the caller's: threads and connections are the parent's
     _lost: BaseException | None = None  # why no job can be started any more
 
     def __init__(self, processes: int | None = None) -> None:
@@ -51,6 +59,7 @@ class Link:
         self._turns: deque[Job] = deque()  # jobs with chunks that wait, and perhaps others
         self._contexts: set[str] = set()  # their initializers went over this connection
         self._kept: dict[Any, Job] = {}  # jobs that owe nothing, by what they are; the longest unused first
+        _of_this_process().add(self)
 
     def post(self, kind: Kind, body: Batch) -> None:
         """Send a frame soon: `push` does. Needs `lock`."""
@@ -61,16 +70,6 @@ class Link:
 
     def look(self) -> None:
         """No result came for `look_seconds`. NoNodesError if there was no node for too long. Any thread."""
-
-    def workers(self) -> tuple[int, int]:
-        """Workers of the cluster that can run this caller's functions, and those of the largest node."""
-        raise NotImplementedError
-
-    def check_size(self, name: str, size: int) -> None:
-        """LetterTooLarge if a letter of `size` bytes may not travel."""
-        if size > frames.LETTER_LIMIT_BYTES:
-            limit = frames.LETTER_LIMIT_BYTES
-            raise LetterTooLarge(f"{name} has {size:,} bytes, no more than {limit:,} travel in one piece")
 
     # Jobs: any thread, with `lock`.
 
@@ -118,6 +117,16 @@ class Link:
             self.post(Kind.END, Batch(job.number))
         self.fill()
 
+    def leave_to_parent(self) -> None:
+        """In a child of the caller: all is the parent's. Takes no lock; its holder may not exist."""
+        self.forked = True
+        self._lost = ServerUnreachable("this connection belongs to the parent process; open one after the fork")
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        for job in self.jobs.values():
+            job.sink.error = self._lost
+        self.jobs, self._kept = {}, {}
+
     def fail_jobs(self, error: BaseException) -> None:
         """Tell every call, and end its job."""
         for job in list(self.jobs.values()):
@@ -145,8 +154,8 @@ class Link:
         """
         if not self._turns or not self.connected:
             return
-        workers = min(self.workers()[0], self.processes)
-        most = min(AHEAD * self.workers()[0] + 2, self.processes)
+        workers = min(self.workers, self.processes)
+        most = min(AHEAD * self.workers + 2, self.processes)
         out = sum([len(job.out) for job in self.jobs.values()])
         while out < most and self._turns:
             job = self._turns[0]
@@ -205,3 +214,12 @@ class Link:
             else:
                 job.gone(batch)
             self.queue(job)
+
+
+@functools.cache
+def _of_this_process() -> weakref.WeakSet[Link]:
+    """The links that are left to the parent where this process forks."""
+    links: weakref.WeakSet[Link] = weakref.WeakSet()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: [*map(operator.methodcaller("leave_to_parent"), links)])
+    return links

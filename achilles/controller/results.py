@@ -10,7 +10,7 @@ A delivery is a list of answers: a run as it came (Pool, Executor), or a whole p
 calls).
 
 The lock of the connection guards everything here: every method needs it. `changed` is a condition on that lock, one a
-call, for the thread that takes; `room` is another, for the feeder.
+call, for the thread that takes and for the feeder.
 """
 
 from __future__ import annotations
@@ -134,7 +134,6 @@ class Results(Sink):
         ready: Callable[[], object] | None = None, first: int = 0,
     ) -> None:
         self.changed = threading.Condition(lock)
-        self.room = threading.Condition(lock)
         self.ready = ready
         self.by_argument = by_argument
         self.last_error: BaseException | None = None  # raised behind the last result
@@ -151,6 +150,11 @@ class Results(Sink):
     def over(self) -> bool:
         """Whether everything was taken."""
         return self.next == self.end
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was taken, and no error follows."""
+        return self.next == self.end and self.last_error is None
 
     # The feeder.
 
@@ -182,7 +186,8 @@ class Results(Sink):
         """The input has ended: chunk `end` will not come. Behind the last result `error` is raised."""
         self.end, self.last_error = end, error
         self.cut(end)
-        self._tell()
+        if self.over:
+            self._tell()
 
     # Packets.
 
@@ -245,15 +250,14 @@ class Results(Sink):
         for piece in pieces or ():
             self.next += len(piece.letters)
             self._count(piece.run, -1)
-        if self.out <= self._limit * ENOUGH_ROOM:
-            self.room.notify_all()
+        if pieces and self.out <= self._limit * ENOUGH_ROOM:
+            self.changed.notify_all()
         return pieces
 
     def fail(self, error: BaseException) -> None:
         """Raise `error` in the thread that takes, now and from now on. The first error stays."""
         if self.error is None:
             self.error = error
-            self.room.notify_all()
             self._tell()
 
     def _tell(self) -> None:

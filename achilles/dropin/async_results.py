@@ -13,7 +13,9 @@ Any thread may use them.
 from __future__ import annotations
 
 import builtins
+import functools
 import multiprocessing
+import sys
 import threading
 import types
 from collections import deque
@@ -23,7 +25,7 @@ from operator import itemgetter
 from typing import Any
 
 from ..objects.outcomes import own_error
-from .dispatcher import Dispatcher, SingleCall, Taker
+from .dispatcher import Answer, Dispatcher, SingleCall, Taker
 
 __all__ = ["AsyncResult", "MapResult", "PoolIterator", "ResultTimeout"]
 
@@ -34,18 +36,32 @@ class ResultTimeout(multiprocessing.TimeoutError, builtins.TimeoutError):
     """There was no result within the timeout of `get` or `next`."""
 
 
+def _timeout() -> ResultTimeout:
+    """A ResultTimeout that is the TimeoutError of `multiprocess` too, where that is loaded."""
+    theirs = getattr(sys.modules.get("multiprocess"), "TimeoutError", None)
+    return ResultTimeout() if theirs is None else _timeout_class(theirs)()
+
+
+@functools.cache
+def _timeout_class(theirs: type[Exception]) -> type[ResultTimeout]:
+    return type("ResultTimeout", (ResultTimeout, theirs), {"__module__": __name__})
+
+
 class AsyncResult(SingleCall):
     """The result of an `_async` method; any thread may use it. As `multiprocessing.pool.AsyncResult`."""
 
+    _callbacks: tuple[Callback | None, ...] | None = None  # of a value, of an error
+    _ended = False
+    _answer: Answer | None = None  # not loaded yet, where no callback waits for that
+    _value: Any = None
+    _error: BaseException | None = None
+
     def __init__(self, dispatcher: Dispatcher, *callbacks: Callback | None) -> None:
-        super().__init__(dispatcher)
-        self._callbacks = callbacks or (None, None)  # of a value, of an error
-        self._ended = False
+        self._dispatcher = dispatcher
+        if any(callbacks):
+            self._callbacks = callbacks
         self._ending = threading.Lock()  # held until the call has ended, then while a thread loads the answer
         self._ending.acquire()
-        self._answer: Callable[[], object] | None = None  # loads the answer, where no callback waits for that
-        self._value: Any = None
-        self._error: BaseException | None = None
 
     def ready(self) -> bool:
         """Whether the call has ended."""
@@ -70,9 +86,10 @@ class AsyncResult(SingleCall):
 
     def get(self, timeout: float | None = None) -> Any:
         """The result. Blocks until it is there; ResultTimeout after `timeout` seconds, or the call's own exception."""
-        self.wait(timeout)
         if not self._ended:
-            raise ResultTimeout
+            self.wait(timeout)
+        if not self._ended:
+            raise _timeout()
         self._load_answer()
         if self._error is not None:
             raise self._error
@@ -83,23 +100,21 @@ class AsyncResult(SingleCall):
         with self._ending:
             answer, self._answer = self._answer, None
             if answer is not None:
-                answer()
+                self.load(*answer)
 
-    def come(self, answer: Callable[[], object]) -> None:
-        """As SingleCall says; without callbacks, the caller's thread loads the answer."""
-        if self._callbacks[0] is None and self._callbacks[1] is None:
+    def keep(self, answer: Answer) -> bool:
+        """As SingleCall says: where there are no callbacks."""
+        if self._callbacks is None:
             self._answer, self._ended = answer, True
             self._ending.release()
-        else:
-            super().come(answer)
+        return self._ended
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """As SingleCall says. The callbacks run before any thread is woken, as in the standard library."""
         self._value, self._error = value, error
-        callback = self._callbacks[error is not None]
-        self._callbacks = None, None
+        callbacks, self._callbacks = self._callbacks, None
         try:
-            if callback is not None:
+            if callbacks and (callback := callbacks[error is not None]) is not None:
                 callback(value if error is None else error)
         finally:
             if not self._ended:
@@ -167,7 +182,6 @@ class Stream(Taker):
         self.values.clear()
 
 
-
 class PoolIterator(Iterator[Any]):
     """What imap and imap_unordered return: one result an argument. Dropping it leaves the work to be done."""
 
@@ -185,7 +199,7 @@ class PoolIterator(Iterator[Any]):
                 if over:
                     raise StopIteration from None
                 if not self._dispatcher.wait_for(self._stream.take, timeout):
-                    raise ResultTimeout from None
+                    raise _timeout() from None
                 continue
             if error is not None:
                 raise error
@@ -198,8 +212,12 @@ class PoolIterator(Iterator[Any]):
         """Stop the work: nothing follows, not even the results that were taken. Beyond the standard library."""
         self._stream.abandon()
 
-    def __del__(self, nothing: Callable[..., deque[Any]] = deque) -> None:
-        if (call := self._stream.call) is not None and not self._dispatcher.forked():
-            self._stream.values = nothing(maxlen=0)
-            call.results.ready = self._stream.ready_to_take  # takes no lock: this runs in any thread at any moment
-            self._stream.ready_to_take()
+    def leave(self, nothing: Callable[..., deque[Any]] = deque) -> None:
+        """Nobody wants the results, and the work is done all the same. Takes no lock."""
+        stream = self._stream
+        if (call := stream.call) is not None and not self._dispatcher.link.forked:
+            stream.values = nothing(maxlen=0)
+            call.results.ready = stream.ready_to_take
+            stream.ready_to_take()
+
+    __del__ = leave  # in any thread at any moment

@@ -21,20 +21,18 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from ..calls import check_counts, check_seconds, connect
+from ..calls import checked, connect
 from ..config import SecretKey
 from ..controller.call import Call
 from ..controller.job import Job
-from ..controller.results import Run
 from ..errors import DumpError, LetterTooLarge
 from ..objects import letters
-from ..objects.letters import dump_chunk, dump_function, joined
-from ..objects.outcomes import own_error
+from ..objects.letters import dump_chunk, dump_function, joined, name_of
 from ..protocol.frames import Letter, letter_of
 from .async_results import PoolIterator
 from .dispatcher import Dispatcher, SingleCall, Singles, Taker
 
-__all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool", "More"]
+__all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool", "More", "copied"]
 
 RUN, CLOSE, TERMINATE = "RUN", "CLOSE", "TERMINATE"
 LARGEST_CHUNK = 1 << 16  # arguments, of an endless input
@@ -43,6 +41,11 @@ SEQUENCES = list, tuple, range  # cut without an iterator
 APPLY = {"call": "apply"}
 
 Kind = TypeVar("Kind", bound=PoolIterator)
+
+
+def copied(iterable: Iterable[Any]) -> Any:
+    """A sequence of the same items, which the caller cannot change while it is read."""
+    return iterable if type(iterable) in (tuple, range) else list(iterable)
 
 
 class More(NamedTuple):
@@ -70,23 +73,25 @@ class BasePool:
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        check_seconds(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
+        wait_for_nodes, reconnect_seconds = checked(
+            wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
         self._given = processes
         self._options = {"maxtasksperchild": maxtasksperchild}
         self._context, self._context_id = letters.Context(caller=True), secrets.token_bytes(16)
+        name = "the initializer"
         self._initializer = None if initializer is None else letter_of(
-            dump_function(self._context, (initializer, tuple(initargs)), "the initializer"))
+            dump_function(self._context, (initializer, tuple(initargs)), name), name)
         self._last: tuple[bytes, Letter] = b"", b""  # the function of the last call, which many callers give again
         self._controller = connect(
             host, port, username, secret_key, reconnect_seconds, executor, processes, wait_for_nodes)
-        self._singles: dict[Any, Job] = {}  # jobs of single calls, while any waits; with its lock
+        self._singles: dict[Any, Singles] = {}  # of jobs of single calls, while any waits; with its lock
         self._dispatcher = Dispatcher(self._controller)
         self._state = RUN
 
     @property
     def _processes(self) -> int:
         """How many batches may be out at a time, at least 1; libraries read it."""
-        return max(1, self._given or self._controller.workers()[0])
+        return max(1, self._given or self._controller.workers)
 
     size = _max_workers = _processes
 
@@ -98,7 +103,7 @@ class BasePool:
     def terminate(self) -> None:
         """Stop what runs, and close the connection: some seconds at most. Results not there are InterruptedError."""
         self._state = TERMINATE
-        if not self._dispatcher.forked():
+        if not self._controller.forked:
             with self._controller.lock:
                 self._controller.fail_jobs(InterruptedError("the pool was terminated before this was done"))
             self._dispatcher.stop()
@@ -112,12 +117,12 @@ class BasePool:
         self._dispatcher.stop()
 
     def __del__(self, terminate: str = TERMINATE) -> None:
-        if self._state != terminate and not self._dispatcher.forked():  # what a module holds may be gone by now
+        if self._state != terminate and not self._controller.forked:  # what a module holds may be gone by now
             self._dispatcher.end()
 
     def _check_running(self) -> None:
-        self._dispatcher.check_process()
-        if self._state != RUN:
+        if self._state != RUN or self._controller.forked:
+            self._dispatcher.check_process()
             raise self._refusal[0](self._refusal[1])
 
     def _begin(self) -> Dispatcher:
@@ -131,45 +136,38 @@ class BasePool:
     def _submit(
         self, single: SingleCall, func: Callable[..., Any], args: Iterable[Any], kwds: Mapping[str, Any]
     ) -> None:
-        """Put one call into the job of its function."""
+        """Put one call into the job of its function, as an entry of its Singles."""
         link = self._controller
         try:
             key, function = self._function(func, APPLY)
-            letter = letter_of(joined(dump_chunk(self._context, [(args, kwds)])))
-            link.check_size("the arguments", len(letter))
+            letter = letter_of(joined(dump_chunk(self._context, [(args, kwds)])), "the arguments")
         except (DumpError, LetterTooLarge) as error:
-            with link.lock:
-                single.fail(own_error(error))
+            self._dispatcher.settle([(single, (None, 0, None, error))])
             return
         with link.lock:
-            job = self._singles.get(key)
-            if job is None or job.spent:
-                self._singles[key] = job = link.take(key, partial(self._job, function, APPLY))
-                job.sink = Singles(partial(self._idle, key, job))
-            single.begin(job, self)
-            job.enter(Run(job.next, 0, 1, [letter], 1))
-            job.sink.entries[job.next - 1] = single  # type: ignore[attr-defined]
-            self._dispatcher.open.add(single)  # now it is waited for
-            link.queue(job)
+            singles = self._singles.get(key)
+            if singles is None or singles.job.spent:
+                job = link.take(key, partial(self._job, function, APPLY))
+                self._singles[key] = job.sink = singles = Singles(self._dispatcher, job, partial(self._idle, key))
+            singles.enter(single, letter)
+            link.queue(singles.job)
         link.push()
 
-    def _idle(self, key: Any, job: Job) -> None:
+    def _idle(self, key: Any, singles: Singles) -> None:
         """No call waits for this job any more. Needs the connection's lock."""
-        if self._singles.get(key) is job:
+        if self._singles.get(key) is singles:
             del self._singles[key]
-        self._controller.keep(key, job)
+        self._controller.keep(key, singles.job)
 
     def _function(self, func: Callable[..., Any], options: Mapping[str, Any]) -> tuple[Any, Letter]:
         """What a job of this function is kept under, and the function's letter.
 
         The function is looked at anew at each call, since what it refers to may have changed.
         """
-        name = f"function {getattr(func, '__qualname__', type(func).__name__)}"
-        dumped = dump_function(self._context, (func, None), name)
+        dumped = dump_function(self._context, (func, None))
         letter, last = self._last
         if dumped is not letter:
-            self._controller.check_size(name, len(dumped))
-            self._last = dumped, last = dumped, letter_of(dumped)
+            self._last = dumped, last = dumped, letter_of(dumped, name_of(func))
         return (dumped, *options.values()), last
 
     def _job(self, function: Letter, options: Mapping[str, Any]) -> Job:
@@ -180,15 +178,14 @@ class BasePool:
         call: str = "one", ordered: bool = False, ready: Callable[[], object] | None = None, inline: bool = False,
     ) -> None:
         """Begin a mapping call for `taker`, which takes its results; `inline`: take them."""
-        buffersize, timeout, seed = more
-        check_counts(buffersize=buffersize)
-        check_seconds(timeout=timeout)
+        buffersize, timeout = checked(buffersize=more.buffersize, timeout=more.timeout)
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        chunksize = None if chunksize is None else operator.index(chunksize)
         options: dict[str, Any] = {"call": call, "timeout": timeout}
-        if seed is not None:
+        if more.seed is not None:
             args = (lambda given=args: enumerate(given())) if callable(args) else [*enumerate(args)]
-            options["seed"] = hashlib.sha256(b"%x" % operator.index(seed)).hexdigest()
+            options["seed"] = hashlib.sha256(b"%x" % operator.index(more.seed)).hexdigest()
         try:
             taker.key, function = self._function(func, options)
         except DumpError as error:
@@ -218,6 +215,6 @@ class BasePool:
         ordered: bool = True,
     ) -> Kind:
         iterator = kind(self._begin(), self)
-        args = iterable if type(iterable) in SEQUENCES else lambda: iterable
+        args = copied(iterable) if type(iterable) in SEQUENCES else lambda: iterable
         self._start(iterator._stream, func, args, chunksize, more, call=call, ordered=ordered)
         return iterator

@@ -13,7 +13,6 @@ Locks: that of the connection guards `open`; `_taking` of a Taker is held by the
 
 from __future__ import annotations
 
-import os
 import queue
 import sys
 import threading
@@ -26,12 +25,13 @@ from typing import Any
 from ..controller.call import Call, NotYet
 from ..controller.connection import Controller
 from ..controller.job import Job
-from ..controller.results import Answered, Sink
-from ..errors import ServerUnreachable
+from ..controller.results import Answered, Run, Sink
 from ..objects.outcomes import fresh, mark, own_error
 from ..protocol.frames import Letter
 
 __all__ = ["Dispatcher", "SingleCall", "Singles", "Taker"]
+
+Answer = tuple[Any, int, Any, BaseException | None]  # job, status and letter, or why there is none
 
 
 class Dispatcher:
@@ -41,27 +41,23 @@ class Dispatcher:
         self.link = link
         self.work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # to be called; None ends it
         self.changed = threading.Condition(link.lock)  # its lock guards `open`, and the start of the thread
-        self.open: set[object] = set()  # SingleCalls and Takers
-        self._pid = os.getpid()
+        self.open: set[object] = set()  # Singles that have entries, and Takers
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
-
-    def forked(self, getpid: Callable[[], int] = os.getpid) -> bool:
-        """Whether this is a child of the caller: its threads and its connection are the parent's. Takes no lock."""
-        return getpid() != self._pid
 
     def check_process(self) -> None:
         """ServerUnreachable in a child of the caller, where nothing will ever come."""
-        if self.forked():
-            raise ServerUnreachable("this pool belongs to the parent process; open one after the fork")
+        if self.link.forked:
+            self.link.check_usable()
 
     def start(self) -> None:
         """Begin the thread, if it has not begun."""
-        with self.link.lock:
-            if self._thread.ident is None:
-                self._thread.start()
+        if self._thread.ident is None:
+            with self.link.lock:
+                if self._thread.ident is None:
+                    self._thread.start()
 
     def forget(self, call: object) -> None:
-        """A call is over: its result is there, or `work` has what brings it. Needs the connection's lock."""
+        """Calls are over: their results are there, or `work` has what brings them. Needs the connection's lock."""
         self.open.discard(call)
         self.changed.notify_all()
 
@@ -104,63 +100,49 @@ class Dispatcher:
                 pass
 
     def _run(self) -> None:
-        while self._do(self.work.get()):
-            pass
+        while (call := self.work.get()) is not None:
+            self._do(call)
         self.link.close()
         while not self.work.empty():  # a call that began meanwhile has failed
-            self._do(self.work.get())
+            self._do(self.work.get() or bool)
 
-    def _do(self, call: Callable[[], object] | None) -> bool:
+    def settle(self, answered: list[tuple[SingleCall, Answer]]) -> None:
+        """Give each call its answer. The dispatcher loads those that nobody else does."""
+        later = [(single, answer) for single, answer in answered if not single.keep(answer)]
+        if later:
+            self.work.put(partial(self._load, later))
+
+    def _load(self, answered: list[tuple[SingleCall, Answer]]) -> None:
+        for single, answer in answered:
+            self._do(single.load, *answer)
+
+    def _do(self, call: Callable[..., object], *args: Any) -> None:
+        """Call it. What a callback raises is told, and the next one is called all the same."""
         try:
-            if call is not None:
-                call()
-        except BaseException:  # of a callback: the next one is called all the same
+            call(*args)
+        except BaseException:
             threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
-        return call is not None
 
 
 class SingleCall:
-    """One apply or submit, an entry in Singles. Its answer is loaded by the dispatcher, since that may call back."""
+    """One apply or submit: an entry of Singles, under the number of its chunk."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        super().__init__()
-        self._dispatcher = dispatcher
-        self._job: Any = None  # the Job, until there is an answer
-        self._number = 0  # of the chunk
-        self._owner: object = None  # the pool, which lives until there is an answer
+    singles: Singles | None = None  # None where the call was never sent
+    number = 0
 
-    # Under the connection's lock; must not block.
+    def keep(self, answer: Answer) -> bool:
+        """Whether the call keeps its answer, which the thread that asks loads. Must not block."""
+        return False
 
-    def begin(self, job: Job, owner: object) -> None:
-        """The call is about to be queued in this job."""
-        self._job, self._number, self._owner = job, job.next, owner
-
-    def put(self, status: int, letter: Letter) -> None:
-        """The answer."""
-        self._end(partial(self._load, self._job, status, letter))
-
-    def fail(self, error: BaseException) -> None:
-        """There is none."""
-        self._end(partial(self.settle, None, own_error(fresh(error))))
-
-    def _end(self, answer: Callable[[], object]) -> None:
-        self.come(answer)  # before the pool may go, which ends the dispatcher
-        self._dispatcher.forget(self)
-        self._job = self._owner = None
-
-    def come(self, answer: Callable[[], object]) -> None:
-        """`answer` loads the answer: let the dispatcher call it."""
-        self._dispatcher.work.put(answer)
-
-    # The dispatcher, or the caller's thread.
-
-    def _load(self, job: Job, status: int, letter: Letter) -> None:
-        value = error = None
-        try:
-            value = job.open_one(status, letter)
-        except BaseException as e:  # of the user's code, or what loading it raises
-            error = own_error(e)
-        self.settle(value, error)
+    def load(self, job: Job | None, status: int, letter: Letter | None, error: BaseException | None) -> None:
+        """Load an answer, and settle. Not under the connection's lock: that may run the user's code."""
+        value = None
+        if error is None:
+            try:
+                value = job.open_one(status, letter)  # type: ignore[union-attr, arg-type]
+            except BaseException as e:  # of the call, or of loading what it returned
+                error = e
+        self.settle(value, own_error(error))
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """This is the result, or the exception. Subclasses take it."""
@@ -169,12 +151,21 @@ class SingleCall:
 class Singles(Sink):
     """The entries of a job in which each chunk is a call of its own (apply, submit).
 
-    :param idle: is called when there is no entry any more.
+    :param idle: is called once, when there is no entry any more. It holds the pool, which lives until then.
     """
 
-    def __init__(self, idle: Callable[[], object]) -> None:
+    def __init__(self, dispatcher: Dispatcher, job: Job, idle: Callable[[Singles], object]) -> None:
+        self.job = job
         self.entries: dict[int, Any] = {}  # by chunk
-        self._idle = idle
+        self._dispatcher = dispatcher
+        self._idle: Callable[[Singles], object] | None = idle
+
+    def enter(self, single: SingleCall, letter: Letter) -> None:
+        """Put a call into the job. It is waited for when this returns, and not before: Ctrl-C may come anywhere."""
+        single.singles, single.number = self, self.job.next
+        self.job.enter(Run(single.number, 0, 1, [letter], 1))
+        self.entries[single.number] = single
+        self._dispatcher.open.add(self)
 
     def wants(self, number: int) -> bool:
         """As Sink says."""
@@ -183,26 +174,27 @@ class Singles(Sink):
     def put(self, answered: Answered) -> None:
         """As Sink says."""
         run, statuses, letters, lost = answered
-        for at, number in enumerate(range(run.first, run.end)):
-            entry = self.entries.pop(number, None)
-            if entry is not None and at in lost:
-                entry.fail(mark(lost[at], index=0))
-            elif entry is not None:
-                entry.put(statuses[at], letters[at])
-        if not self.entries:
-            self._idle()
+        error = mark(lost[0], index=0) if lost else None  # of a chunk by itself, which has one argument
+        self._end([(self.entries.pop(number), (self.job, status, letter, error))
+                   for number, status, letter in zip(range(run.first, run.end), statuses, letters)
+                   if number in self.entries])
 
     def leave(self, number: int) -> None:
         """Nobody waits for this chunk any more."""
         del self.entries[number]
-        if not self.entries:
-            self._idle()
+        self._end([])
 
     def fail(self, error: BaseException) -> None:
-        """As Sink says; each entry."""
-        for number in [*self.entries]:
-            self.entries.pop(number).fail(error)
-        self._idle()
+        """As Sink says; each entry has an exception of its own."""
+        entries, self.entries = self.entries, {}
+        self._end([(entry, (None, 0, None, fresh(error))) for entry in entries.values()])
+
+    def _end(self, answered: list[tuple[SingleCall, Answer]]) -> None:
+        self._dispatcher.settle(answered)  # before the pool may go, which ends the dispatcher
+        if not self.entries and (idle := self._idle) is not None:
+            self._idle = None
+            self._dispatcher.forget(self)
+            idle(self)
 
 
 class Taker:
@@ -241,7 +233,8 @@ class Taker:
                 error = e
             if taken is not None:
                 self.add(*taken)
-                return True
+                if not self.call.results.complete:
+                    return True
             call, self.call, self._owner = self.call, None, None
             try:
                 call.close(self.key, error)

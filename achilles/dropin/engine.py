@@ -1,7 +1,8 @@
 """Somebody else's executor in the place of a cluster: Dask, MPI, Slurm, or a ProcessPoolExecutor.
 
-The Engine is a Link, as the Controller is; each batch is one `submit`. Knows `concurrent.futures.Executor`, and not
-which package's. It has no say over that executor's processes: lost workers, time limits and cancelling are the
+The Engine is a Link, as the Controller is; each batch is one `submit`. Without an executor, each batch runs in this
+process, in the thread that pushes it: so calls inside a worker do. Knows `concurrent.futures.Executor`, and not which
+package's. It has no say over that executor's processes: lost workers, time limits and cancelling are the
 executor's to keep promises about.
 
 ::
@@ -15,10 +16,12 @@ that executor's locks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, cast
@@ -26,7 +29,7 @@ from typing import Any, cast
 from ..controller.job import Job
 from ..controller.link import Link
 from ..node.runner import Runner
-from ..protocol.frames import CAREFUL, TELL, U32, Batch, Gone, Kind, joined, letters_of
+from ..protocol.frames import CAREFUL, TELL, U32, Batch, Gone, Kind, joined, letter_of
 
 __all__ = ["Engine"]
 
@@ -36,20 +39,24 @@ _alone = threading.local()  # `runner` and `contexts`, of each thread that `run_
 
 
 class Engine(Link):
-    """Jobs on somebody else's `executor`, which stays open."""
+    """Jobs on somebody else's `executor`, which stays open; or in place, where that is None."""
 
-    def __init__(self, executor: Executor, processes: int | None = None) -> None:
+    def __init__(self, executor: Executor | None, processes: int | None = None) -> None:
         super().__init__(processes)
-        self._executor, self._workers = executor, _count_workers(executor)
+        self._executor, self.in_place = executor, executor is None
+        self.workers = self.largest = 1 if executor is None else _count_workers(executor)
         self._submitted: dict[Future[Any], Batch] = {}  # the engine thread's
         self._events: queue.SimpleQueue[tuple[Callable[..., object], Batch, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="achilles-engine", daemon=True)
-        self._thread.start()
+        if not self.in_place:
+            self._thread.start()
 
     def start(self, job: Job) -> Job:
-        """As Link says. ValueError for an option that only our own nodes can keep."""
+        """As Link says. ValueError for an option that only our own nodes can keep; in a worker it is a warning."""
         for name in {"timeout", "maxtasksperchild"} & job.declaration.keys():
-            raise ValueError(f"only our own nodes can end a call or a worker: {name} is not possible there")
+            if not self.in_place:
+                raise ValueError(f"only our own nodes can end a call or a worker: {name} is not possible there")
+            warnings.warn(f"{name} is not kept in a call inside a worker, which runs in place", RuntimeWarning, 2)
         return super().start(job)
 
     def close(self) -> None:
@@ -58,7 +65,7 @@ class Engine(Link):
             self._lost = InterruptedError("the engine was closed")
             self.fail_jobs(self._lost)
         self._events.put(None)
-        if self._thread.ident != threading.get_ident():
+        if self._thread.ident not in (None, threading.get_ident()):
             self._thread.join()
 
     def post(self, kind: Kind, body: Batch) -> None:
@@ -68,32 +75,41 @@ class Engine(Link):
         elif kind is not Kind.JOB:
             self._events.put((self._cancel, body, body.end if kind is Kind.CANCEL else float("inf")))
 
-    def workers(self) -> tuple[int, int]:
-        """The executor's, as of one node."""
-        return self._workers, self._workers
+    def push(self) -> None:
+        """As Link says: in place, run what was posted."""
+        with contextlib.suppress(queue.Empty):
+            while self.in_place and (event := self._events.get_nowait()) is not None:
+                self._act(*event)
 
-    # The engine thread.
+    # The engine thread; in place, the thread that pushes.
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
-            act, batch, more = event
-            try:
-                act(batch, more)
-            except BaseException as error:  # of the executor: those of the user's function are in the answers
-                with self.lock:
-                    if (job := self.jobs.get(batch.job)) is not None:
-                        job.sink.fail(error)
+            self._act(*event)
+
+    def _act(self, act: Callable[..., object], batch: Batch, more: Any) -> None:
+        try:
+            act(batch, more)
+        except BaseException as error:  # of the executor: those of the user's function are in the answers
+            with self.lock:
+                if (job := self.jobs.get(batch.job)) is not None:
+                    job.sink.fail(error)
+            if self.in_place and not isinstance(error, Exception):
+                raise
 
     def _submit(self, batch: Batch, _: None) -> None:
         job = self.jobs.get(batch.job)
         if job is None:
             return
         if batch.flags & TELL:
-            self.handle_batch(Kind.GIVEN, Batch(batch.job, batch.first, batch.count, batch.attempt, self._workers))
+            self.handle_batch(Kind.GIVEN, Batch(batch.job, batch.first, batch.count, batch.attempt, self.workers))
         letters = [bytes(joined(letter)) for letter in (job.function, job.initializer) if letter is not None]
-        future = self._executor.submit(
-            run_batch, job.number, job.declaration, letters, batch.first,
-            [bytes(joined(letter)) for letter in batch.letters()], bool(batch.flags & CAREFUL))
+        chunks = [bytes(joined(letter)) for letter in batch.letters()]
+        arguments = job.number, job.declaration, letters, batch.first, chunks, bool(batch.flags & CAREFUL)
+        if self._executor is None:
+            self._answered(batch, *run_batch(*arguments))
+            return
+        future = self._executor.submit(run_batch, *arguments)
         self._submitted[future] = batch
         future.add_done_callback(lambda done: self._events.put((self._answer, batch, done)))
 
@@ -103,9 +119,11 @@ class Engine(Link):
             self.handle_batch(
                 Kind.GONE, Batch(batch.job, batch.first, batch.count, batch.attempt, flags=Gone.RETURNED))
             return
-        us, statuses, letters = future.result()
+        self._answered(batch, *future.result())
+
+    def _answered(self, batch: Batch, us: int, statuses: bytes, letters: list[bytes]) -> None:
         self.handle_batch(Kind.RESULT, Batch.pack(
-            batch.job, batch.first, letters_of(letters), attempt=batch.attempt, number=us, statuses=statuses))
+            batch.job, batch.first, [*map(letter_of, letters)], attempt=batch.attempt, number=us, statuses=statuses))
 
     def _cancel(self, chunks: Batch, end: float) -> None:
         for future, batch in list(self._submitted.items()):
@@ -124,12 +142,7 @@ def run_batch(
     runner = _lone_runner(declaration["context"])
     runner.declare(number, declaration, letters[0], letters[1] if len(letters) > 1 else None)
     began = time.monotonic_ns()
-    failure = runner.prepare(number)
-    answers = []
-    for at, chunk in enumerate(chunks):
-        answer = failure or runner.run(number, first + at, chunk, careful)
-        if answer is not None:  # there is no limit here
-            answers.append((answer[0], b"".join(answer[1])))
+    answers = [(status, b"".join(parts)) for status, parts in runner.run(number, first, chunks, careful)]
     runner.end(number)
     return (min(max(1, (time.monotonic_ns() - began) // 1000), U32), bytes(status for status, _ in answers),
             [letter for _, letter in answers])

@@ -5,6 +5,7 @@ Knows joblib's interface of backends (1.5 and later) and an Executor, which live
 
 import importlib
 import operator
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,25 +13,56 @@ from .executor import Executor, Future
 
 __all__ = ["register_joblib_backend"]
 
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
+           "NUMBA_NUM_THREADS", "NUMEXPR_NUM_THREADS")  # joblib's MAX_NUM_THREADS_VARS
+JOBLIBS_OWN = {"max_nbytes", "temp_folder", "mmap_mode", "prefer", "require", "verbose", "context"}  # for its own pools
+
 
 class _Batches:
     """What is ours of the backend: each batch of calls is a future."""
 
-    supports_retrieve_callback, default_n_jobs = True, -1
+    supports_retrieve_callback = supports_inner_max_num_threads = True
+    default_n_jobs = -1
+    executor: Executor | None = None
+    bound: int | None = None  # how many batches may run at a time; None is the whole cluster
+    nesting_level: int | None
+    inner_max_num_threads: int | None
 
     def __init__(self, nesting_level: int | None = None, inner_max_num_threads: int | None = None, **cluster: Any):
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)  # type: ignore
-        self.cluster = cluster  # how to reach it
-        self.executor: Executor | None = None
+        self.cluster = cluster  # how to reach it, and other arguments of Executor
 
-    def _open(self) -> Executor:
-        self.executor = self.executor or Executor(**self.cluster)
-        return self.executor
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **more: Any) -> int:
+        self.cluster |= {name: value for name, value in more.items() if name not in JOBLIBS_OWN}
+        self.parallel = parallel
+        if n_jobs == 1:
+            backends = importlib.import_module("joblib._parallel_backends")
+            raise backends.FallbackToBackend(backends.SequentialBackend(nesting_level=self.nesting_level))
+        count = self._count(n_jobs)
+        if n_jobs != -1:
+            self.terminate()
+            self.bound = count
+        return max(count, 2)
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
+        """With 1, joblib would run all in the caller. So that is only done for `n_jobs=1`, not for one worker."""
+        return 1 if n_jobs in (1, None) else max(self._count(n_jobs), 2)
+
+    def _count(self, n_jobs: int) -> int:
+        """How many batches may run at a time. Waits for a node where that is the number of workers."""
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
-        return max(self._open()._max_workers + 1 + n_jobs, 1) if n_jobs is not None and n_jobs < 0 else n_jobs or 1
+        return max(self._open().wait_for_workers() + 1 + n_jobs, 1) if n_jobs < 0 else n_jobs
+
+    def _open(self) -> Executor:
+        if self.executor is None:
+            options = {"max_workers": self.bound, **self.cluster}
+            if self.inner_max_num_threads is not None:
+                initializer = options.get("initializer"), options.get("initargs", ())
+                begin = types.FunctionType(_begin_worker.__code__, {"__name__": "__main__"})  # it travels by value
+                options |= {"initializer": begin, "initargs": (self.inner_max_num_threads, THREADS, *initializer)}
+            self.executor = Executor(**options)
+        return self.executor
 
     def submit(self, func: Callable[[], Any], callback: Callable[[Any], object]) -> Any:
         future = self._open().submit(operator.call, func)  # one function for all batches, which are its arguments
@@ -40,6 +72,7 @@ class _Batches:
     retrieve_result_callback = staticmethod(Future.result)
 
     def terminate(self, ensure_ready: bool = True) -> None:
+        self.reset_batch_stats()  # type: ignore[attr-defined]
         executor, self.executor = self.executor, None
         if executor is not None:
             executor.terminate()
@@ -51,8 +84,20 @@ class _Batches:
         return backends.SequentialBackend(nesting_level=(getattr(self, "nesting_level", None) or 0) + 1), None
 
 
+def _begin_worker(threads: int, names: tuple[str, ...], initializer: Callable[..., Any] | None, initargs: Any) -> None:
+    """The initializer of a worker: its libraries may use so many threads."""
+    import importlib.util
+    import os
+
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    if importlib.util.find_spec("threadpoolctl"):  # for libraries that are loaded already
+        importlib.import_module("threadpoolctl").threadpool_limits(threads)
+    if initializer is not None:
+        initializer(*initargs)
+
+
 def register_joblib_backend() -> None:
-    """Make `joblib.parallel_config(backend="achilles")` work; it takes host, port, username and secret_key, too."""
+    """Make `joblib.parallel_config(backend="achilles")` work; it takes the arguments of Executor, too."""
     joblib, backends = importlib.import_module("joblib"), importlib.import_module("joblib._parallel_backends")
     joblib.register_parallel_backend("achilles", type(
         "AchillesBackend", (_Batches, backends.AutoBatchingMixin, backends.ParallelBackendBase), {}))

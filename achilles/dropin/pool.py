@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS
 from .async_results import AsyncResult, Callback, MapResult, PoolIterator
-from .base_pool import RUN, SEQUENCES, BasePool, More
+from .base_pool import RUN, BasePool, More, copied
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -49,7 +49,7 @@ class Pool(BasePool):
     :raises AchillesError: the cluster cannot be found, or does not let us in.
 
     Connects; blocks until the server has answered. `chunksize=None` finds a good one by itself, and each
-    mapping method takes three more by keyword. `buffersize` is how many arguments may be out and not taken,
+    mapping method takes three more by keyword. `buffersize` is how many chunks may be out and not taken,
     `timeout` the seconds of one call. With `seed`, an int, `random` is seeded before each call from it and the
     argument's index, and so is numpy's global generator where numpy is loaded.
     """
@@ -126,15 +126,15 @@ class Pool(BasePool):
     # One result after the other.
 
     def imap(
-        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1, *,
-        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
+        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1,
+        buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None,
     ) -> PoolIterator:
         """An iterator over the results of `func(x)`, in their order. `iterable` is read ahead, and may be endless."""
         return self._iterate(PoolIterator, func, iterable, chunksize, More(buffersize, timeout, seed))
 
     def imap_unordered(
-        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1, *,
-        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
+        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1,
+        buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None,
     ) -> PoolIterator:
         """As `imap`, in the order in which they come."""
         return self._iterate(PoolIterator, func, iterable, chunksize, More(buffersize, timeout, seed), ordered=False)
@@ -144,7 +144,8 @@ class Pool(BasePool):
         inline: bool = False, call: str = "one",
     ) -> MapResult:
         self._check_running()
-        args = iterable if type(iterable) in SEQUENCES else list(iterable)  # its own error is raised here
+        inline = inline or self._controller.in_place
+        args = iterable if inline and type(iterable) is list else copied(iterable)  # its own error is raised here
         taker = MapResult(self._dispatcher if inline else self._begin(), self, *callbacks)
         self._start(taker, func, args, chunksize, more, call=call, ready=None if inline else taker.ready_to_take,
                     inline=inline)
@@ -167,7 +168,7 @@ class Pool(BasePool):
         return types.SimpleNamespace, (), dict.fromkeys(METHODS, absent)
 
     def __del__(self, run: str = RUN, warn: Callable[..., None] = warnings.warn) -> None:
-        if self._state == run and not self._dispatcher.forked():
+        if self._state == run and not self._controller.forked:
             warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, 2, source=self)
         super().__del__()
 

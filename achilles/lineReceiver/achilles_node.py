@@ -1,9 +1,7 @@
 """The original's path to the node: `from achilles.lineReceiver.achilles_node import runAchillesNode`."""
 
-from __future__ import annotations
-
 from ..configuring import ask_config, update_config
-from ..node import run_node as runAchillesNode
+from ..node.loop import run_node as runAchillesNode
 
 __all__ = ["genConfig", "runAchillesNode"]
 

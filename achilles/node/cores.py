@@ -45,8 +45,7 @@ def default_start_method(threads: int = 1) -> str:
         the method is forkserver: its workers are forks of a process with one thread.
     """
     wanted = "fork" if threads == 1 else "forkserver"
-    is_safe = wanted in multiprocess.get_all_start_methods() and sys.platform != "darwin"
-    return wanted if is_safe else "spawn"
+    return wanted if sys.platform != "darwin" and wanted in multiprocess.get_all_start_methods() else "spawn"
 
 
 def count_threads(root: str = "/") -> int:

@@ -33,13 +33,11 @@ from ..errors import AchillesError, AuthenticationError, ConfigurationError, Pro
 from ..protocol import auth, connect
 from ..protocol.channel import GOODBYE_SECONDS, Channel
 from ..protocol.frames import U16, Kind
-from ..protocol.reader import keep_freed_memory
 from .cores import check_start_method, count_threads, default_start_method, usable_cores
-from .workers import Workers, pump
+from .workers import LOOK_SECONDS, Workers, pump
 
 __all__ = ["Node", "run_node"]
 
-LOOK_SECONDS = 0.05  # how often a node without a server calls `look`
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.1, 5.0  # pauses between connections, doubled each time, with jitter
 DRAIN_SECONDS = 30.0  # for chunks that run; then the server gives them to others
 
@@ -88,7 +86,7 @@ class Node:
 
     def run(self) -> None:
         """Join the server, again and again, until this node is not wanted any more."""
-        keep_freed_memory()
+        console.keep_freed_memory()
         while not self.draining:
             try:
                 log.info("%s", self._connect_and_serve())
@@ -132,9 +130,9 @@ class Node:
 
     def _connect_and_serve(self) -> str:
         """Why the node ends; an exception if its connection has ended, or there was none."""
-        where = self.settings
         try:
-            link = connect.connect(where.host, where.port, auth.NODE, where.username, self._key)
+            link = connect.connect(
+                self.settings.host, self.settings.port, auth.NODE, self.settings.username, self._key)
         except AuthenticationError as e:
             raise AuthenticationError(
                 f"{e}. Copy it to this machine (scp -p), then run: python -m {__package__} --env-file FILE"

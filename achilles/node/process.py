@@ -1,12 +1,12 @@
 """A worker process as its node sees it: its start, its batch, its end.
 
-It knows one process, the socket pair to it, and the status array of runner.py. It knows no queue, selector or server.
-The node's one thread calls it.
+It knows one process, the socket pair to it, and its board. It knows no queue, selector or server. The node's one thread
+calls it.
 
 The node gives a worker one batch at a time. The worker answers its chunks in their order. The node may take chunks
 back that have not begun, which lowers the batch's end::
 
-    first ──answered── next ──done, not sent── the chunk that runs ──not begun── end ──taken back── first + count
+    first ──answered── next ──done, on the board── the chunk that runs ──not begun── end ──taken back── first + count
 
 A worker ends by itself when it retires, or the node kills it, or it dies. `charge` says what that makes of a chunk.
 """
@@ -25,11 +25,11 @@ import multiprocess
 
 from ..errors import ProtocolError
 from ..protocol.channel import Channel
-from ..protocol.frames import Batch, Kind, Letter, Status
+from ..protocol.frames import HEAD, Batch, Kind, Letter, Status, decode, encode
 from . import worker as process_of_worker
-from .runner import CALL, CHUNK, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASE, START, UNNAMED
+from .board import CALL, CHUNK, FIRST, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASE, START, UNNAMED, WORDS, Board
 
-__all__ = ["WAIT_SECONDS", "NodeJob", "NodeWorker", "start"]
+__all__ = ["LATE_SECONDS", "NOTHING", "WAIT_SECONDS", "NodeJob", "NodeWorker", "start"]
 
 NOT_BEGUN = -2  # the chunk in the status array until the worker takes the batch
 NEVER = float("inf")
@@ -53,11 +53,12 @@ class NodeJob(NamedTuple):
 class NodeWorker:
     """One worker process. Its owner writes and reads the channel when the selector says so."""
 
-    def __init__(self, process: Any, sock: socket.socket, status: Any) -> None:
+    def __init__(self, process: Any, sock: socket.socket, shared: Any) -> None:
         self.process = process
         self.channel = Channel(sock, "WN")
         self.channel.name = f"worker {process.pid}"
-        self.status: Any = memoryview(status).cast("B").cast("q")  # see runner.py
+        self._board = Board(shared)
+        self.status = self._board.status
         self.usable = True  # it may get batches: it neither retires nor was killed
         self.charge: Status | None = Status.DIED  # the answer of the chunk under which it ends
         self.told: set[int | str] = set()  # the jobs and the contexts that it was told of
@@ -67,7 +68,7 @@ class NodeWorker:
         self.batch = NOTHING
         self.next = self.end = 0  # the first chunk that is not answered; behind the last chunk that is the worker's
         self.seen = (NOT_BEGUN, UNNAMED, IDLE)  # chunk, offset and phase when the node last looked
-        self.seen_at = self.chunk_at = 0.0  # monotonic, when the node first saw these three; this chunk
+        self.seen_at = self.chunk_at = time.monotonic()  # the node first saw these three; this chunk
         self.since = self.owned_at = time.monotonic()  # it has been idle or at its batch; it has had its owner
         self.kill_at = NEVER  # monotonic
 
@@ -82,8 +83,7 @@ class NodeWorker:
             self.told |= {batch.job, context}
         self.status[CHUNK], self.status[OFFSET], self.status[LIMIT] = NOT_BEGUN, UNNAMED, NO_LIMIT
         self.batch, self.next, self.end = batch, batch.first, batch.end
-        self.since = self.chunk_at = time.monotonic()
-        self.seen = (NOT_BEGUN, UNNAMED, IDLE)
+        self.since = self.chunk_at = self.seen_at = time.monotonic()
         self.timeout = options.get("timeout") or NEVER
         self.tasks_left -= batch.count
         self.channel.send(Kind.TASK, batch)
@@ -95,16 +95,31 @@ class NodeWorker:
             self.channel.send(kind, body)
 
     def answered(self, answer: Batch) -> None:
-        """Take note of a RESULT; ProtocolError unless it is of the batch that the worker has."""
-        expected = self.batch.job, self.batch.attempt, self.next
-        if (answer.job, answer.attempt, answer.first) != expected or answer.end > self.batch.end:
+        """Take note of a RESULT; ProtocolError unless it is of the batch that the worker has.
+
+        Answers that the node took from the board come again.
+        """
+        if (answer.job, answer.attempt) != (self.batch.job, self.batch.attempt) or not (
+                self.batch.first <= answer.first <= self.next <= answer.end <= self.batch.end):
             raise ProtocolError(f"worker {self.process.pid} answers chunks that it was not given")
         self.next = answer.end
 
+    def waiting(self, chunk: int) -> Batch | None:
+        """The answers on the board that did not come yet, of chunks before this one, the one that runs.
+
+        ProtocolError if a function wrote over the board.
+        """
+        if not (self.status[FIRST] == self.next < chunk < self.end
+                and sum(self._board.lengths[: chunk - self.next]) <= len(self._board.letters)):
+            return None
+        answer = self._board.answers(self.batch, chunk - self.next)
+        decode(Kind.RESULT, 0, encode(Kind.RESULT, answer)[0][HEAD.size :])
+        return answer if self.status[CHUNK] == chunk else None
+
     def settle(self) -> None:
         """Make it idle, if it has answered its batch, or stopped where the rest was taken back, and reads again."""
-        done = self.next >= self.end and self.status[PHASE] == IDLE and self.status[CHUNK] != NOT_BEGUN
-        if done and self.batch is not NOTHING:
+        stopped = self.status[PHASE] == IDLE and self.status[CHUNK] != NOT_BEGUN
+        if self.batch is not NOTHING and (self.next == self.batch.end or (stopped and self.next >= self.end)):
             self.batch, self.since, self.kill_at = NOTHING, time.monotonic(), NEVER
             if not self.usable or self.tasks_left == 0:
                 self.retire()
@@ -124,6 +139,8 @@ class NodeWorker:
         seen = chunk, _, phase = tuple(self.status)[:LIMIT]
         if chunk != self.seen[0]:
             self.chunk_at = now
+            if self.seen[0] == NOT_BEGUN:  # the time of its start is none of its batch's
+                self.since = now
         if seen != self.seen:
             self.seen, self.seen_at = seen, now
         if now > self.kill_at:
@@ -155,14 +172,14 @@ def start(method: str, node: int, inherited: Iterable[Any]) -> NodeWorker:
     :param inherited: descriptors of the node's that a forked worker must close.
     """
     context = multiprocess.get_context(method)
-    status = context.RawArray("q", 4)
+    shared = context.RawArray("q", WORDS)
     main, ours, theirs = sys.modules["__main__"], *socket.socketpair()
     ours.setblocking(False)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
     process = context.Process(
         target=process_of_worker.main, name="achilles-worker", daemon=True,
-        args=(theirs, status, None if method == "forkserver" else os.getpid(),
+        args=(theirs, shared, None if method == "forkserver" else os.getpid(),
               (ours, *inherited) if method == "fork" else (), node),
     )
     sys.modules["__main__"] = types.ModuleType("__main__")  # a worker never runs the caller's script again
@@ -174,4 +191,4 @@ def start(method: str, node: int, inherited: Iterable[Any]) -> NodeWorker:
     finally:
         sys.modules["__main__"] = main
         theirs.close()
-    return NodeWorker(process, ours, status)
+    return NodeWorker(process, ours, shared)

@@ -3,14 +3,7 @@
 It knows contexts, functions and chunks of one process. It knows no frame, no socket and no node: a worker uses it
 (worker.py), and so does a process of somebody else's engine (dropin/engine.py). One thread calls a Runner.
 
-The status array is four signed 64-bit integers that another process may see. The Runner writes three of them::
-
-    chunk    the number of the chunk that runs, or of the last one before the limit
-    offset   the argument in that chunk, in the phases call and dump; -1 where the Runner does not name one
-    phase    start, idle, function, load, call or dump
-    limit    read before each chunk: the first number that must not begin any more
-
-So a death or a time limit is charged to one chunk, and the chunks behind it can be taken back while it runs.
+The Runner writes chunk, offset and phase into the status array of board.py, and reads the limit there.
 """
 
 from __future__ import annotations
@@ -25,19 +18,10 @@ from typing import Any, TypeAlias
 
 from ..objects.letters import Context, load_chunk
 from ..objects.outcomes import dump_outcomes
-from ..protocol import kinds
 from ..protocol.frames import Buffer, Letter, LongLetter, Status, digest, joined
+from .board import CALL, CHUNK, DUMP, FUNCTION, IDLE, LIMIT, LOAD, NO_LIMIT, OFFSET, PHASE, START, UNNAMED
 
-__all__ = [
-    "CALL", "CHUNK", "DUMP", "FUNCTION", "IDLE", "LIMIT", "LOAD", "NO_LIMIT", "OFFSET", "PHASE", "PHASES", "START",
-    "UNNAMED", "Answer", "Runner",
-]
-
-CHUNK, OFFSET, PHASE, LIMIT = range(4)  # places in the status array
-PHASES = ("start", "idle", *kinds.PHASES)
-START, IDLE, FUNCTION, LOAD, CALL, DUMP = range(6)
-NO_LIMIT = 2**63 - 1  # every chunk may begin
-UNNAMED = -1  # an offset: any argument of the chunk
+__all__ = ["Runner"]
 
 Answer: TypeAlias = "tuple[int, Sequence[Buffer]]"  # a chunk's status, and its letter in parts
 ALTERED: Answer = (Status.ALTERED, (b"",))  # of every chunk with a letter that does not match its digest
@@ -72,7 +56,6 @@ class _RunnerJob(_Prepared):
         self.context = context  # its letter is the initializer's
         self.declaration = declaration
         self.function: Any = None  # as `set_function` made it, once it is loaded
-        self.named = declaration.get("timeout") is not None  # the node watches how long each argument takes
 
     def set_function(self, pair: tuple[Any, Any]) -> None:
         """Keep the function in the form that takes an argument as it travels: PROTOCOL.md, section 6."""
@@ -88,7 +71,7 @@ class _RunnerJob(_Prepared):
 class Runner:
     """Jobs and contexts of one process.
 
-    :param status: a memoryview or list of four integers, see above; by default one that nobody sees.
+    :param status: a memoryview or list, the status array of board.py; by default one that nobody sees.
     :param node: the node's id, which exceptions name.
     :param own: whether the process is ours, so that its ``__main__`` may be the caller's script.
     """
@@ -123,41 +106,52 @@ class Runner:
         """CLOSE: drop a context, known or not."""
         self._contexts.pop(context, None)
 
-    def prepare(self, number: int) -> Answer | None:
-        """Before each batch: call the context's initializer and load the job's function, each once.
+    def run(self, job_number: int, first: int, letters: Sequence[Letter], careful: bool = False) -> Iterator[Answer]:
+        """Make a job ready: call its context's initializer and load its function, each once. Then run its chunks.
 
-        :returns: the answer of each chunk, if one of the two failed; else None.
-        """
-        job = self._jobs[number]
-        job.payload.become_main()
-        return job.context.prepare(lambda pair: pair[0](*pair[1])) or job.prepare(job.set_function)
-
-    def run(self, job_number: int, number: int, letter: Letter, careful: bool = False) -> Answer | None:
-        """Run one chunk of a job that is prepared; None if the chunk must not begin any more.
-
-        :param number: the chunk's.
+        :param first: the number of the first chunk.
         :param careful: whether to name each argument, since one may end this process.
+        :returns: runs a chunk at each step, up to the limit, and gives its answer. A part may be a view of a value
+            that the function still holds, and may change when the next chunk runs.
         """
-        status = self._status
-        status[CHUNK] = number
-        if number >= status[LIMIT]:
-            status[CHUNK] = number - 1
-            return None
+        status, job = self._status, self._jobs[job_number]
+        status[PHASE] = FUNCTION  # first: a worker that is idle and has seen its batch may get another one
+        status[CHUNK] = first
+        failure = None
+        if first < status[LIMIT]:
+            job.payload.become_main()
+            failure = job.context.prepare(lambda pair: pair[0](*pair[1])) or job.prepare(job.set_function)
+        return self._answers(job, first, letters, careful, failure)
+
+    def _answers(
+        self, job: _RunnerJob, first: int, letters: Sequence[Letter], careful: bool, failure: Answer | None
+    ) -> Iterator[Answer]:
+        """Give the answer of each chunk: the failure, if there is one."""
+        status, run = self._status, self._run
+        for number, letter in enumerate(letters, first):
+            status[CHUNK] = number
+            if number >= status[LIMIT]:
+                status[CHUNK] = number - 1
+                break
+            yield failure or run(job, letter, careful)
+        status[PHASE] = IDLE
+
+    def _run(self, job: _RunnerJob, letter: Letter, careful: bool) -> Answer:
+        """Run one chunk."""
+        status, context = self._status, job.payload
         status[PHASE] = LOAD
-        job = self._jobs[job_number]
-        context = job.payload
         try:
-            if isinstance(letter, LongLetter):
+            if type(letter) is LongLetter:
                 if not letter.whole():
                     return ALTERED
                 letter = joined(letter)
-            arguments, skipped = load_chunk(context, letter)
+            arguments, skipped = load_chunk(context, letter)  # type: ignore[arg-type]
         except BaseException as error:
             return _failure(context, error)
         status[OFFSET] = offset = 0 if len(arguments) == 1 else UNNAMED
         status[PHASE] = CALL
-        named = careful or job.named or skipped
-        if named or offset == UNNAMED:
+        if offset == UNNAMED or skipped:
+            named = careful or skipped or job.declaration.get("timeout")  # the node watches how long an argument takes
             values, errors = self._call(job.function, arguments, skipped, bool(named))
         else:  # as `_call`, for one argument, in two thirds of the time
             try:
@@ -169,12 +163,11 @@ class Runner:
             for status[OFFSET], value in enumerate(values):
                 with contextlib.suppress(Exception):
                     context.dump(value)
-        if named:
-            status[OFFSET] = offset
-        raised, parts = dump_outcomes(context, values, errors)
+        status[OFFSET] = offset
+        answer = dump_outcomes(context, values, errors)  # with False or True: the numbers of Status.VALUES and RAISED
         if errors:
             errors.clear()  # a traceback refers to frames that refer to it: nothing may outlive its chunk
-        return raised, parts  # the numbers of Status.VALUES and RAISED
+        return answer
 
     def abandon(self) -> None:
         """In a forked child of this process: no argument is called any more, and no chunk runs.

@@ -7,54 +7,48 @@ frame, works, writes, and reads again, so it does everything in the order in whi
 
     node ──JOB TASK END CLOSE──▶ socket pair ──▶ serve ──▶ Runner, chunk by chunk
                                                               │ answers
-    node ◀────────RESULT─────── socket pair ◀── flush ◀── deque ◀┘
-    node ◀──chunk, offset, phase── status array ──limit──▶ worker       (runner.py)
+    node ◀────────RESULT─────── socket pair ◀── send ◀── board ◀┘
+    node ◀──answers that a late or dead worker has not sent───┘                (board.py)
 
-The worker ends when its node shuts down writing. It has two threads. The main thread does all of this. The guard
-thread sends answers that have waited for 20 ms, because a chunk lasts, and looks whether the node is still there. The
-lock `_sending` guards the socket's writing side and the popping of answers; the main thread appends them without it.
+The worker ends when its node shuts down writing. It has one thread: the threads of a user's function are its only
+others. Where the system does not end a worker with its node, a second thread looks for the node every second.
 
-Limits: a RESULT leaves after 5 ms. It has at most 1 MiB of letters, or one longer letter.
+Limits: a RESULT leaves after 5 ms, when the board is full, or at once with a letter of more than 256 KiB.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.process
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import multiprocess
 
+from .. import config, console
 from ..protocol.channel import Channel
 from ..protocol.frames import (
     CAREFUL,
-    MAX_SHORT_BYTES,
-    SHORT_LETTER_BYTES,
     U32,
     Batch,
-    Buffer,
-    Frame,
     Kind,
-    Letter,
     LongLetter,
     digest,
 )
-from ..protocol.reader import keep_freed_memory
-from .runner import CHUNK, FUNCTION, IDLE, LIMIT, PHASE, Answer, Runner
+from .board import FIRST, IDLE, LETTER_BYTES, MOST_ANSWERS, MOST_BYTES, PHASE, Board
+from .runner import Runner
 
 __all__ = ["Worker", "main"]
 
 FLUSH_NS = 5_000_000  # an answer waits so long for others: the time that a batch is worth
-GUARD_SECONDS, GUARD_NS = 0.02, 20_000_000  # an answer that has waited so long is the guard's to send
-QUIET_SECONDS = 1.0  # how often the guard looks whether the node is there, while there is no batch
+WATCH_SECONDS = 1.0  # how often a worker looks whether its node is there
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
            "VECLIB_MAXIMUM_THREADS", "BLIS_NUM_THREADS")  # each worker has one core, not all of them
 
@@ -63,122 +57,80 @@ class Worker:
     """A worker's state and its loop.
 
     :param sock: blocking; the other end is the node's.
-    :param status: four signed 64-bit integers that the node sees.
+    :param shared: the memory of the board, which the node sees.
     :param node: the node's id, which exceptions name.
     """
 
-    def __init__(self, sock: socket.socket, status: Any, node: int | None = None) -> None:
+    def __init__(self, sock: socket.socket, shared: Any, node: int | None = None) -> None:
         self._channel = Channel(sock, "NW")
         self._channel.name = f"worker {os.getpid()}"
-        self._status = memoryview(status).cast("B").cast("q")  # written at half the cost of a ctypes array
-        self.runner = runner = Runner(self._status, node, own=True)
+        self._board = Board(shared)
+        self.runner = runner = Runner(self._board.status, node, own=True)
         self._handlers: dict[Kind, Callable[[Any], None]] = {
             Kind.TASK: self._run,
             Kind.JOB: lambda body: runner.declare(body.job, body.declaration, *body.letters()[1:]),
             Kind.END: lambda body: runner.end(body.job),
             Kind.CLOSE: lambda body: runner.close_context(body["context"]),
         }
-        self._done: deque[tuple[int, Letter, int]] = deque()  # status, letter and end in ns of chunks, not sent
-        self._sending = threading.Lock()  # guards all writing to the socket, and the three below
-        self._batch = Batch(0)  # the batch that `_done` belongs to; set while `_done` is empty
-        self._next = self._since = 0  # the chunk of the first entry in `_done`; ns, when that chunk began
-        self._wake = threading.Event()  # a batch has come: the guard is to look every 20 ms
 
     def serve(self) -> None:
         """Obey the node until it shuts down writing. Blocks."""
-        self._status[PHASE] = IDLE
+        self._board.status[PHASE] = IDLE
         while (received := self._channel.receive()) is not None:
-            self._obey(received)
-
-    def guard(self, parent: int | None) -> None:
-        """The guard thread: send answers that wait, and end this process when the node is gone. Never returns."""
-        with contextlib.suppress(OSError):  # the node is gone, though its process may not be
-            while not _orphaned(parent):
-                if self._wake.wait(QUIET_SECONDS):
-                    self._wake.clear()
-                    threading.Event().wait(GUARD_SECONDS)
-                    self._flush(GUARD_NS)
-                    if self._status[PHASE] != IDLE:
-                        self._wake.set()
-        os._exit(1)
-
-    def _obey(self, received: list[Frame]) -> None:
-        """Do the work that one read brought. Nothing of it is alive while the next read waits."""
-        for kind, body in received:
-            self._handlers[kind](body)
-        received.clear()
+            while received:  # nothing of a frame is alive while the next read waits
+                self._handlers[received[0].kind](received.pop(0).body)
 
     def _run(self, batch: Batch) -> None:
         """Answer the chunks of a batch, up to the limit that the node may lower meanwhile."""
-        # First: a guard that clears `_wake` just now looks at the phase after. And the node may give another batch to a
-        # worker that is idle and has seen this one.
-        self._status[PHASE] = FUNCTION
-        if not self._wake.is_set():  # which costs a tenth of `set`
-            self._wake.set()
-        self._status[CHUNK] = batch.first
-        if batch.first < self._status[LIMIT]:
-            self._run_chunks(batch, self.runner.prepare(batch.job))
-        else:
-            self._status[CHUNK] = batch.first - 1
-        self._status[PHASE] = IDLE  # before the last answer: with it, the node may give the next batch
-        self._flush()
-
-    def _run_chunks(self, batch: Batch, failure: Answer | None) -> None:
-        run, done, clock = self.runner.run, self._done.append, time.monotonic_ns
-        self._batch, self._next, self._since = batch, batch.first, clock()
-        job, careful = batch.job, bool(batch.flags & CAREFUL)
-        flushed, size = self._since, 0  # ns; bytes since then
-        for number, argument in enumerate(batch.letters(), batch.first):
-            answer = failure or run(job, number, argument, careful)
-            if answer is None:
-                return
-            state, parts = answer
-            letter: Letter = parts[0]
-            if len(parts) > 1 or len(letter) > SHORT_LETTER_BYTES:
-                letter = _letter(parts)
-            size += len(letter)
-            if size > MAX_SHORT_BYTES:
-                self._flush()
-                size = len(letter)
+        board, clock = self._board, time.monotonic_ns
+        lengths, statuses, letters = board.lengths, board.statuses, board.letters
+        board.status[FIRST] = batch.first
+        answers = self.runner.run(batch.job, batch.first, batch.letters(), bool(batch.flags & CAREFUL))
+        count = size = 0  # of the answers on the board; of their letters
+        sent = now = clock()
+        for state, parts in answers:
+            letter: Any = parts[0]
+            length = len(letter)
+            if len(parts) > 1 or length > LETTER_BYTES:
+                length = sum(map(len, parts))
+                letter = LongLetter(parts, digest(parts), length) if length > LETTER_BYTES else b"".join(parts)
+            lengths[count], statuses[count] = length, state
+            count += 1
+            if length <= LETTER_BYTES:
+                letters[size : size + length] = letter
+                size += length
             now = clock()
-            done((state, letter, now))
-            if number + 1 == batch.end:  # `_run` sends it, when the node can see that the worker is idle
-                return
-            # Parts may be views of a value that the function still holds, and may change at its next call.
-            if now - flushed > FLUSH_NS or len(parts) > 1:
-                self._flush()
-                flushed, size = now, 0
+            if now - sent > FLUSH_NS or length > LETTER_BYTES or count == MOST_ANSWERS or size > MOST_BYTES:
+                self._send(batch, count, now - sent, [letter] if length > LETTER_BYTES else [])
+                sent, count, size = now, 0, 0
+        if count:
+            self._send(batch, count, now - sent)
 
-    def _flush(self, waited_ns: int = 0) -> None:
-        """Write all answers as one RESULT, if the oldest has waited so long. Any thread.
-
-        When it returns, no other thread is writing an answer.
-        """
-        with self._sending:
-            if not self._done or time.monotonic_ns() - self._done[0][2] < waited_ns:
-                return
-            states, letters, ends = zip(*[self._done.popleft() for _ in range(len(self._done))])
-            us = min(max(1, (ends[-1] - self._since) // 1000), U32)
-            self._channel.send(Kind.RESULT, Batch.pack(
-                self._batch.job, self._next, letters, attempt=self._batch.attempt, number=us, statuses=bytes(states)))
-            self._next, self._since = self._next + len(letters), ends[-1]
-            while not self._channel.flush():
-                pass
+    def _send(self, batch: Batch, count: int, ns: int, large: Sequence[Any] = ()) -> None:
+        """Write the answers on the board as one RESULT."""
+        self._channel.send(Kind.RESULT, self._board.answers(batch, count, min(max(1, ns // 1000), U32), large))
+        while not self._channel.flush():
+            pass
+        self._board.status[FIRST] += count
 
 
 def main(
-    sock: socket.socket, status: Any, parent: int | None, inherited: Iterable[Any] = (), node: int | None = None,
+    sock: socket.socket, shared: Any, parent: int | None, inherited: Iterable[Any] = (), node: int | None = None,
 ) -> None:
     """The target of a worker's process; returns when the node shuts down writing.
 
-    :param sock, status, node: as for Worker.
+    :param sock, shared, node: as for Worker.
     :param parent: the node's process id where the node starts its workers itself (fork, spawn), else None.
     :param inherited: the node's descriptors, which a forked worker must not keep open.
     """
-    # Linux ends the worker with its node or its forkserver, which ends with the node. Elsewhere the guard sees it.
+    # Linux ends the worker with its parent. A forkserver, which is no node, outlives the node.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
-    keep_freed_memory()
+    if sys.platform != "linux" or parent != os.getppid():
+        threading.Thread(target=_watch, args=(parent,), name="achilles-watch", daemon=True).start()
+    console.keep_freed_memory()
+    config.in_worker = True
+    _take_name()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches workers too: the node ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for thing in inherited:
@@ -187,8 +139,7 @@ def main(
         os.environ.setdefault(name, "1")
     if hasattr(sys.stdout, "reconfigure") and not sys.stdout.closed:  # the last print of a killed worker is not lost
         sys.stdout.reconfigure(line_buffering=True)
-    worker, pid = Worker(sock, status, node), os.getpid()
-    threading.Thread(target=worker.guard, args=(parent,), name="achilles-guard", daemon=True).start()
+    worker, pid = Worker(sock, shared, node), os.getpid()
     if hasattr(os, "register_at_fork"):  # a forked child of this process is no worker
         os.register_at_fork(after_in_child=sock.close)
         os.register_at_fork(after_in_child=worker.runner.abandon)
@@ -200,12 +151,22 @@ def main(
             os._exit(0)
 
 
-def _letter(parts: Sequence[Buffer]) -> Letter:
-    """A letter of several parts, or a long one."""
-    length = sum(map(len, parts))
-    return LongLetter(parts, digest(parts), length) if length > SHORT_LETTER_BYTES else b"".join(parts)
+def _take_name() -> None:
+    """Let `multiprocessing`, as `multiprocess` does, tell of a worker here, and of its name, number and parent.
+
+    Libraries ask for them: for a line of the screen, a log file, a device.
+    """
+    worker, parent = multiprocess.current_process(), multiprocess.parent_process()
+    worker.name = f"achilles-worker-{worker._identity[-1]}"
+    seen: Any = multiprocessing.process.BaseProcess(name=worker.name)
+    seen._identity, seen.authkey = worker._identity, bytes(worker.authkey)
+    process: Any = multiprocessing.process
+    process._current_process = seen
+    process._parent_process = process._ParentProcess(parent.name, parent.pid, parent.sentinel)
 
 
-def _orphaned(parent: int | None) -> bool:
-    """Whether the node is gone. Under forkserver the parent is another process, but the pipe to the node tells it."""
-    return parent not in (None, os.getppid()) or not multiprocess.parent_process().is_alive()
+def _watch(parent: int | None) -> None:
+    """Run in a thread: end this process when its node is gone. Under forkserver, only the pipe to the node tells."""
+    while parent in (None, os.getppid()) and multiprocess.parent_process().is_alive():
+        threading.Event().wait(WATCH_SECONDS)
+    os._exit(1)

@@ -6,11 +6,13 @@ letter, and opens none.
 ::
 
     TASK ─▶ queue ──feed──▶ an idle worker: one batch ──RESULT──▶ send
-              │ waited 250 ms       │ late, or cancelled      ──▶ RETURNED, the chunks that have not begun
-              ▼                     │ died: status array      ──▶ RESULT died, one chunk; RETURNED, the others
-           RETURNED                 └ killed by the node      ──▶ RESULT timeout, one chunk, or nothing; RETURNED
+              │ waited 250 ms       │ 20 ms at one chunk      ──▶ RESULT, the answers on its board
+              ▼                     │ late, or cancelled      ──▶ RETURNED, the chunks that have not begun
+           RETURNED                 │ died: its board         ──▶ RESULT died, one chunk; RETURNED, the others
+                                    └ killed by the node      ──▶ RESULT timeout, one chunk, or nothing; RETURNED
 
 Each chunk that comes leaves as an answer or as RETURNED. That frees the server's places, also for a job that is over.
+A late worker sends the answers on its board as well, when it goes on: the server drops what it has.
 
 The worker of a job with an initializer or with maxtasksperchild belongs to that context until CLOSE, or until another
 needs it more, and is then replaced. A death is seen in `exitcode`, which alone tells the truth: sentinel and end of
@@ -33,12 +35,12 @@ from collections.abc import Callable
 from ..errors import AchillesError, ProtocolError
 from ..protocol.channel import Channel
 from ..protocol.frames import U64, Batch, Gone, Kind, Letter, Status
-from .process import NOTHING, WAIT_SECONDS, NodeJob, NodeWorker, start
-from .runner import CALL, IDLE, LIMIT, PHASE, PHASES, START
+from .board import CALL, IDLE, LIMIT, PHASE, PHASES, START
+from .process import LATE_SECONDS, NOTHING, WAIT_SECONDS, NodeJob, NodeWorker, start
 
-__all__ = ["Workers", "pump"]
+__all__ = ["LOOK_SECONDS", "Workers", "pump"]
 
-LOOK_SECONDS = 0.02  # how often workers are looked at: the least time at one chunk that is late
+LOOK_SECONDS = 0.02  # how often a node looks at its workers: the least time at one chunk that is late
 EXIT_SECONDS = 0.01  # for a worker to be gone after its socket has ended: most are sooner, none with a living child
 CANCEL_SECONDS = 0.5  # for a cancelled chunk that runs to end by itself
 SHARE_SECONDS = 1.0  # a worker may belong to a context so long, busy or idle, while another context needs one
@@ -170,12 +172,14 @@ class Workers:
     def _look(self, now: float) -> None:
         """Look at every worker and at the queue: every 20 ms, and when a worker's socket has ended."""
         self.look_at = now + LOOK_SECONDS
-        for worker in list(self._workers):
-            if worker.process.exitcode is not None:
-                self._bury(worker, now)
-            elif worker.look(now):
+        for worker in [worker for worker in self._workers if worker.process.exitcode is not None]:
+            self._bury(worker, now)
+        for worker in self._workers:
+            if worker.look(now):
                 reason = Gone.WAITED if worker.seen[2] == START else self._reason
                 self._return(worker.batch, *worker.take_back(), reason)
+            if now - worker.chunk_at > LATE_SECONDS:
+                self._pass_on(worker, worker.seen[0])
         self._take_back(lambda batch: now - self._queue.get(batch, now) > WAIT_SECONDS, Gone.WAITED)
         self._make_way(now)
         while len(self._workers) < self.count and now >= self._start_at:
@@ -189,9 +193,9 @@ class Workers:
         set up, and pools often take turns.
         """
         usable = [worker for worker in self._workers if worker.usable]
-        ending = [worker for worker in self._workers if not worker.usable and worker.batch is NOTHING]
-        if not self._queue or ending or len(self._workers) < self.count:  # where one ends or is missing, one comes
-            return
+        if not self._queue or len(self._workers) < self.count or any(
+                not worker.usable and worker.batch is NOTHING for worker in self._workers):
+            return  # where one ends or is missing, one comes
         owners = [worker.owner for worker in usable]
         needy = [batch for batch in self._queue if not {None, self._jobs[batch.job].context}.intersection(owners)]
         free = [worker for worker in usable if worker.batch is NOTHING]
@@ -212,21 +216,20 @@ class Workers:
         for batch in list(self._queue):
             owners = None, self._jobs[batch.job].context
             worker = next((worker for worker in idle if worker.owner in owners), None)
-            if worker is None:
-                continue
-            idle.remove(worker)
-            if worker.tasks_left < batch.count:
-                worker.retire()
-            else:
-                del self._queue[batch]
-                worker.begin(self._jobs[batch.job], batch)
+            if worker is not None:
+                idle.remove(worker)
+                if worker.tasks_left < batch.count:
+                    worker.retire()
+                else:
+                    del self._queue[batch]
+                    worker.begin(self._jobs[batch.job], batch)
 
     # One worker.
 
     def _start(self, now: float) -> None:
-        watched = self._selector.get_map().values()
         try:
-            worker = start(self._method, self.node, [self._selector, *(key.fileobj for key in watched)])
+            worker = start(self._method, self.node, [
+                self._selector, *(key.fileobj for key in self._selector.get_map().values())])
             self._workers.append(worker)
             self._selector.register(worker.channel.socket, selectors.EVENT_READ, lambda events: self._read(worker))
         except (OSError, EOFError) as e:  # no process or descriptor to be had; or the forkserver ended for want of one
@@ -244,12 +247,17 @@ class Workers:
             log.info("%s: %s", worker.channel.name, e)
             received = None
         if received is None:
-            self._selector.unregister(worker.channel.socket)
-            worker.channel.close()
             worker.process.kill()
             worker.process.join(EXIT_SECONDS)
             self.look_at = 0.0
         worker.settle()
+
+    def _pass_on(self, worker: NodeWorker, chunk: int) -> None:
+        """Pass on the answers before this chunk that the worker has not sent."""
+        with contextlib.suppress(ProtocolError):
+            if (answer := worker.waiting(chunk)) is not None:
+                worker.answered(answer)
+                self._send(Kind.RESULT, answer)
 
     def _bury(self, worker: NodeWorker, now: float) -> None:
         """A worker has ended: pass on its answers, charge one chunk at most, and return the others."""
@@ -262,6 +270,7 @@ class Workers:
             log.warning("worker %d ended with %s in phase %s", pid, exitcode, PHASES[phase])
         if phase == START:
             self._start_at = now + START_SECONDS
+        self._pass_on(worker, chunk)
         if worker.charge is not None and phase > IDLE and worker.next <= chunk < worker.end:
             note = {
                 "offset": offset if phase >= CALL else -1, "phase": PHASES[phase], "node": self.node, "pid": pid,
@@ -272,8 +281,7 @@ class Workers:
                 batch.job, chunk, [json.dumps(note).encode()], attempt=batch.attempt, statuses=bytes([worker.charge])))
             worker.next = chunk + 1
         self._return(batch, worker.next, worker.end, self._reason)
-        with contextlib.suppress(KeyError, ValueError):  # its end of file was read
-            self._selector.unregister(sock)
+        self._selector.unregister(sock)
         self._workers.remove(worker)
         worker.channel.close()
         worker.process.close()
@@ -282,9 +290,6 @@ class Workers:
 def pump(selector: selectors.BaseSelector, channel: Channel) -> None:
     """Write all that the socket takes now, and have the selector say when it takes more. Reading tells of failures."""
     with contextlib.suppress(OSError, KeyError):
-        if channel.wants_write:
-            channel.flush()
-        events = selectors.EVENT_READ | selectors.EVENT_WRITE * channel.wants_write
+        events = selectors.EVENT_READ | selectors.EVENT_WRITE * (not channel.flush())
         key = selector.get_key(channel.socket)
-        if key.events != events:
-            selector.modify(channel.socket, events, key.data)
+        selector.modify(channel.socket, events, key.data)

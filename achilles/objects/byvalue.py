@@ -15,6 +15,7 @@ Threads: one thread uses a Dumper. That thread has the context's lock, but for a
 
 from __future__ import annotations
 
+import builtins
 import copyreg
 import enum
 import functools
@@ -31,12 +32,13 @@ from collections.abc import Callable
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from .loading import MAKERS, PICKLE, PIDS, SENTINEL, take_large
+from .loading import EXTEND, MAKERS, PICKLE, PIDS, take_large
 from .names import (
     MAINS,
     MISSING,
     STREAMS,
     Entry,
+    Module,
     Names,
     Slot,
     Space,
@@ -46,12 +48,11 @@ from .names import (
     is_stream,
     travels_by_value,
 )
-from .parts import REDUCES, apart, evaluated, has_own, is_c_type, reduced
+from .parts import NEW, REDUCED, REDUCES, evaluated, has_own, is_c_type
 
 __all__ = ["CACHE_TYPE", "Dumper"]
 
 CACHE_TYPE = type(functools.lru_cache(lambda: None))
-CONNECTIONS = ("multiprocessing.connection", "multiprocess.connection")
 WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
     weakref.ref: lambda reference: reference(), weakref.WeakSet: list, weakref.WeakValueDictionary: dict,
     weakref.WeakKeyDictionary: dict,
@@ -59,13 +60,10 @@ WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
 # Methods that pickle calls for a copy. A fork has the objects already, and calls none of them.
 SPECIAL = (*REDUCES, "__new__", "__setstate__", "__setattr__", "__getattr__", "__iter__", "append", "extend", "items",
            "__setitem__")
-STATES = (*REDUCES, "__getstate__", "__getnewargs__", "__getnewargs_ex__")
-NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
-EXTEND: Any = {list: list.extend, dict: dict.update}
 OWN = -1  # the number of the thing that is dumped
-ALIAS: Any = getattr(typing, "TypeAliasType", typing.NewType)  # Python 3.12
-STANDS_FOR = {ALIAS: "__value__", typing.NewType: "__supertype__"}  # a name, where that cannot be evaluated
-VARIABLES = (typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR)
+STANDS_FOR: Any = {  # a name, where that cannot be evaluated; the first came with Python 3.12
+    getattr(typing, "TypeAliasType", typing.NewType): "__value__", typing.NewType: "__supertype__",
+}
 NO_DEFAULT = getattr(typing, "NoDefault", None)
 OPTIONS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": "__contravariant__",
            "infer_variance": "__infer_variance__", "default": "__default__", "type_params": "__type_params__"}
@@ -80,33 +78,26 @@ class Dumper:
     :ivar refs: the numbers of the entries that the definitions bring.
     """
 
-    def __init__(self, names: Names, entry: Any = None, shares: bool = True, only: list[bytes] | None = None) -> None:
+    def __init__(self, names: Names, value: Any, entry: Any = None, shares: bool = True,
+                 only: list[bytes] | None = None) -> None:
         self.names, self.entry, self.shares, self.only, self.ids = names, entry, shares, only, names.ids
         self.refs: dict[Any, int] = {}
         self.numbers: dict[int, Any] = dict(PIDS)  # and names of makers, by the ids of things
-        self.alive: list[Any] = []  # what has to live until the definitions are made
         self.plain: set[type] = set()  # classes by value: pickle takes their instances apart itself
-        self.begun = False  # a variable of types; an alias may name itself
-        self.rest: Any = ()  # what fills the thing of the entry, as pickle's reductions have it
+        self.rest: Any = None  # what fills the thing of the entry, as pickle's reductions have it
         self.file, self.views = io.BytesIO(), list[memoryview]()
-        take = functools.partial(take_large, self.views)
-        super().__init__(self.file, PICKLE, buffer_callback=take)  # type: ignore[call-arg]
-
-    def dump_all(self, value: Any) -> None:
-        """Dump arguments; or what makes the thing of the entry, and what fills it."""
-        pickled: Any = self
-        if self.entry is None:
-            pickled.dump(value)
-            return
-        maker, arguments, *self.rest = self._apart(value)
-        pickled.dump((maker, arguments))
-        self.numbers[id(value)] = OWN
-        pickled.dump(self.entry)
+        pickled: Any = super()
+        pickled.__init__(self.file, PICKLE, buffer_callback=functools.partial(take_large, self.views))
+        if entry is not None:
+            maker, arguments, *self.rest = self._apart(value)
+            pickled.dump((maker, arguments))
+            self.numbers[id(value)] = OWN
+        pickled.dump(value if entry is None else entry)
 
     def _apart(self, value: Any) -> Any:
         """As pickle's reductions: what makes a thing, then what fills it, so that things may need each other."""
         if self.entry.kind != "value":
-            return [MAKERS[part] if type(part) is str else part for part in reduced(self.entry)]
+            return [MAKERS[part] if type(part) is str else part for part in REDUCED[self.entry.kind](self.entry, value)]
         kind, found = type(value), self.reducer_override(value)
         is_empty_first = kind in (list, dict) or (hasattr(value, "__dict__") and kind not in copyreg.dispatch_table)
         if found is NotImplemented and is_empty_first:
@@ -119,16 +110,11 @@ class Dumper:
         number = self.numbers.get(key)
         if number is None and key in self.ids:
             entry = self.names.find(thing)
-            if entry is not None and self._cuts(entry):
+            kind = "" if entry is None or entry is self.entry or entry.is_one else entry.kind
+            is_shared = kind == "value" and self.shares and (self.only is None or entry.token in self.only)
+            if is_shared or kind == "space":
                 number = self.numbers[key] = self.refs.setdefault(entry, len(self.refs))
         return number
-
-    def _cuts(self, entry: Entry) -> bool:
-        """Whether a number stands in place of a thing."""
-        if entry.kind != "value" or entry is self.entry or entry.is_one or not self.shares:
-            return entry.kind == "space"
-        is_said = entry.named or self.entry is None or not self.entry.named
-        return is_said if self.only is None else entry.token in self.only
 
     def reducer_override(self, thing: Any) -> Any:
         """Take apart what pickle cannot, or would name by an import that fails elsewhere."""
@@ -138,19 +124,21 @@ class Dumper:
         if kind in _REDUCE:
             return _REDUCE[kind](self, thing)
         if is_class(thing):
-            return self._definition(thing)
+            return self._refer(thing) if is_by_value(thing) else NotImplemented
         if is_stream(thing):  # a notebook's is no file
             return self._stream(thing)
-        if kind.__module__ in CONNECTIONS:
+        if kind.__module__ in ("multiprocessing.connection", "multiprocess.connection"):
             raise TypeError(f"cannot pickle '{kind.__qualname__}' object, which belongs to this process")
+        if kind.__module__ in ("multiprocessing.managers", "multiprocess.managers") and hasattr(thing, "_authkey"):
+            return _proxy(thing)
         if kind.__module__ == "dataclasses":  # its marks are compared by identity
             marks = vars(sys.modules["dataclasses"])
             return next((name for name, mark in marks.items() if mark is thing), NotImplemented)
-        if not is_c_type(kind) and travels_by_value(kind):
+        if is_by_value(kind):
             return self._instance(kind, thing)
         # An exception's `__init__` may take other arguments than its built-in base. And pickle asks an empty instance
         # for `__setstate__`: some `__getattr__` never come to an end then.
-        special = "__init__" if isinstance(thing, BaseException) else "__getattr__" if self.shares else ""
+        special = "__init__" if isinstance(thing, BaseException) else "__getattr__"
         return self._instance(kind, thing) if has_own(kind, special) else NotImplemented
 
     def _instance(self, cls: Any, thing: Any) -> Any:
@@ -158,34 +146,28 @@ class Dumper:
         if isinstance(thing, enum.Enum):
             is_named = cls._member_map_.get(thing._name_) is thing
             return (MAKERS["member"], (cls, thing._name_)) if is_named else (cls, (thing._value_,))
-        if isinstance(thing, BaseException) and not has_own(cls, *REDUCES):
-            return self._plain(thing, *apart(thing))
+        is_error = isinstance(thing, BaseException)
         special = SPECIAL if self.shares else REDUCES
-        if cls in copyreg.dispatch_table or not has_own(cls, *special):
+        if cls in copyreg.dispatch_table or not (is_error or has_own(cls, *special)):
             self.plain.add(cls)
             return NotImplemented
         found = thing.__reduce_ex__(PICKLE)
         if isinstance(found, str):
-            return self._singleton(thing, found, MAKERS["plain"], cls)
-        if self.shares and found[0] is NEW and not has_own(cls, *STATES):
-            return self._plain(thing, found[1][1:], found[2])
-        return found
-
-    def _plain(self, thing: Any, arguments: tuple[Any, ...], state: Any) -> Any:
-        """An instance as its built-in base makes it: its own `__new__`, `__init__` and `__setstate__` know nothing."""
-        cls = type(thing)
-        state, slots = state if isinstance(state, tuple) else (state, {})
-        if isinstance(thing, BaseException):  # the state has the name of an ImportError, for one
+            return self._singleton(thing, found, MAKERS["plain"], (cls,), getattr(thing, "__dict__", None))
+        maker, arguments, state = [*found, None][:3]
+        has_state = has_own(cls, "__getstate__", "__getnewargs__", "__getnewargs_ex__")
+        if has_own(cls, *REDUCES) or not (is_error or (self.shares and maker is NEW and not has_state)):
+            return found
+        # Its own `__new__`, `__init__` and `__setstate__` know nothing: it is made as its built-in base makes it.
+        if is_error:  # the state has the name of an ImportError, for one
             names = copyreg._slotnames(cls)  # type: ignore[attr-defined]
-            slots = {**(state or {}), **{name: getattr(thing, name) for name in names if hasattr(thing, name)}}
-            state = None
-        base = next((base for base in EXTEND if isinstance(thing, base)), None)
-        content = (state, slots, None, None) if base is None else (state, slots, EXTEND[base], base.copy(thing))
-        return MAKERS["plain"], (cls, *arguments), content, None, None, MAKERS["fill_plain"]
+            state = None, {**(state or {}), **{name: getattr(thing, name) for name in names if hasattr(thing, name)}}
+        items = next((base.copy(thing) for base in EXTEND if isinstance(thing, base)), None)
+        arguments = (cls, *arguments) if is_error else arguments
+        return MAKERS["plain"], arguments, (state, items), None, None, MAKERS["fill_plain"]
 
     def _refer(self, thing: Any) -> Any:
         """A function, class or cell, or a value that is one thing everywhere: the definitions bring it."""
-        self.alive.append(thing)
         return MAKERS["thing"], (self.refs.setdefault(self.names.name(thing), len(self.refs)),)
 
     def _one(self, thing: Any, *reduced: Any) -> Any:
@@ -194,50 +176,31 @@ class Dumper:
         entry.is_one = True
         return reduced if entry is self.entry else self._refer(thing)
 
-    def _singleton(self, thing: Any, name: str, maker: Any, *arguments: Any) -> Any:
+    def _singleton(self, thing: Any, name: str, *reduced: Any) -> Any:
         """A thing that pickle takes for a global of its module."""
         if thing.__module__ not in MAINS and by_path(sys.modules.get(thing.__module__), name) is thing:
             return name
-        return self._one(thing, maker, arguments, getattr(thing, "__dict__", None))
-
-    def _definition(self, thing: Any) -> Any:
-        """A function or class."""
-        if not travels_by_value(thing):
-            return thing.__qualname__
-        return NotImplemented if is_class(thing) and is_c_type(thing) else self._refer(thing)  # such as type(None)
-
-    def _cache(self, cache: Any) -> Any:
-        if not travels_by_value(cache):
-            return NotImplemented
-        return MAKERS["cache"], (cache.__wrapped__, cache.cache_parameters()), dict(vars(cache))
+        return self._one(thing, *reduced)
 
     def _module(self, module: ModuleType) -> Any:
         if by_import(module):
             return importlib.import_module, (module.__name__,)
-        space = self.names.space_of(vars(module))
+        space = self.names.name(vars(module), kind=Space)
         for name in vars(module):
             if not name.startswith("__"):
                 self.refs.setdefault(space.slot(name), len(self.refs))
         return MAKERS["module"], (vars(module),)
 
-    def _method(self, method: MethodType) -> Any:
-        if getattr(method.__self__, method.__name__, None) == method:
-            return getattr, (method.__self__, method.__name__)
-        return MethodType, (method.__func__, method.__self__)
-
     def _variable(self, variable: Any) -> Any:
-        """A type variable and the like, by its name where an import gives it."""
-        if not travels_by_value(variable):
-            return NotImplemented
+        """A type variable and the like."""
         if reference := self._one(variable):
             return reference
         kind: Any = type(variable)
         name = variable.__name__
-        if self.begun:
+        if self.rest is not None:
             raise TypeError(f"cannot pickle the type alias {name}, which refers to itself")
-        self.begun = True
-        options = {name: evaluated(variable, attribute) for name, attribute in OPTIONS.items()}
-        options = {name: value for name, value in options.items() if value is not None and value is not NO_DEFAULT}
+        found = {name: evaluated(variable, attribute) for name, attribute in OPTIONS.items()}
+        options = {name: value for name, value in found.items() if value is not None and value is not NO_DEFAULT}
         arguments = getattr(variable, "__constraints__", ())
         if kind in STANDS_FOR:
             value = evaluated(variable, STANDS_FOR[kind])
@@ -245,44 +208,53 @@ class Dumper:
         state = None if "type_params" in options else (None, {"__module__": variable.__module__})
         return functools.partial(kind, name, *arguments, **options), (), state
 
-    def _alias(self, alias: Any) -> Any:
-        by_value = isinstance(alias.__origin__, type) and travels_by_value(alias.__origin__)
-        return (type(alias), (alias.__origin__, alias.__args__)) if by_value else NotImplemented
-
     def _stream(self, stream: Any) -> Any:
         """A stream of the process goes by its name; in definitions, a file that is open for reading by its path."""
         places = [(sys, name) for name in STREAMS] + [(getattr(sys, name, None), "buffer") for name in STREAMS]
-        for owner, name in places:
-            if getattr(owner, name, MISSING) is stream:
-                return getattr, (owner, name)
+        if found := [(owner, name) for owner, name in places if getattr(owner, name, MISSING) is stream]:
+            return getattr, found[0]
         mode, path = getattr(stream, "mode", None), getattr(stream, "name", None)
         if not self.shares or mode not in ("r", "rb") or not isinstance(path, str) or stream.closed:
             return NotImplemented
         options = {} if mode == "rb" else {"encoding": stream.encoding, "errors": stream.errors}
-        status = os.fstat(stream.fileno())
-        identity = status.st_dev, status.st_ino
-        return MAKERS["file"], (os.path.abspath(path), identity, mode, stream.tell(), options)
+        return MAKERS["file"], (os.path.abspath(path), os.fstat(stream.fileno())[1:3], mode, stream.tell(), options)
 
-    def _weak(self, weak: Any) -> Any:
-        if not self.shares:  # it would arrive dead
-            return NotImplemented
-        content = WEAK[type(weak)](weak)
-        return (MAKERS["dead"], ()) if content is None else (MAKERS["weak"], (type(weak), content))
 
+def is_by_value(kind: Any) -> bool:
+    """Whether this is a class by value."""
+    return is_class(kind) and not is_c_type(kind) and travels_by_value(kind)
+
+
+def _proxy(thing: Any) -> tuple[Any, ...]:
+    """A manager's proxy. It has the key of a manager that others reach on this machine alone, as in a fork."""
+    rebuild, (kind, token, serializer, options) = thing.__reduce__()
+    if isinstance(token.address, str):
+        options["authkey"] = bytes(thing._authkey)
+    return rebuild, (kind, token, serializer, options)
+
+
+def _by_value(reduce: Callable[[Dumper, Any], Any]) -> Callable[[Dumper, Any], Any]:
+    """By its name, where an import gives it."""
+    return lambda dumper, thing: reduce(dumper, thing) if travels_by_value(thing) else NotImplemented
 
 
 _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
     **dict.fromkeys((Entry, Space, Slot), lambda dumper, item: (MAKERS["itself"], (item.thing,), *dumper.rest)),
     object: lambda dumper, mark: dumper._one(mark, object, ()) if dumper.shares else NotImplemented,
-    FunctionType: Dumper._definition,
+    FunctionType: _by_value(Dumper._refer),
     CellType: Dumper._refer,
-    CACHE_TYPE: Dumper._cache,
-    ModuleType: Dumper._module,
-    MethodType: Dumper._method,
-    **dict.fromkeys(WEAK, Dumper._weak),
+    CACHE_TYPE: _by_value(lambda _, cache: (
+        MAKERS["cache"], (cache.__wrapped__, cache.cache_parameters()), dict(vars(cache)))),
+    **dict.fromkeys((ModuleType, Module), Dumper._module),
+    MethodType: lambda _, method: (
+        (getattr, (method.__self__, method.__name__)) if getattr(method.__self__, method.__name__, None) == method
+        else (MethodType, (method.__func__, method.__self__))),
+    **dict.fromkeys(WEAK, lambda dumper, weak: (  # as an argument it would arrive dead
+        MAKERS["weak"], (type(weak), WEAK[type(weak)](weak))) if dumper.shares else NotImplemented),
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
-    **dict.fromkeys(VARIABLES, Dumper._variable),
-    type(typing.Generic[typing.TypeVar("T")]): Dumper._alias,  # type: ignore[index]
+    **dict.fromkeys((typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR), _by_value(Dumper._variable)),
+    type(typing.Generic[typing.TypeVar("T")]): lambda _, alias: (  # type: ignore[index]
+        type(alias), (alias.__origin__, alias.__args__)) if is_by_value(alias.__origin__) else NotImplemented,
     typing.ForwardRef: lambda _, thing: (typing.ForwardRef, (thing.__forward_arg__,)),
     functools.partialmethod: lambda _, thing: (MAKERS["partialmethod"], (thing.func, thing.args, thing.keywords)),
     struct.Struct: lambda _, thing: (struct.Struct, (thing.format,)),
@@ -293,7 +265,7 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
     # A lock arrives as a new one: an RLock that dill loads is held for ever, by nobody.
     type(threading.Lock()): lambda _, thing: (threading.Lock, ()),
     type(threading.RLock()): lambda _, thing: (threading.RLock, ()),
+    # Python 3.15. dill takes each for a mark of dataclasses.
+    getattr(builtins, "sentinel", None): lambda dumper, mark: dumper._singleton(
+        mark, mark.__name__, type(mark), (mark.__name__,), (None, {"__module__": mark.__module__})),
 }
-if SENTINEL is not None:  # dill takes each for a mark of dataclasses
-    _REDUCE[SENTINEL] = lambda dumper, mark: dumper._singleton(
-        mark, mark.__name__, MAKERS["sentinel"], mark.__name__, mark.__module__)

@@ -16,23 +16,22 @@ Threads: all callers have the context's lock. User code, such as a `__reduce__`,
 
 from __future__ import annotations
 
-import contextlib
-import enum
 import functools
+import hashlib
 import importlib
+import io
 import pickle
 import re
 from collections import deque
-from collections.abc import Iterator
 from itertools import islice, repeat
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
-from ..errors import DumpError, VersionError
+from ..errors import VersionError
 from .byvalue import CACHE_TYPE, Dumper
-from .loading import letter_digest, letter_of
-from .names import MISSING, Entry, Names, Place, by_import, is_class, is_stream, travels_by_value
-from .parts import global_names, is_global, needs_of, pieces_of
+from .loading import letter_of
+from .names import MISSING, Entry, Names, by_import, travels_by_value
+from .parts import content_of, global_names, pieces_of
 
 __all__ = ["Definitions", "dumped", "facts_of", "way_to"]
 
@@ -40,6 +39,13 @@ DILL_OLDEST = (0, 4, 1)  # the first that knows Python 3.13's code and threads
 DILL_KINDS = {"save_code", "_save_dict_view", "save_super", "save_wrapper_descriptor", "save_singleton", "save_type",
               "save_slice"}  # what dill does with files and references would open, truncate and delete
 SHARED_KEPT = 64  # lists and dicts that initializers get
+BELONGS: Any = {  # what a function belongs to, or consists of
+    FunctionType: lambda _: (), tuple: list, MethodType: lambda method: [method.__self__],
+    BuiltinFunctionType: lambda method: [method.__self__],
+    functools.partial: lambda partial: [partial.func, *partial.args, *partial.keywords.values()],
+}
+# In place of a pickle, where the token is enough.
+NAMED: Any = SimpleNamespace(refs={}, views=[], file=io.BytesIO(), content=None)
 DEEPEST, WIDEST = 10, 1000  # of a search for what cannot be dumped
 
 
@@ -58,7 +64,7 @@ class Definitions:
         """Whether letters bring an item, and do not only name it."""
         return self._caller or item.token[:16] == self.names.process
 
-    def dump(self, roots: list[Entry]) -> bytes:
+    def dump(self, *roots: Entry) -> bytes:
         """The letter that brings what these functions, classes and values need, and them."""
         named = self.names.values
         looks = self._in_order(roots)
@@ -69,109 +75,79 @@ class Definitions:
         numbers = {item: number for number, item in enumerate(looks)}
         records: list[Any] = []
         views: list[memoryview] = []
-        modules: dict[Any, None] = {}
         for item, dumper in looks.items():
-            if dumper is None:
-                records.append(("", item.token, 0, [], b"", 0))
-                continue
-            label = (item.token, item.version) if item.named else (b"", 0)
-            refs = [numbers[each] for each in item.refs]
-            records.append((item.kind, *label, refs, dumper.file.getvalue(), len(dumper.views)))
+            kind = item.kind if dumper is not NAMED else ""
+            label = (item.token, item.version) if item.named or not kind else (b"", 0)
+            refs = [numbers[each] for each in dumper.refs]
+            records.append((kind, *label, refs, dumper.file.getvalue(), len(dumper.views)))
             views += dumper.views
-            modules.update({need: None for need in item.needs if isinstance(need, str)})
-        head = pickle.dumps((records, [numbers[root] for root in roots], [*modules]))
+        head = pickle.dumps((records, [numbers[root] for root in roots]))
         return b"".join(letter_of(head, views))
 
-    def functions(self) -> list[Any] | None:
-        """The functions that were dumped last; None if it is not enough to compare these."""
-        is_fixed = all(item.kind in ("function", "cell", "slot", "space") for item in self.order)
+    def functions(self, value: tuple[Any, ...]) -> list[Any] | None:
+        """The functions that were dumped last, with this value; None if it is not enough to compare these."""
+        is_fixed = all(type(each) is FunctionType or by_import(each) for each in value) and all(
+            item.kind in ("function", "cell", "slot", "space") for item in self.order)
         return [item.thing for item in self.order if item.kind == "function"] if is_fixed else None
-
-    def hold(self, value: Any, place: Place | None, is_named: bool = True) -> Entry | None:
-        """The entry of a value that something holds; None for what needs no name.
-
-        :param is_named: whether letters say the token of the holder.
-        """
-        if by_import(value) or isinstance(value, enum.Enum) or is_stream(value):
-            return None
-        entry = self.names.name(value)
-        entry.place = place or entry.place
-        entry.named = entry.named or is_named
-        return self.names.own(entry)
 
     def share(self, value: Any) -> None:
         """Give tokens to what a function belongs to, or an initializer gets: a global may be the same thing.
 
         :param value: a function with its callback, or an initializer with a tuple of arguments.
         """
-        found = [*value] if type(value) is tuple else [value]
-        is_initializer = len(found) == 2 and type(found[1]) is tuple
+        is_initializer = type(value) is tuple and len(value) == 2 and type(value[1]) is tuple
+        found = [value]
         for each in found:  # grows while it is walked
             kind = type(each)
-            if kind is tuple:
-                found += each
-            elif kind is functools.partial and is_initializer:
-                found += [each.func, *each.args, *each.keywords.values()]
-            elif kind in (MethodType, BuiltinFunctionType):
-                found.append(each.__self__)
+            if kind in BELONGS and (is_initializer or kind is not functools.partial):
+                found += BELONGS[kind](each)
             elif is_initializer or kind in (list, dict, set, CACHE_TYPE) or travels_by_value(kind):
-                if kind is not FunctionType and not is_class(each):
-                    self._shared.append(self.hold(each, None))
+                self._shared.append(self.names.hold(each, None))
 
-    def _in_order(self, roots: list[Entry]) -> dict[Any, Any]:
+    def _in_order(self, roots: tuple[Entry, ...]) -> dict[Any, Any]:
         """All that these need, and they: each behind what it needs, with its pickle if a letter brings it."""
         looks: dict[Any, Any] = {}
         order: list[Any] = []
-        stack: list[tuple[Any, Iterator[Any]]] = [(None, iter(roots))]
+        stack: list[Any] = [*roots]
         while stack:
-            item, left = stack[-1]
-            inner = next((each for each in left if each not in looks and not isinstance(each, str)), None)
-            if inner is None:
-                order.append(item)
-                stack.pop()
-                continue
-            looks[inner] = self._look(inner) if self.carries(inner) else None
-            stack.append((inner, iter(inner.needs if looks[inner] else ())))
-        return {item: looks[item] for item in order[:-1]}
+            item = stack.pop()
+            if type(item) is tuple:  # all that the item needs is in order
+                order += item
+            elif item not in looks:
+                looks[item] = self._look(item) if self.carries(item) else NAMED
+                stack += [(item,), *reversed(looks[item].refs)]
+        return {item: looks[item] for item in order}
 
     def _settle(self, looks: dict[Any, Any]) -> None:
-        """Give items other versions, if their content or that of what they hold has changed."""
-        contents = {item: _content(dumper) for item, dumper in looks.items() if dumper}
-        changed: set[Any] = set()
-
-        def state(item: Any) -> Any:  # a class does not count: it is changed in its place
-            return contents[item], [each.version for each in item.refs if each.kind != "class"]
-        while more := [item for item in contents if item not in changed and item.state != state(item)]:
-            for item in more:
-                item.version = next(self.names.numbers)
-                self.names.changes += item.state is not None
-            changed.update(more)
-        for item in contents:
-            item.state = state(item)
+        """Give items another version, if their content or that of what they hold has changed."""
+        version = next(self.names.numbers)
+        is_settled = False
+        while not is_settled:
+            is_settled = True
+            for item, dumper in looks.items():
+                # A global is set in its place, a class changed.
+                state = dumper.content, [each.version for each in item.refs if each.kind not in ("class", "slot")]
+                if item.state != state and dumper is not NAMED:
+                    self.names.changes += item.state is not None
+                    item.version, item.state, is_settled = version, state, False
 
     def _look(self, item: Any) -> Any:
         """The pickle of an item. What it needs is known then."""
-        if item.kind == "function" and is_global(item.thing):
-            item.named = True
-            self.names.own(item)
-        held = [self.hold(value, place, item.named) for value, place in pieces_of(item)]
-        needs = needs_of(item)
-        for slot in needs:
-            if not isinstance(slot, str):
-                slot.place = "global", slot.name, getattr(item.thing, "__qualname__", item.thing.__name__)
+        found = [self.names.hold(value, place, item.named) for value, place in pieces_of(item)]
+        held = [entry for entry in found if entry is not None]
+        item.refs = [*item.refs, *held]  # those of the last time stay alive until they are found again
         try:
             dumper = dumped(self.names, item.thing, entry=item, only=item.state and item.state[0][1])
-            if item.state and _content(dumper) != item.state[0]:
+            dumper.content = _content(dumper)
+            if item.state and dumper.content != item.state[0]:
                 dumper = dumped(self.names, item.thing, entry=item)  # now tokens stand where those values stood
-        except VersionError:
-            raise
+                dumper.content = _content(dumper)
         except Exception as error:
-            where = "the {} {!r} of {}: ".format(*item.place) if item.place is not None else ""
-            told = DumpError(f"{where}{way_to(self.names, item.thing)}{error}")
-            told.where = where
-            raise told from error
+            error.__dict__["item"] = item
+            raise
+        for entry in held:
+            dumper.refs.setdefault(entry, len(dumper.refs))
         item.refs = [*dumper.refs]
-        item.needs = [*item.refs, *filter(None, held), *needs]
         return dumper
 
 
@@ -198,17 +174,14 @@ def dill_pickler() -> Any:
 def dumped(names: Names, value: Any, **options: Any) -> Any:
     """Dump arguments, or the thing of an entry, by the fast way or by the slow one; with a Dumper of these options."""
     try:
-        dumper: Any = _Pickler(names, **options)
-        dumper.dump_all(value)
-    except (RecursionError, DumpError):
+        return _Pickler(names, value, **options)
+    except RecursionError:
         raise
     except Exception as error:
         try:
-            dumper = dill_pickler()(names, **options)
-            dumper.dump_all(value)
+            return dill_pickler()(names, value, **options)
         except Exception as second:
             raise second from error
-    return dumper
 
 
 def facts_of(functions: list[Any]) -> list[Any]:
@@ -216,46 +189,38 @@ def facts_of(functions: list[Any]) -> list[Any]:
     found: list[Any] = []
     for function in functions:
         code = function.__code__
-        tables = {**(function.__kwdefaults__ or {}), **function.__dict__}
-        found += [code, function.__defaults__, function.__name__, function.__qualname__, function.__module__,
-                  function.__doc__, *map(function.__globals__.get, global_names(code), repeat(MISSING)),
-                  *tables, *tables.values()]
+        found += (code, function.__defaults__, function.__name__, function.__qualname__, function.__module__,
+                  function.__doc__, *map(function.__globals__.get, global_names(code), repeat(MISSING)))
+        for table in filter(None, (function.__kwdefaults__, function.__dict__)):
+            found += (*table, *table.values())
         for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # empty
-                found.append(cell.cell_contents)
+            found += content_of(cell)
     return found
 
 
-def way_to(names: Names, value: Any) -> str:
-    """Where in a value the thing is that cannot be dumped; nothing if it is the value itself."""
-    way, owner = "", value
-    for _ in range(DEEPEST):
-        failing = (each for each in _children(value).items() if not _can_dump(names, each[1]))
-        step, child = next(failing, ("", None))
-        if not step:
-            break
-        way, owner, value = way + step, value, child
+def way_to(names: Names, value: Any, way: str = "", owner: Any = None, left: int = DEEPEST) -> str:
+    """Where in a value the thing is that cannot be dumped; nothing if it is the value itself.
+
+    :param way: to the value, from an owner, with so many steps left to look.
+    """
+    for step, child in _children(value).items() if left else ():
+        try:
+            dumped(names, child, shares=False)
+        except Exception:
+            return way_to(names, child, way + step, value, left - 1)
     return f"its {way}, held by an object of type {type(owner).__qualname__}: " if way else ""
-
-
-def _can_dump(names: Names, value: Any) -> bool:
-    try:
-        dumped(names, value, shares=False)
-    except Exception:
-        return False
-    return True
 
 
 def _children(value: Any) -> dict[str, Any]:
     """What a value holds, by the way to it."""
-    if isinstance(value, MethodType):
-        return {".__self__": value.__self__}
     if isinstance(value, (dict, list, tuple)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {f"[{key!r:.40}]": child for key, child in islice(pairs, WIDEST)}
-    return {f".{name}": child for name, child in getattr(value, "__dict__", {}).items()}
+    attributes = {"__self__": value.__self__} if isinstance(value, MethodType) else getattr(value, "__dict__", {})
+    return {f".{name}": child for name, child in attributes.items()}
 
 
 def _content(dumper: Any) -> Any:
     """What tells whether a content is another one."""
-    return letter_digest([dumper.file.getbuffer(), *dumper.views]), [entry.token for entry in dumper.refs]
+    digest = hashlib.sha256(b"".join([dumper.file.getvalue(), *dumper.views])).digest()
+    return digest, [entry.token for entry in dumper.refs]

@@ -12,9 +12,8 @@ Three ways, each tried when the one before fails::
                 the first need. Its import extends the table of pickle's Python Pickler (`dill.extend`), never C
                 pickle's. Nothing else is changed
 
-A chunk of which arguments are to be skipped has their offsets in front of its letter::
-
-    2 | 3 zero | count u32 | 8 zero | count offsets u32 | zeros up to a multiple of 16 | letter        big-endian
+A chunk of which arguments are to be skipped is a letter of form 2: the pickle is the set of their offsets, the one
+buffer is the letter of the chunk.
 
 Globals. All functions by value of one module and one context share one globals dict in a worker. A name that running
 code has set there is kept. A global that came by letter is kept until a letter brings another version.
@@ -32,23 +31,23 @@ letter is answered.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import pickle
-import struct
 import sys
 from collections import deque
 from collections.abc import Collection, Sequence
 from operator import is_
-from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import DumpError, VersionError
 from . import loading
 from .definitions import Definitions, dumped, facts_of, way_to
-from .loading import PICKLE_START, Buffer, Loader, letter_digest
-from .names import Names, by_import
+from .loading import PICKLE_START, Buffer, Loader
+from .names import Names
 
-__all__ = ["Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "joined", "letter_digest",
-           "load_chunk", "text_of", "with_skips"]
+__all__ = ["Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "joined", "load_chunk",
+           "name_of", "text_of", "with_skips"]
 
 REPR_CHARACTERS = 500  # of a value that could not be dumped
 DEFINITIONS_KEPT = 64  # letters of definitions of one job
@@ -56,26 +55,14 @@ ROOTS_KEPT = 1024  # functions and classes of arguments that live until their re
 LETTERS_KEPT, LETTER_BYTES = 16, 1 << 17  # of definitions, loaded once; what a larger letter made ends by itself
 FUNCTIONS_KEPT = 64  # letters of functions that are compared before they are dumped again
 
-OWN_MAIN = sys.modules["__main__"]  # of this process
+OWN_MAIN, OWN_ARGV = sys.modules["__main__"], sys.argv  # of this process
+NO_OFFSETS: frozenset[int] = frozenset()
 TO_A_NODE = "to a node", "Send what it is made from and make it in the function"
 BACK = "back", "Return what it is made from"
-
-SKIPS = struct.Struct(">BxxxI8x")
-SKIPPING = 2  # the first byte of a chunk with offsets
-NO_OFFSETS: frozenset[int] = frozenset()
-
-
-class _Known(NamedTuple):
-    """What is known of a function, and of its callback."""
-
-    value: tuple[Any, ...] = ()  # held, so that its ids stay its own
-    functions: list[Any] | None = None  # that it needs, and itself; None if it needs what may change in its place
-    facts: Sequence[Any] = ()  # what they refer to, from before the letter was dumped
-    counts: tuple[int, int] | None = None  # of changed versions and of modules, then; None if the facts say too little
-    letter: bytes = b""
-
-
-UNKNOWN = _Known()
+# What is known of a function and its callback: the pair, held so that its ids stay its own; the functions it needs,
+# and itself, or None if it needs what may change in its place; what they refer to, from before the letter was dumped;
+# the counts of changed versions and of modules then, or None if that says too little; the letter.
+UNKNOWN: tuple[Any, ...] = (), None, (), None, b""
 
 
 class Context:
@@ -92,24 +79,26 @@ class Context:
         self.names = Names()
         self.lock = self.names.lock  # guards all here
         self.node = node
-        self.known: dict[tuple[int, ...], _Known] = {}  # by the ids of a function and its callback
+        self.known: dict[tuple[int, ...], tuple[Any, ...]] = {}  # by the ids of a function and its callback
         self.definitions = Definitions(self.names, caller)
         self._caller, self._own = caller, own
-        self._dumped: dict[tuple[int, ...], tuple[Any, ...]] = {}  # of this job: roots, and a letter, by their ids
+        self._dumped = functools.lru_cache(DEFINITIONS_KEPT)(self.definitions.dump)  # of this job
         self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT if caller else 0)  # results may name them
-        self._loaded: dict[bytes, list[Any]] = {}  # by digest, the latest last
+        self._loaded = functools.lru_cache(LETTERS_KEPT)(functools.partial(loading.define, self.names))
 
     def refresh(self) -> None:
         """Look anew at classes and globals: to be called when a job begins."""
-        if self._dumped:
-            with self.lock:
-                self._dumped.clear()
+        self._dumped.cache_clear()
 
     def become_main(self) -> None:
-        """Make the caller's script this process's ``__main__``, as `pickle` in a user's function expects."""
+        """Make the caller's script this process's ``__main__``, as `pickle` in a user's function expects.
+
+        `sys.argv` is the script's, too.
+        """
         if self._own:
             modules = (space.module for space in self.names.scripts if space.module is not None)
-            sys.modules["__main__"] = next(modules, OWN_MAIN)
+            main = next(modules, OWN_MAIN)
+            sys.modules["__main__"], sys.argv = main, vars(main).get("__argv__", OWN_ARGV)
 
     def dump(self, value: Any, what: str | None = None) -> list[Buffer]:
         """Turn an object into a letter: parts, to be sent end to end.
@@ -124,18 +113,21 @@ class Context:
         shared = self._caller and type(value) is not list
         return self.dump_with(value, what, plain=not shared, shared=shared)
 
-    def load(self, letter: Buffer, start: int = 0) -> Any:
+    def load(self, letter: Buffer) -> Any:
         """Turn a letter into its object. Loading runs whatever code the letter names: only ever load
         what came under a checked tag, or has its checked digest.
 
         :param letter: in one piece; arrays out of a bytearray are writable views of it.
-        :param start: where in it the object begins, in bytes.
         :raises ModuleNotFoundError: the letter names a module that is not here.
         """
-        if letter[start] == PICKLE_START:
-            return pickle.loads(memoryview(letter)[start:] if start else letter)
-        data, definitions, *buffers = loading.opened(memoryview(letter), start)
-        roots = self._define(definitions) if definitions else []
+        if letter[0] == PICKLE_START:
+            return pickle.loads(letter)
+        data, definitions, *buffers = loading.opened(memoryview(letter))
+        is_kept = len(definitions) <= LETTER_BYTES
+        with self.lock:
+            define: Any = self._loaded if is_kept else self._loaded.__wrapped__
+            roots = define(bytes(definitions) if is_kept else definitions) if definitions else []
+            self.become_main()
         return Loader(self.names, data, buffers, roots, range(len(roots))).load()
 
     def dump_with(self, value: Any, what: str | None, plain: bool = True, shared: bool = False) -> list[Buffer]:
@@ -151,53 +143,33 @@ class Context:
             raise
         except Exception as error:
             whither, remedy = TO_A_NODE if self._caller else BACK
-            way, text = way_to(self.names, value), text_of(error, str).rstrip(".")
+            item = error.__dict__.pop("item", None)  # of the definitions
+            way = way_to(self.names, value)
             if shared:  # a function stands before its callback, an initializer before its arguments
                 way = way.replace("its [0].", "its .", 1)
+            if not way and item is not None:
+                where = "the {} {!r} of {}: ".format(*item.place) if item.place is not None else ""
+                way = where + way_to(self.names, item.thing)
             name = getattr(value, "__qualname__", None)
             name = f"{type(value).__name__} {name}" if name else f"an object of type {type(value).__qualname__}"
+            text = text_of(error, str).rstrip(".")
             told = DumpError(f"{what or name} cannot be sent {whither}: {way}{text}. {remedy}")
-            told.where = getattr(error, "where", "") or (way if "." in way or "'" in way else "")
-            raise told from (error.__cause__ if isinstance(error, DumpError) else error)
+            told.where = way if "." in way or "'" in way else ""
+            raise told from error
 
     def _dump_by_value(self, value: Any, shared: bool) -> list[Buffer]:
         if shared:
             with self.lock:
                 self.definitions.share(value)
         dumper = dumped(self.names, value, shares=shared)
-        roots, definitions = [*dumper.refs], loading.NOTHING
-        if roots:
-            with self.lock:
-                definitions = memoryview(self._defined(roots))
-                if not shared:
-                    self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
-        return loading.letter_of(dumper.file.getbuffer(), [definitions, *dumper.views])
-
-    def _defined(self, roots: list[Any]) -> bytes:
-        """The letter that brings what definitions need for these; of one job, always the same one."""
-        key = tuple(map(id, roots))
-        if key in self._dumped:
-            return bytes(self._dumped[key][-1])
-        letter = self.definitions.dump(roots)
-        if self._caller or not any(map(self.definitions.carries, roots)):  # else it ends when nobody holds it
-            if len(self._dumped) >= DEFINITIONS_KEPT:
-                self._dumped.clear()
-            self._dumped[key] = [root.thing for root in roots], roots, letter
-        return letter
-
-    def _define(self, letter: memoryview) -> list[Any]:
-        """The roots of a letter of definitions; loaded once, while it is among the latest."""
-        digest = letter_digest([letter])
+        roots = [*dumper.refs]
         with self.lock:
-            found = self._loaded.pop(digest, None)
-            if found is None:
-                found = loading.define(self.names, letter)
-                self.become_main()
-            if len(letter) <= LETTER_BYTES:
-                self._loaded[digest] = found
-            if len(self._loaded) > LETTERS_KEPT:
-                del self._loaded[next(iter(self._loaded))]
-        return found
+            is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # else it may change
+            dump = self._dumped if is_fixed else self.definitions.dump
+            definitions = memoryview(dump(*roots)) if roots else loading.NOTHING
+            if not shared:
+                self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
+        return loading.letter_of(dumper.file.getbuffer(), [definitions, *dumper.views])
 
 
 def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
@@ -221,17 +193,12 @@ def dump_chunks(context: Context, arguments: list[Any], size: int) -> list[Buffe
     :raises DumpError: as `dump_chunk` does.
     """
     chunks = [arguments[at : at + size] for at in range(0, len(arguments), size)]
-    if not chunks:
-        return []
-    first = joined(dump_chunk(context, chunks[0]))
-    if len(chunks) > 1 and len(first) <= loading.JOINED_BYTES:
-        try:
-            letters = [pickle.dumps(chunk, loading.PICKLE) for chunk in chunks]
+    with contextlib.suppress(Exception):  # dump_chunk tells what is wrong, or pickles by value
+        if len(chunks) > 1 and len(pickle.dumps(chunks[0], loading.PICKLE)) <= loading.JOINED_BYTES:
+            letters: list[Buffer] = [pickle.dumps(chunk, loading.PICKLE) for chunk in chunks]
             if loading.is_plain(b"".join(letters)):
-                return list(letters)
-        except Exception:
-            pass  # dump_chunk tells what is wrong, or pickles by value
-    return [first, *(joined(dump_chunk(context, chunk)) for chunk in chunks[1:])]
+                return letters
+    return [joined(dump_chunk(context, chunk)) for chunk in chunks]
 
 
 def joined(parts: Sequence[Buffer]) -> Buffer:
@@ -246,27 +213,31 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     changed. From its third dump on, a function that needs constants, imports and other such functions alone is
     compared by identity instead. Any thread may call it, at every call.
 
-    :param what: how to call the value in an error.
+    :param what: how to call the value in an error, by default as `name_of` calls the function.
     :raises DumpError: as `Context.dump` does.
     """
     context.refresh()
     key = tuple(map(id, value))
-    known = context.known.get(key, UNKNOWN)
-    facts = [] if known.functions is None else facts_of(known.functions)
+    _, known, known_facts, known_counts, known_letter = context.known.get(key, UNKNOWN)
+    facts = facts_of(known or [])
     counts = context.names.changes, len(sys.modules)  # a submodule may be among the modules
-    if known.counts == counts and len(facts) == len(known.facts) and all(map(is_, facts, known.facts)):
-        return known.letter
+    if known_counts == counts and len(facts) == len(known_facts) and all(map(is_, facts, known_facts)):
+        return bytes(known_letter)
     with context.lock:
         context.definitions.order = []
-        letter = b"".join(context.dump(value, what))
-        is_fixed = all(type(each) is FunctionType or by_import(each) for each in value)
-        functions = context.definitions.functions() if is_fixed else None
+        letter = b"".join(context.dump(value, what or name_of(value[0])))
+        functions = context.definitions.functions(value)
         if len(context.known) >= FUNCTIONS_KEPT:
             context.known.clear()
-        is_same = functions is not None and functions == known.functions
-        letter = known.letter if letter == known.letter else letter
-        context.known[key] = _Known(value, functions, facts, counts if is_same else None, letter)
+        letter = known_letter if letter == known_letter else letter
+        is_same = functions is not None and functions == known
+        context.known[key] = value, functions, facts, counts if is_same else None, letter
     return letter
+
+
+def name_of(function: Any) -> str:
+    """How to call a function in an error."""
+    return f"function {getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer]:
@@ -274,30 +245,20 @@ def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer
 
     :param parts: a letter of `dump_chunk`, or of this function. Its offsets are replaced.
     """
-    first = memoryview(parts[0])
-    head = SKIPS.pack(SKIPPING, len(offsets)) + struct.pack(f">{len(offsets)}I", *offsets)
-    return [head.ljust(_aligned(len(head)), b"\0"), first[_skipped(first)[1] :], *parts[1:]]
+    letter = memoryview(joined(parts))
+    if letter[0] == loading.SKIPPING:
+        letter = loading.opened(letter)[1]
+    return loading.letter_of(pickle.dumps(frozenset(offsets)), [letter], loading.SKIPPING)
 
 
 def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:
     """The arguments of a chunk and the offsets among them to skip; as `Context.load` otherwise."""
     if letter[0] == PICKLE_START:
         return pickle.loads(letter), NO_OFFSETS
-    offsets, end = _skipped(memoryview(letter))
-    return context.load(letter, end), offsets
-
-
-def _skipped(view: memoryview) -> tuple[frozenset[int], int]:
-    """The offsets to skip in a chunk, and where its arguments begin."""
-    if view[0] != SKIPPING:
-        return NO_OFFSETS, 0
-    _, count = SKIPS.unpack_from(view)
-    offsets = struct.unpack_from(f">{count}I", view, SKIPS.size)
-    return frozenset(offsets), _aligned(SKIPS.size + 4 * count)
-
-
-def _aligned(size: int) -> int:
-    return size + -size % loading.ALIGNMENT_BYTES
+    if letter[0] != loading.SKIPPING:
+        return context.load(letter), NO_OFFSETS
+    offsets, whole = loading.opened(memoryview(letter))
+    return context.load(whole), pickle.loads(offsets)
 
 
 def text_of(value: Any, text: Any = repr) -> str:

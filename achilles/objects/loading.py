@@ -7,6 +7,8 @@ A letter::
     count lengths u64 | pickle | count buffers          each buffer begins at a multiple of 16 bytes
     the first buffer is empty, or has the definitions   it is a letter itself
 
+A letter of form 2, in place of 1, is a chunk with offsets to skip: see letters.py.
+
 The pickle of definitions is a list of items, each with its own pickle: first how it is made, then what fills it.
 
 Knows names.py and parts.py. A pickle names a maker by a persistent id, never by an import path: the package has another
@@ -20,28 +22,25 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import hashlib
 import importlib
-import importlib.machinery
 import io
 import marshal
 import os
 import pickle
 import struct
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
-from types import CellType, FunctionType
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
 
-from .names import ATOMS, UNFOUND, Names
-from .parts import builtin_base, make_class, update_class
+from .names import ATOMS, MISSING, UNFOUND, Module, Names, Space
+from .parts import CODE_CAME, DATA_CAME, builtin_base, make_class, update_class
 
-__all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS", "SENTINEL", "Buffer", "Loader",
-           "define", "dump_plain", "is_plain", "letter_digest", "letter_of", "opened", "take_large"]
+__all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS", "Buffer", "Loader",
+           "define", "dump_plain", "is_plain", "letter_of", "opened", "take_large"]
 
 Buffer = bytes | bytearray | memoryview
-FORM = 1  # the first byte of a letter that is not a bare pickle
+FORM, SKIPPING = 1, 2  # the first byte of a letter that is not a bare pickle; of a chunk with offsets to skip
 NOTHING = memoryview(b"")  # no definitions
 PICKLE_START = 0x80  # the first byte of a bare pickle, which is a plain letter (PROTO, pickletools)
 HEAD = struct.Struct(">BxxxIQ")
@@ -51,12 +50,13 @@ GLOBAL_OPCODE = b"\x93"  # without it, a pickle names no module (STACK_GLOBAL, p
 FEW_ITEMS = 64  # above, to search the pickle for names is quicker than to ask each item for its type
 JOINED_BYTES = 65_536  # a pickle up to this is copied behind its head, so that it is one part
 ALIGNMENT_BYTES = 16  # what numpy's vector loops like
-SENTINEL: Any = getattr(builtins, "sentinel", None)  # Python 3.15
+EXTEND: Any = {list: list.extend, dict: dict.update}
 
 
 def dump_plain(value: Any) -> list[Buffer] | None:
     """The letter of a value by C pickle alone; None if that fails, or names a module that another process has not."""
-    if type(value) is list and len(value) <= FEW_ITEMS and ATOMS.issuperset(map(type, value)):
+    if type(value) is list and len(value) <= FEW_ITEMS and (
+            type(value[0]) in ATOMS if len(value) == 1 else ATOMS.issuperset(map(type, value))):
         return [pickle.dumps(value, PICKLE)]
     views: list[memoryview] = []
     try:
@@ -69,23 +69,23 @@ def dump_plain(value: Any) -> list[Buffer] | None:
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether another process finds all modules that a pickle names."""
-    return not (GLOBAL_OPCODE in data and any(name in data for name in UNFOUND))
+    """Whether another process finds all modules that a pickle names, and no proxy of a manager is in it."""
+    return not (GLOBAL_OPCODE in data and (b".managers" in data or any(name in data for name in UNFOUND)))
 
 
 def take_large(views: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
     """Take a large buffer out of the band of a pickle, or leave it there (true)."""
     view = buffer.raw()
-    large = view.nbytes >= OUT_OF_BAND_BYTES
-    if large:
-        views.append(view)
-    return not large
+    if view.nbytes < OUT_OF_BAND_BYTES:
+        return True
+    views.append(view)
+    return False
 
 
-def letter_of(data: Buffer, buffers: Sequence[memoryview]) -> list[Buffer]:
+def letter_of(data: Buffer, buffers: Sequence[memoryview], form: int = FORM) -> list[Buffer]:
     """The parts of a letter."""
     lengths = [view.nbytes for view in buffers]
-    head = HEAD.pack(FORM, len(buffers), len(data)) + struct.pack(f">{len(buffers)}Q", *lengths)
+    head = HEAD.pack(form, len(buffers), len(data)) + struct.pack(f">{len(buffers)}Q", *lengths)
     parts: list[Buffer] = [head + data] if len(data) <= JOINED_BYTES else [head, data]
     at = len(head) + len(data)
     for view in buffers:
@@ -95,20 +95,12 @@ def letter_of(data: Buffer, buffers: Sequence[memoryview]) -> list[Buffer]:
     return parts
 
 
-def letter_digest(parts: Iterable[Buffer]) -> bytes:
-    """SHA-256 of a letter, 32 bytes."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
-
-
-def opened(letter: memoryview, start: int) -> list[memoryview]:
+def opened(letter: memoryview) -> list[memoryview]:
     """The pickle of a letter and its buffers."""
-    _, count, length = HEAD.unpack_from(letter, start)
-    at = start + HEAD.size + 8 * count
+    _, count, length = HEAD.unpack_from(letter)
+    at = HEAD.size + 8 * count
     pieces: list[memoryview] = []
-    for size in (length, *struct.unpack_from(f">{count}Q", letter, start + HEAD.size)):
+    for size in (length, *struct.unpack_from(f">{count}Q", letter, HEAD.size)):
         at += -at % ALIGNMENT_BYTES if pieces else 0
         pieces.append(letter[at : at + size])
         at += size
@@ -145,37 +137,34 @@ class Loader(pickle.Unpickler):
         return self.names.find(names).module
 
     def weak(self, kind: Any, content: Any) -> Any:
-        """A weak reference, or a collection of them. What it refers to lives as long as what holds it."""
-        self.met.append(content)
-        return kind(content)
+        """A weak reference, dead if there is no content, or a collection. Its content lives as long as its holder."""
+        self.met.append(SimpleNamespace(thing=content))
+        return kind(set() if content is None else content)
 
 
 class Part(Loader):
     """One item of a letter of definitions. It is made when another one needs it, and filled in its turn.
 
     :ivar value: the thing, and `entry`, its entry.
-    :ivar is_empty: whether it is made, and not filled.
-    :ivar code: the functions and constants of a class.
+    :ivar steps: what makes the thing, up to a stop, and then fills it.
     """
 
     def __init__(self, names: Names, parts: list[Part], record: Any, buffers: Iterable[Any]) -> None:
         self.kind, self.token, self.version, refs, data, count = record
         super().__init__(names, data, list(islice(buffers, count)), parts, [*refs, len(parts)])
         self.entry: Any = None
-        self.value: Any = None
-        self.code: dict[str, Any] = {}
-        self.is_begun = self.is_empty = False
+        self.value: Any = MISSING
+        self.steps: Any = self._made_and_filled()
 
     def made(self) -> Any:
         """The thing, made now if it is not here; a value is filled, too."""
-        if not self.is_begun:
-            self.is_begun = True
-            self._make()
-        elif self.value is None:
-            raise pickle.UnpicklingError("two values need each other before either of them can be made")
+        if self.value is MISSING:
+            if self.steps.gi_running:
+                raise pickle.UnpicklingError("two values need each other before either of them can be made")
+            next(self.steps, None)
         return self.value
 
-    def _make(self) -> None:
+    def _made_and_filled(self) -> Generator[None]:
         self.entry = entry = self.names.of_token(self.token) if self.kind != "slot" else None
         if not self.kind and entry is None:
             raise pickle.UnpicklingError("a class or function is not known here any more; dump its instance again")
@@ -185,70 +174,69 @@ class Part(Loader):
             return
         maker, arguments = self.load()
         self.value = maker(*arguments)
-        self.entry = self.names.name(self.value, self.token)
-        self.entry.needs = self.met
-        self.is_empty = self.kind != "slot"
-        if self.kind == "value":
-            self.fill()
+        if self.entry is None or self.entry.thing is not self.value:
+            self.entry = self.names.name(self.value, self.token)
+        self.entry.refs = self.met
+        if self.kind != "value":
+            yield
+        self.load()
+        self.entry.version = self.version
 
-    def fill(self) -> None:
-        """Give the thing all else."""
-        self.made()
-        if self.is_empty:
-            self.is_empty = False
-            self.load()
-            self.entry.version = self.version
-
-    def space(self, name: str, attributes: dict[str, Any], spec: tuple[str, Any] | None) -> Any:
+    def space(self, name: str, attributes: dict[str, Any]) -> Any:
         """A module's dict, with what an import would have set."""
-        if not self.token:
-            return self.names.space_of(vars(importlib.import_module(name))).thing
-        names = vars(self.names.make_module(self.token, name)) if self.entry is None else self.entry.thing
+        if self.entry is None:
+            module = Module(name) if self.token else importlib.import_module(name)
+            self.entry = self.names.name(vars(module), self.token, Space)
+            self.entry.module = module
+        names, attributes = self.entry.thing, {"__builtins__": builtins, **attributes}
         names.update({name: value for name, value in attributes.items() if names.get(name) is None})
-        if spec is not None and names.get("__spec__") is None:
-            names["__spec__"] = made = importlib.machinery.ModuleSpec(spec[0], None, origin=spec[1])
-            made.has_location = spec[1] is not None
         return names
 
     def slot(self, names: dict[str, Any], name: str, value: Any) -> Any:
-        """Set a global."""
-        self.names.find(names).bring(name, self.version, value, self.met)
-        return names
+        """Set a global, unless it came in this version before or running code has set it."""
+        self.entry = slot = self.names.find(names).slot(name)
+        is_kept = slot.space.is_imported or slot.version in (0, self.version)
+        if name not in names or not is_kept:
+            names[name] = value
+        return slot.thing
 
     def new_class(self, meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
                   code: dict[str, Any], members: dict[str, Any]) -> Any:
         """A class with its functions and constants; the one that is here, if there is one."""
-        self.code = code
-        if self.entry is not None:
-            return self.entry.thing
-        return make_class(meta, name, bases, {**namespace, **code}, members)
+        cls = make_class(meta, name, bases, {**namespace, **code}, members) if self.entry is None else self.entry.thing
+        update_class(cls, code, CODE_CAME)
+        return cls
 
     def fill_class(self, cls: Any, state: tuple[dict[str, Any], dict[str, Any], list[type]]) -> None:
         """Give a class all else: attributes, states of an enum's members, registered classes."""
         data, states, registered = state
         for name, attributes in states.items():
             cls._member_map_[name].__dict__.update(attributes)
-        update_class(cls, {**self.code, **data}, self.entry.came)
+        update_class(cls, data, DATA_CAME)
         for each in registered:
             cls.register(each)
 
 
-def define(names: Names, letter: memoryview) -> list[Part]:
+def define(names: Names, letter: bytes | memoryview) -> list[Part]:
     """Make and fill what a letter of definitions brings, and return its roots."""
-    data, *views = opened(letter, 0)
-    records, roots, modules = pickle.loads(data)
-    for name in modules:
-        with contextlib.suppress(ModuleNotFoundError):  # a name that may be no module's: from copy import copy
-            importlib.import_module(name)
+    data, *views = opened(letter if isinstance(letter, memoryview) else memoryview(bytearray(letter)))
+    records, roots = pickle.loads(data)
     parts: list[Part] = []
     buffers = iter(views)
     for record in records:
         parts.append(Part(names, parts, record, buffers))
     for part in parts:
-        part.fill()
+        list(part.steps)
     found = [parts[index] for index in roots]
     parts.clear()
     return found
+
+
+def _make_function(names: dict[str, Any], code: bytes, name: str, cells: Any, submodules: list[str]) -> Any:
+    for module in submodules:
+        with contextlib.suppress(ModuleNotFoundError):  # a name that may be no module's: from copy import copy
+            importlib.import_module(module)
+    return FunctionType(marshal.loads(code), names, name, None, cells)
 
 
 def _make_plain(cls: Any, *arguments: Any) -> Any:
@@ -260,28 +248,22 @@ def _make_plain(cls: Any, *arguments: Any) -> Any:
     return made
 
 
-def _fill_plain(thing: Any, state: tuple[dict[str, Any], dict[str, Any], Any, Any]) -> None:
+def _fill_plain(thing: Any, content: tuple[Any, Any]) -> None:
     """Give an instance its attributes and items, whatever methods its class has for that."""
-    attributes, slots, extend, items = state
+    state, items = content
+    attributes, slots = state if isinstance(state, tuple) else (state, {})
     if attributes:
         thing.__dict__.update(attributes)
     for name, value in slots.items():
         object.__setattr__(thing, name, value)
     if items:
-        extend(thing, items)
+        EXTEND[type(items)](thing, items)
 
 
-def _make_sentinel(name: str, module: str) -> Any:
-    made = SENTINEL(name)
-    made.__module__ = module
-    return made
-
-
-def _open_file(path: str, place: tuple[int, int], mode: str, position: int, options: dict[str, Any]) -> Any:
-    """A file that was open for reading, at its place; the very same file, or none."""
+def _open_file(path: str, place: Sequence[int], mode: str, position: int, options: dict[str, Any]) -> Any:
+    """A file that was open for reading, at its position; the very same file, by inode and device, or none."""
     file = open(path, mode, **options)
-    status = os.fstat(file.fileno())
-    if (status.st_dev, status.st_ino) != place:
+    if os.fstat(file.fileno())[1:3] != place:
         file.close()
         raise FileNotFoundError(f"{path}, which a global of the script was reading, is another file here. "
                                 "Open it in the function")
@@ -292,14 +274,12 @@ def _open_file(path: str, place: tuple[int, int], mode: str, position: int, opti
 MAKERS: dict[str, Any] = {
     "cache": lambda function, parameters: functools.lru_cache(**parameters)(function),
     "plain": _make_plain,
-    "sentinel": _make_sentinel,
     "fill_plain": _fill_plain,
     "file": _open_file,
     "member": lambda cls, name: cls._member_map_[name],
     "partialmethod": lambda function, arguments, options: functools.partialmethod(function, *arguments, **options),
-    "dead": lambda: weakref.ref(set()),  # which ends at once
     "cell": CellType,
-    "function": lambda names, code, name, cells: FunctionType(marshal.loads(code), names, name, None, cells),
+    "function": _make_function,
     "new_class": Part.new_class,
     "fill_class": Part.fill_class,
     "space": Part.space,

@@ -17,7 +17,6 @@ at most. Spaces of scripts are kept for ever. Of the other unused spaces the las
 
 from __future__ import annotations
 
-import builtins
 import functools
 import itertools
 import os
@@ -25,10 +24,11 @@ import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Item", "Names", "Place", "Slot",
+__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Module", "Names", "Place", "Slot",
            "Space", "by_import", "by_path", "is_class", "is_stream", "travels_by_value"]
 
 Place = tuple[str, str, str]  # what holds a value: ("global", "log", "work") is the global log of the function work
@@ -45,42 +45,29 @@ MODULES_REMEMBERED = 1024
 UNFOUND = {b"_main__", b"multiprocessing.connection", b"multiprocess.connection"}
 
 
-class Item:
-    """What a letter of definitions brings: an entry, or a global.
+class Entry:
+    """One thing with a token.
 
     :ivar named: whether letters say the token. Letters do not say the token of a function that is no global, nor those
         of lists that it alone holds. So a lambda that is made again and again has the same letter each time.
     :ivar state: the content as it was dumped last: its digest with the tokens that stood in it, and their versions.
-    :ivar refs: the items that stood in the content; `needs`: these, and what else must be there before, among it the
-        names of submodules that a function reaches through a package.
+    :ivar refs: the entries that stood in the content, and the globals of a function. They live as long as this one.
     :ivar place: where the thing was found, for errors.
-    """
-
-    def __init__(self, kind: str, token: bytes, named: bool) -> None:
-        self.kind, self.token, self.named = kind, token, named
-        self.version, self.state = 0, None
-        self.refs: list[Entry] = []
-        self.needs: list[Any] = []
-        self.place: Place | None = None
-
-
-class Entry(Item):
-    """One thing with a token.
-
     :ivar is_one: whether arguments refer to the thing, too, and bring no copy.
-    :ivar came: the attributes of a class as they came by letter.
     """
 
     def __init__(self, names: Names, token: bytes, thing: Any) -> None:
-        super().__init__("class" if is_class(thing) else KINDS.get(type(thing), "value"), token, False)
-        self.names, self.key, self.is_one = names, id(thing), False
+        self.names, self.token, self.key = names, token, id(thing)
+        self.kind = "class" if is_class(thing) else KINDS.get(type(thing), "value")
+        self.version, self.state, self.is_one = 0, None, False
+        self.refs: list[Entry] = []
+        self.place: Place | None = None
         try:
             self._ref: Any = weakref.ref(thing, functools.partial(names.owned.pop, self.key))
         except TypeError:
             self._ref = lambda: thing
         self.is_weak = isinstance(self._ref, weakref.ref)
-        self.named = self.is_weak and self.kind != "function"
-        self.came: dict[str, Any] = {}
+        self.named = self.is_weak and (self.kind != "function" or is_global(thing))
 
     @property
     def thing(self) -> Any:
@@ -93,35 +80,29 @@ class Space(Entry):
 
     :ivar module: what has the dict, if it was made here.
     :ivar is_imported: whether an import gives the module.
-    :ivar came: the version of each global that came by letter, and what must live as long as the global.
     """
 
-    def __init__(self, names: Names, token: bytes, thing: dict[str, Any], module: ModuleType | None = None) -> None:
+    def __init__(self, names: Names, token: bytes, thing: dict[str, Any]) -> None:
         super().__init__(names, token, thing)
-        self.kind, self.module, self.name = "space", module, str(thing.get("__name__") or MAINS[0])
+        self.kind, self.name = "space", str(thing.get("__name__") or MAINS[0])
+        self.module: ModuleType | None = None
         self.slots: dict[str, Slot] = {}
-        self.is_imported = self.name not in MAINS and importable(self.name) and (
-            vars(sys.modules[self.name]) is thing)
+        found = self.name not in MAINS and self.name in sys.modules and importable(self.name)
+        self.is_imported = found and vars(sys.modules[self.name]) is thing
         self.named = not self.is_imported
+        (names.scripts if self.name in MAINS else names.recent).append(self)
 
     def slot(self, name: str) -> Slot:
         """One of the globals."""
         return self.slots.setdefault(name, Slot(self, name))
 
-    def bring(self, name: str, version: int, value: Any, holds: Any) -> None:
-        """Set a global, unless it came in this version before or running code has set it."""
-        known, _ = self.came.get(name, (version, None))
-        if name not in self.thing or (known != version and not self.is_imported):
-            self.thing[name] = value
-        self.came[name] = version, holds
 
-
-class Slot(Item):
+class Slot(Entry):
     """A global."""
 
     def __init__(self, space: Space, name: str) -> None:
-        super().__init__("slot", space.token, space.named)
-        self.space, self.name = space, name
+        super().__init__(space.names, space.token, name)
+        self.kind, self.named, self.space, self.name = "slot", space.named, space, name
 
     @property
     def thing(self) -> Any:
@@ -130,17 +111,15 @@ class Slot(Item):
         return value.resolve() if type(value).__name__ == "lazy_import" else value
 
 
-class _Main(ModuleType):
-    """``__main__`` in a worker. `multiprocessing` starts children from its file, if that is on this machine."""
+class Module(ModuleType):
+    """A module that no import gives. `multiprocessing` starts children from its file, if that is on this machine."""
 
     __spec__ = property(lambda self: None)
 
     @property
-    def __file__(self) -> str:  # type: ignore[override]
-        path = str(vars(self)["__file__"])
-        if not os.path.exists(path):
-            raise AttributeError("the file of the caller's script is not on this machine")
-        return path
+    def __file__(self) -> Any:  # type: ignore[override]
+        path = vars(self).get("__file__", "")
+        return path if os.path.exists(path) else None
 
 
 class Names:
@@ -149,7 +128,7 @@ class Names:
     :ivar lock: the context's. Arguments and results are dumped without it, and take it to give a token.
     :ivar ids: those of things with entries, where picklers look for each object.
     :ivar owned: entries that live as long as their things, by the ids of these.
-    :ivar scripts: the spaces of scripts and notebooks, the first one first.
+    :ivar scripts: the spaces of scripts and notebooks, the first one first; `recent`: the latest of the other spaces.
     """
 
     def __init__(self) -> None:
@@ -160,10 +139,10 @@ class Names:
         self.numbers = itertools.count(1)  # of tokens and versions alike
         self.owned: dict[int, Entry] = {}
         self.scripts: list[Space] = []
+        self.recent: deque[Space] = deque(maxlen=SPACES_KEPT)
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()
         self._by_id: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
         self.ids: dict[int, Any] = self._by_id.data  # type: ignore[attr-defined]
-        self._recent: deque[Space] = deque(maxlen=SPACES_KEPT)
 
     def of_token(self, token: Any) -> Any:
         """The entry of a token, if its thing is here."""
@@ -175,13 +154,19 @@ class Names:
         entry = self._by_id.get(id(thing))
         return entry if entry is not None and entry.thing is thing else None
 
-    def name(self, thing: Any, token: bytes = b"") -> Entry:
+    def name(self, thing: Any, token: bytes = b"", kind: Callable[..., Any] = Entry) -> Any:
         """The entry of a thing, made at need.
 
         :param token: under which the thing came by letter.
+        :param kind: the entry's: Space for a globals dict.
         """
         with self.lock:
-            return self.find(thing) or self._add(Entry(self, token or self._token(), thing))
+            entry = self.find(thing)
+            if entry is None:
+                entry = kind(self, token or self.process + next(self.numbers).to_bytes(8, "big"), thing)
+                self._by_id[entry.key] = self._entries[entry.token] = self.own(entry)
+                self.values += entry.kind == "value"
+            return entry
 
     def own(self, entry: Entry) -> Entry:
         """Let an entry that letters name live as long as its thing."""
@@ -192,25 +177,16 @@ class Names:
                 del self.owned[next(iter(self.owned))]
         return entry
 
-    def space_of(self, names: dict[str, Any]) -> Any:
-        """The space of a globals dict, made at need."""
-        return self.find(names) or self._add(Space(self, self._token(), names))
+    def hold(self, value: Any, place: Place | None, is_named: bool = True) -> Entry | None:
+        """The entry of a value that something holds; None for what needs no name.
 
-    def make_module(self, token: bytes, name: str) -> ModuleType:
-        """A new module, with a dict that is the space of a token."""
-        module = _Main(name) if name in MAINS else ModuleType(name)
-        vars(module)["__builtins__"] = builtins
-        self._add(Space(self, token, vars(module), module))
-        return module
-
-    def _token(self) -> bytes:
-        return self.process + next(self.numbers).to_bytes(8, "big")
-
-    def _add(self, entry: Entry) -> Entry:
-        self._by_id[entry.key] = self._entries[entry.token] = entry
-        self.values += entry.kind == "value"
-        if isinstance(entry, Space):
-            (self.scripts if entry.name in MAINS else self._recent).append(entry)
+        :param is_named: whether letters say the token of the holder.
+        """
+        if by_import(value) or is_stream(value):
+            return None
+        entry: Entry = value if isinstance(value, Slot) else self.name(value)
+        entry.place = place or entry.place
+        entry.named = entry.named or is_named
         return self.own(entry)
 
 
@@ -219,27 +195,22 @@ def is_class(thing: Any) -> bool:
     return issubclass(type(thing), type)
 
 
-def importable(name: str) -> bool:
-    """Whether an import gives this module, and not only `sys.modules`, where a file can be put under any name."""
-    return name in sys.modules and _found(name)
-
-
 @functools.lru_cache(MODULES_REMEMBERED)
-def _found(name: str) -> bool:
+def importable(name: str) -> bool:
+    """Whether an import gives a module of `sys.modules`, where a file can be put under any name."""
     spec = getattr(sys.modules[name], "__spec__", None)
-    if "." in name or spec is None or not spec.has_location:
-        return True
     finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
-    if any(find and find(name, None) for find in finders):
-        return True
-    UNFOUND.add(name.encode())
-    return False
+    is_file = "." not in name and spec is not None and spec.has_location
+    is_found = not is_file or any(find and find(name, None) for find in finders)
+    if not is_found:
+        UNFOUND.add(name.encode())
+    return is_found
 
 
 def travels_by_value(thing: Any) -> bool:
     """Whether an import on another machine would not find this function, class or cache."""
     module = getattr(thing, "__module__", None)
-    if module is None or module in MAINS or not importable(module):
+    if module in MAINS or module not in sys.modules or not importable(module):
         return True
     name = getattr(thing, "__qualname__", "") or getattr(thing, "__name__", "")
     return by_path(sys.modules[module], name) is not thing
@@ -257,6 +228,13 @@ def by_import(value: Any) -> bool:
 def is_stream(thing: Any) -> bool:
     """Whether this is a stream of the process, by identity."""
     return any(thing is getattr(sys, name, None) for name in STREAMS)
+
+
+def is_global(function: FunctionType) -> bool:
+    """Whether a function's module has it under its name."""
+    first, _, rest = function.__qualname__.partition(".")
+    found = function.__globals__.get(first, MISSING)
+    return (by_path(found, rest) if rest else found) is function
 
 
 def by_path(found: Any, path: str) -> Any:

@@ -5,6 +5,7 @@ Knows letters. Knows nothing of jobs and frames: which status an answer has is t
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pickle
 import traceback
@@ -32,16 +33,14 @@ def dump_outcomes(context: Context, values: list[Any],
             return False, dump_plain(values) or context.dump_with(values, None, plain=False)
         except (DumpError, VersionError):
             pass
-    entries = {offset: _error_entry(context, error) for offset, error in errors.items()}
-    kept: list[bytes | None] = [None] * len(values)
+    outcomes: list[Any] = []
     for offset, value in enumerate(values):
         try:
-            if offset not in errors:
-                kept[offset] = b"".join(context.dump(value))
+            found = _error_entry(context, errors[offset]) if offset in errors else b"".join(context.dump(value))
         except (DumpError, VersionError) as error:
-            letter, text, _ = _error_entry(context, encoding_error(own_error(error), value))
-            entries[offset] = letter, text, ""  # of no code of the user's
-    return True, context.dump([kept, entries, context.node])
+            found = *_error_entry(context, encoding_error(own_error(error), value))[:2], ""  # no code of the user's
+        outcomes.append(found)
+    return True, context.dump([outcomes, context.node])
 
 
 def load_outcomes(context: Context, letter: Buffer,
@@ -54,9 +53,10 @@ def load_outcomes(context: Context, letter: Buffer,
     loaded = context.load(letter)
     if not raised:
         return loaded, {}
-    kept, entries, node = loaded
-    values = [None if each is None else context.load(bytearray(each)) for each in kept]
-    return values, {offset: _error_of(context, node, *entry) for offset, entry in entries.items()}
+    outcomes, node = loaded
+    values = [context.load(bytearray(each)) if type(each) is bytes else None for each in outcomes]
+    errors = {offset: each for offset, each in enumerate(outcomes) if type(each) is tuple}
+    return values, {offset: _error_of(context, node, *each) for offset, each in errors.items()}
 
 
 def load_values(context: Context, letters: Iterable[Buffer]) -> list[list[Any]]:
@@ -75,11 +75,9 @@ def encoding_error(error: BaseException, value: Any) -> BaseException:
 def mark(error: BaseException, **attributes: object) -> Any:
     """Say of an error where it happened, unless it has attributes of these names itself, or no room for them."""
     for name, value in attributes.items():
-        try:
+        with contextlib.suppress(Exception):  # of a property, for one
             if isinstance(error, AchillesError) or not hasattr(error, name):
                 setattr(error, name, value)
-        except Exception:  # of a property, for one
-            pass
     return error
 
 
@@ -109,11 +107,9 @@ def _error_of(
     context: Context, node: int | None, letter: bytes | None, text: str, remote_traceback: str
 ) -> BaseException:
     error: BaseException = RemoteError(text)
-    try:
+    with contextlib.suppress(Exception):  # of a module or class that only the node has: the text stands
         loaded = context.load(letter) if letter is not None else None
         error = loaded if isinstance(loaded, BaseException) else error
-    except Exception:
-        pass  # a module or class that only the node has: the text stands
     if remote_traceback:
         error.__cause__ = importlib.import_module("multiprocessing.pool").RemoteTraceback(remote_traceback)
     return mark(error, node=node)  # type: ignore[no-any-return]

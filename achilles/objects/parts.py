@@ -12,6 +12,9 @@ steps, so that they may refer to each other in any order::
 
 No hook of a class runs again, neither `__init_subclass__` nor the metaclass's `__new__` or `__init__`: what they
 once did is in the attributes.
+
+A class that came by letter keeps its attributes as they came, under CODE_CAME and DATA_CAME. So an attribute that
+running code has set is told from one that came, and what came ends with its class.
 """
 
 from __future__ import annotations
@@ -21,29 +24,31 @@ import copyreg
 import dis
 import enum
 import functools
+import importlib.machinery
 import marshal
 import sys
 import types
-import weakref
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any, cast
 
-from .names import ATOMS, MISSING, by_path
+from .names import ATOMS, MAINS, MISSING, Space
 
-__all__ = ["REDUCES", "apart", "builtin_base", "evaluated", "global_names", "has_own", "is_c_type", "is_global",
-           "make_class", "needs_of", "pieces_of", "reduced", "update_class"]
+__all__ = ["CODE_CAME", "DATA_CAME", "NEW", "REDUCED", "REDUCES", "builtin_base", "content_of", "evaluated",
+           "global_names", "has_own", "is_c_type", "make_class", "pieces_of", "update_class"]
 
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
 CODES_REMEMBERED = 1024  # code objects with their global names; looking at one takes about 50 us
 CODE = (FunctionType, staticmethod, classmethod)
+# Names under which a class keeps what came of it by letter. To `typing`, names in _abc_ are no part of a protocol.
+CODE_CAME, DATA_CAME = "_abc_code_came", "_abc_data_came"
 MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself, and the members of an enum
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
-    "__annotations_cache__",
+    "__annotations_cache__", CODE_CAME, DATA_CAME,
 }
-FILLED = ("__defaults__", "__kwdefaults__", "__type_params__")
-TITLES = ("__qualname__", "__module__", "__doc__")
+FILLED = ("__defaults__", "__kwdefaults__", "__type_params__", "__qualname__", "__module__", "__doc__")
 REDUCES = ("__reduce__", "__reduce_ex__")
+NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
 HOOK = "<stop>"  # the attribute that ends type.__new__ before any hook
 
 
@@ -68,25 +73,19 @@ def builtin_base(cls: type) -> Any:
                 if is_c_type(base) or isinstance(vars(base).get("__new__"), types.BuiltinFunctionType))
 
 
-def apart(thing: Any) -> tuple[Any, ...]:
-    """The arguments with which `__new__` of the built-in base makes a copy, and what its reduction says beside."""
-    base = builtin_base(type(thing))
-    if base is object:
-        return (), None
-    reduced = base.__reduce__(thing) if isinstance(thing, BaseException) else base.__reduce_ex__(thing, 2)
-    is_plain = reduced[0] is copyreg.__newobj__  # type: ignore[attr-defined]
-    return tuple(reduced[1][1:] if is_plain else reduced[1]), reduced[2] if len(reduced) > 2 else None
+def arguments_of(member: Any) -> Any:
+    """The arguments with which `__new__` of the built-in base makes a member of an enum."""
+    base = builtin_base(type(member))
+    maker, arguments, *_ = (NEW, ()) if base is object else base.__reduce_ex__(member, 2)
+    return arguments[1:] if maker is NEW else arguments
 
 
 def make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
                members: dict[str, Any]) -> type:
-    """Make a class with its functions and constants. Only a metaclass written in C runs code of its own."""
-    maker = builtin_base(meta)
-    if maker is not type:
-        return cast(type, maker.__new__(meta, name, bases, namespace))
+    """Make a class, without the hooks of its bases. Only a metaclass written in C runs code of its own."""
     stop = _Stop()
     try:
-        type.__new__(meta, name, bases, {**namespace, HOOK: stop})
+        builtin_base(meta).__new__(meta, name, bases, {**namespace, HOOK: stop})
     except Exception:
         if stop.owner is None:
             raise
@@ -102,34 +101,22 @@ def make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[st
     return cast(type, cls)
 
 
-def _remembered(value: Any) -> Any:
-    """What tells later whether a class still has this value. It keeps nothing alive."""
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return type(value), value if type(value) in ATOMS else id(value)
-
-
-def update_class(cls: type, attributes: dict[str, Any], came: dict[str, Any]) -> None:
+def update_class(cls: type, attributes: dict[str, Any], came: str) -> None:
     """Set attributes that came by letter, and drop those that come no more.
 
     An attribute that running code has set since the last ones came stays.
 
-    :param came: what is remembered of each attribute as it came last; kept up to date here.
+    :param came: the name under which the class keeps the attributes as they came last. So they live as long as it.
     """
-    own, is_first = vars(cls), not came
-
-    def is_still(name: str) -> bool:
-        now, then = _remembered(own.get(name, MISSING)), came.get(name)
-        return now is then or (type(now) is tuple and now == then)
-    for name in came.keys() - attributes.keys():
-        if is_still(name):
+    own = vars(cls)
+    last = own.get(came, {})
+    for name in last.keys() - attributes.keys():
+        if own.get(name, MISSING) is last[name]:
             type.__delattr__(cls, name)
-        del came[name]
     for name, value in attributes.items():
-        if is_first or name not in own or is_still(name):
+        if not last or name not in own or own[name] is last.get(name, MISSING):
             type.__setattr__(cls, name, value)
-        came[name] = _remembered(value)
+    type.__setattr__(cls, came, attributes)
 
 
 def _attributes(cls: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -148,42 +135,41 @@ def pieces_of(entry: Any) -> list[tuple[Any, Any]]:
     """The values that a function, class, cell or global holds, and where; for what else an entry has, nothing."""
     thing, kind = entry.thing, entry.kind
     tables: dict[str, Any] = {}
-    if kind == "slot":
-        return [(thing, entry.place)]
-    if kind == "cell":
-        return [(value, entry.place) for value in cell_content(entry)]
+    if kind in ("slot", "cell"):
+        values = [thing] if kind == "slot" else content_of(thing, entry.place[1])
+        return [(value, entry.place) for value in values]
     if kind == "function":
         code, defaults = thing.__code__, thing.__defaults__ or ()
         optional = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
         tables["default"] = {**dict(zip(optional, defaults)), **(thing.__kwdefaults__ or {})}
         tables["variable"] = dict(zip(code.co_freevars, thing.__closure__ or ()))
         tables["attribute"] = vars(thing)
+        tables["global"] = slots_of(thing, entry.names)
     elif kind == "class" and not isinstance(thing, enum.EnumMeta):  # its tables need its members at once
         tables["attribute"] = _attributes(thing)[1]
     return [(value, (role, name, thing.__qualname__)) for role in tables for name, value in tables[role].items()]
 
 
-def reduced(item: Any) -> Any:
-    """The reduction that makes the thing of an item and fills it, as pickle's are; with the names of makers."""
-    return _REDUCED[item.kind](item, item.thing)
-
-
 def _space(space: Any, thing: dict[str, Any]) -> tuple[Any, ...]:
-    if space.is_imported:
-        return "space", (space.name, {}, None)
-    attributes = {name: thing[name] for name in ("__package__", "__file__", "__doc__") if name in thing}
-    spec = thing.get("__spec__")
-    return "space", (space.name, attributes, None if spec is None else (spec.name, spec.origin))
+    names = () if space.is_imported else ("__package__", "__file__", "__doc__", "__spec__")
+    attributes = {name: thing[name] for name in names if thing.get(name) is not None}
+    if space.name in MAINS:  # a script has its arguments in a worker, too
+        attributes["__argv__"] = list(sys.argv)
+    if spec := attributes.get("__spec__"):
+        attributes["__spec__"] = copied = importlib.machinery.ModuleSpec(spec.name, None, origin=spec.origin)
+        copied.has_location = spec.has_location
+    return "space", (space.name, attributes)
 
 
-def _function(_: Any, function: Any) -> tuple[Any, ...]:
+def _function(entry: Any, function: Any) -> tuple[Any, ...]:
+    modules = [item.thing.__name__ for item in entry.refs if isinstance(item.thing, ModuleType)]
     code = marshal.dumps(function.__code__, MARSHAL)
     if MARSHAL > 2:  # the same bytes each time: references by count are gone after a load
         code = marshal.dumps(marshal.loads(code), MARSHAL)
     annotations = "__annotate__" if getattr(function, "__annotate__", None) else "__annotations__"  # unevaluated
     filled = {key: value for key in (*FILLED, annotations) if (value := getattr(function, key, None))}
-    filled |= {key: getattr(function, key) for key in TITLES}
-    arguments = function.__globals__, code, function.__name__, function.__closure__
+    submodules = submodules_of(function.__code__, modules)
+    arguments = function.__globals__, code, function.__name__, function.__closure__, submodules
     return "function", arguments, (dict(vars(function)), filled)
 
 
@@ -193,11 +179,10 @@ def _class(_: Any, cls: Any) -> tuple[Any, ...]:
     code, data = _attributes(cls)
     table = cls._member_map_ if isinstance(cls, enum.EnumMeta) else {}
     members = {member._name_: member for member in table.values()}
-    if isinstance(cls, enum.EnumMeta):
-        known = set(map(id, members.values()))
-        values = data["_value2member_map_"].items()  # flags that were combined are in it, too
-        data["_value2member_map_"] = {value: member for value, member in values if id(member) in known}
-    made = {name: apart(member)[0] for name, member in members.items()}
+    if isinstance(cls, enum.EnumMeta):  # flags that were combined are in it, too
+        values = data["_value2member_map_"].items()
+        data["_value2member_map_"] = {value: member for value, member in values if table.get(member._name_) is member}
+    made = {name: arguments_of(member) for name, member in members.items()}
     states = {name: {key: value for key, value in vars(member).items() if key != "_inverted_"}
               for name, member in members.items()}
     references = abc._get_dump(cls)[0] if isinstance(cls, abc.ABCMeta) else ()  # type: ignore[attr-defined]
@@ -206,12 +191,11 @@ def _class(_: Any, cls: Any) -> tuple[Any, ...]:
     return "new_class", arguments, (data, states, registered), None, None, "fill_class"
 
 
-def _cell(cell: Any, _: Any) -> tuple[Any, ...]:
-    state = [(None, {"cell_contents": content}) for content in cell_content(cell)]
-    return "cell", (), *state
+def _cell(entry: Any, cell: CellType) -> tuple[Any, ...]:
+    return "cell", (), *[(None, {"cell_contents": content}) for content in content_of(cell, entry.place[1])]
 
 
-_REDUCED: dict[str, Any] = {
+REDUCED: dict[str, Any] = {  # by the kind of an entry, what makes its thing and fills it, with the names of makers
     "space": _space,
     "function": _function,
     "class": _class,
@@ -220,23 +204,16 @@ _REDUCED: dict[str, Any] = {
 }
 
 
-def cell_content(entry: Any) -> tuple[Any, ...]:
+def content_of(cell: CellType, name: str = "") -> list[Any]:
     """The content of a variable's cell, or nothing. In ``__classdict__`` annotations look up names (Python 3.14)."""
     try:
-        content = entry.thing.cell_contents
+        content = cell.cell_contents
     except ValueError:  # empty
-        return ()
-    if entry.place is not None and entry.place[1] == "__classdict__":
+        return []
+    if name == "__classdict__":
         content = {key: value for key, value in content.items()
                    if not (key in MADE_ANEW or key[0] == key[-1] == "_" or isinstance(value, (*CODE, property)))}
-    return (content,)
-
-
-def is_global(function: FunctionType) -> bool:
-    """Whether a function's module has it under its name."""
-    first, _, rest = function.__qualname__.partition(".")
-    found = function.__globals__.get(first, MISSING)
-    return (by_path(found, rest) if rest else found) is function
+    return [content]
 
 
 def has_own(cls: type, *names: str) -> bool:
@@ -252,41 +229,38 @@ def evaluated(variable: Any, attribute: str) -> Any:
         return None
 
 
-def needs_of(entry: Any) -> list[Any]:
-    """The globals of a function, and the names of the submodules that a function reaches through a package.
+def slots_of(function: FunctionType, names: Any) -> dict[str, Any]:
+    """The globals of a function, but for those that it finds in the module that an import gives.
 
-    A function of a module that is imported finds its globals there, all but those that pytest writes into it.
+    It does not find there the names that pytest writes into a module.
     """
-    if entry.kind != "function":
-        return []
-    code, space = entry.thing.__code__, entry.names.space_of(entry.thing.__globals__)
-    found = [name for name in global_names(code) if name in space.thing and name not in ("__name__", "__builtins__")]
-    needs: list[Any] = [space.slot(name) for name in found if not (space.is_imported and name.isidentifier())]
-    packages = [slot.thing.__name__ for slot in needs if isinstance(slot.thing, ModuleType)]
-    attributes = sorted(_attribute_names(code)) if packages else []
+    space = names.name(function.__globals__, kind=Space)
+    found = [name for name in global_names(function.__code__)
+             if name in space.thing and name not in ("__name__", "__builtins__")]
+    return {name: space.slot(name) for name in found if not (space.is_imported and name.isidentifier())}
+
+
+def submodules_of(code: CodeType, packages: list[str]) -> list[str]:
+    """The names of the submodules that code reaches through packages."""
+    lazy = " ".join(["", *getattr(sys, "lazy_modules", ())])  # Python 3.15
+    attributes = sorted({name for each in codes_of(code) for name in each.co_names}) if packages else []
     for package in packages:  # grows while it is walked: a package's package
-        packages += [name for each in attributes if _is_module(name := f"{package}.{each}") and name not in packages]
-    return needs + [name for name in packages if "." in name]
+        names = (f"{package}.{each}" for each in attributes)
+        packages += [name for name in names if name in sys.modules or f" {name}" in lazy]
+    return [name for name in packages if "." in name]
 
 
-def _is_module(name: str) -> bool:
-    """Whether a submodule was imported, or may be, lazily (Python 3.15)."""
-    lazy = getattr(sys, "lazy_modules", ())
-    return name in sys.modules or any(f"{each}.".startswith(f"{name}.") for each in lazy)
+def codes_of(code: CodeType) -> list[CodeType]:
+    """A code object and those nested in it."""
+    found = [code]
+    for each in found:  # grows while it is walked
+        found += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
+    return found
 
 
 @functools.lru_cache(CODES_REMEMBERED)
 def global_names(code: CodeType) -> tuple[str, ...]:
     """The names that a code object, or one nested in it, reads as globals."""
-    names = dict.fromkeys(step.argval for step in dis.get_instructions(code)
-                          if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names.update(dict.fromkeys(global_names(constant)))
-    return tuple(names)
-
-
-def _attribute_names(code: CodeType) -> set[str]:
-    """The names of attributes and globals in a code object and those nested in it."""
-    nested = (_attribute_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*nested)
+    names = [step.argval for each in codes_of(code) for step in dis.get_instructions(each)
+             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")]
+    return tuple(dict.fromkeys(names))

@@ -134,8 +134,8 @@ def read_claim(message: bytes) -> tuple[bytes, bytes]:
         raise ProtocolError(f"an AUTH has {AUTH_BYTES} bytes, this one has {len(message)}")
     _, _, role, nonce, padded = CLAIM.unpack_from(message)
     user = padded.rstrip(b"\0")
-    whole = user and b"\0" not in user and role in (CONTROLLER, NODE)
-    if not whole or not message.startswith(CLAIM.pack(MAGIC, VERSION, role, nonce, user)):
+    if not user or b"\0" in user or role not in (CONTROLLER, NODE) or not message.startswith(
+            CLAIM.pack(MAGIC, VERSION, role, nonce, user)):
         raise ProtocolError("the first bytes of a client are not an AUTH of this version")
     return role, user
 

@@ -97,8 +97,8 @@ class Channel:
 
         The writer thread writes the rest. Never blocks; a failure is the writer thread's to see. Any thread.
         """
-        is_new = self._queue and not self._parts  # else there is nothing, or the writer thread is at it
-        if is_new and hasattr(os, "writev") and self._writing.acquire(blocking=False):  # Windows has no writev
+        # Otherwise there is nothing to write, or the writer thread is at it, or this is Windows, without writev.
+        if self._queue and not self._parts and hasattr(os, "writev") and self._writing.acquire(blocking=False):
             try:
                 self._write_safely(lambda parts: os.writev(self.socket.fileno(), parts), PUSH_BYTES)
             finally:
@@ -249,29 +249,26 @@ class Channel:
             log.debug("%s < %s", self.name, frame)
         return received
 
-    def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = lambda: None) -> str:
+    def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = lambda: None) -> Any:
         """Read frames and hand each to `handle` until the connection ends; blocks. The connection is aborted then.
 
         A ProtocolError, the reader's or one of `handle`, is told to the peer as ERROR. A wrong tag has no answer.
 
         :param done: is called after all frames that came together: time to push the answers.
-        :returns: the reason of the end, in a few words.
+        :returns: the reason of the end: a few words, or the ProtocolError.
         """
         try:
-            while self._state != CLOSED:
-                received = self.receive()
-                if received is None:
-                    return "end of file"
+            while self._state != CLOSED and (received := self.receive()) is not None:
                 for frame in received:
                     handle(frame)
                 done()
                 self.tick()
-            return "closed"
+            return "end of file"
         except ProtocolError as e:
             self.complain(e)
             done()
             self.wait_written(GOODBYE_SECONDS)
-            return str(e)
+            return e
         except (OSError, AchillesError) as e:
             return str(e) or type(e).__name__
         finally:

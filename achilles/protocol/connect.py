@@ -29,15 +29,9 @@ __all__ = ["CONNECT_SECONDS", "PYTHON", "answer_claim", "connect", "hello", "set
 
 CONNECT_SECONDS = 10.0  # for the connection and the handshake together
 RETRY_SECONDS = 0.2  # between two tries, with jitter; a server without a place has one again after some ms
+# This Python's name for HELLO (PROTOCOL.md, section 6): "3.14", or "3.14t" for a free-threaded build.
+PYTHON = "{}.{}".format(*sys.version_info) + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 LOST = ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ServerUnreachable  # the server had no place
-
-
-def python_name() -> str:
-    """Return this Python's name for HELLO: "3.14", or "3.14t" for a free-threaded build (PROTOCOL.md, section 6)."""
-    return "{}.{}".format(*sys.version_info) + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-
-
-PYTHON = python_name()
 
 
 def hello(cpu_count: int = 0) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from ..errors import ProtocolError
+from ..errors import LetterTooLarge, ProtocolError
 from .kinds import (
     CAREFUL,
     DECLARATION,
@@ -48,7 +48,6 @@ __all__ = [
     "CAREFUL", "HEAD", "LETTER_LIMIT_BYTES", "MAX_CHUNKS", "MAX_LONG_BYTES", "MAX_SHORT_BYTES", "NOTE",
     "SHORT_LETTER_BYTES", "TAG_BYTES", "TELL", "TEXT_CHARS", "U16", "U32", "U64", "Batch", "Buffer", "Frame", "Gone",
     "Kind", "Letter", "LongLetter", "Status", "decode", "digest", "encode", "joined", "letter_of",
-    "letters_of",
 ]
 
 HEAD = struct.Struct(">BBHI")  # kind, flags, zero, length of the envelope
@@ -151,8 +150,7 @@ class Frame(NamedTuple):
         """A line for the log: never a letter, nor a text of a JSON body but reason and context."""
         kind, body = self
         if not isinstance(body, Batch):
-            shown = [f" {name} {body[name]!s:.16}" for name in ("reason", "context") if name in body]
-            return kind.name + "".join(shown)
+            return kind.name + "".join(f" {name} {body[name]!s:.16}" for name in ("reason", "context") if name in body)
         text = f"{kind.name} job {body.job}"
         if kind not in (Kind.JOB, Kind.END):
             chunks = f"chunk {body.first}" if body.count == 1 else f"chunks {body.first} to {body.end - 1}"
@@ -174,18 +172,17 @@ def joined(letter: Letter) -> Buffer:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def letter_of(letter: Buffer) -> Letter:
-    """A letter in one piece, as it travels: with its digest, if it is a long one."""
+def letter_of(letter: Buffer, name: str = "a letter") -> Letter:
+    """A letter in one piece, as it travels: with its digest, if it is a long one.
+
+    LetterTooLarge, with the name of its contents, if it may not travel.
+    """
     if len(letter) <= SHORT_LETTER_BYTES:
         return letter
+    if len(letter) > LETTER_LIMIT_BYTES:
+        raise LetterTooLarge(
+            f"{name} has {len(letter):,} bytes, no more than {LETTER_LIMIT_BYTES:,} travel in one piece")
     return LongLetter((letter,), digest((letter,)), len(letter))
-
-
-def letters_of(found: Sequence[Buffer]) -> list[Letter]:
-    """The same for many letters."""
-    if max(map(len, found), default=0) <= SHORT_LETTER_BYTES:  # at the speed of C
-        return list(found)
-    return list(map(letter_of, found))
 
 
 def encode(kind: Kind, body: dict[str, Any] | Batch) -> tuple[bytes, list[memoryview]]:
@@ -228,25 +225,22 @@ def _decode_letters(kind: Kind, batch: Batch, envelope: bytes) -> None:
     """Cut the envelope behind its range, and read the declaration of a JOB."""
     start = RANGE.size + (batch.count if kind is Kind.RESULT else 0)
     batch.statuses, batch.packed = envelope[RANGE.size : start], envelope[start:]
-    if len(batch.packed) < LENGTH_BYTES * batch.count:
-        raise ProtocolError(f"a {kind.name} with {batch.count} letters in {len(envelope)} bytes")
-    if batch.statuses.translate(None, _STATUS_BYTES):
-        raise ProtocolError(f"a {kind.name} with a status that is not known")
+    if len(batch.packed) < LENGTH_BYTES * batch.count or batch.statuses.translate(None, _STATUS_BYTES):
+        raise ProtocolError(f"a {kind.name} with {batch.count} letters in {len(envelope)} bytes, or with a status "
+                            "that is not known")
     lengths, at = batch.lengths, LENGTH_BYTES * batch.count
     long = [length for length in lengths if length > SHORT_LETTER_BYTES]
     short_bytes = sum(lengths) - sum(long)
     if len(batch.packed) != at + DIGEST_BYTES * len(long) + short_bytes or short_bytes > MAX_SHORT_BYTES:
         raise ProtocolError(f"the letters of a {kind.name} do not fill its envelope")
-    if max(long, default=0) > LETTER_LIMIT_BYTES:
-        raise ProtocolError(f"a letter of {max(long)} bytes; the limit is {LETTER_LIMIT_BYTES}")
-    if len(long) > 1 and sum(long) > MAX_LONG_BYTES and kind is not Kind.JOB:
-        raise ProtocolError(f"{len(long)} letters of {sum(long)} bytes in one {kind.name}")
-    ends = range(at + DIGEST_BYTES, len(batch.packed) + 1, DIGEST_BYTES)
-    batch.longs = [LongLetter((), batch.packed[end - DIGEST_BYTES : end], length) for end, length in zip(ends, long)]
+    if max(long, default=0) > LETTER_LIMIT_BYTES or (
+            len(long) > 1 and sum(long) > MAX_LONG_BYTES and kind is not Kind.JOB):
+        raise ProtocolError(f"a {kind.name} with long letters of {sum(long)} bytes; the limits are {MAX_LONG_BYTES} "
+                            f"for several, and {LETTER_LIMIT_BYTES} for each")
+    places = range(at, len(batch.packed), DIGEST_BYTES)
+    batch.longs = [LongLetter((), batch.packed[at : at + DIGEST_BYTES], length) for at, length in zip(places, long)]
     if kind is Kind.JOB:
-        declaration = batch.letters()[0]
-        if isinstance(declaration, LongLetter):
-            raise ProtocolError(f"a JOB's declaration of {lengths[0]} bytes; the limit is {SHORT_LETTER_BYTES}")
+        declaration = joined(batch.letters()[0])  # nothing, if it is a long letter: its parts have not come
         batch.declaration = read_object("JOB", bytes(declaration), DECLARATION)
         if batch.count == 3 and not batch.declaration["initializer"]:
             raise ProtocolError("a JOB brings an initializer that it does not declare")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import enum
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -152,6 +151,8 @@ SERVER_FIELDS: dict[Kind, dict[str, Field]] = FIELDS | {
     },
 }
 
+_SHOW = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # Python reads NaN and 1e999, which are no JSON
+
 
 def read_object(what: str, text: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
     """Return the JSON object that `text` is, unknown keys included.
@@ -161,18 +162,12 @@ def read_object(what: str, text: bytes, fields: Mapping[str, Field]) -> dict[str
     """
     try:
         body = json.loads(text.decode())
+        shown = _SHOW.encode(body)
     except (ValueError, RecursionError) as e:
         raise ProtocolError(f"{what} is not JSON: {type(e).__name__}") from None
-    values = [body]
-    for value in values:  # the list grows by all that each value holds
-        if isinstance(value, dict):
-            values += [*value, *value.values()]
-        elif isinstance(value, list):
-            values += value
-        elif isinstance(value, str) and not value.isprintable():
-            raise ProtocolError(f"{what} has a text that is not printable")
-        elif isinstance(value, float) and not math.isfinite(value):  # NaN and 1e999 are no JSON, and Python reads them
-            raise ProtocolError(f"{what} has a number that is not finite")
+    # `shown` has each text as it is, but escapes: of control characters, and of the quote and the backslash.
+    if not shown.isprintable() or "\\" in shown.replace(r"\\", "").replace(r'\"', ""):
+        raise ProtocolError(f"{what} has a text that is not printable")
     check_fields(what, body, fields)
     return body  # type: ignore[no-any-return]
 

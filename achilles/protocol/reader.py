@@ -11,7 +11,6 @@ The module knows no socket and no key. A FrameReader belongs to the one thread t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Callable, Generator
 
 from ..errors import ProtocolError
@@ -19,12 +18,11 @@ from . import frames
 from .frames import HEAD, MAX_ENVELOPE_BYTES, TAG_BYTES, Buffer, Frame
 from .kinds import DIRECTIONS, FIELDS, SERVER_FIELDS, Kind
 
-__all__ = ["FrameReader", "keep_freed_memory"]
+__all__ = ["FrameReader"]
 
 BUFFER_BYTES = 256 << 10  # one recv takes up to this much
 DIRECT_BYTES = 64 << 10  # a letter that lacks more than this is received at its final place; else it is copied there
 LETTER_STEP_BYTES = (8 << 20) + (64 << 10)  # memory for a long letter that has begun to come: 8 MiB and some room
-KEPT_BYTES = 32 << 20  # of freed memory that a process keeps; glibc takes no more (HEAP_MAX_SIZE / 2, malloc.c)
 
 _KINDS = {int(kind): kind for kind in Kind}
 
@@ -57,8 +55,7 @@ class FrameReader:
             self._place = self._parser.send(count)
         except StopIteration:
             raise ProtocolError("a peer's mistake was read before: nothing behind it is a frame") from None
-        found = self._found.copy()
-        self._found.clear()
+        found, self._found = self._found, []
         return found
 
     def close(self) -> None:
@@ -116,13 +113,3 @@ class FrameReader:
                     whole[:filled] = old
                 filled += yield memoryview(whole)[filled:]
         return whole
-
-
-def keep_freed_memory() -> None:
-    """Let malloc keep the memory of long letters for the next ones: a third of their cost is new pages. glibc alone.
-
-    For processes of ours, not for a caller's. Before the first thread.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-            ctypes.CDLL(None).mallopt(option, KEPT_BYTES)

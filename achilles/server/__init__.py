@@ -5,12 +5,6 @@ through it unopened. `listen.py` sees bytes that nobody has verified; `exchange.
 `scheduler.py` decides, without sockets and clocks.
 """
 
-from __future__ import annotations
-
-TYPE_CHECKING = False  # as type checkers know it: typing takes most of the time of an import
-if TYPE_CHECKING:
-    from .listen import run_server
-
 __all__ = ["run_server"]
 
 

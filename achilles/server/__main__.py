@@ -18,15 +18,18 @@ from .listen import run_server
 __all__ = ["ask_status", "main"]
 
 NO_NODES_STATUS = 3  # exit status of --status where no node is there
+OPTIONS: dict[str, dict[str, Any]] = console.OPTIONS | {
+    "--bind": {"metavar": "ADDRESS", "help": "listen at this address instead of --host, such as 0.0.0.0"},
+    "--write-config": {"action": "store_true", "help": "write a configuration without asking, and exit"},
+    "--status": {"action": "store_true", "help": "print nodes and jobs of the running cluster, and exit"},
+    "--json": {"action": "store_true", "help": "with --status: as JSON"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m achilles.server`: exit status 0 after a clean end, 1 unreachable, 2 wrong settings, 3 no node."""
-    parser = console.parser("server", "Where nodes and callers meet. Started without settings, it asks for them.")
-    parser.add_argument("--bind", metavar="ADDRESS", help="listen at this address instead of --host, such as 0.0.0.0")
-    parser.add_argument("--write-config", action="store_true", help="write a configuration without asking, and exit")
-    parser.add_argument("--status", action="store_true", help="print nodes and jobs of the running cluster, and exit")
-    parser.add_argument("--json", action="store_true", help="with --status: as JSON")
+    parser = console.parser(
+        "server", "Where nodes and callers meet. Started without settings, it asks for them.", OPTIONS)
     args = console.parse(parser, argv)
     if args.json and not args.status:
         parser.error("--json goes with --status")

@@ -96,7 +96,6 @@ class Exchange:
         self._scheduler = Scheduler(self._tell)
         self._peers: set[Peer] = set()  # also those that have not said HELLO
         self._nodes: dict[int, Peer] = {}
-        self._controllers: set[Peer] = set()
         self._contexts: dict[str, set[int]] = {}  # open ones -> nodes that know them, perhaps lost ones
         self._jobs: dict[int, DeclaredJob] = {}  # by the server's numbers
         self._ids: defaultdict[bytes | str, Iterator[int]] = defaultdict(count)  # of nodes, controllers and jobs
@@ -138,7 +137,6 @@ class Exchange:
         """The connection is gone: a node's batches are, too, and a controller's jobs end."""
         with self._lock:
             self._peers.discard(peer)
-            self._controllers.discard(peer)
             if self._nodes.get(peer.id) is peer:
                 del self._nodes[peer.id]
                 self._scheduler.lose(peer.id)
@@ -146,7 +144,7 @@ class Exchange:
             for job in list(peer.jobs.values()):
                 self._end(job)
             for name in peer.contexts:
-                if not any(name in other.contexts for other in self._controllers):
+                if not any(name in other.contexts for other in self._peers):
                     self._close(name)
         self.push()
 
@@ -192,8 +190,7 @@ class Exchange:
         peer.hello, peer.since = body, time.time()
         peer.id = next(self._ids[peer.role])
         peer.channel.name = f"{'node' if peer.role == auth.NODE else 'controller'} {peer.id} at {peer.address}"
-        self._send(peer, Kind.HELLO, connect.hello() | {
-            "client_id": peer.id, "connections": len(self._nodes) + len(self._controllers) + 1})
+        self._send(peer, Kind.HELLO, connect.hello() | {"client_id": peer.id, "connections": len(self._peers)})
         if self._goodbye:
             self._send(peer, Kind.BYE, {"reason": self._goodbye})  # its channel drops whatever follows
         if peer.role == auth.NODE:
@@ -202,7 +199,6 @@ class Exchange:
             self._changed = True
             self._announce(time.monotonic())
         else:
-            self._controllers.add(peer)
             self._send(peer, Kind.CLUSTER, self._scheduler.cluster(body["python"]))
 
     def _handle_node(self, node: Peer, kind: Kind, body: Any) -> None:
@@ -279,8 +275,9 @@ class Exchange:
             return
         self._changed, self._announce_after = False, now + ANNOUNCE_SECONDS
         cluster = functools.cache(self._scheduler.cluster)  # once for each Python
-        for peer in self._controllers:
-            self._send(peer, Kind.CLUSTER, cluster(peer.hello["python"]))
+        for peer in self._peers:
+            if peer.role == auth.CONTROLLER and peer.hello:
+                self._send(peer, Kind.CLUSTER, cluster(peer.hello["python"]))
 
     def _status(self) -> dict[str, Any]:
         nodes = [

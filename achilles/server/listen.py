@@ -38,7 +38,6 @@ from typing import Any
 from .. import config, console
 from ..errors import AddressError, ProtocolError
 from ..protocol import auth, channel, connect
-from ..protocol.reader import keep_freed_memory
 from .exchange import Exchange, Peer
 
 __all__ = ["Server", "run_server"]
@@ -85,7 +84,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until `end` is called; then say BYE to all peers, and close everything. Blocks."""
-        keep_freed_memory()
+        console.keep_freed_memory()
         accepter = threading.Thread(
             target=self._listener.serve_forever, args=(POLL_SECONDS,), name="achilles-accepter", daemon=True)
         accepter.start()
@@ -154,12 +153,11 @@ class Server:
         threading.current_thread().name = f"achilles-reader {address}"
         self._readers.add(threading.current_thread())
         try:
-            _, lost = self._places.get(sock, ("", None))
+            _, lost = self._places.get(sock, ("", threading.Event()))  # a lost place has ended the socket as well
             role, user, keys = connect.answer_claim(sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS)
             if keys is None:
                 log.warning("refused %s as user %r", address, user.decode(errors="replace"))
-                if lost is not None:  # without its place, a client has no right to a thread either
-                    lost.wait(REFUSAL_SECONDS)
+                lost.wait(REFUSAL_SECONDS)  # without its place, a client has no right to a thread either
             sock.sendall(keys.server_proof if keys else auth.REFUSAL)
             self.dismiss(sock)
             if keys is not None:
@@ -167,6 +165,7 @@ class Server:
         except (OSError, ProtocolError) as e:
             log.info("%s did not authenticate: %s", address, e)
         finally:
+            self.dismiss(sock)
             self._readers.discard(threading.current_thread())
 
     def _find_keys(self, user: bytes) -> list[bytes]:
@@ -251,12 +250,8 @@ def _derive(settings: config.Settings) -> list[bytes]:
 
 def _most_connections() -> int:
     """Return how many peers fit well below this process's limit of open files."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return CONNECTIONS
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return min(CONNECTIONS, max(1, (limit - SPARE_FILES) * 3 // 4)) if limit != resource.RLIM_INFINITY else CONNECTIONS
+    limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: no limit, as on Windows
+    return CONNECTIONS if limit < 0 else min(CONNECTIONS, max(1, (limit - SPARE_FILES) * 3 // 4))
 
 
 class _Listener(socketserver.ThreadingTCPServer):
@@ -271,27 +266,19 @@ class _Listener(socketserver.ThreadingTCPServer):
         super().__init__(address, server.serve)  # type: ignore[arg-type]
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """accept()."""
+        """accept(). The connection has a place before it has a thread."""
         try:
-            return super().get_request()
+            sock, address = super().get_request()
         except OSError as e:
-            if not isinstance(e, ConnectionError):  # the client has left already
-                log.error("cannot accept a connection: %s", e)
-                threading.Event().wait(NO_ROOM_SECONDS)
+            log.error("cannot accept a connection: %s", e)
+            threading.Event().wait(NO_ROOM_SECONDS)
             raise
+        self._server.admit(sock, address[0])
+        return sock, address
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Give the connection a place, before it has a thread."""
-        self._server.admit(request, client_address[0])
-        return True
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close the connection."""
-        self._server.dismiss(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: object, client_address: Any) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Our own error in a reader thread, or no thread for the reader or the writer: then pause as well."""
+        self._server.dismiss(request)
         log.exception("a connection failed: %s", client_address[0])
         threading.Event().wait(NO_ROOM_SECONDS)
 

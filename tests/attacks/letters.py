@@ -61,8 +61,9 @@ def bomb(bench: Bench, what: str, length: int) -> tuple[bytes, Path]:
             return b"".join(outcomes.dump_outcomes(context, values, {})[1])
         return b"".join(context.dump(tuple(values)))
 
-    pad = 2 * length - len(make(folder / "made", length))
-    pad -= max(0, len(make(folder / "made", pad)) - length)  # where the parts of a letter lie depends on their lengths
+    pad = length
+    while (more := len(make(folder / "made", pad)) - length) > 0:  # the parts of a letter lie where their lengths say
+        pad -= more
     letter = make(folder / "made", pad)
     letter += bytes(length - len(letter))  # nobody looks behind the end
     assert len(letter) == length, (len(letter), length)

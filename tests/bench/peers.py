@@ -147,8 +147,8 @@ class OnLocalCluster(Peer):
         self._began = time.monotonic()
         original = local._wait_ready
 
-        def noted(process: Any, deadline: float) -> Any:
-            answer = original(process, deadline)
+        def noted(process: Any) -> Any:
+            answer = original(process)
             self._note("server listens" if process is self.cluster.server else "node has joined")
             return answer
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
-from conftest import SECONDS
+from conftest import SECONDS, wait_until
 
 from achilles.controller.call import Call
 from achilles.controller.job import Job
@@ -26,8 +26,7 @@ class FakeLink(Link):
 
     def __init__(self, workers: int = 8, largest: int = 0, processes: int | None = None) -> None:
         super().__init__(processes)
-        self.connected = True
-        self.cluster = workers, largest or workers
+        self.workers, self.largest = workers, largest or workers
         self.context = letters.Context(caller=False)
         self.came = threading.Condition()  # guards what follows
         self.posts: list[tuple[Kind, Batch]] = []
@@ -38,13 +37,10 @@ class FakeLink(Link):
             self.posts.append((kind, body))
             self.came.notify_all()
 
-    def workers(self) -> tuple[int, int]:
-        return self.cluster
-
     def set_workers(self, workers: int, largest: int = 0) -> None:
         """The server says CLUSTER."""
         with self.changed:
-            self.cluster = workers, largest or workers
+            self.workers, self.largest = workers, largest or workers
             self.changed.notify_all()
             self.fill()
 
@@ -153,7 +149,7 @@ def begin_fed(link: FakeLink, args: Any, **more: Any) -> Call:
     """A call of which nothing is sent before all is fed, however slow this machine is."""
     link.connected = False
     call = begin(link, args, flat=True, **more)
-    assert call._feeder.ended.wait(SECONDS)
+    wait_until(lambda: call._feeder.ended)
     link.connected = True
     with link.lock:
         link.fill()

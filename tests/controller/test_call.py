@@ -103,7 +103,7 @@ def test_each_caller_gets_an_exception_object_of_its_own():
 def test_a_blocking_map_feeds_in_the_thread_that_takes():
     link = FakeLink(1)
     call = begin(link, range(200), flat=True, inline=True)
-    assert call._feeder._thread is None and not call._feeder.ended.is_set()
+    assert call._feeder._thread is None and not call._feeder.ended
     node = threading.Thread(target=lambda: answer(link, call, 200))
     node.start()
     assert values(call) == [n * n for n in range(200)]
@@ -162,3 +162,16 @@ def test_a_call_whose_connection_ended_as_it_began_says_so(args):
             lost.start()
         caught.append(error.value)
     assert caught[0] is not caught[1], "an exception that is raised anew keeps every traceback"
+
+
+def test_a_call_that_failed_as_it_began_has_an_exception_of_its_own():
+    link, error = FakeLink(), ServerUnreachable("gone")
+    calls = [Call(link, make_job(link), [1], flat=True) for _ in range(2)]
+    with link.lock:
+        link.fail_jobs(error)
+    caught = []
+    for call in calls:
+        with pytest.raises(ServerUnreachable, match="gone") as raised:
+            call.start()
+        caught.append(raised.value)
+    assert len({id(each) for each in [*caught, error]}) == 3

@@ -86,7 +86,7 @@ def results(call):
 def test_open_and_close_leave_nothing(server):
     controller = Controller(lambda: settings(server.address[1]))
     controller.open()
-    assert controller.connected and controller.workers() == (0, 0)
+    assert controller.connected and (controller.workers, controller.largest) == (0, 0)
     controller.close()
     controller.close()
     for use in (controller.status, lambda: begin(controller, [1])):
@@ -242,7 +242,7 @@ def test_a_lost_server_gets_the_jobs_anew_and_only_what_is_not_answered(free_por
 def test_what_was_before_nobody_looked_does_not_count(minutes):
     """A pool that works or rests for an hour looks at nothing; then its cluster is started anew."""
     controller = Controller(lambda: settings(1), wait_for_nodes=30)
-    controller._cluster = {"workers": 0}
+    controller._learn({"workers": 0})
     controller.look()
 
     def wait(seconds):
@@ -255,6 +255,37 @@ def test_what_was_before_nobody_looked_does_not_count(minutes):
         wait(1)
         controller.look()
     wait(1)
+    with pytest.raises(NoNodesError, match="within 30 s"):
+        controller.look()
+
+
+def test_who_waits_for_a_lost_server_is_told_once(capfd):
+    controller = Controller(lambda: settings(1), reconnect_seconds=60)
+    controller._learn({"workers": 4})
+    controller._learn({})
+    for _ in range(12):
+        controller.look()
+        controller._looked -= 1
+        controller._lonely_since -= 1
+    told, = capfd.readouterr().err.splitlines()
+    assert told == "The server at 127.0.0.1:1 cannot be reached any more; it is tried again for 60 s"
+
+
+def test_a_connection_that_is_made_anew_is_given_the_whole_patience():
+    """A server that is back has no nodes yet, however long there was none before it was lost."""
+    controller = Controller(lambda: settings(1), wait_for_nodes=30)
+
+    def looks(cluster):
+        controller._learn(cluster)
+        for _ in range(29):
+            controller._looked -= 1
+            controller._lonely_since -= 1
+            controller.look()
+
+    looks({"workers": 0})
+    looks({})
+    looks({"workers": 0})
+    controller._lonely_since -= 1
     with pytest.raises(NoNodesError, match="within 30 s"):
         controller.look()
 
@@ -341,7 +372,7 @@ def test_free_threaded_nodes_are_another_python(server, connect):
     controller = connect()
     with Node(server.address[1], python=other) as node:
         wait_until(lambda: controller._cluster["nodes"])
-        assert controller.workers()[0] == 0
+        assert controller.workers == 0
         with pytest.raises(VersionError, match=rf"this is Python {this}, the nodes run {other}: .*free-threaded"):
             begin(controller, range(3))
         assert not node.tasks()
@@ -350,9 +381,9 @@ def test_free_threaded_nodes_are_another_python(server, connect):
 def test_while_the_only_node_drains_a_job_waits_for_another(server, connect):
     controller = connect()
     with Node(server.address[1]) as leaver:
-        wait_until(lambda: controller.workers()[0])
+        wait_until(lambda: controller.workers)
         leaver.link.send(Kind.BYE, {"reason": "leaving"})
-        wait_until(lambda: not controller.workers()[0])
+        wait_until(lambda: not controller.workers)
         job = begin(controller, range(9))
         with Node(server.address[1]):
             assert results(job) == [n * n for n in range(9)]

@@ -7,8 +7,8 @@ from conftest import SECONDS
 from fake_link import FakeLink, begin_fed, begin_fixture, make_job, take_all, values  # noqa: F401
 
 from achilles.controller.call import NotYet
-from achilles.controller.results import NOBODY, Run
-from achilles.dropin.dispatcher import Singles
+from achilles.controller.results import NOBODY
+from achilles.dropin.dispatcher import Dispatcher, SingleCall, Singles
 from achilles.errors import LetterAltered, ProtocolError, TaskTimeout, WorkerLost
 from achilles.objects import letters
 from achilles.protocol.frames import CAREFUL, SHORT_LETTER_BYTES, TELL, Batch, Gone, Kind, LongLetter, Status, letter_of
@@ -406,25 +406,27 @@ def test_short_letters_of_a_batch_are_at_most_a_mebibyte():
 # Singles: apply and submit.
 
 
-class Entry:
+class Entry(SingleCall):
     def __init__(self):
-        self.answer = self.error = None
+        self.answers = []
 
-    def put(self, status, letter):
-        self.answer = status, letter
+    def keep(self, answer):
+        self.answers.append(answer)
+        return True
 
-    def fail(self, error):
-        self.error = error
+    @property
+    def error(self):
+        _, _, _, error = self.answers[0]
+        return error
 
 
 def submit(link, job, argument):
     entry = Entry()
     with link.lock:
         if job.sink is NOBODY:
-            job.sink = Singles(lambda: None)
-        job.sink.entries[job.next] = entry
+            job.sink = Singles(Dispatcher(link), job, lambda _: None)
         found, = letters.dump_chunks(job.context, [argument], 1)
-        job.enter(Run(job.next, 0, 1, [letter_of(found)], 1))
+        job.sink.enter(entry, letter_of(found))
         link.queue(job)
     return entry
 
@@ -435,7 +437,7 @@ def test_single_calls_of_one_job_are_answered_each_by_itself():
     entries = [submit(link, job, n) for n in range(4)]
     for batch in link.batches(4):
         link.square(batch)
-    assert [job.open_one(*entry.answer) for entry in entries] == [0, 1, 4, 9]
+    assert [entry.answers[0][0].open_one(*entry.answers[0][1:3]) for entry in entries] == [0, 1, 4, 9]
     assert not job.owes
 
 
@@ -471,7 +473,7 @@ def test_what_no_single_call_waits_for_is_dropped(kept):
         if not kept:
             link.end(job)
     link.square(batch)
-    assert entry.answer is None and not job.owes
+    assert entry.answers == [] and not job.owes
 
 
 def test_a_single_call_that_was_left_is_not_sent_again_and_the_others_are():
@@ -488,4 +490,4 @@ def test_a_single_call_that_was_left_is_not_sent_again_and_the_others_are():
     link.gone_back(batch)
     assert sorted(argument for each in link.batches()[1:] for argument, in link.arguments(each))[:1] == [0]
     link.finish()
-    assert [entry.answer is not None for entry in entries] == [True, False, True, True] and not job.owes
+    assert [len(entry.answers) == 1 for entry in entries] == [True, False, True, True] and not job.owes

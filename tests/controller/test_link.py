@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from conftest import SECONDS
+from conftest import SECONDS, wait_until
 from fake_link import FakeLink, begin, begin_fed, begin_fixture, make_job, values  # noqa: F401
 
 from achilles.controller import link as link_module
@@ -341,7 +341,7 @@ def test_what_is_sent_again_takes_no_chunk_along_that_was_not_given(start):
     link.connected = False
     link.gone_back(batch, Gone.LOST)
     call.lift_window()
-    assert call._feeder.ended.wait(SECONDS)
+    wait_until(lambda: call._feeder.ended)
     link.connected = True
     link.set_workers(1)
     done = 1
@@ -354,21 +354,23 @@ def test_what_is_sent_again_takes_no_chunk_along_that_was_not_given(start):
     assert values(call) == [n * n for n in range(200)]
 
 
-@pytest.mark.parametrize("name", ["_declare", "post"])
-def test_ctrl_c_in_a_fill_loses_no_chunk_of_another_call(name, monkeypatch):
+@pytest.mark.parametrize(("kind", "is_posted"), [(Kind.JOB, True), (Kind.TASK, False), (Kind.TASK, True)])
+def test_ctrl_c_in_a_fill_loses_no_chunk_of_another_call(kind, is_posted, monkeypatch):
     """The thread that is interrupted may make the batches of any call."""
     link = FakeLink(2)
     link.connected = False
     call = begin(link, range(5), flat=True)
-    assert call._feeder.ended.wait(SECONDS)
+    wait_until(lambda: call._feeder.ended)
     link.connected = True
-    real = getattr(FakeLink, name)
+    post = FakeLink.post
 
-    def interrupted(self, *more):
-        real(self, *more)
-        raise KeyboardInterrupt
+    def interrupted(self, said, body):
+        if said is not kind or is_posted:
+            post(self, said, body)
+        if said is kind:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(FakeLink, name, interrupted)
+    monkeypatch.setattr(FakeLink, "post", interrupted)
     with link.lock, pytest.raises(KeyboardInterrupt):
         link.fill()
     monkeypatch.undo()
@@ -376,6 +378,7 @@ def test_ctrl_c_in_a_fill_loses_no_chunk_of_another_call(name, monkeypatch):
         link.fill()
     link.finish()
     assert values(call) == [n * n for n in range(5)] and not call.job.owes
+    assert len(link.of(Kind.JOB)) == 1, "a server takes no second one"
     call.close(None, InterruptedError())
 
 
@@ -384,7 +387,7 @@ def test_a_part_of_a_batch_that_is_given_ends_the_connection_and_not_every_one_a
     link = FakeLink(1)
     link.connected = False
     call = begin(link, range(6), us=1)
-    assert call._feeder.ended.wait(SECONDS)
+    wait_until(lambda: call._feeder.ended)
     link.connected = True
     with link.lock:
         link.fill()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 
 import pytest
+from fake_link import FakeLink
 
 from achilles.controller.results import WINDOW_BYTES, Answered, Results, Run
-from achilles.dropin.dispatcher import Singles
+from achilles.dropin.dispatcher import Dispatcher, SingleCall, Singles
 from achilles.errors import ProtocolError
 
 
@@ -50,7 +51,7 @@ def packets(ordered, by_argument=False):
 
 
 def told(made):
-    made.changed, made.room = Told(), Told()
+    made.changed = Told()
     return made
 
 
@@ -136,6 +137,8 @@ def test_who_takes_is_told_when_the_next_one_is_there_and_of_the_end(ordered):
     buf.put(answered(0, "a"))
     assert len(told) == 1 + (not ordered)
     before = len(told)
+    while buf.take():
+        pass
     buf.finish(2, None)
     assert len(told) == before + 1
 
@@ -209,10 +212,11 @@ def test_the_feeder_is_woken_when_a_quarter_of_the_window_is_free():
     buf.enter(run(0, 8))
     buf.put(answered(0, "a"))
     buf.put(answered(1, "b"))
+    before = buf.changed.count
     take(buf)
-    assert buf.room.count == 0
+    assert buf.changed.count == before
     take(buf)
-    assert buf.room.count == 1
+    assert buf.changed.count == before + 1
 
 
 # Packets.
@@ -340,40 +344,48 @@ def test_each_list_is_a_packet_of_its_own():
 # Single calls.
 
 
-class Entry:
+class Entry(SingleCall):
     def __init__(self):
         self.said = []
 
-    def put(self, status, letter):
-        self.said.append((status, letter))
-
-    def fail(self, error):
-        self.said.append(error)
+    def keep(self, answer):
+        self.said.append(answer)
+        return True
 
 
-def test_each_entry_gets_its_answer_and_the_last_one_leaves_the_job_idle():
+@pytest.fixture
+def singles():
+    """Singles of a job that there is not; `idle` has it when no call waits any more."""
     idle = []
-    sink = Singles(lambda: idle.append(1))
-    first, second = sink.entries[0], sink.entries[1] = Entry(), Entry()
-    sink.put(answered(0, "a"))
-    assert not idle
-    sink.put(answered(1, "b"))
-    assert (first.said, second.said) == ([(0, b"a")], [(0, b"b")])
-    assert idle and not sink.entries
+    link = FakeLink()
+    made = Singles(Dispatcher(link), "the job", idle.append)
+    made.idle = idle
+    with link.lock:
+        yield made
 
 
-def test_what_nobody_waits_for_any_more_is_dropped():
-    sink = Singles(lambda: None)
-    entry = sink.entries[0] = Entry()
-    sink.leave(0)
-    sink.put(answered(0, "a"))
+def test_each_entry_gets_its_answer_and_the_last_one_leaves_the_job_idle(singles):
+    first, second = singles.entries[0], singles.entries[1] = Entry(), Entry()
+    singles.put(answered(0, "a"))
+    assert not singles.idle
+    singles.put(answered(1, "b"))
+    assert first.said == [("the job", 0, b"a", None)] and second.said == [("the job", 0, b"b", None)]
+    assert singles.idle == [singles] and not singles.entries
+    singles.put(answered(0, "a"))
+    assert singles.idle == [singles], "once"
+
+
+def test_what_nobody_waits_for_any_more_is_dropped(singles):
+    entry = singles.entries[0] = Entry()
+    singles.leave(0)
+    singles.put(answered(0, "a"))
     assert entry.said == []
 
 
-def test_a_failed_job_fails_each_entry_once():
-    sink = Singles(lambda: None)
-    entry, error = Entry(), KeyError("mine")
-    sink.entries[0] = entry
-    sink.fail(error)
-    sink.fail(error)
-    assert entry.said == [error]
+def test_a_failed_job_fails_each_entry_once(singles):
+    entries = [Entry(), Entry()]
+    singles.entries.update(enumerate(entries))
+    singles.fail(InterruptedError("mine"))
+    singles.fail(InterruptedError("mine"))
+    (*_, first), (*_, second) = entries[0].said + entries[1].said
+    assert first is not second and first.args == second.args == ("mine",)

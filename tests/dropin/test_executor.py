@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import concurrent.futures
 import gc
 import inspect
 import itertools
 import os
+import signal
 import subprocess
+import sys
 import threading
+import time
 
 import pytest
 from cluster import PYTHON, environment
@@ -17,7 +21,7 @@ from conftest import SECONDS, in_a_child, wait_until
 
 from achilles import Executor, LocalCluster, ServerUnreachable, cluster_status
 from achilles.controller.job import Job
-from achilles.dropin.executor import Future
+from achilles.dropin.dispatcher import Singles
 
 
 def square(x):
@@ -100,7 +104,7 @@ def test_many_calls_that_cannot_be_sent_fail_one_by_one(make):
 def test_ctrl_c_while_a_call_is_queued_reaches_who_submits_and_breaks_nothing(make, monkeypatch, where):
     executor, began = make(), []
     steps = {"the dump": (executor, "_function"), "the first step": (Job, "__init__"),
-             "the second step": (Future, "begin")}
+             "the second step": (Singles, "enter")}
 
     def interrupt(*args, **more):
         began.append(args)
@@ -113,6 +117,23 @@ def test_ctrl_c_while_a_call_is_queued_reaches_who_submits_and_breaks_nothing(ma
     assert len(began) == 1 and not executor._dispatcher.open
     assert executor.submit(square, 3).result(SECONDS) == 9
     executor.shutdown()
+
+
+def test_ctrl_c_in_the_taking_of_the_lock_of_a_connection_leaves_it_free(make, monkeypatch):
+    """As test_pool.py has it for a pool."""
+    executor, enter = make(), threading.Condition.__enter__
+
+    def interrupted(condition):
+        enter(condition)
+        if condition is executor._dispatcher.changed or condition is executor._controller.changed:
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(threading.Condition, "__enter__", interrupted)
+    future = executor.submit(square, 2)
+    assert future.result(SECONDS) == 4 and not future.cancel()
+    assert [*executor.map(square, [3])] == [9]
+    executor.shutdown(cancel_futures=True)
 
 
 def test_map_is_that_of_the_standard_library(make):
@@ -134,13 +155,14 @@ def outcome(case, executor):
         return type(error), str(error)
 
 
-@pytest.mark.parametrize("end", ["close", "drop", "drop begun"])
-def test_a_map_that_is_closed_or_dropped_is_cancelled_though_it_has_no_end(make, end):
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_a_map_that_is_closed_or_dropped_reads_no_more_though_it_has_no_end(make, end, read):
     executor = make()
     results = executor.map(square, itertools.count(), buffersize=4)
-    if end == "drop begun":
+    if read:
         assert next(results) == 0
-    elif end == "close":
+    if end == "close":
         results.close()
         assert list(results) == []
     del results
@@ -149,12 +171,52 @@ def test_a_map_that_is_closed_or_dropped_is_cancelled_though_it_has_no_end(make,
     executor.shutdown()
 
 
-def test_map_reads_ahead_as_far_as_it_is_told(make):
+def test_a_map_that_nobody_reads_is_done_all_the_same(make, tmp_path):
+    with make() as executor:
+        executor.map(release, [str(tmp_path / f"{n}") for n in range(40)], chunksize=3)
+        executor.map(release, iter([str(tmp_path / f"closed {n}") for n in range(40)])).close()
+    assert len(list(tmp_path.iterdir())) == 80
+
+
+def test_a_map_that_was_read_is_cancelled_when_it_is_dropped(make, tmp_path):
+    with make(max_workers=1) as executor:
+        results = executor.map(wait_for, [str(tmp_path / "first"), *[str(tmp_path / "never")] * 9])
+        release(str(tmp_path / "first"))
+        assert next(results) is None
+        del results
+        gc.collect()
+        wait_until(lambda: not executor._dispatcher.open, "the end of the work")
+
+
+@pytest.mark.parametrize("chunksize", [1, 5])
+def test_map_reads_ahead_as_many_chunks_as_it_is_told(make, chunksize):
     read = []
-    results = make().map(square, (read.append(n) or n for n in itertools.count()), buffersize=4, chunksize=2)
-    assert [next(results) for _ in range(20)] == [*map(square, range(20))]
-    assert len(read) <= 28
+    results = make().map(square, (read.append(n) or n for n in itertools.count()), buffersize=4, chunksize=chunksize)
+    wait_until(lambda: len(read) == 4 * chunksize, "four chunks")
+    for n in range(20):
+        assert next(results) == n * n
+        assert len(read) <= n - n % chunksize + 5 * chunksize
     results.close()
+
+
+@pytest.mark.parametrize("end", ["drop", "close", "keep", "read"])
+def test_of_an_endless_input_no_more_is_read_than_is_done_at_the_end(make, end):
+    executor, numbers = make(), itertools.count()
+    results = executor.map(square, numbers, buffersize=3, chunksize=2)
+    taken = [next(results)] if end == "read" else []
+    if end == "drop":
+        del results
+    elif end == "close":
+        results.close()
+    executor.shutdown()
+    count = next(numbers)
+    assert count == 6 or (end == "read" and count in (6, 8))
+    if end in ("keep", "read"):
+        taken += itertools.islice(results, count - len(taken))
+        assert taken == [*map(square, range(count))]
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            next(results)
+        assert list(results) == []
 
 
 def test_maps_timeout_counts_from_the_call(make, tmp_path):
@@ -202,6 +264,21 @@ def test_a_running_call_is_stopped_with_kill(make, tmp_path):
     with pytest.raises(concurrent.futures.CancelledError):
         future.exception()
     assert executor.submit(square, 3).result(SECONDS) == 9
+
+
+def test_asyncio_sees_a_call_that_is_killed_as_cancelled(make, tmp_path):
+    executor, path = make(max_workers=1), str(tmp_path / "never")
+
+    async def run():
+        future = executor.submit(wait_for, path)
+        waiting = asyncio.wrap_future(future)
+        await asyncio.to_thread(begun, path)
+        assert future.cancel(kill=True)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        return waiting.cancelled()
+
+    assert asyncio.run(run())
 
 
 def test_a_call_that_is_killed_leaves_the_others_of_its_function_alone(make, tmp_path):
@@ -262,6 +339,31 @@ def test_an_executor_that_is_dropped_ends_in_silence(make, cluster):
     Executor(host=cluster.host, port=cluster.port, username=cluster.username, secret_key=cluster.secret_key)
     gc.collect()
     wait_until(lambda: threading.active_count() == before, "the end of its threads")
+
+
+@pytest.mark.parametrize("what", ["executor", "iterator"])
+def test_what_is_dropped_under_locks_of_ours_blocks_nobody(cluster, no_leftovers, tmp_path, what):
+    """The garbage collector may drop it in any thread, and at any moment."""
+    executor = Executor(host=cluster.host, port=cluster.port, username=cluster.username, secret_key=cluster.secret_key)
+    link = executor._controller
+    if what == "iterator":
+        path, kept = str(tmp_path / "never"), executor
+        dropped = [executor.map(wait_for, [path])]
+        begun(path)
+    else:
+        dropped, kept = [executor], None
+    del executor
+
+    def drop():
+        with link.lock, link._channel._lock, link._channel._writing:
+            dropped.clear()
+
+    dropper = threading.Thread(target=drop, daemon=True)
+    dropper.start()
+    dropper.join(SECONDS)
+    assert not dropper.is_alive()
+    if kept is not None:
+        kept.shutdown()
 
 
 def set_state(value):
@@ -341,6 +443,17 @@ def test_a_submit_of_a_class_of_somebodys_own_sees_the_calls_of_map(cluster, no_
         assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16] and len(seen) == 5
 
 
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="the standard library's map has no buffersize yet")
+def test_a_map_through_a_submit_of_somebodys_own_reads_no_more_than_it_is_told(make):
+    executor, seen = make(), []
+    submit = executor.submit
+    executor.submit = lambda *args, **more: seen.append(args) or submit(*args, **more)
+    results = executor.map(square, itertools.count(), buffersize=2)
+    assert [*itertools.islice(results, 3)] == [0, 1, 4] and len(seen) == 5
+    results.close()
+    del executor.submit
+
+
 def test_wrong_arguments_are_refused(make):
     with pytest.raises(ValueError, match="max_workers must be greater than 0"):
         make(0)
@@ -352,6 +465,122 @@ def test_wrong_arguments_are_refused(make):
         make(max_tasks_per_child="a")
     with pytest.raises(ValueError, match="chunksize must be >= 1."):
         make().map(square, [1], chunksize=0)
+
+
+@pytest.mark.parametrize("way", ["terminate_workers", "kill_workers"])
+def test_its_workers_are_ended_with_all_that_waits(make, tmp_path, way):
+    executor = make(max_workers=1)
+    futures = [executor.submit(wait_for, str(tmp_path / f"never {n}")) for n in range(3)]
+    begun(str(tmp_path / "never 0"))
+    getattr(executor, way)()
+    errors = [future.exception(SECONDS) for future in futures]
+    assert {type(error) for error in errors} == {InterruptedError} and len({*map(id, errors)}) == 3
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        executor.submit(square, 2)
+
+
+def test_a_shutdown_that_cancels_ends_a_map(make, tmp_path):
+    executor = make(max_workers=1)
+    results = executor.map(wait_for, [str(tmp_path / "never")] * 3)
+    begun(str(tmp_path / "never"))
+    executor.shutdown(cancel_futures=True)
+    with pytest.raises(concurrent.futures.CancelledError):
+        next(results)
+
+
+@pytest.mark.parametrize("where", ["the block", "the wait"])
+def test_ctrl_c_ends_a_with_at_once(make, tmp_path, where):
+    def raise_at(happened):
+        wait_until(happened)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    executor, path = make(max_workers=1), str(tmp_path / "never")
+    happened = (lambda: executor._state != "RUN") if where == "the wait" else (lambda: os.path.exists(path + ".begun"))
+    thread = threading.Thread(target=raise_at, args=(happened,))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), executor:
+        future = executor.submit(wait_for, path)
+        thread.start()
+        if where == "the block":
+            threading.Event().wait(SECONDS)
+    thread.join()
+    assert type(future.exception(SECONDS)) is InterruptedError and time.monotonic() - began < SECONDS
+
+
+SCRIPT = """
+import achilles, os, sys, time
+def job(path):
+    time.sleep(0.1)
+    open(path, "w").close()
+if __name__ == "__main__":
+    way, folder, *place = sys.argv[1:]
+    executor = achilles.Executor(2, host=place[0], port=int(place[1]), username=place[2], secret_key=place[3])
+    for n in range(6):
+        executor.submit(job, os.path.join(folder, str(n)))
+    if way == "map":
+        executor.map(job, [os.path.join(folder, str(n)) for n in range(6, 12)])
+    if way == "no wait":
+        executor.shutdown(wait=False)
+    if way == "gone":
+        del executor
+    if way == "exit":
+        sys.exit(0)
+    if way == "raises":
+        raise ValueError("mine")
+"""
+
+
+def started(cluster, tmp_path, way):
+    script, folder = tmp_path / "script.py", tmp_path / "folder"
+    script.write_text(SCRIPT)
+    folder.mkdir()
+    place = cluster.host, str(cluster.port), cluster.username, cluster.settings.secret.reveal()
+    return folder, subprocess.Popen(
+        [*PYTHON, str(script), way, str(folder), *place], env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("way", ["open", "map", "no wait", "gone", "exit", "raises"])
+def test_what_was_submitted_is_done_before_the_interpreter_ends(cluster, tmp_path, way):
+    folder, process = started(cluster, tmp_path, way)
+    _, said = process.communicate(timeout=SECONDS)
+    assert len(list(folder.iterdir())) == (12 if way == "map" else 6)
+    assert process.returncode == (way == "raises") and ("ValueError: mine" in said if way == "raises" else said == "")
+
+
+def test_at_the_end_of_the_interpreter_nothing_more_is_taken(cluster):
+    place = {name: getattr(cluster.settings, name) for name in ("host", "port", "username")}
+    script = f"""if True:
+        import achilles, atexit
+        executor = achilles.Executor(**{place!r}, secret_key={cluster.settings.secret.reveal()!r})
+        executor.submit(abs, -1).result()
+        @atexit.register
+        def late():
+            try:
+                executor.submit(print, "never seen")
+            except RuntimeError as error:
+                print(error)"""
+    done = subprocess.run([*PYTHON, "-c", script], env=environment(), capture_output=True, timeout=SECONDS)
+    assert (done.stdout, done.stderr) == (b"cannot schedule new futures after shutdown\n", b"")
+
+
+def test_at_the_end_of_the_interpreter_a_lost_server_is_named_and_ctrl_c_ends_the_wait(tmp_path):
+    with LocalCluster(nodes=1, cpu_count=1) as own:
+        folder, process = started(own, tmp_path, "open")
+        wait_until(lambda: [*folder.iterdir()], "the first call")
+        own.server.kill()
+        told = process.stderr.readline()
+    assert f"The server at 127.0.0.1:{own.port} cannot be reached any more; it is tried again for 300 s" in told
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=SECONDS)
+    assert said == "Calls of an Executor are not done: Ctrl-C ended the wait for them\n"
+
+
+def test_at_the_end_of_the_interpreter_a_cluster_that_is_ended_is_named(tmp_path):
+    with LocalCluster(nodes=1, cpu_count=1) as own:
+        folder, process = started(own, tmp_path, "open")
+        wait_until(lambda: [*folder.iterdir()], "the first call")
+    _, said = process.communicate(timeout=SECONDS)
+    assert said == "Calls of an Executor are not done: the cluster was ended by kill_cluster\n"
 
 
 def test_asyncio_runs_its_calls_there(make):
@@ -369,3 +598,18 @@ def test_a_submit_of_somebodys_own_sees_the_calls_of_map(make):
     executor.submit = lambda *args, **more: seen.append(args) or submit(*args, **more)
     assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16] and len(seen) == 5
     del executor.submit
+
+
+def test_single_calls_start_no_thread_and_make_no_lock(make, monkeypatch):
+    """But those of the standard library's Future."""
+    executor, made = make(), []
+    executor.submit(square, 1).result(SECONDS)
+
+    def refuse(*_):
+        raise AssertionError("a thread for a call")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(threading, "Lock", lambda: made.append(1) or _thread.allocate_lock())
+    futures = [executor.submit(square, n) for n in range(50)]
+    assert [future.result(SECONDS) for future in futures] == [n * n for n in range(50)]
+    assert not made

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 
 from achilles import (
     ClusterKilled,
+    LetterTooLarge,
     LocalCluster,
     NoNodesError,
     Pool,
@@ -329,7 +330,10 @@ def test_a_case_ends_as_in_the_standard_library(ours, theirs, case):
 
 
 def test_every_method_takes_what_that_of_the_standard_library_takes():
-    """The same arguments in the same order, with the same defaults; ours come behind them, by keyword alone."""
+    """The same arguments in the same order, with the same defaults; ours come behind them, by keyword alone.
+
+    But for `buffersize` of imap and imap_unordered, which is their fourth argument from Python 3.16 on.
+    """
     theirs = multiprocessing.pool.Pool
     names = {name for name in vars(theirs) if not name.startswith("_")} - {"Process"}
     assert names == {"apply", "apply_async", "map", "map_async", "imap", "imap_unordered", "starmap",
@@ -337,7 +341,8 @@ def test_every_method_takes_what_that_of_the_standard_library_takes():
     for name in names | {"__init__"}:
         here, there = (list(inspect.signature(getattr(pool, name)).parameters.values()) for pool in (Pool, theirs))
         assert [(p.name, p.default) for p in here[:len(there)]] == [(p.name, p.default) for p in there]
-        assert {p.kind for p in here[len(there):]} <= {inspect.Parameter.KEYWORD_ONLY}
+        by_place = [p.name for p in here[len(there):] if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        assert by_place == (["buffersize"] if name.startswith("imap") and len(there) == 4 else [])
     of_results = (AsyncResult, multiprocessing.pool.AsyncResult), (PoolIterator, multiprocessing.pool.IMapIterator)
     for classes in of_results:
         for name in {name for name in vars(classes[1]) if not name.startswith("_")}:
@@ -457,7 +462,7 @@ def test_a_timeout_is_both_kinds_of_timeout(ours, tmp_path):
         for kind in (multiprocessing.TimeoutError, TimeoutError):
             with pytest.raises(kind) as caught:
                 call(timeout=0)
-            assert type(caught.value) is ResultTimeout
+            assert isinstance(caught.value, ResultTimeout)  # of multiprocess, too, where another test has loaded that
     with pytest.raises(ValueError, match="not ready"):
         result.successful()
     result.wait(0.001)
@@ -478,6 +483,8 @@ def test_wrong_arguments_are_refused_with_the_standard_librarys_words(wrong, err
         with pytest.raises((ValueError, TypeError), match=error) as caught:
             pool(**wrong)
         kinds.append(caught.type)
+        del caught
+        gc.collect()  # theirs is half made: its locks go now, not while multiprocessing's tracker registers others
     assert kinds[0] is kinds[1]
 
 
@@ -581,6 +588,27 @@ def test_an_iterator_that_is_dropped_when_its_window_is_full_goes_on(make):
     assert call.results.over
 
 
+@pytest.mark.parametrize("name", ["imap", "imap_unordered"])
+def test_an_iterator_that_is_dropped_under_locks_of_ours_blocks_nobody(make, tmp_path, name):
+    """The garbage collector may drop it in any thread, and at any moment."""
+    pool, path = make(), tmp_path / "go"
+    dropped = [getattr(pool, name)(until, [path])]
+    call, channel = dropped[0]._stream.call, pool._controller._channel
+    wait_until(lambda: call.job.out, "the sending of the call")
+
+    def drop():
+        with pool._controller.lock, channel._lock, channel._writing, call._feeder._cutting:
+            dropped.clear()
+
+    dropper = threading.Thread(target=drop, daemon=True)
+    dropper.start()
+    dropper.join(SECONDS)
+    assert not dropper.is_alive()
+    path.touch()
+    pool.close()
+    pool.join()
+
+
 def test_terminate_ends_who_waits(make):
     pool = make()
     result, iterator, told = pool.map_async(after, [60, 60]), pool.imap(after, [60, 60]), []
@@ -593,6 +621,19 @@ def test_terminate_ends_who_waits(make):
     for found in (outcome(result.get), outcome(iterator.next), *told):
         assert found[:2] == (InterruptedError, "the pool was terminated before this was done")
     assert len(told) == 1
+
+
+def test_each_single_call_of_a_pool_that_is_terminated_has_an_exception_of_its_own(make, tmp_path):
+    """Threads that raise one object would share its traceback."""
+    pool = make()
+    results = [pool.apply_async(until, (tmp_path / "never",)) for _ in range(3)]
+    pool.terminate()
+    caught = []
+    for result in results:
+        with pytest.raises(InterruptedError) as raised:
+            result.get(SECONDS)
+        caught.append(raised.value)
+    assert len(set(map(id, caught))) == 3
 
 
 def test_a_call_that_begins_while_its_pool_is_terminated_fails(make, monkeypatch):
@@ -799,14 +840,31 @@ def test_buffersize_bounds_how_far_an_endless_iterable_is_read_ahead(make):
             read.append(n)
             yield n
 
-    iterator = pool.imap(square, endless(), buffersize=7)
+    iterator = pool.imap(square, endless(), 2, 7)
     assert [next(iterator) for _ in range(50)] == [*map(square, range(50))]
-    assert len(read) <= 60
+    assert len(read) <= 50 + 2 * 8
+
+
+@pytest.mark.parametrize("method", ["map_async", "starmap_async", "imap", "imap_unordered"])
+def test_a_list_that_changes_after_the_call_has_the_results_of_before(make, method):
+    pool, args = make(), [[n] for n in range(20_000)]
+    result = getattr(pool, method)(sum if method != "starmap_async" else abs, args, chunksize=1)
+    args.clear()
+    assert sorted(result.get(SECONDS) if "async" in method else result) == [*range(20_000)]
 
 
 def test_timeout_ends_the_call_of_one_argument_alone(ours):
     found = outcomes(ours.imap(after, [0, 60, 0], timeout=0.5))
     assert [kind for kind, *_ in found] == ["value", TaskTimeout, "value", StopIteration]
+
+
+def test_a_timeout_is_that_of_multiprocess_too_where_it_is_loaded(make):
+    multiprocess = pytest.importorskip("multiprocess")
+    pool = make()
+    for wait in (pool.apply_async(after, (60,)).get, pool.imap(after, [60]).next):
+        with pytest.raises(multiprocess.TimeoutError) as caught:
+            wait(0.01)
+        assert isinstance(caught.value, multiprocessing.TimeoutError) and isinstance(caught.value, TimeoutError)
 
 
 def test_a_seed_gives_the_same_numbers_however_the_work_is_cut(ours, make):
@@ -822,6 +880,20 @@ def test_a_seed_gives_the_same_numbers_however_the_work_is_cut(ours, make):
 def test_a_seed_gives_the_same_numbers_after_a_worker_was_lost(ours, tmp_path):
     twice = [ours.map(functools.partial(die_first, str(tmp_path / "died")), range(10), 5, seed=1) for _ in range(2)]
     assert twice[0] == twice[1] == ours.map(numbers, range(10), seed=1)
+
+
+def test_whatever_is_over_a_lowered_limit_is_letter_too_large_and_the_pool_goes_on(make, monkeypatch):
+    monkeypatch.setattr("achilles.protocol.frames.LETTER_LIMIT_BYTES", 5000)
+    pool, large = make(), b"x" * 6000
+    places = outcomes(pool.imap(len, [b"1", large, b"22"]))
+    assert [kind for kind, *_ in places] == ["value", LetterTooLarge, "value", StopIteration]
+    for call, text in ((lambda: pool.map(len, [b"1", large]), "argument 1 has 6,"),
+                       (lambda: pool.apply(len, (large,)), "the arguments has 6,"),
+                       (lambda: pool.map(functools.partial(operator.contains, large), [1]), "function partial has 6,"),
+                       (lambda: pool.apply(functools.partial(len, large)), "function partial has 6,")):
+        with pytest.raises(LetterTooLarge, match=f"^{text}.* no more than 5,000"):
+            call()
+    assert pool.map(len, [b"333"]) == [3] and pool.apply(len, (b"22",)) == 2
 
 
 @pytest.mark.parametrize("more, error", [
@@ -953,6 +1025,14 @@ def test_a_cluster_that_is_killed_ends_the_calls():
             pool.map(square, [1])
 
 
+def test_a_breach_that_comes_again_on_each_connection_ends_the_call(make, monkeypatch):
+    """As a result beyond the caller's own limit does: to connect again for ever is of no use."""
+    pool = make()
+    monkeypatch.setattr("achilles.protocol.frames.LETTER_LIMIT_BYTES", 5000)
+    with pytest.raises(ServerUnreachable, match="lost the server 3 times in a row: a RESULT with long letters of"):
+        pool.map(bytes, [6000])
+
+
 class RecordedLock:
     """A lock that notes where in the package it was made, once it is used."""
 
@@ -987,7 +1067,6 @@ def test_a_map_of_a_list_has_two_threads_and_five_locks(make, monkeypatch):
     monkeypatch.setattr(threading, "Lock", RecordedLock)
     others, seen = set(threading.enumerate()), set()  # another pool of these tests may have a dispatcher
     pool = make()
-    monkeypatch.undo()
     RecordedLock.used.clear()
 
     def watch():
@@ -999,7 +1078,25 @@ def test_a_map_of_a_list_has_two_threads_and_five_locks(make, monkeypatch):
     watcher = threading.Thread(target=watch)
     watcher.start()
     pool.map(square, list(range(20_000)), 1)
+    monkeypatch.undo()
     done.set()
     watcher.join()
     assert seen == {"achilles-reader", "achilles-writer"}
-    assert len(RecordedLock.used) <= 3, RecordedLock.used  # and two that are made for each map and its objects
+    assert len(RecordedLock.used) <= 5, RecordedLock.used
+
+
+def test_single_calls_start_no_thread_and_make_one_lock_each(make, monkeypatch):
+    """The lock with which a thread waits for the result."""
+    pool, made = make(), []
+    pool.apply(square, (1,))
+
+    def refuse(*_):
+        raise AssertionError("a thread for a call")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    monkeypatch.setattr(threading, "Lock", lambda: made.append(sys._getframe(1).f_globals["__name__"]) or
+                        _thread.allocate_lock())
+    results = [pool.apply_async(square, (n,)) for n in range(50)]
+    assert [pool.apply(square, (n,)) for n in range(50)] == [result.get(SECONDS) for result in results]
+    assert made == ["achilles.dropin.async_results"] * 100

@@ -155,7 +155,7 @@ def _workers(cluster: Cluster) -> int:
     controller = Controller(lambda: settings)
     controller.open()
     try:
-        return controller.workers()[0]
+        return controller.workers
     finally:
         controller.close()
 

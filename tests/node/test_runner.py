@@ -33,8 +33,7 @@ def test_it_runs_chunks_and_calls_an_initializer_once_a_context() -> None:
     runner, caller = Runner(), Context(caller=True)
     for number in (1, 2):
         declare(runner, caller, number, initializer=(note, ("up",)), call="star")
-        assert runner.prepare(number) is None
-        state, parts = runner.run(number, 7, joined(dump_chunk(caller, [(1, 2), (3,)])))  # type: ignore[misc]
+        [(state, parts)] = runner.run(number, 7, [joined(dump_chunk(caller, [(1, 2), (3,)]))])
         assert state == Status.VALUES
         assert load_outcomes(caller, bytearray(joined(parts)), False)[0] == [(1, 2), (3,)]
     assert seen == [("up",), (1, 2), (3,), (1, 2), (3,)]
@@ -43,12 +42,11 @@ def test_it_runs_chunks_and_calls_an_initializer_once_a_context() -> None:
 def test_an_altered_letter_is_not_loaded() -> None:
     runner, caller = Runner(), Context(caller=True)
     declare(runner, caller)
-    assert runner.prepare(1) is None
     parts = dump_chunk(caller, ["x" * 2000])
     letter = LongLetter(parts, digest(parts), sum(map(len, parts)))
-    assert runner.run(1, 0, letter)[0] == Status.VALUES  # type: ignore[index]
+    assert [state for state, _ in runner.run(1, 0, [letter])] == [Status.VALUES]
     letter.digest = bytes(32)
-    assert runner.run(1, 0, letter) == (Status.ALTERED, (b"",))
+    assert list(runner.run(1, 0, [letter])) == [(Status.ALTERED, (b"",))]
 
 
 def test_end_and_close_of_what_is_not_known_are_ignored() -> None:

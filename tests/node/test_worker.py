@@ -23,7 +23,22 @@ from conftest import in_a_child
 from multiprocess.sharedctypes import RawArray
 
 from achilles.node import runner, worker
-from achilles.node.runner import CALL, CHUNK, DUMP, FUNCTION, IDLE, LIMIT, LOAD, NO_LIMIT, PHASE
+from achilles.node.board import (
+    CALL,
+    CHUNK,
+    DUMP,
+    FIRST,
+    FUNCTION,
+    IDLE,
+    LIMIT,
+    LOAD,
+    MOST_ANSWERS,
+    MOST_BYTES,
+    NO_LIMIT,
+    PHASE,
+    WORDS,
+    Board,
+)
 from achilles.node.worker import Worker
 from achilles.objects.letters import Context, dump_chunk, with_skips
 from achilles.objects.outcomes import load_outcomes
@@ -43,6 +58,7 @@ class Node:
         self.context = Context(caller=True)
         self.channel = Channel(sock, "WN")
         self.worker: Any = None
+        self.board: Any = None
         sock.settimeout(10)
 
     def letter(self, value: Any) -> Letter:
@@ -111,29 +127,19 @@ def node() -> Iterator[Node]:
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-    status = RawArray("q", 4)
+    shared = RawArray("q", WORDS)
+    status = Board(shared).status
     seen.clear()
     with ours, theirs:
         made = Node(ours)
-        made.worker = Worker(theirs, status)
-        threads = [threading.Thread(target=made.worker.serve, name="worker under test"),
-                   threading.Thread(target=made.worker.guard, args=(os.getppid(),), name="guard under test")]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(worker, "_orphaned", lambda parent: stop.is_set())
-            patch.setattr(worker.os, "_exit", lambda code: None)
-            stop.clear()
-            for thread in threads:
-                thread.start()
-            yield made
-            ours.shutdown(socket.SHUT_WR)
-            stop.set()
-            made.worker._wake.set()
-            for thread in threads:
-                thread.join(10)
-                assert not thread.is_alive()
-
-
-stop = threading.Event()  # ends the guard under test
+        made.board = Board(shared)
+        made.worker = Worker(theirs, shared)
+        thread = threading.Thread(target=made.worker.serve, name="worker under test")
+        thread.start()
+        yield made
+        ours.shutdown(socket.SHUT_WR)
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def double(x: Any) -> Any:
@@ -172,6 +178,11 @@ def remember(target: Target) -> None:
 
 def large(size: int) -> bytes:
     return bytes(size)
+
+
+def long_name(given: tuple[int, int]) -> str:
+    number, size = given
+    return str(number).rjust(size)
 
 
 def set_up(*values: Any) -> None:
@@ -366,40 +377,29 @@ def test_a_frame_holds_no_more_letters_than_it_may(node: Node) -> None:
     assert max(sum(map(len, answer.longs)) for answer in answers) <= frames.MAX_LONG_BYTES
 
 
-def test_the_guard_sends_what_is_done_while_a_chunk_lasts(node: Node) -> None:
+def test_what_is_done_lies_on_the_board_while_a_chunk_lasts(node: Node) -> None:
     node.declare(nap)
-    node.give([0], [0], [0.5], [0])
-    answers = node.results(4)
-    assert [answer.count for answer in answers] == [2, 1, 1] and answers[1].number > 300_000
+    node.outcomes([0])  # the function is loaded
+    node.give([0], [0], [0.5], [0], first=1)
+    assert wait_until(lambda: status[CHUNK] == 3)
+    answer = node.board.answers(Batch(1, 1, 4, 6), status[CHUNK] - status[FIRST], 7)
+    assert (answer.job, answer.first, answer.count, answer.attempt, answer.number) == (1, 1, 2, 6, 7)
+    assert [load_outcomes(node.context, bytearray(each), False)[0] for each in answer.letters()] == [[None]] * 2
+    answers = node.results(4, first=1)
+    assert [answer.count for answer in answers] == [3, 1] and answers[0].number > 300_000
+    assert answers[0].letters()[:2] == answer.letters() and wait_until(lambda: status[FIRST] == 5)
 
 
-def test_a_sleeping_guard_wakes_for_a_batch(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "QUIET_SECONDS", 5.0)
-    node.declare(nap)
-    node.outcomes([0])
-    assert wait_until(lambda: not node.worker._wake.is_set())
-    threading.Event().wait(0.1)  # it has looked for the last time
-    began = time.monotonic()
-    node.give([0], [3], [0], first=1)
-    assert node.channel.receive() and time.monotonic() - began < 2
-
-
-def test_a_guard_that_looks_between_two_batches_wakes(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "QUIET_SECONDS", 5.0)
-    is_set = node.worker._wake.is_set
-
-    def slow() -> bool:  # the guard sleeps for 20 ms, clears and looks meanwhile
-        found = bool(is_set())
-        threading.Event().wait(0.1 * found)
-        return found
-
-    monkeypatch.setattr(node.worker._wake, "is_set", slow)
-    node.declare(nap)
-    for first in range(2):  # the guard sleeps when the second one comes
-        node.outcomes([0], first=first)
-    began = time.monotonic()
-    node.give([0], [3], [0], first=2)
-    assert node.channel.receive() and time.monotonic() - began < 2
+@pytest.mark.parametrize(("count", "size"), [
+    (3 * MOST_ANSWERS, 0), (3 * MOST_BYTES // 900, 900), (300, 5_000), (5, 250_000)])
+def test_more_answers_than_the_board_holds_come_in_order(
+    node: Node, monkeypatch: pytest.MonkeyPatch, count: int, size: int
+) -> None:
+    monkeypatch.setattr(worker, "FLUSH_NS", 10**12)
+    node.declare(long_name)
+    arguments = [(number, size) for number in range(count)]
+    found = node.outcomes(*[[each] for each in arguments])
+    assert [values for values, _ in found] == [[long_name(each)] for each in arguments]
 
 
 def test_no_chunk_begins_at_the_limit_or_behind_it(node: Node) -> None:
@@ -439,11 +439,11 @@ def test_a_worker_that_has_seen_a_batch_is_not_idle_until_it_has_left_it(node: N
 
     node.declare(abs)
     node.outcomes([1])
-    node.worker._status = Noted()
+    node.worker.runner._status = Noted()
     status[CHUNK], status[LIMIT] = -2, 1  # taken back before it began
     node.say(Kind.TASK, Batch.pack(1, 1, [node.chunk([1])]))
     assert wait_until(lambda: status[CHUNK] == 0 and status[PHASE] == IDLE)
-    assert seen == [FUNCTION, FUNCTION]
+    assert set(seen) == {FUNCTION}
 
 
 def test_a_function_may_return_a_buffer_that_it_uses_again(node: Node) -> None:
@@ -482,7 +482,7 @@ def describe(_: Any) -> dict[str, Any]:
     return {
         "interrupt": signal.getsignal(signal.SIGINT), "term": signal.getsignal(signal.SIGTERM),
         "wakeup": signal.set_wakeup_fd(-1), "with parent": held.value, "threads": os.environ["OMP_NUM_THREADS"],
-        "main": vars(sys.modules["__main__"]).get("__file__"),
+        "main": vars(sys.modules["__main__"]).get("__file__"), "alone": threading.active_count() == 1,
     }
 
 
@@ -493,9 +493,10 @@ def test_a_forked_worker_resets_what_the_node_set_and_closes_what_it_inherits() 
     other, far = socket.socketpair()
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     context = multiprocess.get_context("fork")
-    status = context.RawArray("q", 4)
+    shared = context.RawArray("q", WORDS)
+    status = Board(shared).status
     process = context.Process(
-        target=worker.main, args=(theirs, status, os.getpid(), (ours, other)), daemon=True)
+        target=worker.main, args=(theirs, shared, os.getpid(), (ours, other)), daemon=True)
     process.start()
     signal.signal(signal.SIGTERM, before)
     with ours, other, far:
@@ -509,6 +510,7 @@ def test_a_forked_worker_resets_what_the_node_set_and_closes_what_it_inherits() 
         assert said["interrupt"] == signal.SIG_IGN and said["term"] == signal.SIG_DFL and said["wakeup"] == -1
         assert said["threads"] == os.environ.get("OMP_NUM_THREADS", "1")
         assert said["with parent"] == (signal.SIGKILL if sys.platform == "linux" else 0)
+        assert said["alone"] == (sys.platform == "linux")  # so a function may fork without a warning
         ours.shutdown(socket.SHUT_WR)
         process.join(10)
         assert process.exitcode == 0
@@ -519,31 +521,11 @@ def test_a_forked_worker_resets_what_the_node_set_and_closes_what_it_inherits() 
 def test_a_worker_whose_node_is_gone_before_it_looks_ends_at_once() -> None:
     ours, theirs = socket.socketpair()
     context = multiprocess.get_context("fork")
-    process = context.Process(target=worker.main, args=(theirs, context.RawArray("q", 4), 1), daemon=True)
+    process = context.Process(target=worker.main, args=(theirs, context.RawArray("q", WORDS), 1), daemon=True)
     process.start()
     process.join(10)
     with ours, theirs:
         assert process.exitcode == 1
-    process.close()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_guard_that_cannot_send_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    global status
-    monkeypatch.setattr(worker, "GUARD_SECONDS", 0.5)  # the node is gone before the guard sends
-    ours, theirs = socket.socketpair()
-    context = multiprocess.get_context("fork")
-    status = context.RawArray("q", 4)
-    process = context.Process(target=worker.main, args=(theirs, status, os.getpid(), (ours,)), daemon=True)
-    process.start()
-    theirs.close()
-    with ours:
-        node = Node(ours)
-        node.declare(nap)
-        node.give([0], [8])
-        assert wait_until(lambda: status[CHUNK] == 1)
-    process.join(4)
-    assert process.exitcode == 1
     process.close()
 
 

@@ -7,12 +7,14 @@ import json
 import os
 import selectors
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +28,8 @@ from multiprocess import forkserver, resource_tracker
 from achilles.errors import ProtocolError
 from achilles.node import process
 from achilles.node import workers as module
+from achilles.node.board import CALL, CHUNK, FIRST, PHASE, START, WORDS
 from achilles.node.cores import default_start_method, usable_cores
-from achilles.node.runner import CALL, CHUNK, PHASE
 from achilles.node.workers import Workers
 from achilles.objects.letters import Context, dump_chunk
 from achilles.objects.outcomes import load_outcomes
@@ -48,7 +50,8 @@ from achilles.protocol.kinds import check_fields
 from achilles.protocol.reader import FrameReader
 
 METHODS = multiprocess.get_all_start_methods()
-SECONDS = 20.0  # tells a hang from a wait
+WARMING = 99  # the number of a job
+SECONDS = 60.0  # tells a hang from a wait: on a busy machine a spawned worker may take 10 s to start, and to load
 
 
 class Loop:
@@ -79,9 +82,23 @@ class Loop:
         if not self.given and self.waits:
             self.until(lambda: len(self.pids) == self.workers.count and all(
                 worker.status[PHASE] for worker in self.workers._workers))
+            self.waits = False
+            if self.workers._method != "fork":
+                self.warm()
         letters = [letter(dump_chunk(self.context, list(arguments))) for arguments in chunks]
         self.given.update(((job, number), each) for number, each in enumerate(letters, first))
         self.workers.add(came(Kind.TASK, Batch.pack(job, first, letters, attempt=2, number=us, flags=flags)))
+
+    def warm(self) -> None:
+        """Have every worker import this module. That takes longer than a chunk may, so a batch would come back."""
+        self.declare(double, job=WARMING, context="f")
+        for number in range(self.workers.count):
+            self.add([number], job=WARMING, first=number)
+        self.until(lambda: self.done(self.workers.count, job=WARMING))
+        self.workers.end(WARMING)
+        self.workers.close_context("f" * 32)
+        self.heard.clear()
+        self.given_again = 0
 
     def add_each(self, *chunks: Any, job: int = 1, first: int = 0) -> None:
         """A batch for each chunk."""
@@ -281,7 +298,7 @@ def fork(given: tuple[str, str]) -> int:
     path, how = given
     with open(path, "a") as file:
         file.write(f"{os.getpid()}\n")
-    warnings.simplefilter("ignore", DeprecationWarning)  # a worker has two threads, and forks all the same
+    warnings.simplefilter("ignore", DeprecationWarning)  # a worker may have a second thread, and forks all the same
     if how and os.fork() == 0:
         if how == "raise":
             raise ValueError
@@ -317,11 +334,25 @@ def test_a_dead_worker_is_replaced_under_each_start_method(loop: Any, method: st
     assert it.values() == {1: ["b"]} and alive(it.pids[0]) and note["pid"] not in it.pids
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_workers_never_run_the_callers_main_and_end_with_a_killed_node(tmp_path: Path, method: str) -> None:
+# Workers that read nothing, on a system that does not end them with their node.
+ALONE = """
+        import ctypes
+        from achilles.node import worker
+        ctypes.CDLL, sys.platform = None, "elsewhere"
+        worker.Worker.serve = lambda self: (self._board.status.__setitem__(2, 1), time.sleep(60))
+"""
+
+
+@pytest.mark.parametrize(("method", "before"), [(method, "") for method in METHODS] + [
+    pytest.param("fork", ALONE, id="fork, busy, without prctl",
+                 marks=pytest.mark.skipif("fork" not in METHODS, reason="needs fork"))])
+def test_workers_never_run_the_callers_main_and_end_with_a_killed_node(
+    tmp_path: Path, method: str, before: str
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(f"""
         import selectors, sys, time
+        {before}
         print("main runs", flush=True)
         from achilles.node.workers import Workers
         selector = selectors.DefaultSelector()
@@ -365,6 +396,21 @@ def test_a_worker_that_dies_before_it_is_ready_is_not_started_again_at_once(loop
         it.turn()
         started += [pid for pid in it.pids if pid not in started]
     assert 2 <= len(started) <= 5  # a pause of 0.5 s after each
+
+
+def test_the_time_in_which_a_worker_starts_is_no_time_of_its_batch() -> None:
+    """Else most of a batch of 40 ms goes back when a worker has taken 180 ms to start."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        worker = process.NodeWorker(types.SimpleNamespace(pid=1), ours, bytearray(8 * WORDS))
+        worker.status[PHASE] = START
+        batch = Batch.pack(1, 0, [b"x"] * 10, number=40_000)
+        worker.begin(process.NodeJob("a context", {"initializer": False}, [b"", b"f"]), batch)
+        began = worker.since
+        assert not worker.look(began + 0.01) and not worker.look(began + 0.18)
+        for number in range(10):
+            worker.status[PHASE], worker.status[CHUNK] = CALL, number
+            assert not worker.look(began + 0.181 + 0.004 * number)
 
 
 def test_a_batch_whose_worker_does_not_start_is_returned(loop: Any, monkeypatch: Any) -> None:
@@ -482,6 +528,19 @@ def test_a_worker_whose_function_writes_to_its_socket_dies_of_it(loop: Any) -> N
     assert (number, state, note["phase"], it.returned()) == (0, Status.DIED, "call", [1])
 
 
+def test_a_death_and_a_time_limit_say_no_time(loop: Any) -> None:
+    """The pace of a job is that of calls which end."""
+    it = loop(1)
+    it.declare(exit_on)
+    it.declare(sleep, job=2, timeout=0.1)
+    it.add(["die"])
+    it.until(it.answers)
+    it.add([30], job=2)
+    it.until(lambda: it.give_again() or it.answers(2))
+    assert [(*batch.statuses, batch.number) for kind, batch in it.heard if kind is Kind.RESULT] == [
+        (Status.DIED, 0), (Status.TIMEOUT, 0)]
+
+
 def test_an_idle_worker_that_is_killed_is_replaced_and_charges_nothing(loop: Any) -> None:
     it = loop(1)
     it.declare(pid_of)
@@ -518,7 +577,7 @@ def test_a_death_in_an_initializer_is_the_jobs(loop: Any) -> None:
 @pytest.mark.parametrize("how", ["return", "raise", "exit"])
 @pytest.mark.parametrize("chunks", [1, 4])
 def test_a_child_that_returns_from_the_function_is_no_second_worker(
-    loop: Any, tmp_path: Path, how: str, chunks: int
+    loop: Any, tmp_path: Path, how: str, chunks: int, capfd: Any
 ) -> None:
     it = loop(1)
     it.declare(fork)
@@ -529,6 +588,28 @@ def test_a_child_that_returns_from_the_function_is_no_second_worker(
     pids = {pid for values in it.values().values() for pid in values}
     assert pids == {it.pids[0]} and len(it.answers()) == chunks
     assert Path(path).read_text().split() == [str(it.pids[0])] * 4
+    assert capfd.readouterr().err == "", "the child ends in silence"
+
+
+def count_sockets_in_a_child(path: str) -> None:
+    reading, writing = os.pipe()
+    warnings.simplefilter("ignore", DeprecationWarning)
+    if os.fork() == 0:
+        found = [name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}") and
+                 stat.S_ISSOCK(os.stat(f"/proc/self/fd/{name}").st_mode)]
+        Path(path).write_text(str(len(found)))
+        os._exit(0)
+    os.close(writing)
+    os.read(reading, 1)  # until the child has ended
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_child_that_the_function_forks_does_not_hold_its_workers_socket(loop: Any, tmp_path: Path) -> None:
+    it = loop(1)
+    it.declare(count_sockets_in_a_child)
+    it.add([str(tmp_path / "count")])
+    it.until(it.answers)
+    assert it.values() and (tmp_path / "count").read_text() == "0"
 
 
 def test_a_stopped_worker_does_not_stop_the_loop(loop: Any) -> None:
@@ -552,17 +633,59 @@ def test_the_rest_of_a_late_batch_is_returned_while_it_runs(loop: Any) -> None:
     it.until(it.returned)
     assert it.returned(Gone.RETURNED) == [2, 3] and time.monotonic() - began < 0.8
     it.until(lambda: len(it.answers()) == 1)
-    assert list(it.values()) == [0]  # the guard thread has sent it
+    assert list(it.values()) == [0]  # the node has taken it from the board
     it.until(lambda: not it.workers.busy)
     assert list(it.values()) == [0, 1]
 
 
-def test_the_rest_is_returned_beside_c_code_that_holds_the_interpreter(loop: Any) -> None:
+def test_c_code_that_holds_the_interpreter_holds_up_no_other_chunk_of_its_batch(loop: Any) -> None:
     it = loop(2)
     it.declare(busy_or_pid)
-    it.add([0], [1], [0], [0])
-    it.until(lambda: it.done(2) and it.values().keys() >= {2, 3}, seconds=15)
-    assert 1 not in it.values() and it.workers.busy
+    it.add([0], [0], [1], [0], [0])
+    it.until(lambda: it.done(4) and it.values().keys() >= {0, 1, 3, 4}, seconds=15)
+    assert 2 not in it.values() and it.workers.busy
+    it.until(lambda: it.done(5))
+    assert {number for number, _, _ in it.answers()} == set(range(5))
+    it.until(lambda: not it.workers.busy)
+
+
+def test_answers_that_a_dead_worker_has_not_sent_count(loop: Any) -> None:
+    it = loop(1)
+    it.declare(exit_on)
+    it.add([0])
+    it.until(it.answers)  # the function is loaded
+    given = [n * "x" for n in (0, 5_000, 40, 100_000, *range(1, 36))]
+    it.add(*[[each] for each in given], ["die"], [0], first=1, us=10**6)
+    it.until(it.returned)
+    assert list(it.values().values()) == [[0], *[[each] for each in given]] and it.returned() == [41]
+    assert [(number, state) for number, state, _ in it.answers() if state] == [(40, Status.DIED)]
+
+
+@pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
+@pytest.mark.parametrize("wrong", ["length", "status", "first", "moved"])
+def test_a_board_that_a_function_wrote_over_gives_no_answer(loop: Any, monkeypatch: Any, wrong: str) -> None:
+    monkeypatch.setattr(process.process_of_worker, "FLUSH_NS", 10**12)
+    monkeypatch.setattr(module, "LATE_SECONDS", 3600.0)
+    it = loop(1, "fork")
+    it.declare(sleep)
+    it.add([0], [0], [5], us=10**7)
+    it.until(lambda: it.at(2))
+    [worker] = it.workers._workers
+    board = worker._board
+    if wrong == "length":
+        board.lengths[0] = 2**64 - 1
+    elif wrong == "status":
+        board.statuses[1] = 99
+    elif wrong == "first":
+        board.status[FIRST] = 1
+    else:
+        answers = board.answers
+        board.answers = lambda *given: (answers(*given), board.status.__setitem__(CHUNK, 1))[0]
+    it.workers._pass_on(worker, 2)
+    assert it.answers() == [] and worker.next == 0
+    worker.kill(None)
+    it.until(lambda: not it.workers.busy)
+    assert set(it.returned()) == {0, 1, 2} or wrong == "moved"
 
 
 def test_two_chunks_of_a_batch_may_wait_for_each_other(loop: Any, tmp_path: Path) -> None:
@@ -604,6 +727,22 @@ def test_what_waited_in_the_queue_is_returned(loop: Any) -> None:
     assert list(it.values()) == [0]
 
 
+def test_an_idle_worker_gets_what_waits_behind_a_batch_that_it_may_not_run(loop: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "WAIT_SECONDS", 3600.0)
+    monkeypatch.setattr(module, "SHARE_SECONDS", 3600.0)
+    it = loop(2)
+    for job, context in ((1, "a"), (2, "b")):
+        it.declare(sleep, job=job, context=context, initializer=set_up)
+    it.add([0], job=2)
+    it.until(lambda: it.values(2) and not it.workers.busy)
+    it.add([9.0], us=10**9)
+    it.until(lambda: it.workers.busy)
+    it.add([0], first=1)
+    it.add([0], job=2, first=1)
+    it.until(lambda: 1 in it.values(2))
+    assert not it.values() and not it.returned()
+
+
 def test_an_answer_of_a_chunk_that_was_returned_is_passed_on_and_confuses_nobody(loop: Any) -> None:
     it = loop(1)
     it.declare(sleep)
@@ -634,7 +773,7 @@ def test_a_worker_is_told_of_a_job_once_and_of_an_initializer_once_a_context(loo
     send = process.Channel.send
 
     def note(self: Any, kind: Kind, body: Any) -> None:
-        if kind is Kind.JOB:
+        if kind is Kind.JOB and body.job != WARMING:
             sent.append((body.job, body.count))
         send(self, kind, body)
 
@@ -657,7 +796,7 @@ def test_a_worker_with_an_initializer_is_replaced_when_its_context_closes(loop: 
     it.workers.close_context("c" * 32)
     it.declare(get_up, job=2, context="d")
     it.add([0], job=2)
-    it.until(lambda: it.answers(2))
+    it.until(lambda: it.done(1, job=2))
     [(up, before)], [(none, after)] = it.values()[0], it.values(2)[0]
     assert up == str(before) and before != after and none is None
 
@@ -730,13 +869,13 @@ def test_a_context_waits_a_second_for_a_worker_of_one_that_is_always_busy(loop: 
 def test_a_context_gets_an_idle_worker_although_a_busy_one_is_to_end_for_it(loop: Any) -> None:
     it = loop(2)
     it.declare(sleep, job=1, context="a", initializer=set_up)
-    it.add_each([9.0], [1.5])
+    it.add_each([1.5], [9.0])
     it.until(lambda: len([worker for worker in it.workers._workers if worker.status[PHASE] == CALL]) == 2)
     began = time.monotonic()
     it.declare(double, job=2, context="b")
     it.add([1], job=2)
     it.until(lambda: it.give_again() or it.values(2))
-    assert time.monotonic() - began < 4  # one worker was to end after 1 s; the other one is idle after 1.5 s
+    assert time.monotonic() - began < 4  # the later worker was to end after 1 s; the other one is idle after 1.5 s
 
 
 def test_of_busy_workers_the_one_whose_batch_began_last_makes_way(loop: Any, monkeypatch: Any) -> None:
@@ -750,6 +889,9 @@ def test_of_busy_workers_the_one_whose_batch_began_last_makes_way(loop: Any, mon
     it.declare(double, job=2, context="b")
     it.add([1], job=2)
     it.until(lambda: not all(worker.usable for worker in it.workers._workers))
+    for _ in range(3):  # and no other one for the same batch
+        it.workers.look_at = 0.0
+        it.turn()
     assert [worker.batch.first for worker in it.workers._workers if worker.usable] == [0]
     it.until(lambda: it.give_again() or it.values(2))
 
@@ -769,11 +911,13 @@ def test_contexts_that_take_turns_keep_their_workers(loop: Any, monkeypatch: Any
     assert set(it.pids) == pids
 
 
-def test_maxtasksperchild_replaces_a_worker_after_so_many_chunks(loop: Any) -> None:
+def test_maxtasksperchild_replaces_a_worker_after_so_many_chunks(loop: Any, monkeypatch: Any) -> None:
+    for place in (module, process):  # no batch is returned: its chunks would be given again one by one
+        monkeypatch.setattr(place, "WAIT_SECONDS", 3600.0)
     it = loop(1)
     it.declare(pid_of, maxtasksperchild=2)
     for first, count in ((0, 1), (1, 2), (3, 2), (5, 1), (6, 1)):  # the second does not fit behind the first
-        it.add(*([n] for n in range(count)), first=first)
+        it.add(*([n] for n in range(count)), first=first, us=10**9)
     it.until(lambda: it.done(7))
     pids = [values[0] for _, values in sorted(it.values().items())]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [1, 2, 2, 2]
@@ -787,6 +931,41 @@ def test_maxtasksperchild_counts_what_was_run_and_not_taken_back(loop: Any) -> N
     assert it.workers._workers[0].tasks_left == 4 - len(it.answers())
     it.until(lambda: it.done(3))
     assert len({pid for (pid,) in it.values().values()}) == 1
+
+
+class Unwalked(dict[int, Any]):
+    """Jobs that are looked up by their number alone."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("somebody walks over all jobs")
+
+    keys = items = values = __iter__
+
+
+class UnwalkedSet(set[Any]):
+    """The same, of the jobs that a worker was told of."""
+
+    __iter__ = __len__ = Unwalked.__iter__
+
+
+def test_neither_a_turn_nor_a_frame_walks_over_the_jobs_of_the_workers(loop: Any) -> None:
+    it = loop(2)
+    for job in range(1, 101):
+        it.declare(exit_on, job=job)
+        it.add([job], job=job)
+    it.until(lambda: it.give_again() or all(it.answers(job) for job in range(1, 101)))
+    it.workers._jobs = Unwalked(it.workers._jobs)
+    for worker in it.workers._workers:
+        worker.told = UnwalkedSet(worker.told)
+    it.add(["die"], [1], first=1)
+    it.until(lambda: it.done(2))
+    it.add([2], job=2, first=1)
+    it.workers.cancel(2)
+    it.workers.end(3)
+    it.workers.close_context("c" * 32)
+    it.workers.drain()
+    it.until(lambda: not it.workers.busy and not it.workers._queue)
+    it.workers.turn()
 
 
 # Limits, cancels, draining.
@@ -864,6 +1043,7 @@ def test_end_returns_all_kills_what_runs_and_forgets_the_job(loop: Any) -> None:
 
 def test_a_worker_is_free_again_when_its_batch_was_returned_before_it_began(loop: Any) -> None:
     it = loop(1)
+    it.waits = False
     it.until(lambda: it.pids and it.workers._workers[0].status[PHASE] == 1)
     pid = it.pids[0]
     os.kill(pid, signal.SIGSTOP)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import collections
-import hashlib
 import json
 import pickle
 import re
@@ -49,7 +48,7 @@ def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("name", NAMES)
 def test_survives_the_way_to_another_process(table: dict[str, str], name: str) -> None:
-    if name not in table and name == "numpy":
+    if name not in table and name.startswith("numpy"):
         pytest.skip("numpy is not installed")
     assert table[name] == ""
 
@@ -93,11 +92,6 @@ def test_skips_are_replaced() -> None:
     many = letters.with_skips(letters.with_skips(parts, {3}), {1, 2, 4, 7, 9})
     assert letters.load_chunk(context, joined(many)) == (list(range(10)), frozenset({1, 2, 4, 7, 9}))
     assert letters.load_chunk(context, joined(letters.with_skips(many, ()))) == (list(range(10)), frozenset())
-
-
-def test_digest_and_length_are_of_the_whole_letter() -> None:
-    parts = [b"ab", bytearray(b"c"), memoryview(b"defg")]
-    assert letters.letter_digest(parts) == hashlib.sha256(b"abcdefg").digest()
 
 
 def test_outcomes_without_error_are_the_plain_values() -> None:
@@ -265,6 +259,15 @@ def test_a_function_whose_global_changes_and_changes_back_has_another_letter() -
     assert letters.dump_function(context, (space["function"], None)) != first
 
 
+def test_a_name_that_plain_pickles_must_not_have_is_imported_where_it_is_a_modules() -> None:
+    """Connections are refused, and what else their module has is found there."""
+    from multiprocessing.connection import Client
+    space: dict[str, Any] = {"__name__": "__main__", "Client": Client}
+    exec("def function(): return Client", space)
+    letter = bytearray(letters.dump_function(letters.Context(caller=True), (space["function"], None)))
+    assert letters.Context(caller=False).load(letter)[0]() is Client
+
+
 def test_an_unchanged_function_has_the_very_same_letter() -> None:
     context, function = letters.Context(caller=True), make_function()
     for value in ((json.dumps, None), (len, None), (function, None), (function, json.loads), (function, (1, "a"))):
@@ -321,3 +324,16 @@ def test_what_was_not_filled_is_made_again(monkeypatch: pytest.MonkeyPatch) -> N
         worker.load(letter)
     monkeypatch.setitem(sys.modules, "lacking", lacking)
     assert type(worker.load(letter)[0]()[0]).__name__ == "Thing"
+
+
+def test_a_cache_of_a_function_has_one_version() -> None:
+    """A worker that has loaded it keeps it, with what it has remembered."""
+    context, space = letters.Context(caller=True), dict[str, Any](__name__="__main__")
+    exec("import functools\n@functools.cache\ndef slow(x): return x\ndef other(x): return slow(x)", space)
+    slow, other = space["slow"], space["other"]
+    first = letters.dump_function(context, (slow, None))
+    assert letters.dump_function(context, (slow, None)) == first
+    worker = letters.Context(caller=False)
+    there = worker.load(bytearray(first))[0]
+    loaded = worker.load(bytearray(letters.dump_function(context, (other, None))))[0]
+    assert loaded.__globals__["slow"] is there

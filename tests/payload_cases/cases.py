@@ -596,6 +596,13 @@ if numpy:
         assert a.ctypes.data % 16 == 0
         return numpy.ones_like(BIG)
 
+    SMALL = numpy.arange(4_000)
+
+    @case("numpy, arrays among the globals are written", [1], lambda r: r == (7, 7))
+    def written(_):
+        BIG[0] = SMALL[0] = 7
+        return BIG[0], SMALL[0]
+
 
 shared = None
 

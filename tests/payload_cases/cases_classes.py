@@ -221,6 +221,19 @@ def zoo(z):
     return isinstance(Zoo.animals[Duck][0], Sized), issubclass(Duck, Sized), isinstance(3, Sized), z.size()
 
 
+class Unit(Sized):
+    def size(self):
+        return 1
+
+
+Unit.ONE, Unit.KNOWN = Unit(), {Unit: [Unit()]}
+
+
+@gives("a class with abstract methods that holds its own instances", Unit(), (1, 1, True))
+def unit(u):
+    return Unit.ONE.size(), Unit.KNOWN[Unit][0].size(), isinstance(u, Sized)
+
+
 class Bad(Exception):
     CODES = {Tile("a"): 7}
 

@@ -260,6 +260,24 @@ def shapes(x):
     return x.area(), str(x), Shape.Inner.value, isinstance(x, Shape), Verified.A.upper
 
 
+class Reduced(enum.Enum):
+    """Its members pickle by a method of the script's own."""
+
+    ONE = 1
+
+    def __reduce_ex__(self, protocol):
+        return self.__reduce__()
+
+    def __reduce__(self):
+        return getattr, (Reduced, self._name_)
+
+
+@case("a __reduce__ of the enum's own", [Reduced.ONE], lambda r: r[0] is Reduced.ONE and r[1] == 1)
+def reduced(x):
+    assert x is Reduced.ONE
+    return x, Reduced(1).value
+
+
 class Meta(enum.EnumMeta):
     def __contains__(cls, value):
         return value in cls._value2member_map_ or isinstance(value, cls)

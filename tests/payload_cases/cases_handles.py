@@ -150,6 +150,19 @@ def file_handler(peer):
     refused(peer, logs_to_file, 1, "opened", "logs_to_file")
 
 
+lines = tempfile.NamedTemporaryFile("w")
+lines.write("one\ntwo\nthree\n")
+lines.flush()
+reading, reading_bytes = open(lines.name), open(lines.name, "rb")
+reading.readline()
+reading_bytes.read(8)
+
+
+@gives("files that are open for reading, at their places", 1, ("two\n", b"three\n", True))
+def read_lines(_):
+    return reading.readline(), reading_bytes.read(), reading_bytes.name == reading.name
+
+
 exact = decimal.Context(prec=5, rounding=decimal.ROUND_UP)
 
 
@@ -308,4 +321,5 @@ def iterators(_):
 numbers, letters = iter(range(1, 9)), iter("ab")
 
 main()
-opened.close()
+for each in (opened, reading, reading_bytes, lines):
+    each.close()

@@ -27,6 +27,11 @@ def facts(_):
 gives("__file__, __package__, __spec__ and __doc__", 1, facts(1))(facts)
 
 
+@gives("sys.argv", 1, sys.argv, payload=RUNNER)
+def arguments(_):
+    return sys.argv
+
+
 class Record:
     def __init__(self, v):
         self.v = v

@@ -81,6 +81,16 @@ def checked(door):
     return isinstance(door, Closes), isinstance(Window(), Closes), isinstance(3, Closes), door.close(), door.limit
 
 
+@gives("a Protocol that an importable class fulfils", 1, (True, False))
+def fulfilled(_):
+    return isinstance(string.Template("a"), Substitutes), isinstance(3, Substitutes)
+
+
+@typing.runtime_checkable
+class Substitutes(typing.Protocol):
+    def substitute(self) -> str: ...
+
+
 class Command(abc.ABC, typing.Generic[T]):
     limit: int
 

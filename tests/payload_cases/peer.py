@@ -21,7 +21,9 @@ import sys
 import traceback
 from pathlib import Path
 
-MODE, HERE = sys.argv[1], Path(sys.argv[-1])
+ARGUMENTS = sys.argv[:]
+MODE, HERE = ARGUMENTS[1], Path(ARGUMENTS[-1])
+sys.argv[2:] = []  # they travel, and must not name the package there
 LETTERS, OUTCOMES = "objects.letters", "objects.outcomes"  # the package's modules; the worker is told them
 SECONDS = 30  # for one answer
 
@@ -29,7 +31,7 @@ CASES = []  # (name, function of a peer, {mode: why the case does not run there}
 _held = []  # the function of a fork's first call, if pickle cannot name it
 
 if MODE == "payload":
-    sys.path.insert(0, sys.argv[2])
+    sys.path.insert(0, ARGUMENTS[2])
     letters, outcomes = (importlib.import_module(f"achilles.{name}") for name in (LETTERS, OUTCOMES))
 
 
@@ -85,9 +87,9 @@ class Payload:
     """A worker process, and this side of its context."""
 
     def __init__(self):
-        command = [sys.executable, "-W", sys.argv[5], "-c", (HERE / "worker.py").read_text(), *sys.argv[3:5],
+        command = [sys.executable, "-W", ARGUMENTS[5], "-c", (HERE / "worker.py").read_text(), *ARGUMENTS[3:5],
                    LETTERS, OUTCOMES]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=sys.argv[3])
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ARGUMENTS[3])
         self.letters = []
         self.open("0")
 
@@ -97,7 +99,7 @@ class Payload:
     def bytes_of(self, parts):
         letter = b"".join(parts)
         self.letters.append(letter)
-        assert b"achilles" not in letter and sys.argv[4].encode() not in letter
+        assert b"achilles" not in letter and ARGUMENTS[4].encode() not in letter
         return letter
 
     def map(self, function, arguments, initializers=(), skip=()):
@@ -115,7 +117,7 @@ class Payload:
         if isinstance(reply, Exception):
             raise reply
         raised, answer = reply
-        assert b"achilles" not in answer and sys.argv[4].encode() not in answer
+        assert b"achilles" not in answer and ARGUMENTS[4].encode() not in answer
         values, errors = outcomes.load_outcomes(self.context, bytearray(answer), raised)
         for offset, error in errors.items():
             values[offset] = error

@@ -267,7 +267,7 @@ def test_what_was_wrong_is_told(pair, by):
         link.send(Kind.CLUSTER, {})
     else:
         link.send(Kind.END, Batch(3))
-    why = peer.run(handle)
+    why = str(peer.run(handle))
     (error,), end = read_all(link)
     assert error.kind is Kind.ERROR and error.body == {"code": "protocol", "message": why}
     assert ("CLUSTER" if by == "reader" else "job 3") in why

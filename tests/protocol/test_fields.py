@@ -23,9 +23,10 @@ FIELDS = {
 # What a terminal or a log would act upon, or what nobody sees.
 UNFIT = ["\0", "\x07", "\b", "\t", "\n", "\r", "\x1b", "\x1b[31m", "\x1b]0;title\x07", "\x7f", "\x80", "\x85", "\x9b2J",
          "\x9f", "\xa0", "\xad", "\u061c", "\u200b", "\u200e", "\u2028", "\u2029", "\u202a", "\u202e", "\u2066",
-         "\u2069", "\u3000", "\ud800", "\udcff", "\ue000", "\ufeff", "\ufff9", "\U000e0041"]
+         "\u2069", "\u3000", "\ud800", "\udcff", "\ue000", "\ufeff", "\ufff9", "\U000e0041",
+         "\\\n", '"\x01\\']
 FIT = ["", " ", "3.11", "1.0.0+local", "J\xfcrg", "\u05d0\u05d1", "\u4e2d\u6587", "\N{GRINNING FACE}", "%s%n{0}",
-       '"\\', "\ufffd"]
+       '"\\', "\\n", "\\u001b", '\\"\\\\', "\ufffd"]
 
 
 def read(body):

@@ -1,6 +1,7 @@
 """The server's dealings without sockets: frames of peers in, frames to peers out."""
 
 import hashlib
+import hmac
 import json
 import logging
 import threading
@@ -206,6 +207,40 @@ def test_the_first_node_is_announced_at_once_and_a_crowd_once(cluster):
     assert [body["nodes"] for body in of_kind(controller.channel.take(), Kind.CLUSTER)] == [49]
     cluster.tick()
     assert controller.channel.take() == []
+
+
+def test_a_crowd_that_comes_and_goes_costs_controllers_and_nodes_once(cluster, monkeypatch):
+    """Of 40 nodes and 40 controllers, not 1,600 steps under the lock."""
+    steps = []
+
+    class Peers(set):
+        def __iter__(self):
+            steps.append("peers")
+            return super().__iter__()
+
+    class Nodes(dict):
+        def values(self):
+            steps.append("nodes")
+            return super().values()
+
+        __iter__ = keys = items = values
+
+    exchange, scheduler = cluster.exchange, cluster.exchange._scheduler
+    count = scheduler.cluster
+    monkeypatch.setattr(scheduler, "cluster", lambda python: steps.append("count") or count(python))
+    for _ in range(40):
+        cluster.controller()
+    exchange._peers, exchange._nodes, scheduler.nodes = Peers(exchange._peers), Nodes(), Nodes()
+    exchange._announce_after, steps[:] = float("inf"), []
+    nodes = [cluster.node(1) for _ in range(40)]
+    for node in nodes[:20]:
+        cluster.say(node, Kind.BYE, {"reason": "leaving"})
+    for node in nodes:
+        exchange.leave(node)
+    assert steps == []
+    exchange._announce_after = 0.0
+    cluster.tick()
+    assert sorted(steps) == ["count", "nodes", "peers"]
 
 
 def test_of_many_pythons_those_with_the_most_nodes_are_named(cluster):
@@ -564,6 +599,47 @@ def test_a_log_that_blocks_does_not_block_another_connections_frames(cluster):
         log.removeHandler(terminal)
         log.setLevel(level)
     assert not comer.is_alive()
+
+
+def test_nothing_is_encoded_hashed_or_logged_under_the_lock(cluster, monkeypatch):
+    """Whatever a peer says or sends, the others do not wait for that."""
+    seen, lock = set(), cluster.exchange._lock
+
+    def note(place, name):
+        real = getattr(place, name)
+
+        def call(*args, **options):
+            assert not lock.locked(), f"{name} under the lock"
+            seen.add(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(place, name, call)
+
+    for place, name in ((frames, "encode"), (frames, "digest"), (json, "dumps"), (hashlib, "sha256"), (hmac, "digest"),
+                        (hmac, "new"), (logging.Logger, "handle")):
+        note(place, name)
+    for name in ("exchange", "scheduler"):
+        monkeypatch.setattr(logging.getLogger(f"achilles.server.{name}"), "level", logging.DEBUG)
+    node, controller, other = cluster.node(2), cluster.controller(), cluster.controller()
+    cluster.declare(controller, letter=LONG_FUNCTION, initializer=b"initializer")
+    for first in range(6):
+        cluster.task(controller, first=first, flags=TELL)
+    first, second, *_ = of_kind(node.channel.take(), Kind.TASK)
+    answer(cluster, node, first)
+    cluster.say(node, Kind.RETURNED, returned(second, Gone.WAITED))
+    cluster.say(controller, Kind.CANCEL, Batch(3, 0, 6))
+    for kind in (Kind.STATUS, Kind.KILL):
+        cluster.say(controller, kind, {})
+    with pytest.raises(ProtocolError):
+        cluster.task(other, job=99)
+    cluster.say(node, Kind.BYE, {"reason": "leaving"})
+    cluster.say(other, Kind.ERROR, {"code": "protocol", "message": "no"})
+    cluster.say(controller, Kind.END, Batch(3))
+    for peer in (node, controller):
+        cluster.exchange.leave(peer)
+    cluster.tick()
+    cluster.exchange.say_goodbye("restart")
+    assert {"encode", "dumps", "sha256", "handle"} <= seen
 
 
 def test_frames_keep_the_order_of_events_whichever_thread_delivers_them(cluster):

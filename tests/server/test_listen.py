@@ -310,6 +310,44 @@ def test_who_loses_its_place_while_it_is_refused_has_no_thread_any_more(running,
         running.end("restart")
 
 
+def test_a_connection_has_its_place_before_it_has_a_thread(running, monkeypatch):
+    """A crowd of threads that have not begun is no larger than the places."""
+    found, begin = [], running._listener.process_request
+
+    def note(request, address):
+        found.append(request in running._places)
+        begin(request, address)
+
+    monkeypatch.setattr(running._listener, "process_request", note)
+    silent(running.address[1]).close()
+    assert found == [True]
+
+
+def test_who_loses_its_place_before_its_thread_runs_is_closed_in_silence(running, monkeypatch, caplog):
+    monkeypatch.setattr(listen, "PLACES", 1)
+    begin, go_on = running._listener.process_request_thread, threading.Event()
+
+    def wait(request, address):
+        assert go_on.wait(SECONDS)
+        begin(request, address)
+
+    monkeypatch.setattr(running._listener, "process_request_thread", wait)
+    first, second = (socket.create_connection(("127.0.0.1", running.address[1]), timeout=SECONDS) for _ in range(2))
+    with first, second:
+        assert first.recv(1) == b"", "the second one has taken its place"
+        go_on.set()
+        assert second.recv(auth.GREETING_BYTES, socket.MSG_WAITALL)
+    wait_until(lambda: not running._readers)
+    assert "a connection failed" not in caplog.text
+
+
+def test_who_leaves_before_it_has_authenticated_leaves_its_place(running):
+    silent(running.address[1]).close()
+    with silent(running.address[1]) as sock:
+        sock.sendall(b"GET / HTTP/1.1".ljust(104))
+    wait_until(lambda: not running._places)
+
+
 def test_refusals_of_a_user_do_not_keep_that_user_out(running, monkeypatch):
     """Failures are delayed and bounded by place, not by name: whoever fails as ann does not lock ann out."""
     monkeypatch.setattr(listen, "REFUSAL_SECONDS", SECONDS)
@@ -563,10 +601,11 @@ def test_the_end_closes_all_even_those_who_never_authenticated(running, monkeypa
 
 
 def test_the_limit_of_connections_stays_well_below_that_of_files(monkeypatch):
-    resource = pytest.importorskip("resource")
-    for files, most in ((1024, 762), (16, 6), (8, 1), (10**6, 2000), (resource.RLIM_INFINITY, 2000)):
-        monkeypatch.setattr(resource, "getrlimit", lambda _, files=files: (files, files))
+    for files, most in ((1024, 762), (16, 6), (8, 1), (10**6, 2000), (-1, 2000)):
+        monkeypatch.setattr(os, "sysconf", lambda _, files=files: files)
         assert listen._most_connections() == most
+    monkeypatch.delattr(os, "sysconf")
+    assert listen._most_connections() == 2000, "on Windows"
 
 
 def test_run_server_works_outside_the_main_thread_and_takes_no_signal(monkeypatch, capfd):

@@ -1,0 +1,1 @@
+import suite_site  # noqa: F401
