@@ -64,11 +64,13 @@ class Packets(Iterator[Packet], contextlib.AbstractContextManager["Packets"]):
     ) -> None:
         self._controller, self._call = controller, call
         self._closed = threading.Event()
-        self._packets = _packets(controller, call, self._closed, callback_error)
+        self._packets: Any = _packets(controller, call, self._closed, callback_error)
         self._taking = threading.RLock()  # several threads may take from one iterator, each packet once
 
     def __next__(self) -> Packet:
         with self._taking:
+            if self._packets.gi_running:
+                raise RuntimeError("this iterator is read by what it calls: by its own arguments, or by callback_error")
             try:
                 return next(self._packets)
             except BaseException:  # the end, too

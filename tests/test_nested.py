@@ -97,15 +97,60 @@ def with_timeout(n):
         return achilles.map(square, [n], timeout=5), [str(each.message) for each in caught]
 
 
+def with_feedback(_):
+    """A generator that reads its own results has an error: the thread that takes feeds, and cannot wait for itself."""
+    def numbers():
+        yield 1
+        yield next(results)
+
+    found = []
+    for make in (achilles.Pool().imap, achilles.imap):
+        results = make(square, numbers())
+        try:
+            found.append([*results])
+        except Exception as error:
+            found.append(type(error).__name__)
+    return found
+
+
+def with_callback(_):
+    def fail(values):
+        raise KeyError(values)
+
+    told = []
+    threading.excepthook = lambda about: told.append(about.exc_type.__name__)
+    return achilles.Pool().map_async(square, [1, 2], callback=fail).get(), told
+
+
+def begin(count):
+    global pool_of_worker
+    pool_of_worker = achilles.Pool(count)
+
+
+def again(x):
+    return pool_of_worker.apply(square, (x,))
+
+
+def with_itself(count):
+    begin(count)
+    return pool_of_worker.apply(again, (2,)), pool_of_worker.map(again, range(8), 1)
+
+
 @pytest.mark.parametrize(("function", "expected"), [
     (with_map, [[0, 1], [4, 9]]), (with_imap, [{"ARGS_COUNTER": n, "RESULT": [n * n]} for n in range(4)]),
     (with_imap_unordered, [0, 1, 2, 3]), (twice, [[[[0, 1], [4, 9]]]]),
     (with_pool, ([[0, 1, 4, 9], [16], [0, 1, 4, 9], [0, 1, 4, 9], 16, 16, [0, 1, 4, 9]], [16, [0, 1, 4, 9]])),
     (with_executor, ([0, 1, 4, 9], [16])), (endless, [0] * 4), (with_error, ((4,), 0)),
+    (with_feedback, ["ValueError", "RuntimeError"]), (with_callback, ([1, 4], ["KeyError"])),
     (with_timeout, ([[16]], ["timeout is not kept in a call inside a worker, which runs in place"])),
 ])
 def test_calls_in_a_worker_run_there(pool, function, expected):
     assert pool.map(function, [4] * SIZE, chunksize=1) == [expected] * SIZE
+
+
+@pytest.mark.parametrize("count", [None, 1, 2])
+def test_a_pool_of_a_worker_may_be_used_by_what_it_runs(pool, count):
+    assert pool.map(with_itself, [count], 1) == [(4, [n * n for n in range(8)])]
 
 
 def test_they_run_on_the_calling_thread_of_the_workers_own_process(pool):

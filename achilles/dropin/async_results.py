@@ -29,6 +29,8 @@ from .dispatcher import Answer, Dispatcher, SingleCall, Taker
 
 __all__ = ["AsyncResult", "MapResult", "PoolIterator", "ResultTimeout"]
 
+MOMENT_SECONDS = 0.001  # between two looks of a thread at a result that another thread is loading
+
 Callback = Callable[[Any], object]
 
 
@@ -51,7 +53,7 @@ class AsyncResult(SingleCall):
     """The result of an `_async` method; any thread may use it. As `multiprocessing.pool.AsyncResult`."""
 
     _callbacks: tuple[Callback | None, ...] | None = None  # of a value, of an error
-    _ended = False
+    _ended = _settled = False  # the answer is there; it is loaded
     _answer: Answer | None = None  # not loaded yet, where no callback waits for that
     _value: Any = None
     _error: BaseException | None = None
@@ -60,7 +62,7 @@ class AsyncResult(SingleCall):
         self._dispatcher = dispatcher
         if any(callbacks):
             self._callbacks = callbacks
-        self._ending = threading.Lock()  # held until the call has ended, then while a thread loads the answer
+        self._ending = threading.Lock()  # held until the call has ended; Ctrl-C in `wait` may leave it held
         self._ending.acquire()
 
     def ready(self) -> bool:
@@ -96,11 +98,11 @@ class AsyncResult(SingleCall):
         return self._value
 
     def _load_answer(self) -> None:
-        """Load the answer, in the first thread that asks for it."""
-        with self._ending:
-            answer, self._answer = self._answer, None
-            if answer is not None:
-                self.load(*answer)
+        """Load the answer, in the first thread that asks for it. Others wait for that thread."""
+        if not self._settled and (answer := self.__dict__.pop("_answer", None)) is not None:
+            self.load(*answer)
+        while not self._settled:
+            threading.Event().wait(MOMENT_SECONDS)
 
     def keep(self, answer: Answer) -> bool:
         """As SingleCall says: where there are no callbacks."""
@@ -113,13 +115,12 @@ class AsyncResult(SingleCall):
         """As SingleCall says. The callbacks run before any thread is woken, as in the standard library."""
         self._value, self._error = value, error
         callbacks, self._callbacks = self._callbacks, None
-        try:
-            if callbacks and (callback := callbacks[error is not None]) is not None:
-                callback(value if error is None else error)
-        finally:
-            if not self._ended:
-                self._ended = True
-                self._ending.release()
+        if callbacks and (callback := callbacks[error is not None]) is not None:
+            self._dispatcher.do(callback, value if error is None else error)
+        self._settled = True
+        if not self._ended:
+            self._ended = True
+            self._ending.release()
 
     __class_getitem__: Any = classmethod(types.GenericAlias)
 

@@ -101,10 +101,10 @@ class Dispatcher:
 
     def _run(self) -> None:
         while (call := self.work.get()) is not None:
-            self._do(call)
+            self.do(call)
         self.link.close()
         while not self.work.empty():  # a call that began meanwhile has failed
-            self._do(self.work.get() or bool)
+            self.do(self.work.get() or bool)
 
     def settle(self, answered: list[tuple[SingleCall, Answer]]) -> None:
         """Give each call its answer. The dispatcher loads those that nobody else does."""
@@ -114,9 +114,9 @@ class Dispatcher:
 
     def _load(self, answered: list[tuple[SingleCall, Answer]]) -> None:
         for single, answer in answered:
-            self._do(single.load, *answer)
+            self.do(single.load, *answer)
 
-    def _do(self, call: Callable[..., object], *args: Any) -> None:
+    def do(self, call: Callable[..., object], *args: Any) -> None:
         """Call it. What a callback raises is told, and the next one is called all the same."""
         try:
             call(*args)
@@ -205,7 +205,9 @@ class Taker:
         self.key: Any = None  # under which its job is kept for the next call
         self._dispatcher = dispatcher
         self._owner: object = owner  # the pool, which lives as long as its calls
-        self._taking = threading.Lock()  # guards `call`, and is held while results are taken
+        # Guards `call`, and is held while results are taken. A generator that reads its own results in a worker, where
+        # the thread that takes feeds as well, has an error of its own and does not wait for itself.
+        self._taking = threading.RLock()
         self._called = False  # the dispatcher knows that there is something
 
     def ready_to_take(self) -> None:
@@ -222,20 +224,21 @@ class Taker:
     def take(self, timeout: float) -> bool:
         """Take some results; False if there are none after `timeout` seconds. The call may be over then."""
         with self._taking:
-            if self.call is None:
+            call = self.call
+            if call is None:
                 return True
             taken = error = None
             try:
-                taken = self.call.take(timeout)
+                taken = call.take(timeout)
             except NotYet:
                 return False
             except BaseException as e:  # of the iterable, or of the call as a whole
                 error = e
             if taken is not None:
                 self.add(*taken)
-                if not self.call.results.complete:
+                if not call.results.complete:
                     return True
-            call, self.call, self._owner = self.call, None, None
+            self.call = self._owner = None
             try:
                 call.close(self.key, error)
                 self.finish(error)

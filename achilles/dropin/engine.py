@@ -42,7 +42,7 @@ class Engine(Link):
     """Jobs on somebody else's `executor`, which stays open; or in place, where that is None."""
 
     def __init__(self, executor: Executor | None, processes: int | None = None) -> None:
-        super().__init__(processes)
+        super().__init__(1 if executor is None else processes)
         self._executor, self.in_place = executor, executor is None
         self.workers = self.largest = 1 if executor is None else _count_workers(executor)
         self._submitted: dict[Future[Any], Batch] = {}  # the engine thread's
@@ -107,7 +107,10 @@ class Engine(Link):
         chunks = [bytes(joined(letter)) for letter in batch.letters()]
         arguments = job.number, job.declaration, letters, batch.first, chunks, bool(batch.flags & CAREFUL)
         if self._executor is None:
-            self._answered(batch, *run_batch(*arguments))
+            self.workers, self.processes = self.workers + 1, self.processes + 1  # the function may call this pool, too
+            answer = run_batch(*arguments)
+            self.workers, self.processes = self.workers - 1, self.processes - 1
+            self._answered(batch, *answer)
             return
         future = self._executor.submit(run_batch, *arguments)
         self._submitted[future] = batch

@@ -202,12 +202,16 @@ def _finish(executors: Iterable[Executor]) -> None:
     left = [each for each in executors if not each._controller.forked]
     for executor in left:
         executor.close()
-    try:
-        for executor in [each for each in left if each._dispatcher.open]:
-            executor._dispatcher.wait()
-            executor._controller.check_usable()
-    except (AchillesError, KeyboardInterrupt) as error:
-        tell(f"Calls of an Executor are not done: {str(error) or 'Ctrl-C ended the wait for them'}")
+    for executor in left:
+        try:
+            if executor._dispatcher.open:
+                executor._dispatcher.wait()
+                executor._controller.check_usable()
+            executor._dispatcher.stop()  # which runs the callbacks that wait
+        except (AchillesError, KeyboardInterrupt) as error:
+            tell(f"Calls of an Executor are not done: {str(error) or 'Ctrl-C ended the wait for them'}")
+            if isinstance(error, KeyboardInterrupt):
+                return
 
 
 class MapIterator(PoolIterator):

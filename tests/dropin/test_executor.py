@@ -16,7 +16,7 @@ import threading
 import time
 
 import pytest
-from cluster import PYTHON, environment
+from cluster import PYTHON, Cluster, environment
 from conftest import SECONDS, in_a_child, wait_until
 
 from achilles import Executor, LocalCluster, ServerUnreachable, cluster_status
@@ -561,6 +561,36 @@ def test_at_the_end_of_the_interpreter_nothing_more_is_taken(cluster):
                 print(error)"""
     done = subprocess.run([*PYTHON, "-c", script], env=environment(), capture_output=True, timeout=SECONDS)
     assert (done.stdout, done.stderr) == (b"cannot schedule new futures after shutdown\n", b"")
+
+
+LATE = """
+import achilles, sys, time
+def late(future):
+    time.sleep(0.1)
+    print(future.result(), flush=True)
+if __name__ == "__main__":
+    good, lonely = sys.argv[1:5], sys.argv[5:9]
+    def executor(place, **more):
+        return achilles.Executor(host=place[0], port=int(place[1]), username=place[2], secret_key=place[3], **more)
+    kept = []
+    for _ in range(3):
+        kept += [executor(good), executor(lonely, wait_for_nodes=0.3)]
+        for n in range(2):
+            kept[-2].submit(abs, n).add_done_callback(late)
+        kept[-1].submit(abs, 5)
+"""
+
+
+def test_at_the_end_of_the_interpreter_callbacks_run_and_one_executor_keeps_no_other(cluster, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LATE)
+    with Cluster(tmp_path) as lonely:
+        process = subprocess.run(
+            [*PYTHON, str(script), cluster.host, str(cluster.port), cluster.username,
+             cluster.settings.secret.reveal(), *map(str, lonely.address.values())],
+            env=environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert sorted(process.stdout.split()) == ["0", "0", "0", "1", "1", "1"], process.stderr
+    assert process.stderr.count("Calls of an Executor are not done: no node joined the server") == 3
 
 
 def test_at_the_end_of_the_interpreter_a_lost_server_is_named_and_ctrl_c_ends_the_wait(tmp_path):

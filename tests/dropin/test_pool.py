@@ -1025,6 +1025,22 @@ def test_a_cluster_that_is_killed_ends_the_calls():
             pool.map(square, [1])
 
 
+def test_ctrl_c_in_a_get_leaves_the_result_to_the_next_one(make, monkeypatch):
+    """It may come when the lock of a result was taken, and was not given back yet."""
+    result = make().apply_async(square, (3,))
+
+    def interrupted(seconds):
+        assert result._ending.acquire(timeout=SECONDS)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(result, "_wait_some", interrupted)
+    if not result.ready():
+        with pytest.raises(KeyboardInterrupt):
+            result.get()
+    monkeypatch.undo()
+    assert result.get(SECONDS) == 9 and result.successful()
+
+
 def test_a_breach_that_comes_again_on_each_connection_ends_the_call(make, monkeypatch):
     """As a result beyond the caller's own limit does: to connect again for ever is of no use."""
     pool = make()
