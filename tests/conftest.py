@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes  # noqa: F401  now: some builds keep the file of libffi open, which would be left behind by a test
 import gc
 import io
 import multiprocessing.forkserver
