@@ -184,7 +184,7 @@ class Results(Sink):
 
     def finish(self, end: int, error: BaseException | None) -> None:
         """The input has ended: chunk `end` will not come. Behind the last result `error` is raised."""
-        self.end, self.last_error = end, error
+        self.last_error, self.end = error, end  # in this order: `complete` is read without the lock
         self.cut(end)
         if self.over:
             self._tell()

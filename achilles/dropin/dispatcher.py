@@ -242,7 +242,7 @@ class Taker:
             try:
                 call.close(self.key, error)
                 self.finish(error)
-            finally:  # a callback may have raised: `join` waits for this call no longer
+            finally:  # however it ended, `join` waits for this call no longer
                 with self._dispatcher.link.lock:
                     self._dispatcher.forget(self)
             return True
