@@ -66,7 +66,7 @@ def welcome(sock, secret):
         raise ConnectionError("the client speaks another protocol or version")
     client_proof, server_proof, client_key, server_key = session_keys(secret, greeting, claim)
     if not hmac.compare_digest(proof, client_proof):
-        sock.sendall(bytes(32))
+        sock.sendall(bytes(32))  # the refusal
         raise ConnectionError("the client has another secret")
     sock.sendall(server_proof)
     return Link(sock, server_key, client_key)
@@ -140,7 +140,7 @@ class Server:
     def serve(self, address, secret):
         """Accept connections for ever. Each has a thread of its own."""
         listener = socket.create_server(address)
-        print(listener.getsockname()[1], flush=True)
+        print(listener.getsockname()[1], flush=True)  # the port: this server is ready
         while True:
             sock, _ = listener.accept()
             threading.Thread(target=self.serve_client, args=[sock, secret], daemon=True).start()
@@ -180,7 +180,7 @@ def run_node(address, secret):
     with multiprocessing.Pool(WORKERS) as pool:
         link = connect(address, b"N", secret)
         link.send(HELLO, WORKERS)
-        print(address[1], flush=True)
+        print(address[1], flush=True)  # this node is ready
         with suppress(ConnectionError):
             while True:
                 _, number, task = link.recv()
