@@ -123,6 +123,15 @@ def test_a_page_is_in_plain_words(page):
     assert [*page_findings(PAGES[page])] == []
 
 
+def test_the_words_that_pages_explain_are_those_of_the_glossary():
+    protocol = (ROOT / "achilles/PROTOCOL.md").read_text(encoding="utf-8").partition("## 2. ")[0]
+    words = re.findall(r"^\| (\w+) \|", protocol, re.MULTILINE)[1:]
+    assert set(words) == {"argument", "chunk", "batch", "packet", "job", "call", "context", "worker", "window", "pace",
+                          "attempt"}
+    explained = {word for page in PAGES for word in re.findall(r"(?:The|a|as a|are) \*\*([a-z]+?)s?\*\*", prose(page))}
+    assert explained == {"packet", "chunk", "batch", "window"} <= set(words)
+
+
 def test_a_source_distribution_has_the_pages():
     manifest = (ROOT / "MANIFEST.in").read_text()
     assert "recursive-include docs *.md" in manifest and "README.md" in manifest
