@@ -157,8 +157,9 @@ class Definitions:
             is_settled = True
             for item, dumper in looks.items():
                 # A global is set in its place, a class changed.
-                state = dumper.content, [each.version for each in item.refs if each.kind not in ("class", "slot")]
-                if item.state != state and dumper is not NAMED:
+                state = dumper is not NAMED and (
+                    dumper.content, [each.version for each in item.refs if each.kind not in ("class", "slot")])
+                if state and item.state != state:
                     self.names.changes += item.state is not None
                     item.version, item.state, is_settled = version, state, False
 
