@@ -30,8 +30,8 @@ LONGEST_FUNCTION_LINES, MOST_METHODS = 40, 28
 # Statements (without docstrings) that a folder may have. The second edition's aim stands behind each: what is over it
 # is to come down, and may not grow meanwhile.
 BUDGETS = {
-    "ring": 800, "protocol": 600, "server": 620, "node": 795, "objects": 980, "controller": 1028, "core": 4483,
-    "whole": 5538,
+    "ring": 800, "protocol": 600, "server": 620, "node": 795, "objects": 897, "controller": 1028, "core": 4400,
+    "whole": 5455,
 }
 AIMS = {
     "ring": 800, "protocol": 600, "server": 620, "node": 750, "objects": 800, "controller": 780, "core": 4000,
@@ -41,10 +41,9 @@ THIN_MODULES = {"dropin.joblib_backend": 75, "dropin.engine": 120}  # others' in
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 PICKLING = {
     "objects.letters": "what a letter is made of",
-    "objects.definitions": "what no import finds, by C pickle or by dill",
+    "objects.definitions": "what no import finds, by C pickle or by dill; code objects, by marshal",
     "objects.loading": "the form of a letter; an Unpickler with makers",
     "objects.outcomes": "plain values, without a detour",
-    "objects.parts": "code objects, by marshal",
 }
 RUNS_TEXT = {"eval", "exec", "compile", "__import__", "run_path", "run_module"}
 PROOFS = ("proof", "proofs", "tag", "tags", "mac")  # names of what must be compared in constant time
@@ -176,7 +175,7 @@ def test_only_payloads_pickle_and_nothing_runs_text(name):
 
 
 def test_what_is_below_letters_is_known_in_its_folder_alone():
-    below = {f"objects.{name}" for name in ("names", "parts", "loading", "byvalue", "definitions")}
+    below = {f"objects.{name}" for name in ("names", "loading", "byvalue", "definitions")}
     assert {place_of(name) for name in SOURCES if below & set(own_imports(name))} == {"objects"}
 
 

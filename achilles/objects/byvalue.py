@@ -1,7 +1,7 @@
 """The hooks by which pickle takes apart what no import can find.
 
-Knows pickle's hooks and the kinds of things that belong to functions. Knows names.py, parts.py and the makers of
-loading.py. Knows no letters: what a letter brings, in which order, is definitions.py's.
+Knows pickle's hooks and the kinds of things that belong to functions. Knows names.py and the makers of loading.py.
+Knows no letters: what a letter brings, in which order, is definitions.py's.
 
 A pickle says a number in place of each thing that its definitions bring: a function, class or cell by value, a value
 that has to be one thing everywhere, and, but for arguments and results, each value that has a token. `refs` are these,
@@ -19,7 +19,8 @@ import builtins
 import copyreg
 import enum
 import functools
-import importlib
+import hashlib
+import importlib.machinery
 import io
 import os
 import struct
@@ -29,7 +30,6 @@ import types
 import typing
 import weakref
 from collections.abc import Callable
-from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from .loading import EXTEND, MAKERS, PICKLE, PIDS, take_large
@@ -42,21 +42,24 @@ from .names import (
     Names,
     Slot,
     Space,
+    builtin_base,
     by_import,
     by_path,
+    is_by_value,
     is_class,
     is_stream,
     travels_by_value,
 )
-from .parts import NEW, REDUCED, REDUCES, evaluated, has_own, is_c_type
 
-__all__ = ["CACHE_TYPE", "Dumper"]
+__all__ = ["CACHE_TYPE", "Dumper", "arguments_of"]
 
 CACHE_TYPE = type(functools.lru_cache(lambda: None))
 WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
     weakref.ref: lambda reference: reference(), weakref.WeakSet: list, weakref.WeakValueDictionary: dict,
     weakref.WeakKeyDictionary: dict,
 }
+NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
+REDUCES = ("__reduce__", "__reduce_ex__")
 # Methods that pickle calls for a copy. A fork has the objects already, and calls none of them.
 SPECIAL = (*REDUCES, "__new__", "__setstate__", "__setattr__", "__getattr__", "__iter__", "append", "extend", "items",
            "__setitem__")
@@ -73,12 +76,14 @@ class Dumper:
     """One attempt to dump by value; mixed in before C pickle's Pickler, and dill's.
 
     :ivar entry: the entry that is dumped now; None for arguments, results, and functions with their callbacks.
+    :param reduced: the reduction of its thing; made here of a value.
     :ivar shares: whether values with tokens are the same on the other side, not copies.
     :ivar only: the tokens of values that may stand in the content; all by default.
     :ivar refs: the numbers of the entries that the definitions bring.
+    :ivar content: what tells whether the content of an entry is another one: its digest, and the tokens in it.
     """
 
-    def __init__(self, names: Names, value: Any, entry: Any = None, shares: bool = True,
+    def __init__(self, names: Names, value: Any, entry: Any = None, reduced: Any = None, shares: bool = True,
                  only: list[bytes] | None = None) -> None:
         self.names, self.entry, self.shares, self.only, self.ids = names, entry, shares, only, names.ids
         self.refs: dict[Any, int] = {}
@@ -88,16 +93,18 @@ class Dumper:
         self.file, self.views = io.BytesIO(), list[memoryview]()
         pickled: Any = super()
         pickled.__init__(self.file, PICKLE, buffer_callback=functools.partial(take_large, self.views))
-        if entry is not None:
-            maker, arguments, *self.rest = self._apart(value)
-            pickled.dump((maker, arguments))
-            self.numbers[id(value)] = OWN
-        pickled.dump(value if entry is None else entry)
+        if entry is None:
+            pickled.dump(value)
+            return
+        maker, arguments, *self.rest = reduced or self._apart(value)
+        pickled.dump((maker, arguments))
+        self.numbers[id(value)] = OWN
+        pickled.dump(entry)
+        self.content = (hashlib.sha256(b"".join([self.file.getvalue(), *self.views])).digest(),
+                        [each.token for each in self.refs])
 
     def _apart(self, value: Any) -> Any:
-        """As pickle's reductions: what makes a thing, then what fills it, so that things may need each other."""
-        if self.entry.kind != "value":
-            return [MAKERS[part] if type(part) is str else part for part in REDUCED[self.entry.kind](self.entry, value)]
+        """As pickle's reductions: what makes a value, then what fills it, so that values may need each other."""
         kind, found = type(value), self.reducer_override(value)
         is_empty_first = kind in (list, dict) or (hasattr(value, "__dict__") and kind not in copyreg.dispatch_table)
         if found is NotImplemented and is_empty_first:
@@ -121,31 +128,23 @@ class Dumper:
         kind = type(thing)
         if kind in self.plain:
             return NotImplemented
-        if kind in _REDUCE:
-            return _REDUCE[kind](self, thing)
+        reduce = _REDUCE.get(kind, _REDUCE.get(kind.__module__))
+        if reduce is not None:
+            return reduce(self, thing)
         if is_class(thing):
             return self._refer(thing) if is_by_value(thing) else NotImplemented
         if is_stream(thing):  # a notebook's is no file
             return self._stream(thing)
-        if kind.__module__ in ("multiprocessing.connection", "multiprocess.connection"):
-            raise TypeError(f"cannot pickle '{kind.__qualname__}' object, which belongs to this process")
-        if kind.__module__ in ("multiprocessing.managers", "multiprocess.managers") and hasattr(thing, "_authkey"):
-            return _proxy(thing)
-        if kind.__module__ == "dataclasses":  # its marks are compared by identity
-            marks = vars(sys.modules["dataclasses"])
-            return next((name for name, mark in marks.items() if mark is thing), NotImplemented)
-        if is_by_value(kind):
-            return self._instance(kind, thing)
         # An exception's `__init__` may take other arguments than its built-in base. And pickle asks an empty instance
         # for `__setstate__`: some `__getattr__` never come to an end then.
         special = "__init__" if isinstance(thing, BaseException) else "__getattr__"
-        return self._instance(kind, thing) if has_own(kind, special) else NotImplemented
+        return self._instance(kind, thing) if is_by_value(kind) or has_own(kind, special) else NotImplemented
 
     def _instance(self, cls: Any, thing: Any) -> Any:
         """An instance of a class by value; as a fork has it, where it is shared."""
-        if isinstance(thing, enum.Enum):
-            is_named = cls._member_map_.get(thing._name_) is thing
-            return (MAKERS["member"], (cls, thing._name_)) if is_named else (cls, (thing._value_,))
+        if isinstance(thing, enum.Enum):  # flags that were combined are no members
+            is_member = cls._member_map_.get(thing._name_) is thing
+            return (MAKERS["member"], (cls, thing._name_)) if is_member else (cls, (thing._value_,))
         is_error = isinstance(thing, BaseException)
         special = SPECIAL if self.shares else REDUCES
         if cls in copyreg.dispatch_table or not (is_error or has_own(cls, *special)):
@@ -182,9 +181,8 @@ class Dumper:
             return name
         return self._one(thing, *reduced)
 
-    def _module(self, module: ModuleType) -> Any:
-        if by_import(module):
-            return importlib.import_module, (module.__name__,)
+    def _module(self, module: types.ModuleType) -> Any:
+        """A module that no import gives, with all its globals."""
         space = self.names.name(vars(module), kind=Space)
         for name in vars(module):
             if not name.startswith("__"):
@@ -199,8 +197,8 @@ class Dumper:
         name = variable.__name__
         if self.rest is not None:
             raise TypeError(f"cannot pickle the type alias {name}, which refers to itself")
-        found = {name: evaluated(variable, attribute) for name, attribute in OPTIONS.items()}
-        options = {name: value for name, value in found.items() if value is not None and value is not NO_DEFAULT}
+        options = {option: value for option, attribute in OPTIONS.items()
+                   if (value := evaluated(variable, attribute)) is not None and value is not NO_DEFAULT}
         arguments = getattr(variable, "__constraints__", ())
         if kind in STANDS_FOR:
             value = evaluated(variable, STANDS_FOR[kind])
@@ -220,12 +218,31 @@ class Dumper:
         return MAKERS["file"], (os.path.abspath(path), os.fstat(stream.fileno())[1:3], mode, stream.tell(), options)
 
 
-def is_by_value(kind: Any) -> bool:
-    """Whether this is a class by value."""
-    return is_class(kind) and not is_c_type(kind) and travels_by_value(kind)
+def has_own(cls: type, *names: str) -> bool:
+    """Whether a class written in Python has one of these methods, and not only what it inherits from C."""
+    return any(isinstance(getattr(cls, name, None), types.FunctionType) for name in names)
 
 
-def _proxy(thing: Any) -> tuple[Any, ...]:
+def arguments_of(member: Any) -> Any:
+    """The arguments with which `__new__` of the built-in base makes a member of an enum."""
+    base = builtin_base(type(member))
+    maker, arguments, *_ = (NEW, ()) if base is object else base.__reduce_ex__(member, 2)
+    return arguments[1:] if maker is NEW else arguments
+
+
+def evaluated(variable: Any, attribute: str) -> Any:
+    """An attribute of a type variable or alias; None where its text names what is not there."""
+    try:
+        return getattr(variable, attribute, None)
+    except Exception:
+        return None
+
+
+def _refuse(_: Dumper, thing: Any) -> Any:
+    raise TypeError(f"cannot pickle '{type(thing).__qualname__}' object, which belongs to this process")
+
+
+def _proxy(thing: Any) -> Any:
     """A manager's proxy. It has the key of a manager that others reach on this machine alone, as in a fork."""
     rebuild, (kind, token, serializer, options) = thing.__reduce__()
     if isinstance(token.address, str):
@@ -238,23 +255,34 @@ def _by_value(reduce: Callable[[Dumper, Any], Any]) -> Callable[[Dumper, Any], A
     return lambda dumper, thing: reduce(dumper, thing) if travels_by_value(thing) else NotImplemented
 
 
-_REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
+_REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, or by the type's module
+    **dict.fromkeys(("multiprocessing.connection", "multiprocess.connection"), _refuse),
+    **dict.fromkeys(("multiprocessing.managers", "multiprocess.managers"), lambda _, thing: (
+        _proxy(thing) if hasattr(thing, "_authkey") else NotImplemented)),
+    "dataclasses": lambda _, thing: next(  # its marks are compared by identity
+        (name for name, mark in vars(sys.modules["dataclasses"]).items() if mark is thing), NotImplemented),
     **dict.fromkeys((Entry, Space, Slot), lambda dumper, item: (MAKERS["itself"], (item.thing,), *dumper.rest)),
+    # Of Python 3.15, or none: the row of `object` follows. dill takes each for a mark of dataclasses.
+    getattr(builtins, "sentinel", object): lambda dumper, mark: dumper._singleton(
+        mark, mark.__name__, type(mark), (mark.__name__,), (None, {"__module__": mark.__module__})),
     object: lambda dumper, mark: dumper._one(mark, object, ()) if dumper.shares else NotImplemented,
-    FunctionType: _by_value(Dumper._refer),
-    CellType: Dumper._refer,
+    types.FunctionType: _by_value(Dumper._refer),
+    types.CellType: Dumper._refer,
     CACHE_TYPE: _by_value(lambda _, cache: (
         MAKERS["cache"], (cache.__wrapped__, cache.cache_parameters()), dict(vars(cache)))),
-    **dict.fromkeys((ModuleType, Module), Dumper._module),
-    MethodType: lambda _, method: (
+    **dict.fromkeys((types.ModuleType, Module), lambda dumper, module: (
+        (importlib.import_module, (module.__name__,)) if by_import(module) else dumper._module(module))),
+    types.MethodType: lambda _, method: (
         (getattr, (method.__self__, method.__name__)) if getattr(method.__self__, method.__name__, None) == method
-        else (MethodType, (method.__func__, method.__self__))),
+        else (types.MethodType, (method.__func__, method.__self__))),
     **dict.fromkeys(WEAK, lambda dumper, weak: (  # as an argument it would arrive dead
         MAKERS["weak"], (type(weak), WEAK[type(weak)](weak))) if dumper.shares else NotImplemented),
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
     **dict.fromkeys((typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR), _by_value(Dumper._variable)),
     type(typing.Generic[typing.TypeVar("T")]): lambda _, alias: (  # type: ignore[index]
         type(alias), (alias.__origin__, alias.__args__)) if is_by_value(alias.__origin__) else NotImplemented,
+    importlib.machinery.ModuleSpec: lambda _, spec: (importlib.machinery.ModuleSpec, (spec.name, None), {
+        "origin": spec.origin, "_set_fileattr": spec.has_location}),
     typing.ForwardRef: lambda _, thing: (typing.ForwardRef, (thing.__forward_arg__,)),
     functools.partialmethod: lambda _, thing: (MAKERS["partialmethod"], (thing.func, thing.args, thing.keywords)),
     struct.Struct: lambda _, thing: (struct.Struct, (thing.format,)),
@@ -265,7 +293,6 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {
     # A lock arrives as a new one: an RLock that dill loads is held for ever, by nobody.
     type(threading.Lock()): lambda _, thing: (threading.Lock, ()),
     type(threading.RLock()): lambda _, thing: (threading.RLock, ()),
-    # Python 3.15. dill takes each for a mark of dataclasses.
-    getattr(builtins, "sentinel", None): lambda dumper, mark: dumper._singleton(
-        mark, mark.__name__, type(mark), (mark.__name__,), (None, {"__module__": mark.__module__})),
 }
+
+

@@ -1,12 +1,20 @@
 """What a letter must bring so that its functions and classes are whole, in an order in which each part can be used.
 
-Knows names, parts and byvalue.py. Knows no letters, jobs or peers.
+Knows code objects, classes and byvalue.py. Knows no letters, jobs or peers.
 
 Each item is *looked at*: its content is pickled by itself, with a number in place of whatever else has a token. The
 digest of that pickle says whether the content has changed, the numbers say what it refers to. The letter is these
 pickles, each behind those that it needs. The other side makes a thing when a number asks for it, and fills it in its
 turn. So a dict that is keyed by instances of a class finds their `__hash__` and `__eq__`, and these find their globals,
 wherever they were defined. Where two things need each other before either of them is made, loading raises an error.
+
+A function, class or cell by value is made in two steps, so that they may refer to each other in any order (PARTS)::
+
+    make     a function: globals, code, cells   a class: metaclass, name, bases, `__slots__`; functions and plain
+                                                constants; members of an enum. From here on its instances can be made
+                                                and compared
+    fill     defaults, attributes               all attributes: they may hold instances of this class and of others
+             a cell: its content
 
 Limits: an object that has no token is one object in one item. Two globals that hold it, while no global, default,
 attribute or variable does, get a copy each.
@@ -16,29 +24,47 @@ Threads: all callers have the context's lock. User code, such as a `__reduce__`,
 
 from __future__ import annotations
 
+import abc
+import enum
 import functools
-import hashlib
-import importlib
 import io
+import marshal
 import pickle
 import re
-from collections import deque
+import sys
 from itertools import islice, repeat
-from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 from ..errors import VersionError
-from .byvalue import CACHE_TYPE, Dumper
-from .loading import letter_of
-from .names import MISSING, Entry, Names, by_import, travels_by_value
-from .parts import content_of, global_names, pieces_of
+from .byvalue import CACHE_TYPE, Dumper, arguments_of
+from .loading import CAME, MAKERS, letter_of
+from .names import (
+    ATOMS,
+    MAINS,
+    MISSING,
+    Entry,
+    Names,
+    by_import,
+    global_names,
+    slots_of,
+    submodules_of,
+    travels_by_value,
+)
 
-__all__ = ["Definitions", "dumped", "facts_of", "way_to"]
+__all__ = ["Definitions", "dill_pickler", "dumped", "facts_of", "way_to"]
 
 DILL_OLDEST = (0, 4, 1)  # the first that knows Python 3.13's code and threads
 DILL_KINDS = {"save_code", "_save_dict_view", "save_super", "save_wrapper_descriptor", "save_singleton", "save_type",
               "save_slice"}  # what dill does with files and references would open, truncate and delete
-SHARED_KEPT = 64  # lists and dicts that initializers get
 BELONGS: Any = {  # what a function belongs to, or consists of
     FunctionType: lambda _: (), tuple: list, MethodType: lambda method: [method.__self__],
     BuiltinFunctionType: lambda method: [method.__self__],
@@ -47,6 +73,14 @@ BELONGS: Any = {  # what a function belongs to, or consists of
 # In place of a pickle, where the token is enough.
 NAMED: Any = SimpleNamespace(refs={}, views=[], file=io.BytesIO(), content=None)
 DEEPEST, WIDEST = 10, 1000  # of a search for what cannot be dumped
+MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
+CODE = (FunctionType, staticmethod, classmethod)
+CLASS_NAMES = "__classdict__"  # the variable in which annotations look up names (Python 3.14)
+MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself
+    "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
+    "__annotations_cache__", CAME,
+}
+FILLED = ("__defaults__", "__kwdefaults__", "__type_params__", "__qualname__", "__module__", "__doc__")
 
 
 class Definitions:
@@ -58,7 +92,6 @@ class Definitions:
     def __init__(self, names: Names, caller: bool) -> None:
         self.names, self._caller = names, caller
         self.order: list[Any] = []  # what was dumped last
-        self._shared: deque[Entry | None] = deque(maxlen=SHARED_KEPT)
 
     def carries(self, item: Any) -> bool:
         """Whether letters bring an item, and do not only name it."""
@@ -78,11 +111,10 @@ class Definitions:
         for item, dumper in looks.items():
             kind = item.kind if dumper is not NAMED else ""
             label = (item.token, item.version) if item.named or not kind else (b"", 0)
-            refs = [numbers[each] for each in dumper.refs]
-            records.append((kind, *label, refs, dumper.file.getvalue(), len(dumper.views)))
+            records.append((
+                kind, *label, [numbers[each] for each in dumper.refs], dumper.file.getvalue(), len(dumper.views)))
             views += dumper.views
-        head = pickle.dumps((records, [numbers[root] for root in roots]))
-        return b"".join(letter_of(head, views))
+        return b"".join(letter_of(pickle.dumps((records, [numbers[root] for root in roots])), views))
 
     def functions(self, value: tuple[Any, ...]) -> list[Any] | None:
         """The functions that were dumped last, with this value; None if it is not enough to compare these."""
@@ -102,21 +134,20 @@ class Definitions:
             if kind in BELONGS and (is_initializer or kind is not functools.partial):
                 found += BELONGS[kind](each)
             elif is_initializer or kind in (list, dict, set, CACHE_TYPE) or travels_by_value(kind):
-                self._shared.append(self.names.hold(each, None))
+                self.names.recent.append(self.names.hold(each, None))
 
     def _in_order(self, roots: tuple[Entry, ...]) -> dict[Any, Any]:
         """All that these need, and they: each behind what it needs, with its pickle if a letter brings it."""
         looks: dict[Any, Any] = {}
-        order: list[Any] = []
         stack: list[Any] = [*roots]
         while stack:
             item = stack.pop()
             if type(item) is tuple:  # all that the item needs is in order
-                order += item
+                looks[item[0]] = looks.pop(item[0])
             elif item not in looks:
                 looks[item] = self._look(item) if self.carries(item) else NAMED
                 stack += [(item,), *reversed(looks[item].refs)]
-        return {item: looks[item] for item in order}
+        return looks
 
     def _settle(self, looks: dict[Any, Any]) -> None:
         """Give items another version, if their content or that of what they hold has changed."""
@@ -126,29 +157,109 @@ class Definitions:
             is_settled = True
             for item, dumper in looks.items():
                 # A global is set in its place, a class changed.
-                state = dumper.content, [each.version for each in item.refs if each.kind not in ("class", "slot")]
-                if item.state != state and dumper is not NAMED:
+                state = dumper is not NAMED and (
+                    dumper.content, [each.version for each in item.refs if each.kind not in ("class", "slot")])
+                if state and item.state != state:
                     self.names.changes += item.state is not None
                     item.version, item.state, is_settled = version, state, False
 
     def _look(self, item: Any) -> Any:
         """The pickle of an item. What it needs is known then."""
-        found = [self.names.hold(value, place, item.named) for value, place in pieces_of(item)]
-        held = [entry for entry in found if entry is not None]
-        item.refs = [*item.refs, *held]  # those of the last time stay alive until they are found again
         try:
-            dumper = dumped(self.names, item.thing, entry=item, only=item.state and item.state[0][1])
-            dumper.content = _content(dumper)
-            if item.state and dumper.content != item.state[0]:
-                dumper = dumped(self.names, item.thing, entry=item)  # now tokens stand where those values stood
-                dumper.content = _content(dumper)
+            pieces, reduced = PARTS[item.kind](item, item.thing)
+            held = [entry for value, place in pieces if (entry := self.names.hold(value, place, item.named))]
+            item.refs = [*item.refs, *held]  # those of the last time stay alive until they are found again
+            dumper = dumped(self.names, item.thing, entry=item, reduced=reduced, only=item.state and item.state[0][1])
+            if item.state and dumper.content != item.state[0]:  # now tokens stand where those values stood
+                dumper = dumped(self.names, item.thing, entry=item, reduced=reduced)
         except Exception as error:
-            error.__dict__["item"] = item
+            where = "the {} {!r} of {}: ".format(*item.place) if item.place else ""
+            error.__dict__["way"] = where + way_to(self.names, item.thing)
             raise
         for entry in held:
             dumper.refs.setdefault(entry, len(dumper.refs))
         item.refs = [*dumper.refs]
         return dumper
+
+
+def _placed(owner: Any, role: str, table: dict[str, Any]) -> list[Any]:
+    """The values of a table, and where they are."""
+    return [(value, (role, name, owner.__qualname__)) for name, value in table.items()]
+
+
+def _space(space: Any, thing: dict[str, Any]) -> tuple[list[Any], Any]:
+    names = () if space.is_imported else ("__package__", "__file__", "__doc__", "__spec__")
+    attributes = {name: thing[name] for name in names if thing.get(name) is not None}
+    if space.name in MAINS:  # a script has its arguments in a worker, too
+        attributes["__argv__"] = list(sys.argv)
+    return [], (MAKERS["space"], (space.name, attributes))
+
+
+def _function(entry: Any, function: Any) -> tuple[list[Any], Any]:
+    code, defaults, slots = function.__code__, function.__defaults__ or (), slots_of(function, entry.names)
+    optional = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    pieces = [
+        *_placed(function, "default", {**dict(zip(optional, defaults)), **(function.__kwdefaults__ or {})}),
+        *_placed(function, "variable", dict(zip(code.co_freevars, function.__closure__ or ()))),
+        *_placed(function, "attribute", vars(function)), *_placed(function, "global", slots),
+    ]
+    modules = [slot.thing.__name__ for slot in slots.values() if isinstance(slot.thing, ModuleType)]
+    # The same bytes each time: references by count are gone after a load.
+    data = marshal.dumps(marshal.loads(marshal.dumps(code, MARSHAL)), MARSHAL)
+    annotations = "__annotate__" if getattr(function, "__annotate__", None) else "__annotations__"  # unevaluated
+    filled = {key: value for key in (*FILLED, annotations) if (value := getattr(function, key, None))}
+    arguments = function.__globals__, data, function.__name__, function.__closure__, submodules_of(code, modules)
+    return pieces, (MAKERS["function"], arguments, (dict(vars(function)), filled))
+
+
+def _class(_: Any, cls: Any) -> tuple[list[Any], Any]:
+    """A class. Its functions and plain constants come twice: when it is made, and among all of its attributes."""
+    namespace = {name: vars(cls)[name] for name in ("__module__", "__slots__") if name in vars(cls)}
+    namespace["__qualname__"] = cls.__qualname__
+    attributes = {name: value for name, value in vars(cls).items() if name not in MADE_ANEW and not (
+        isinstance(value, MemberDescriptorType) and value.__objclass__ is cls)}  # of one of its `__slots__`
+    code = {name: value for name, value in attributes.items() if type(value) in ATOMS or (
+        type(value) in CODE and isinstance(getattr(value, "__func__", value), FunctionType))}
+    pieces = _placed(cls, "attribute", {name: value for name, value in attributes.items() if name not in code})
+    members: dict[str, Any] = {}
+    if isinstance(cls, enum.EnumMeta):  # its tables need its members; in one of them are flags that were combined, too
+        pieces, members = [], {name: member for name, member in cls._member_map_.items() if member._name_ == name}
+        attributes["_value2member_map_"] = {
+            value: member for value, member in cls._value2member_map_.items() if members.get(member._name_) is member}
+    states = {name: {key: value for key, value in vars(member).items() if key != "_inverted_"}
+              for name, member in members.items()}
+    references = abc._get_dump(cls)[0] if isinstance(cls, abc.ABCMeta) else ()  # type: ignore[attr-defined]
+    registered = [ref() for ref in references if ref() is not None]
+    made = {name: arguments_of(member) for name, member in members.items()}
+    arguments = type(cls), cls.__name__, cls.__bases__, namespace, code, made
+    return pieces, (MAKERS["new_class"], arguments, (attributes, states, registered), None, None, MAKERS["fill_class"])
+
+
+def _cell(entry: Any, cell: CellType) -> tuple[list[Any], Any]:
+    contents = content_of(cell)
+    pieces = [(content, entry.place) for content in contents]
+    if entry.place[1] == CLASS_NAMES:
+        pieces, contents = [], [{
+            key: value for key, value in names.items()
+            if not (key in MADE_ANEW or key[0] == key[-1] == "_" or isinstance(value, (*CODE, property)))
+        } for names in contents]
+    return pieces, (MAKERS["cell"], (), *[(None, {"cell_contents": content}) for content in contents])
+
+
+# By the kind of an entry: the values that its thing holds, with their places, and its reduction, as pickle has them.
+PARTS: dict[str, Any] = {
+    "space": _space,
+    "function": _function,
+    "class": _class,
+    "cell": _cell,
+    "slot": lambda slot, value: ([(value, slot.place)], (MAKERS["slot"], (slot.space.thing, slot.name, value))),
+    "value": lambda entry, value: ([], None),
+}
+
+
+def content_of(cell: CellType) -> list[Any]:
+    """The content of a variable's cell, or nothing."""
+    return [] if cell == CellType() else [cell.cell_contents]
 
 
 class _Pickler(Dumper, pickle.Pickler):
@@ -159,15 +270,15 @@ class _Pickler(Dumper, pickle.Pickler):
 def dill_pickler() -> Any:
     """The slow way: dill's table of types, but for those that would touch files or lose what they refer to."""
     try:
-        dill = importlib.import_module("dill")
+        import dill
     except ModuleNotFoundError:
         raise VersionError("dill is needed here: pip install 'dill>=0.4.1'") from None
     if tuple(map(int, re.findall(r"\d+", dill.__version__)[:3])) < DILL_OLDEST:
         raise VersionError(f"dill {dill.__version__} is too old: pip install 'dill>=0.4.1'")
     stock: Any = pickle._Pickler
-    table = {kind: save for kind, save in dill.Pickler.dispatch.items()
-             if save.__module__ == pickle.__name__ or save.__name__ in DILL_KINDS}
-    table |= {dict: stock.save_dict, FunctionType: stock.save_global}
+    own = {kind: save for kind, save in dill.Pickler.dispatch.items()
+           if save.__module__ == pickle.__name__ or save.__name__ in DILL_KINDS}
+    table = {**own, dict: stock.save_dict, FunctionType: stock.save_global}
     return type("_DillPickler", (Dumper, dill.Pickler), {"dispatch": table, "save": stock.save})
 
 
@@ -175,8 +286,6 @@ def dumped(names: Names, value: Any, **options: Any) -> Any:
     """Dump arguments, or the thing of an entry, by the fast way or by the slow one; with a Dumper of these options."""
     try:
         return _Pickler(names, value, **options)
-    except RecursionError:
-        raise
     except Exception as error:
         try:
             return dill_pickler()(names, value, **options)
@@ -218,9 +327,3 @@ def _children(value: Any) -> dict[str, Any]:
         return {f"[{key!r:.40}]": child for key, child in islice(pairs, WIDEST)}
     attributes = {"__self__": value.__self__} if isinstance(value, MethodType) else getattr(value, "__dict__", {})
     return {f".{name}": child for name, child in attributes.items()}
-
-
-def _content(dumper: Any) -> Any:
-    """What tells whether a content is another one."""
-    digest = hashlib.sha256(b"".join([dumper.file.getvalue(), *dumper.views])).digest()
-    return digest, [entry.token for entry in dumper.refs]

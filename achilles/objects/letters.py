@@ -41,24 +41,26 @@ from operator import is_
 from typing import Any
 
 from ..errors import DumpError, VersionError
-from . import loading
 from .definitions import Definitions, dumped, facts_of, way_to
-from .loading import PICKLE_START, Buffer, Loader
-from .names import Names
+from .loading import JOINED_BYTES, NOTHING, PICKLE, SKIPPING, Buffer, Loader, define, letter_of, opened, take_large
+from .names import ATOMS, KEPT, UNFOUND, Names
 
-__all__ = ["Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "joined", "load_chunk",
-           "name_of", "text_of", "with_skips"]
+__all__ = ["PICKLE_START", "Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "dump_plain", "joined",
+           "load_chunk", "name_of", "text_of", "with_skips"]
 
+PICKLE_START = 0x80  # the first byte of a bare pickle, which is a plain letter (PROTO, pickletools)
+GLOBAL_OPCODE = b"\x93"  # without it, a pickle names no module (STACK_GLOBAL, pickletools)
+FEW_ITEMS = 64  # above, to search the pickle for names is quicker than to ask each item for its type
 REPR_CHARACTERS = 500  # of a value that could not be dumped
-DEFINITIONS_KEPT = 64  # letters of definitions of one job
 ROOTS_KEPT = 1024  # functions and classes of arguments that live until their results come; nobody else may hold them
 LETTERS_KEPT, LETTER_BYTES = 16, 1 << 17  # of definitions, loaded once; what a larger letter made ends by itself
-FUNCTIONS_KEPT = 64  # letters of functions that are compared before they are dumped again
 
 OWN_MAIN, OWN_ARGV = sys.modules["__main__"], sys.argv  # of this process
 NO_OFFSETS: frozenset[int] = frozenset()
-TO_A_NODE = "to a node", "Send what it is made from and make it in the function"
-BACK = "back", "Return what it is made from"
+REMEDIES = {  # by whether the caller dumps: where a value cannot be sent, and what to do
+    True: ("to a node", "Send what it is made from and make it in the function"),
+    False: ("back", "Return what it is made from"),
+}
 # What is known of a function and its callback: the pair, held so that its ids stay its own; the functions it needs,
 # and itself, or None if it needs what may change in its place; what they refer to, from before the letter was dumped;
 # the counts of changed versions and of modules then, or None if that says too little; the letter.
@@ -77,14 +79,13 @@ class Context:
 
     def __init__(self, caller: bool, node: int | None = None, own: bool = False) -> None:
         self.names = Names()
-        self.lock = self.names.lock  # guards all here
         self.node = node
         self.known: dict[tuple[int, ...], tuple[Any, ...]] = {}  # by the ids of a function and its callback
         self.definitions = Definitions(self.names, caller)
         self._caller, self._own = caller, own
-        self._dumped = functools.lru_cache(DEFINITIONS_KEPT)(self.definitions.dump)  # of this job
+        self._dumped = functools.lru_cache(KEPT)(self.definitions.dump)  # of this job
         self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT if caller else 0)  # results may name them
-        self._loaded = functools.lru_cache(LETTERS_KEPT)(functools.partial(loading.define, self.names))
+        self._loaded = functools.lru_cache(LETTERS_KEPT)(functools.partial(define, self.names))
 
     def refresh(self) -> None:
         """Look anew at classes and globals: to be called when a job begins."""
@@ -96,22 +97,39 @@ class Context:
         `sys.argv` is the script's, too.
         """
         if self._own:
-            modules = (space.module for space in self.names.scripts if space.module is not None)
-            main = next(modules, OWN_MAIN)
+            main = next((space.module for space in self.names.scripts if space.module is not None), OWN_MAIN)
             sys.modules["__main__"], sys.argv = main, vars(main).get("__argv__", OWN_ARGV)
 
-    def dump(self, value: Any, what: str | None = None) -> list[Buffer]:
+    def dump(self, value: Any, what: str | None = None, plain: bool = True, copied: bool = False) -> list[Buffer]:
         """Turn an object into a letter: parts, to be sent end to end.
 
         Large contiguous buffers are parts of their own and not copied. In the caller, of a function or an initializer
         with its arguments: what a global, a default, a closure or a class holds is one object there, too.
 
         :param what: how to call the object in an error; made from its type by default.
+        :param plain: whether C pickle is tried alone first.
+        :param copied: whether this is an argument, as a list is: a copy, whatever has a token.
         :raises DumpError: neither pickle nor dill can dump it.
         :raises VersionError: dill is needed, and missing or too old.
         """
-        shared = self._caller and type(value) is not list
-        return self.dump_with(value, what, plain=not shared, shared=shared)
+        shared = type(value) is not list and self._caller and not copied
+        parts = dump_plain(value) if plain and not shared else None
+        try:
+            return parts or self._dump_by_value(value, shared)
+        except VersionError:
+            raise
+        except Exception as error:
+            whither, remedy = REMEDIES[self._caller]
+            found = error.__dict__.pop("way", "")  # of the definitions
+            way = way_to(self.names, value)
+            if shared:  # a function stands before its callback, an initializer before its arguments
+                way = way.replace("its [0].", "its .", 1)
+            way = way or found
+            name = name_of(value) if hasattr(value, "__qualname__") else f"an object of type {type(value).__qualname__}"
+            text = text_of(error, str).rstrip(".")
+            told = DumpError(f"{what or name} cannot be sent {whither}: {way}{text}. {remedy}")
+            told.where = way if "." in way or "'" in way else ""
+            raise told from error
 
     def load(self, letter: Buffer) -> Any:
         """Turn a letter into its object. Loading runs whatever code the letter names: only ever load
@@ -122,54 +140,27 @@ class Context:
         """
         if letter[0] == PICKLE_START:
             return pickle.loads(letter)
-        data, definitions, *buffers = loading.opened(memoryview(letter))
+        data, definitions, *buffers = opened(memoryview(letter))
         is_kept = len(definitions) <= LETTER_BYTES
-        with self.lock:
-            define: Any = self._loaded if is_kept else self._loaded.__wrapped__
-            roots = define(bytes(definitions) if is_kept else definitions) if definitions else []
+        with self.names.lock:
+            made: Any = self._loaded if is_kept else self._loaded.__wrapped__
+            roots = made(bytes(definitions) if is_kept else definitions) if definitions else []
             self.become_main()
         return Loader(self.names, data, buffers, roots, range(len(roots))).load()
 
-    def dump_with(self, value: Any, what: str | None, plain: bool = True, shared: bool = False) -> list[Buffer]:
-        """As `dump`.
-
-        :param plain: whether C pickle is tried alone first.
-        :param shared: whether what has a token is the same on the other side, not a copy.
-        """
-        parts = loading.dump_plain(value) if plain else None
-        try:
-            return parts or self._dump_by_value(value, shared)
-        except VersionError:
-            raise
-        except Exception as error:
-            whither, remedy = TO_A_NODE if self._caller else BACK
-            item = error.__dict__.pop("item", None)  # of the definitions
-            way = way_to(self.names, value)
-            if shared:  # a function stands before its callback, an initializer before its arguments
-                way = way.replace("its [0].", "its .", 1)
-            if not way and item is not None:
-                where = "the {} {!r} of {}: ".format(*item.place) if item.place is not None else ""
-                way = where + way_to(self.names, item.thing)
-            name = getattr(value, "__qualname__", None)
-            name = f"{type(value).__name__} {name}" if name else f"an object of type {type(value).__qualname__}"
-            text = text_of(error, str).rstrip(".")
-            told = DumpError(f"{what or name} cannot be sent {whither}: {way}{text}. {remedy}")
-            told.where = way if "." in way or "'" in way else ""
-            raise told from error
-
     def _dump_by_value(self, value: Any, shared: bool) -> list[Buffer]:
         if shared:
-            with self.lock:
+            with self.names.lock:
                 self.definitions.share(value)
         dumper = dumped(self.names, value, shares=shared)
         roots = [*dumper.refs]
-        with self.lock:
+        with self.names.lock:
             is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # else it may change
             dump = self._dumped if is_fixed else self.definitions.dump
-            definitions = memoryview(dump(*roots)) if roots else loading.NOTHING
+            definitions = memoryview(dump(*roots))
             if not shared:
                 self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
-        return loading.letter_of(dumper.file.getbuffer(), [definitions, *dumper.views])
+        return letter_of(dumper.file.getbuffer(), [definitions, *dumper.views])
 
 
 def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
@@ -178,10 +169,10 @@ def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
     :raises DumpError: the message names the type of the first argument that cannot be dumped.
     """
     try:
-        return context.dump_with(arguments, "a chunk of arguments")
+        return dump_plain(arguments) or context.dump(arguments, "a chunk of arguments", plain=False)
     except DumpError:
         for argument in arguments:
-            context.dump_with(argument, f"an argument of type {type(argument).__qualname__}")
+            context.dump(argument, f"an argument of type {type(argument).__qualname__}", copied=True)
         raise
 
 
@@ -194,11 +185,30 @@ def dump_chunks(context: Context, arguments: list[Any], size: int) -> list[Buffe
     """
     chunks = [arguments[at : at + size] for at in range(0, len(arguments), size)]
     with contextlib.suppress(Exception):  # dump_chunk tells what is wrong, or pickles by value
-        if len(chunks) > 1 and len(pickle.dumps(chunks[0], loading.PICKLE)) <= loading.JOINED_BYTES:
-            letters: list[Buffer] = [pickle.dumps(chunk, loading.PICKLE) for chunk in chunks]
-            if loading.is_plain(b"".join(letters)):
+        if len(chunks) > 1 and len(pickle.dumps(chunks[0], PICKLE)) <= JOINED_BYTES:
+            letters: list[Buffer] = [pickle.dumps(chunk, PICKLE) for chunk in chunks]
+            if is_plain(b"".join(letters)):
                 return letters
     return [joined(dump_chunk(context, chunk)) for chunk in chunks]
+
+
+def dump_plain(value: Any) -> list[Buffer] | None:
+    """The letter of a value by C pickle alone; None if that fails, or names a module that another process has not."""
+    if type(value) is list and len(value) <= FEW_ITEMS and (
+            type(value[0]) in ATOMS if len(value) == 1 else ATOMS.issuperset(map(type, value))):
+        return [pickle.dumps(value, PICKLE)]
+    views: list[memoryview] = []
+    try:
+        data = pickle.dumps(value, PICKLE, buffer_callback=functools.partial(take_large, views))
+    except Exception:
+        return None
+    parts: list[Buffer] = letter_of(data, [NOTHING, *views]) if views else [data]
+    return parts if is_plain(data) else None
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether another process finds all modules that a pickle names, and no proxy of a manager is in it."""
+    return not (GLOBAL_OPCODE in data and (b".managers" in data or any(name in data for name in UNFOUND)))
 
 
 def joined(parts: Sequence[Buffer]) -> Buffer:
@@ -223,11 +233,10 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     counts = context.names.changes, len(sys.modules)  # a submodule may be among the modules
     if known_counts == counts and len(facts) == len(known_facts) and all(map(is_, facts, known_facts)):
         return bytes(known_letter)
-    with context.lock:
-        context.definitions.order = []
+    with context.names.lock:
         letter = b"".join(context.dump(value, what or name_of(value[0])))
         functions = context.definitions.functions(value)
-        if len(context.known) >= FUNCTIONS_KEPT:
+        if len(context.known) >= KEPT:
             context.known.clear()
         letter = known_letter if letter == known_letter else letter
         is_same = functions is not None and functions == known
@@ -246,19 +255,17 @@ def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer
     :param parts: a letter of `dump_chunk`, or of this function. Its offsets are replaced.
     """
     letter = memoryview(joined(parts))
-    if letter[0] == loading.SKIPPING:
-        letter = loading.opened(letter)[1]
-    return loading.letter_of(pickle.dumps(frozenset(offsets)), [letter], loading.SKIPPING)
+    if letter[0] == SKIPPING:
+        letter = opened(letter)[1]
+    return letter_of(pickle.dumps(frozenset(offsets)), [letter], SKIPPING)
 
 
 def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:
     """The arguments of a chunk and the offsets among them to skip; as `Context.load` otherwise."""
-    if letter[0] == PICKLE_START:
-        return pickle.loads(letter), NO_OFFSETS
-    if letter[0] != loading.SKIPPING:
-        return context.load(letter), NO_OFFSETS
-    offsets, whole = loading.opened(memoryview(letter))
-    return context.load(whole), pickle.loads(offsets)
+    if letter[0] == SKIPPING:
+        offsets, whole = opened(memoryview(letter))
+        return context.load(whole), pickle.loads(offsets)
+    return pickle.loads(letter) if letter[0] == PICKLE_START else context.load(letter), NO_OFFSETS
 
 
 def text_of(value: Any, text: Any = repr) -> str:

@@ -11,7 +11,11 @@ A letter of form 2, in place of 1, is a chunk with offsets to skip: see letters.
 
 The pickle of definitions is a list of items, each with its own pickle: first how it is made, then what fills it.
 
-Knows names.py and parts.py. A pickle names a maker by a persistent id, never by an import path: the package has another
+No hook of a class runs again, neither `__init_subclass__` nor the metaclass's `__new__` or `__init__`: what they
+once did is in the attributes. A class that came by letter keeps its attributes as they came, under CAME. So an
+attribute that running code has set is told from one that came, and what came ends with its class.
+
+Knows names.py. A pickle names a maker by a persistent id, never by an import path: the package has another
 name elsewhere. One thread uses a Loader. That thread has the context's lock while it loads definitions.
 
 Limits: buffers under OUT_OF_BAND_BYTES travel inside the pickle.
@@ -19,6 +23,7 @@ Limits: buffers under OUT_OF_BAND_BYTES travel inside the pickle.
 
 from __future__ import annotations
 
+import abc
 import builtins
 import contextlib
 import functools
@@ -30,47 +35,26 @@ import pickle
 import struct
 from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
-from types import CellType, FunctionType, SimpleNamespace
+from types import CellType, FunctionType
 from typing import Any
 
-from .names import ATOMS, MISSING, UNFOUND, Module, Names, Space
-from .parts import CODE_CAME, DATA_CAME, builtin_base, make_class, update_class
+from .names import MISSING, Module, Names, Space, builtin_base
 
-__all__ = ["JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PICKLE_START", "PIDS", "Buffer", "Loader",
-           "define", "dump_plain", "is_plain", "letter_of", "opened", "take_large"]
+__all__ = ["CAME", "JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PIDS", "SKIPPING", "Buffer", "Loader",
+           "define", "letter_of", "opened", "take_large"]
 
 Buffer = bytes | bytearray | memoryview
 FORM, SKIPPING = 1, 2  # the first byte of a letter that is not a bare pickle; of a chunk with offsets to skip
 NOTHING = memoryview(b"")  # no definitions
-PICKLE_START = 0x80  # the first byte of a bare pickle, which is a plain letter (PROTO, pickletools)
 HEAD = struct.Struct(">BxxxIQ")
 PICKLE = 5  # the protocol: the first with buffers out of band
 OUT_OF_BAND_BYTES = 16_384  # below, a copy costs less than the parts and a letter kept alive by it
-GLOBAL_OPCODE = b"\x93"  # without it, a pickle names no module (STACK_GLOBAL, pickletools)
-FEW_ITEMS = 64  # above, to search the pickle for names is quicker than to ask each item for its type
 JOINED_BYTES = 65_536  # a pickle up to this is copied behind its head, so that it is one part
 ALIGNMENT_BYTES = 16  # what numpy's vector loops like
 EXTEND: Any = {list: list.extend, dict: dict.update}
-
-
-def dump_plain(value: Any) -> list[Buffer] | None:
-    """The letter of a value by C pickle alone; None if that fails, or names a module that another process has not."""
-    if type(value) is list and len(value) <= FEW_ITEMS and (
-            type(value[0]) in ATOMS if len(value) == 1 else ATOMS.issuperset(map(type, value))):
-        return [pickle.dumps(value, PICKLE)]
-    views: list[memoryview] = []
-    try:
-        data = pickle.dumps(value, PICKLE, buffer_callback=functools.partial(take_large, views))
-    except Exception:
-        return None
-    if views and is_plain(data):
-        return letter_of(data, [NOTHING, *views])
-    return [data] if is_plain(data) else None
-
-
-def is_plain(data: bytes) -> bool:
-    """Whether another process finds all modules that a pickle names, and no proxy of a manager is in it."""
-    return not (GLOBAL_OPCODE in data and (b".managers" in data or any(name in data for name in UNFOUND)))
+HOOK = "<stop>"  # the attribute that ends type.__new__ before any hook
+# Where a class keeps what came of it by letter. To `typing`, names in _abc_ are no part of a protocol.
+CAME = "_abc_came"
 
 
 def take_large(views: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
@@ -127,10 +111,7 @@ class Loader(pickle.Unpickler):
 
     def thing(self, number: int) -> Any:
         """What a number stands for."""
-        part = self.parts[self.refs[number]]
-        value = part.made()
-        self.met.append(part.entry)
-        return value
+        return self.parts[self.refs[number]].made(self.met)
 
     def module(self, names: dict[str, Any]) -> Any:
         """A module that no import gives."""
@@ -138,7 +119,7 @@ class Loader(pickle.Unpickler):
 
     def weak(self, kind: Any, content: Any) -> Any:
         """A weak reference, dead if there is no content, or a collection. Its content lives as long as its holder."""
-        self.met.append(SimpleNamespace(thing=content))
+        self.met.append(content)
         return kind(set() if content is None else content)
 
 
@@ -156,12 +137,16 @@ class Part(Loader):
         self.value: Any = MISSING
         self.steps: Any = self._made_and_filled()
 
-    def made(self) -> Any:
-        """The thing, made now if it is not here; a value is filled, too."""
+    def made(self, met: list[Any]) -> Any:
+        """The thing, made now if it is not here; a value is filled, too.
+
+        :param met: gets its entry.
+        """
         if self.value is MISSING:
             if self.steps.gi_running:
                 raise pickle.UnpicklingError("two values need each other before either of them can be made")
             next(self.steps, None)
+        met.append(self.entry)
         return self.value
 
     def _made_and_filled(self) -> Generator[None]:
@@ -203,33 +188,80 @@ class Part(Loader):
     def new_class(self, meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
                   code: dict[str, Any], members: dict[str, Any]) -> Any:
         """A class with its functions and constants; the one that is here, if there is one."""
-        cls = make_class(meta, name, bases, {**namespace, **code}, members) if self.entry is None else self.entry.thing
-        update_class(cls, code, CODE_CAME)
+        cls = _make_class(meta, name, bases, {**namespace, **code}, members) if self.entry is None else self.entry.thing
+        if CAME in vars(cls):
+            _update_class(cls, {**vars(cls)[CAME], **code})
         return cls
 
-    def fill_class(self, cls: Any, state: tuple[dict[str, Any], dict[str, Any], list[type]]) -> None:
-        """Give a class all else: attributes, states of an enum's members, registered classes."""
-        data, states, registered = state
-        for name, attributes in states.items():
-            cls._member_map_[name].__dict__.update(attributes)
-        update_class(cls, data, DATA_CAME)
+    def fill_class(self, cls: Any, content: tuple[dict[str, Any], dict[str, Any], list[type]]) -> None:
+        """Give a class all its attributes, its members their states, and register classes with it."""
+        attributes, states, registered = content
+        for name, state in states.items():
+            cls._member_map_[name].__dict__.update(state)
+        _update_class(cls, attributes)
         for each in registered:
             cls.register(each)
 
 
 def define(names: Names, letter: bytes | memoryview) -> list[Part]:
     """Make and fill what a letter of definitions brings, and return its roots."""
-    data, *views = opened(letter if isinstance(letter, memoryview) else memoryview(bytearray(letter)))
-    records, roots = pickle.loads(data)
+    pieces = iter(opened(letter if isinstance(letter, memoryview) else memoryview(bytearray(letter))))
+    records, roots = pickle.loads(next(pieces))
     parts: list[Part] = []
-    buffers = iter(views)
     for record in records:
-        parts.append(Part(names, parts, record, buffers))
+        parts.append(Part(names, parts, record, pieces))
     for part in parts:
         list(part.steps)
     found = [parts[index] for index in roots]
     parts.clear()
     return found
+
+
+class _Stop:
+    """An attribute that ends `type.__new__` once the class is whole, before `__init_subclass__` is called."""
+
+    owner: Any = None
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.owner = owner
+        raise InterruptedError
+
+
+def _make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
+                members: dict[str, Any]) -> Any:
+    """Make a class, without the hooks of its bases. Only a metaclass written in C runs code of its own."""
+    stop = _Stop()
+    try:
+        builtin_base(meta).__new__(meta, name, bases, {**namespace, HOOK: stop})
+    except Exception:
+        if stop.owner is None:
+            raise
+    cls, stop.owner = stop.owner, None
+    type.__delattr__(cls, HOOK)
+    if issubclass(meta, abc.ABCMeta):
+        abc._abc_init(cls)  # type: ignore[attr-defined]
+    if members:
+        made = {name: _make_plain(cls, *arguments) for name, arguments in members.items()}
+        for name, member in made.items():
+            member._name_ = name
+        type.__setattr__(cls, "_member_map_", made)
+    return cls
+
+
+def _update_class(cls: type, attributes: dict[str, Any]) -> None:
+    """Set attributes that came by letter, and drop those that come no more.
+
+    An attribute that running code has set since the last ones came stays. The class keeps what came. So that lives as
+    long as the class.
+    """
+    own, last = vars(cls), vars(cls).get(CAME, {})
+    kept = {name for name in own if last and own[name] is not last.get(name, MISSING)}
+    for name in (last.keys() & own.keys()) - attributes.keys() - kept:
+        type.__delattr__(cls, name)
+    for name, value in attributes.items():
+        if name not in kept:
+            type.__setattr__(cls, name, value)
+    type.__setattr__(cls, CAME, attributes)
 
 
 def _make_function(names: dict[str, Any], code: bytes, name: str, cells: Any, submodules: list[str]) -> Any:

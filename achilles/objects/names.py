@@ -1,6 +1,7 @@
 """Gives tokens to things, so that a thing is one thing in every letter of a context.
 
-Knows identity and modules. Knows neither pickles nor letters: what refers to what is definitions.py's.
+Knows identity, modules, and the names that code reads. Knows neither pickles nor letters: what refers to what is
+definitions.py's.
 
 An *entry* is a thing with a token: 16 bytes of the process that named it, and 8 of its number there. That process
 resolves the token to its own thing. The *version* of an entry is a number that changes when its content does.
@@ -12,11 +13,13 @@ Threads: the lock guards all of this, and the tables of the context.
 
 Limits: an entry holds its thing by a weak reference, where the type allows one, and lives as long as the thing. The
 entry of a list or cell holds it, and lives as long as the entries of what refers to it do. OWNED_KEPT entries are kept
-at most. Spaces of scripts are kept for ever. Of the other unused spaces the last SPACES_KEPT are kept.
+at most. Spaces of scripts are kept for ever. Of the other unused spaces, and of the things that functions belong to or
+initializers get, the last KEPT are kept.
 """
 
 from __future__ import annotations
 
+import dis
 import functools
 import itertools
 import os
@@ -24,23 +27,22 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
-from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Module", "Names", "Place", "Slot",
-           "Space", "by_import", "by_path", "is_class", "is_stream", "travels_by_value"]
-
-Place = tuple[str, str, str]  # what holds a value: ("global", "log", "work") is the global log of the function work
+__all__ = ["ATOMS", "KEPT", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Module", "Names", "Slot",
+           "Space", "builtin_base", "by_import", "by_path", "global_names", "is_by_value", "is_c_type", "is_class",
+           "is_stream", "slots_of", "submodules_of", "travels_by_value"]
 
 ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None), type(...), type(NotImplemented)})
 KINDS = {FunctionType: "function", CellType: "cell"}  # else a class or a value
 MAINS = ("__main__", "__mp_main__")  # the second is what multiprocessing calls it in a spawned child
 MISSING: Any = object()  # no value, where None is one
 STREAMS = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")  # each process has its own
-SPACES_KEPT = 64
+KEPT = 64  # in a table: the spaces and things that live longer, letters of definitions, functions that are compared
 OWNED_KEPT = 4096  # entries; beyond, what was used least lately is forgotten: a list of a class may hold the class
-MODULES_REMEMBERED = 1024
+REMEMBERED = 1024  # modules, and code objects with their global names: looking at one takes about 50 us
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 # Names in a pickle that are not there, or something else, elsewhere. A copy of a connection would close the original.
 UNFOUND = {b"_main__", b"multiprocessing.connection", b"multiprocess.connection"}
 
@@ -52,7 +54,8 @@ class Entry:
         of lists that it alone holds. So a lambda that is made again and again has the same letter each time.
     :ivar state: the content as it was dumped last: its digest with the tokens that stood in it, and their versions.
     :ivar refs: the entries that stood in the content, and the globals of a function. They live as long as this one.
-    :ivar place: where the thing was found, for errors.
+    :ivar place: where the thing was found, for errors: ("global", "log", "work") is the global log of the function
+        work.
     :ivar is_one: whether arguments refer to the thing, too, and bring no copy.
     """
 
@@ -61,12 +64,10 @@ class Entry:
         self.kind = "class" if is_class(thing) else KINDS.get(type(thing), "value")
         self.version, self.state, self.is_one = 0, None, False
         self.refs: list[Entry] = []
-        self.place: Place | None = None
-        try:
-            self._ref: Any = weakref.ref(thing, functools.partial(names.owned.pop, self.key))
-        except TypeError:
-            self._ref = lambda: thing
-        self.is_weak = isinstance(self._ref, weakref.ref)
+        self.place: tuple[str, str, str] | None = None
+        self.is_weak = bool(type(thing).__weakrefoffset__)
+        self._ref: Any = (
+            weakref.ref(thing, functools.partial(names.owned.pop, self.key)) if self.is_weak else (lambda: thing))
         self.named = self.is_weak and (self.kind != "function" or is_global(thing))
 
     @property
@@ -87,8 +88,8 @@ class Space(Entry):
         self.kind, self.name = "space", str(thing.get("__name__") or MAINS[0])
         self.module: ModuleType | None = None
         self.slots: dict[str, Slot] = {}
-        found = self.name not in MAINS and self.name in sys.modules and importable(self.name)
-        self.is_imported = found and vars(sys.modules[self.name]) is thing
+        self.is_imported = (self.name not in MAINS and self.name in sys.modules and importable(self.name)
+                            and vars(sys.modules[self.name]) is thing)
         self.named = not self.is_imported
         (names.scripts if self.name in MAINS else names.recent).append(self)
 
@@ -139,7 +140,7 @@ class Names:
         self.numbers = itertools.count(1)  # of tokens and versions alike
         self.owned: dict[int, Entry] = {}
         self.scripts: list[Space] = []
-        self.recent: deque[Space] = deque(maxlen=SPACES_KEPT)
+        self.recent: deque[Any] = deque(maxlen=KEPT)
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()
         self._by_id: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
         self.ids: dict[int, Any] = self._by_id.data  # type: ignore[attr-defined]
@@ -154,7 +155,7 @@ class Names:
         entry = self._by_id.get(id(thing))
         return entry if entry is not None and entry.thing is thing else None
 
-    def name(self, thing: Any, token: bytes = b"", kind: Callable[..., Any] = Entry) -> Any:
+    def name(self, thing: Any, token: bytes = b"", kind: type[Entry] = Entry) -> Any:
         """The entry of a thing, made at need.
 
         :param token: under which the thing came by letter.
@@ -177,7 +178,7 @@ class Names:
                 del self.owned[next(iter(self.owned))]
         return entry
 
-    def hold(self, value: Any, place: Place | None, is_named: bool = True) -> Entry | None:
+    def hold(self, value: Any, place: tuple[str, str, str] | None, is_named: bool = True) -> Entry | None:
         """The entry of a value that something holds; None for what needs no name.
 
         :param is_named: whether letters say the token of the holder.
@@ -195,13 +196,13 @@ def is_class(thing: Any) -> bool:
     return issubclass(type(thing), type)
 
 
-@functools.lru_cache(MODULES_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def importable(name: str) -> bool:
     """Whether an import gives a module of `sys.modules`, where a file can be put under any name."""
     spec = getattr(sys.modules[name], "__spec__", None)
-    finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
     is_file = "." not in name and spec is not None and spec.has_location
-    is_found = not is_file or any(find and find(name, None) for find in finders)
+    is_found = not is_file or any(
+        finder.find_spec(name, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
     if not is_found:
         UNFOUND.add(name.encode())
     return is_found
@@ -242,3 +243,56 @@ def by_path(found: Any, path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name, MISSING)
     return found
+
+
+def is_by_value(kind: Any) -> bool:
+    """Whether this is a class by value."""
+    return is_class(kind) and not is_c_type(kind) and travels_by_value(kind)
+
+
+def is_c_type(cls: type) -> bool:
+    """Whether a class is static C, without a dict that could be filled."""
+    return not cls.__flags__ & HEAP_TYPE
+
+
+def builtin_base(cls: type) -> Any:
+    """The first class in the order of resolution that is written in C, or has a `__new__` that is."""
+    return next(base for base in cls.__mro__
+                if is_c_type(base) or isinstance(vars(base).get("__new__"), BuiltinFunctionType))
+
+
+def slots_of(function: FunctionType, names: Any) -> dict[str, Any]:
+    """The globals of a function, but for those that it finds in the module that an import gives.
+
+    It does not find there the names that pytest writes into a module.
+    """
+    space = names.name(function.__globals__, kind=Space)
+    found = [name for name in global_names(function.__code__)
+             if name in space.thing and name not in ("__name__", "__builtins__")]
+    return {name: space.slot(name) for name in found if not (space.is_imported and name.isidentifier())}
+
+
+def submodules_of(code: CodeType, packages: list[str]) -> list[str]:
+    """The names of the submodules that code reaches through packages."""
+    lazy = " ".join(["", *getattr(sys, "lazy_modules", ())])  # Python 3.15
+    attributes = sorted({name for each in codes_of(code) for name in each.co_names}) if packages else []
+    for package in packages:  # grows while it is walked: a package's package
+        names = (f"{package}.{each}" for each in attributes)
+        packages += [name for name in names if name in sys.modules or f" {name}" in lazy]
+    return [name for name in packages if "." in name]
+
+
+def codes_of(code: CodeType) -> list[CodeType]:
+    """A code object and those nested in it."""
+    found = [code]
+    for each in found:  # grows while it is walked
+        found += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
+    return found
+
+
+@functools.lru_cache(REMEMBERED)
+def global_names(code: CodeType) -> tuple[str, ...]:
+    """The names that a code object, or one nested in it, reads as globals."""
+    names = [step.argval for each in codes_of(code) for step in dis.get_instructions(each)
+             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")]
+    return tuple(dict.fromkeys(names))

@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import AchillesError, DumpError, RemoteError, VersionError
-from .letters import Buffer, Context, text_of
-from .loading import PICKLE_START, dump_plain
+from .letters import PICKLE_START, Buffer, Context, dump_plain, text_of
 
 __all__ = ["dump_outcomes", "encoding_error", "fresh", "load_outcomes", "load_values", "mark", "own_error"]
 
@@ -30,7 +29,7 @@ def dump_outcomes(context: Context, values: list[Any],
     """
     if not errors:
         try:
-            return False, dump_plain(values) or context.dump_with(values, None, plain=False)
+            return False, dump_plain(values) or context.dump(values, plain=False)
         except (DumpError, VersionError):
             pass
     outcomes: list[Any] = []
@@ -96,7 +95,7 @@ def _error_entry(context: Context, error: BaseException) -> tuple[bytes | None, 
     except Exception:  # of an attribute that raises
         text = "".join(traceback.format_tb(error.__traceback__)) + type(error).__qualname__
     try:
-        letter = b"".join(context.dump_with(error, None, plain=False))
+        letter = b"".join(context.dump(error, plain=False))
         travels = isinstance(context.load(letter), BaseException)
     except Exception:
         travels = False

@@ -1,5 +1,6 @@
 """Weak references: alive where what they refer to travels along, never silently dead."""
 
+import enum
 import sys
 import weakref
 
@@ -85,6 +86,26 @@ def work(x):
 def dead(peer):
     expect(peer.map(calls, [1]), ["Thing"])
     refused(peer, work, Holds(weakref.ref(others[0])), "Holds", "inside")
+
+
+class Colour(enum.Enum):
+    """Its attributes are its own, so that they bring what a weak set holds."""
+
+    RED = 1
+
+
+Colour.things = weakref.WeakSet([thing])
+
+
+def colour(x):
+    return Colour.RED if len(Colour.things) == 1 else None
+
+
+@program("a member of an enum that has a weak set, as a result")
+def members(peer):
+    for _ in range(2):
+        result, = peer.map(colour, [1])
+        assert result is Colour.RED, result
 
 
 def make():
