@@ -83,8 +83,7 @@ class Controller(Link):
         self._cluster: dict[str, Any] = {}  # the last CLUSTER of this connection; empty before
         self._breaches = 0  # of the protocol, by the server or by us, which ended connections, and no batch between
         self._altered = 0  # answers on this connection that said so of a letter
-        self._met = False  # a server has sent a CLUSTER, ever
-        self._status: dict[str, Any] = {}  # the answer to a STATUS
+        self._said: dict[Kind, dict[str, Any]] = {}  # the last CLUSTER and STATUS, of whichever connection
         self._closing = threading.Event()
         self._reader = threading.Thread(target=self._read, name="achilles-reader", daemon=True)
 
@@ -103,21 +102,19 @@ class Controller(Link):
             ) from e
         self._reader.start()
         try:
-            self._wait_until(lambda: bool(self._cluster), "its first word")
+            self._wait_for(Kind.CLUSTER, "its first word")
         except BaseException:
             self.close()
             raise
 
     def status(self) -> dict[str, Any]:
         """Nodes, jobs and server as plain dicts, from the server; blocks 10 s at most."""
-        self._status = {}
-        self._wait_until(lambda: bool(self._status), "an answer", Kind.STATUS)
-        return self._status
+        return self._wait_for(Kind.STATUS, "an answer", ask=True)
 
     def kill(self) -> None:
         """End every node and the server; returns when the server has said so, after 10 s at most."""
         with contextlib.suppress(ClusterKilled):
-            self._wait_until(lambda: False, "its goodbye", Kind.KILL)
+            self._wait_for(Kind.KILL, "its goodbye", ask=True)
 
     def close(self) -> None:
         """Say BYE, end the connection and join its threads; some 4 s at most. Jobs that are open have failed then."""
@@ -165,8 +162,8 @@ class Controller(Link):
         waited = now - self._lonely_since
         start_one = f"Start one: python -m {config.PACKAGE}.node"
         if self.connected and waited >= self._patience:
-            patience = f"{self._patience:g} s"
-            raise NoNodesError(f"no node joined the server at {self._where()} within {patience}. {start_one}")
+            raise NoNodesError(
+                f"no node joined the server at {self._where()} within {self._patience:g} s. {start_one}")
         notice = f"has no nodes; the job waits for one. {start_one}" if self.connected else (
             f"cannot be reached any more; it is tried again for {self._reconnect_seconds:g} s")
         if waited >= NOTICE_SECONDS and self._told != notice:
@@ -216,7 +213,7 @@ class Controller(Link):
 
     def _reconnect(self, why: str) -> None:
         """Set `_channel` anew, or `_lost`; neither where the owner closes."""
-        patience = self._reconnect_seconds if self._met else min(REPLY_SECONDS, self._reconnect_seconds)
+        patience = self._reconnect_seconds if self._said else min(REPLY_SECONDS, self._reconnect_seconds)
         deadline = time.monotonic() + patience
         wait, longest = BACKOFF_SECONDS
         while not self._closing.wait(wait * (0.5 + random.random())):
@@ -229,7 +226,7 @@ class Controller(Link):
                 return
             except (AchillesError, OSError) as e:
                 why = str(e)
-                if isinstance(e, AuthenticationError) and not self._met:
+                if isinstance(e, AuthenticationError) and not self._said:
                     self._lost = e
                     return
             if time.monotonic() > deadline:
@@ -238,17 +235,19 @@ class Controller(Link):
                     f"(reconnect_seconds): {why}")
                 return
 
-    def _wait_until(self, happened: Callable[[], bool], what: str, ask: Kind | None = None) -> None:
-        """Ask the server, and block until `happened()`, 10 s at most."""
+    def _wait_for(self, kind: Kind, what: str, ask: bool = False) -> dict[str, Any]:
+        """Block until the server has said this, 10 s at most; `ask` it to say it anew."""
         deadline = time.monotonic() + REPLY_SECONDS
         with self.lock:
-            if ask is not None and self._channel is not None:
-                self._channel.send(ask, {})
-            while not happened():
+            if ask and self._channel is not None:
+                self._said.pop(kind, None)
+                self._channel.send(kind, {})
+            while kind not in self._said:
                 super().check_usable()
                 if not self.changed.wait(max(0.0, deadline - time.monotonic())):
                     raise ServerUnreachable(
                         f"the server at {self._where()} did not send {what} within {REPLY_SECONDS:g} s")
+            return self._said[kind]
 
     def _learn(self, cluster: dict[str, Any]) -> None:
         """The server has said CLUSTER, or is lost."""
@@ -271,11 +270,9 @@ class Controller(Link):
                 raise LetterAltered("letters were altered on their way to workers")
         elif kind in (Kind.CLUSTER, Kind.STATUS):
             with self.lock:
-                if kind is Kind.STATUS:
-                    self._status = body
-                else:
+                self._said[kind] = body
+                if kind is Kind.CLUSTER:
                     self._learn(body)
-                    self._met = True
                 self.changed.notify_all()
                 self.fill()
         elif kind is Kind.BYE and body["reason"] == "killed":
@@ -283,7 +280,7 @@ class Controller(Link):
             raise self._lost
         elif kind is Kind.ERROR:
             text = f"the server at {self._where()} says: {body['message']}"
-            if not self._met:
+            if not self._said:
                 self._lost = ServerUnreachable(text)
             raise (ProtocolError if body["code"] == "protocol" else ServerUnreachable)(text)
 

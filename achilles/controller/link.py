@@ -29,7 +29,7 @@ from ..errors import ServerUnreachable
 from ..objects.outcomes import fresh
 from ..protocol.frames import U32, Batch, Kind, Letter, LongLetter, Status
 from .job import Job
-from .pace import Worth
+from .pace import worth_of
 from .results import NOBODY
 
 __all__ = ["KEPT_BYTES", "KEPT_JOBS", "Link"]
@@ -55,7 +55,7 @@ class Link:
         self.processes = processes or U32
         self.jobs: dict[int, Job] = {}
         self._numbers = 0
-        self._worth = Worth(few=processes is not None)
+        self._worth_us = 0.0  # of the last batch, of whichever job
         self._turns: deque[Job] = deque()  # jobs with chunks that wait, and perhaps others
         self._contexts: set[str] = set()  # their initializers went over this connection
         self._kept: dict[Any, Job] = {}  # jobs that owe nothing, by what they are; the longest unused first
@@ -94,13 +94,10 @@ class Link:
 
     def keep(self, key: Any, job: Job) -> None:
         """A job that owes nothing may serve the next call with this key. Others are ended."""
-        if job.spent or job.owes:
+        if job.spent or job.owes or key in self._kept:
             self.end(job)
             return
         job.sink = NOBODY
-        other = self._kept.pop(key, None)
-        if other is not None:
-            self.end(other)
         self._kept[key] = job
         while len(self._kept) > KEPT_JOBS or (
                 len(self._kept) > 1 and sum(len(each.function) for each in self._kept.values()) > KEPT_BYTES):
@@ -165,8 +162,8 @@ class Link:
             if out >= workers and job.pace.is_little(job.waits()):
                 self._turns.rotate(-1)
                 return  # every worker has something: more chunks join these until one is done
-            self._worth.judge(late=out < workers)
-            batch, run, rest = job.next_batch(self._worth.us, workers)
+            self._worth_us = worth_of(self._worth_us, late=out < workers, few=self.processes < U32)
+            batch, run, rest = job.next_batch(self._worth_us, workers)
             if not job.declared:
                 self._declare(job)
             self.post(Kind.TASK, batch)
@@ -189,9 +186,7 @@ class Link:
         if job.initializer is not None and context not in self._contexts:
             self._contexts.add(context)
             parts.append(job.initializer)
-        batch = Batch.pack(job.number, 0, parts)
-        batch.declaration = job.declaration  # as if it had been read
-        self.post(Kind.JOB, batch)
+        self.post(Kind.JOB, Batch.pack(job.number, 0, parts))
 
     # What came: the reader thread, without `lock`.
 

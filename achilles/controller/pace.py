@@ -1,14 +1,14 @@
-"""How much travels together: the pace of a job, and the worth of a batch.
+"""How much travels together: the pace of a job, and the work in a batch.
 
 Every choice of a batch's size is made here, from one figure: µs that an argument took in the last answer. Plain
-arithmetic, without a clock, a lock or a thread; the connection's lock guards each Pace and each Worth.
+arithmetic, without a clock, a lock or a thread; the connection's lock guards each Pace.
 """
 
 from __future__ import annotations
 
 from ..protocol.frames import MAX_CHUNKS
 
-__all__ = ["Pace", "Worth"]
+__all__ = ["Pace", "worth_of"]
 
 LEAST_US, MOST_US = 5_000, 50_000  # of work in a batch: far over the cost of a frame, far under what people notice
 FEW_US = 20_000  # where few batches may be out, each must last until the next one is there
@@ -53,13 +53,12 @@ class Pace:
         return 2 * workers + WINDOW_CHUNKS + min(quick, MAX_CHUNKS)
 
 
-class Worth:
-    """µs of work in the batches of one connection: more, where the controller is late with the next batch."""
+def worth_of(last_us: float, late: bool, few: bool) -> float:
+    """µs of work in the next batch of a connection.
 
-    def __init__(self, few: bool) -> None:
-        self._least = FEW_US if few else LEAST_US
-        self.us = float(self._least)
-
-    def judge(self, late: bool) -> None:
-        """Batches are about to be made, and fewer were out than there are workers (`late`), or not."""
-        self.us = min(2 * self.us, MOST_US) if late else max(self._least, EASE * self.us)
+    :param last_us: that of the batch before it; 0 of none.
+    :param late: whether fewer batches are out than there are workers: then it is twice as much.
+    :param few: whether few batches may be out.
+    """
+    least = FEW_US if few else LEAST_US
+    return max(least, min(2 * last_us, MOST_US) if late else EASE * last_us)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from conftest import SECONDS, wait_until
@@ -148,7 +149,7 @@ def test_an_initializer_travels_once_a_context_and_connection():
     for context in (1, 1, 2):
         run(context)
     assert [batch.count for batch in link.of(Kind.JOB)] == [3, 2, 3]
-    assert all(batch.declaration["initializer"] for batch in link.of(Kind.JOB))
+    assert all(json.loads(batch.letters()[0])["initializer"] for batch in link.of(Kind.JOB))
     with link.lock:
         link.forget_connection()
     run(1)
@@ -341,7 +342,7 @@ def test_what_is_sent_again_takes_no_chunk_along_that_was_not_given(start):
     link.connected = False
     link.gone_back(batch, Gone.LOST)
     call.lift_window()
-    wait_until(lambda: call._feeder.ended)
+    wait_until(lambda: call.ended)
     link.connected = True
     link.set_workers(1)
     done = 1
@@ -360,7 +361,7 @@ def test_ctrl_c_in_a_fill_loses_no_chunk_of_another_call(kind, is_posted, monkey
     link = FakeLink(2)
     link.connected = False
     call = begin(link, range(5), flat=True)
-    wait_until(lambda: call._feeder.ended)
+    wait_until(lambda: call.ended)
     link.connected = True
     post = FakeLink.post
 
@@ -387,7 +388,7 @@ def test_a_part_of_a_batch_that_is_given_ends_the_connection_and_not_every_one_a
     link = FakeLink(1)
     link.connected = False
     call = begin(link, range(6), us=1)
-    wait_until(lambda: call._feeder.ended)
+    wait_until(lambda: call.ended)
     link.connected = True
     with link.lock:
         link.fill()
