@@ -183,7 +183,6 @@ class Controller(Link):
                 channel.close()
                 raise ServerUnreachable(CLOSED)
             self._channel, self._altered = channel, 0
-            self._learn({})
             self.forget_connection()
         channel.start_writer()
 
@@ -195,13 +194,13 @@ class Controller(Link):
         try:
             while (channel := self._channel) is not None and not self._closing.is_set() and self._lost is None:
                 why = channel.run(self._handle, self.push)
+                channel.close()
                 self._learn({})
                 self._breaches += isinstance(why, ProtocolError)
-                if self._breaches >= BREACHES:
-                    self._lost = self._lost or ServerUnreachable(f"lost the server {BREACHES} times in a row: {why}")
                 if self._lost is None:
                     self._reconnect(str(why))
-                channel.close()
+        except AchillesError as e:
+            self._lost = e
         except Exception as e:  # such as a MemoryError: nobody else would ever end the calls that wait
             log.exception("reading from the server failed")
             self._lost = ServerUnreachable(f"reading from the server at {self._where()} failed: {e!r}")
@@ -212,7 +211,9 @@ class Controller(Link):
             self.fail_jobs(self._lost)
 
     def _reconnect(self, why: str) -> None:
-        """Set `_channel` anew, or `_lost`; neither where the owner closes."""
+        """Set `_channel` anew, unless the owner closes. Raises why that is of no use, or took too long."""
+        if self._breaches >= BREACHES:
+            raise ServerUnreachable(f"lost the server {BREACHES} times in a row: {why}")
         patience = self._reconnect_seconds if self._said else min(REPLY_SECONDS, self._reconnect_seconds)
         deadline = time.monotonic() + patience
         wait, longest = BACKOFF_SECONDS
@@ -227,13 +228,11 @@ class Controller(Link):
             except (AchillesError, OSError) as e:
                 why = str(e)
                 if isinstance(e, AuthenticationError) and not self._said:
-                    self._lost = e
-                    return
+                    raise
             if time.monotonic() > deadline:
-                self._lost = ServerUnreachable(
+                raise ServerUnreachable(
                     f"lost the server at {self._where()}, and could not connect to it again for {patience:g} s "
                     f"(reconnect_seconds): {why}")
-                return
 
     def _wait_for(self, kind: Kind, what: str, ask: bool = False) -> dict[str, Any]:
         """Block until the server has said this, 10 s at most; `ask` it to say it anew."""

@@ -6,7 +6,7 @@ goes wrong.
 
 ::
 
-    enter ─▶ waiting ──next_batch──▶ out[attempt] ──answers──▶ sink.put
+    enter ─▶ waiting ──send_batch──▶ out[attempt] ──answers──▶ sink.put
                 ▲                        │
                 └────── again ◀── GONE, altered, died: at the front, a doubtful chunk alone
 
@@ -17,7 +17,7 @@ goes wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..protocol.frames import (
     U32,
     Batch,
     Gone,
+    Kind,
     Letter,
     LongLetter,
     Status,
@@ -104,8 +105,11 @@ class Job:
         """Arguments that wait; more where chunks are sent again."""
         return (self.next - self.waiting[0].first) * self.waiting[0].size
 
-    def next_batch(self, worth_us: float, workers: int) -> tuple[Batch, Run, Run]:
-        """Cut a batch from the chunks that wait: there are some. Also its chunks, and the rest, for `send`."""
+    def send_batch(self, post: Callable[[Kind, Batch], None], worth_us: float, workers: int) -> None:
+        """Cut a batch from the chunks that wait, and post it: then its chunks are out. Some wait.
+
+        Behind `post` nothing is called, so that Ctrl-C finds all or nothing.
+        """
         run = self.waiting[0]
         count = 1
         if not run.is_doubtful:
@@ -120,10 +124,7 @@ class Job:
             flags |= CAREFUL
         number = min(math.ceil(self.pace.us * run.arguments), U32)
         batch = Batch.pack(self.number, run.first, run.letters, attempt=self._attempt, number=number, flags=flags)
-        return batch, run, rest
-
-    def send(self, batch: Batch, run: Run, rest: Run) -> None:
-        """A batch was posted: its chunks are out. Calls nothing before its end, so that Ctrl-C finds all or nothing."""
+        post(Kind.TASK, batch)
         self.out[batch.attempt] = run
         self.waiting[:1] = [rest] if rest.letters else []
 

@@ -156,19 +156,16 @@ class Link:
         out = sum([len(job.out) for job in self.jobs.values()])
         while out < most and self._turns:
             job = self._turns[0]
+            self._turns.rotate(-1)
             if not job.waiting or job.number not in self.jobs:
-                self._turns.popleft()
+                self._turns.pop()
                 continue
             if out >= workers and job.pace.is_little(job.waits()):
-                self._turns.rotate(-1)
                 return  # every worker has something: more chunks join these until one is done
             self._worth_us = worth_of(self._worth_us, late=out < workers, few=self.processes < U32)
-            batch, run, rest = job.next_batch(self._worth_us, workers)
             if not job.declared:
                 self._declare(job)
-            self.post(Kind.TASK, batch)
-            job.send(batch, run, rest)
-            self._turns.rotate(-1)
+            job.send_batch(self.post, self._worth_us, workers)
             out += 1
 
     def forget_connection(self) -> None:
