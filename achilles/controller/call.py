@@ -284,14 +284,14 @@ class Call:
                 self.job.enter(run)
 
     def _dump(self, run: Run, arguments: list[Any]) -> list[Letter]:
-        """The letters of chunks. Where one cannot be dumped or sent, and is not to be cut, the error names it."""
+        """The letters of chunks. The error names an argument that cannot be dumped or sent."""
         try:
             found = dump_chunks(self.job.context, arguments, run.size)
             if max(map(len, found)) > SHORT_LETTER_BYTES:  # asked at the speed of C
                 return [letter_of(letter, "a chunk") for letter in found]
             return [*found]
         except (DumpError, LetterTooLarge):
-            for offset, argument in enumerate(arguments if len(arguments) == 1 or run.place is not None else ()):
+            for offset, argument in enumerate(arguments):
                 name = run.name(offset)
                 named = self.job.context.dump(argument, f"{name} (of type {type(argument).__qualname__})")
                 letter_of(b"".join(named), name)

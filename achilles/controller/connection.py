@@ -158,10 +158,9 @@ class Controller(Link):
         paused, self._looked = now - self._looked > PAUSE_SECONDS, now
         if self.workers or paused:
             self._lonely_since = now
-            return
         waited = now - self._lonely_since
         start_one = f"Start one: python -m {config.PACKAGE}.node"
-        if self.connected and waited >= self._patience:
+        if self.connected and not self.workers and waited >= self._patience:
             raise NoNodesError(
                 f"no node joined the server at {self._where()} within {self._patience:g} s. {start_one}")
         notice = f"has no nodes; the job waits for one. {start_one}" if self.connected else (

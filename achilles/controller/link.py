@@ -116,13 +116,12 @@ class Link:
 
     def leave_to_parent(self) -> None:
         """In a child of the caller: all is the parent's. Takes no lock; its holder may not exist."""
+        jobs = self.jobs
+        Link.__init__(self, self.processes)
         self.forked = True
         self._lost = ServerUnreachable("this connection belongs to the parent process; open one after the fork")
-        self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
-        for job in self.jobs.values():
+        for job in jobs.values():
             job.sink.error = self._lost
-        self.jobs, self._kept = {}, {}
 
     def fail_jobs(self, error: BaseException) -> None:
         """Tell every call, and end its job."""
@@ -160,7 +159,7 @@ class Link:
             if not job.waiting or job.number not in self.jobs:
                 self._turns.pop()
                 continue
-            if out >= workers and job.pace.is_little(job.waits()):
+            if out >= workers and job.is_little():
                 return  # every worker has something: more chunks join these until one is done
             self._worth_us = worth_of(self._worth_us, late=out < workers, few=self.processes < U32)
             if not job.declared:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..protocol.frames import MAX_CHUNKS
 
-__all__ = ["Pace", "worth_of"]
+__all__ = ["HALF_MS_US", "Pace", "worth_of"]
 
 LEAST_US, MOST_US = 5_000, 50_000  # of work in a batch: far over the cost of a frame, far under what people notice
 FEW_US = 20_000  # where few batches may be out, each must last until the next one is there
@@ -42,10 +42,6 @@ class Pace:
         chunk_us = self.us * size
         share = max(left / (2 * workers or 1), HALF_MS_US / chunk_us)
         return max(1, int(min(us / chunk_us, share, MAX_CHUNKS)))
-
-    def is_little(self, arguments: int) -> bool:
-        """Whether so many arguments are not worth a batch while all workers are busy."""
-        return 0 < self.us * arguments < HALF_MS_US
 
     def window(self, size: int, workers: int) -> int:
         """How many chunks may be out of the caller's hands: so many that quick batches never wait for room."""

@@ -49,7 +49,7 @@ class Run:
 
     def __init__(
         self, first: int, start: int, size: int, letters: list[Letter], arguments: int, place: int | None = None,
-        counts: Counter[int] = NO_COUNTS, lost: Mapping[int, BaseException] = {}, status: int = 0,  # noqa: B006
+        counts: Counter[int] = NO_COUNTS, lost: dict[int, BaseException] = {}, status: int = 0,  # noqa: B006
         answers: Sequence[Letter] = (),
     ) -> None:
         self.first, self.start, self.size, self.letters = first, start, size, letters
@@ -118,7 +118,7 @@ class Run:
         self.counts = self.counts + Counter([what])
         if self.counts[what] >= most:
             lost = {offset: mark(error(self.name(offset)), index=self.index(offset)) for offset in offsets}
-            self.lost = lost | {**self.lost}
+            self.lost = lost | self.lost
 
 
 def worker_lost(text: str, note: Mapping[str, Any]) -> BaseException:

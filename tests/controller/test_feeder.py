@@ -289,6 +289,28 @@ def test_what_a_nudge_sends_while_the_iterator_runs_is_sent_once_and_kept_no_lon
     call.close(None, InterruptedError())
 
 
+def test_a_nudge_that_waits_while_the_feeder_cuts_sends_nothing_more(start):
+    """Else it would cut a chunk short that the feeder has just begun."""
+    go = threading.Event()
+
+    def pausing():
+        yield 1
+        go.wait(SECONDS)
+
+    call = start(pausing, chunksize=2, flat=True)
+    wait_until(lambda: call._open == [1])
+    with call._cutting:
+        call._pulling = 1.0  # since long ago
+        nudger = threading.Thread(target=call._nudge)
+        nudger.start()
+        threading.Event().wait(0.05)
+        call._pulling = 0.0
+    nudger.join(SECONDS)
+    assert call._open == [1] and call.link.posts == []
+    go.set()
+    assert call.link.chunks(1) == [[1]]
+
+
 def test_stop_ends_a_feeder_that_waits_for_room(start):
     call = start(itertools.count())
     feeder_stands_still(call, 64 + 16)
