@@ -68,7 +68,7 @@ class Call:
         eager: bool = False, buffersize: int | None = None, largest: int | None = None,
         ready: Callable[[], object] | None = None,
     ) -> None:
-        self.link, self.job, self.buffersize = link, job, buffersize
+        self.link, self.job, self._buffersize = link, job, buffersize
         self.results = job.sink = Results(
             link.lock, ordered, buffersize is not None and not flat, not flat, ready, job.next)
         self.ended = False  # all is fed
@@ -96,11 +96,6 @@ class Call:
             self._thread = threading.Thread(target=self._feed, name="achilles-feeder", daemon=True)
             self._thread.start()
 
-    def fail(self, error: BaseException) -> None:
-        """The call has failed: `take` raises the error. Any thread."""
-        with self.link.lock:
-            self.results.fail(error)
-
     def close(self, key: Any, error: BaseException | None) -> None:
         """The call is over: its job is kept under `key` for the next one, or ended where an error ended the call.
 
@@ -115,10 +110,6 @@ class Call:
         thread = self._thread
         if error is not None and thread and thread.is_alive() and thread is not threading.current_thread():
             thread.join(JOIN_SECONDS)
-
-    def lift_window(self) -> None:
-        """Let everything out: nobody will take before all is done."""
-        self.buffersize = UNKNOWN_LENGTH
 
     # The thread that takes.
 
@@ -204,7 +195,7 @@ class Call:
 
     def _room(self, timeout: float = 0.0) -> int:
         """How many arguments may be read now. Without room, wait for it up to `timeout` seconds."""
-        unsent, limit = len(self._open), self.buffersize
+        unsent, limit = len(self._open), self._buffersize
         if limit is None:
             limit = self.job.pace.window(self._size, self.link.workers)
         unit = 1 if self.results.by_argument else self._size

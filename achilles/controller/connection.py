@@ -49,8 +49,7 @@ RECONNECT_SECONDS = 300.0  # a server's machine may have to boot
 BACKOFF_SECONDS = (0.1, 5.0)  # the first wait before connecting again, and the longest; doubled, with jitter
 REPLY_SECONDS = 10.0  # for HELLO, the first CLUSTER, a STATUS, a KILL: the server answers at once or not at all
 NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start one
-LOOK_SECONDS = 1.0  # how often a waiting call looks whether there are nodes; also how Ctrl-C gets through on Windows
-LEAST_SECONDS = 0.05  # the same, with a short wait_for_nodes
+LEAST_SECONDS = 0.05  # between two looks whether there are nodes, with a short wait_for_nodes
 PAUSE_SECONDS = 3.0  # where nobody has looked for so long, nobody knows whether there was a node meanwhile
 BREACHES = 3  # of the protocol, after which to connect again is of no use
 
@@ -72,7 +71,7 @@ class Controller(Link):
     ) -> None:
         super().__init__(processes)
         self._patience = float("inf") if wait_for_nodes is None else wait_for_nodes
-        self.look_seconds = min(LOOK_SECONDS, max(self._patience / 4, LEAST_SECONDS))
+        self.look_seconds = min(self.look_seconds, max(self._patience / 4, LEAST_SECONDS))
         self._lonely_since = self._looked = time.monotonic()  # no node since then; somebody looked then
         self._told = ""  # the last notice to the caller
         self.settings: config.Settings = resolve()

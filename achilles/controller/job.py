@@ -208,7 +208,10 @@ class Job:
         if status in (Status.DIED, Status.TIMEOUT):
             note = read_object("the note on a lost chunk", bytes(joined(found[0])), NOTE)
             if note["phase"] == "function":
-                self._die(note)
+                self._deaths += 1
+                if self._deaths >= ATTEMPTS:
+                    self.spent = True
+                    self.sink.fail(worker_lost("workers died while they loaded the function", note))
             else:
                 limit = f"timeout={self.declaration.get('timeout')} s" if status == Status.TIMEOUT else ""
                 run.die(note, limit)
@@ -221,13 +224,6 @@ class Job:
             self.sink.put(run)
             return
         self._again(run)
-
-    def _die(self, note: dict[str, Any]) -> None:
-        """A worker died of the function, or of the initializer."""
-        self._deaths += 1
-        if self._deaths >= ATTEMPTS:
-            self.spent = True
-            self.sink.fail(worker_lost("workers died while they loaded the function", note))
 
     # Loading: the caller's thread, without the lock.
 

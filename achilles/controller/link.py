@@ -43,7 +43,7 @@ class Link:
 
     connected = True  # whether batches may be posted
     workers = largest = 0  # that can run this caller's functions: of the cluster, and of its largest node
-    look_seconds = 1.0  # how often to `look`
+    look_seconds = 1.0  # how often a waiting call calls `look`; also how Ctrl-C gets through on Windows
     settings: Settings | None = None  # of the server, where there is one
     in_place = False  # batches run where they are pushed: in the thread that takes their results
     forked = False  # this process is a child of the caller's: threads and connections are the parent's
@@ -63,7 +63,6 @@ class Link:
 
     def post(self, kind: Kind, body: Batch) -> None:
         """Send a frame soon: `push` does. Needs `lock`."""
-        raise NotImplementedError
 
     def push(self) -> None:
         """Send what was posted. Without `lock`."""

@@ -88,11 +88,6 @@ class Results(Sink):
 
     @property
     def over(self) -> bool:
-        """Whether everything was taken."""
-        return self.next == self.end
-
-    @property
-    def complete(self) -> bool:
         """Whether everything was taken, and no error follows."""
         return self.next == self.end and self.last_error is None
 
@@ -124,9 +119,9 @@ class Results(Sink):
 
     def finish(self, end: int, error: BaseException | None) -> None:
         """The input has ended: chunk `end` will not come. Behind the last result `error` is raised."""
-        self.last_error, self.end = error, end  # in this order: `complete` is read without the lock
+        self.last_error, self.end = error, end  # in this order: `over` is read without the lock
         self.cut(end)
-        if self.over:
+        if self.next == end:
             self._tell()
 
     # Packets.
@@ -182,7 +177,7 @@ class Results(Sink):
             raise fresh(self.error)
         key = self.next if self._ordered else next(iter(self._done), -1)
         pieces = self._done.pop(key, None)
-        if pieces is None and self.over and self.last_error is not None:
+        if pieces is None and self.next == self.end and self.last_error is not None:
             raise self.last_error
         for piece in pieces or ():
             self.next += len(piece.letters)

@@ -236,7 +236,7 @@ class Taker:
                 error = e
             if taken is not None:
                 self.add(*taken)
-                if not call.results.complete:
+                if not call.results.over:
                     return True
             self.call = self._owner = None
             try:
@@ -255,7 +255,8 @@ class Taker:
     def cancel(self, error: BaseException) -> None:
         """End the call with this error, unless it is over."""
         if (call := self.call) is not None:
-            call.fail(error)
+            with self._dispatcher.link.lock:
+                call.results.fail(error)
             self.take_all()
 
     def drain(self) -> None:

@@ -207,6 +207,17 @@ def test_and_256_mib_of_their_functions(monkeypatch):
     assert call_once(link, "larger", 2000) == 3
 
 
+def test_of_two_jobs_of_the_same_thing_one_is_kept():
+    """Two threads call the same function at once."""
+    link = FakeLink(1)
+    with link.lock:
+        first, second = (link.take("f", lambda: Job(letters.Context(caller=True), bytes(16), b"f")) for _ in range(2))
+        link.keep("f", first)
+        link.keep("f", second)
+        assert [*link.jobs.values()] == [first] and second.spent
+        assert link.take("f", Job) is first
+
+
 def test_a_job_that_owes_something_is_not_kept(start):
     call = start(range(3), flat=True)
     call.close("f", None)
@@ -341,7 +352,7 @@ def test_what_is_sent_again_takes_no_chunk_along_that_was_not_given(start):
     link.set_workers(0)
     link.connected = False
     link.gone_back(batch, Gone.LOST)
-    call.lift_window()
+    call._buffersize = 1 << 20
     wait_until(lambda: call.ended)
     link.connected = True
     link.set_workers(1)

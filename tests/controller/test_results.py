@@ -74,22 +74,6 @@ class Told:
         self.count += 1
 
 
-# Runs.
-
-
-def test_a_run_is_cut_with_its_arguments():
-    whole = Run(10, 30, 3, ["a", "b", "c", "d"], 11)
-    assert (whole.end, whole.cut(1, 3).first, whole.cut(1, 3).start) == (14, 11, 33)
-    assert [whole.cut(at, at + 1).arguments for at in range(4)] == [3, 3, 3, 2], "the last chunk may be short"
-    assert (whole.cut(2).letters, whole.cut(2).arguments) == (["c", "d"], 5)
-    assert (whole.cut(0).arguments, whole.cut(4).letters, whole.cut(4).arguments) == (11, [], 0)
-
-
-def test_an_argument_is_named_by_its_index_or_by_its_place_in_a_list():
-    assert run(4, size=3).name(2) == "argument 14"
-    assert run(4, start=5, place=7).name(1) == "argument 6 of the list args[7]"
-
-
 # Chunks by themselves.
 
 
