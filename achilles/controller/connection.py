@@ -192,8 +192,8 @@ class Controller(Link):
         try:
             while (channel := self._channel) is not None and not self._closing.is_set() and self._lost is None:
                 why = channel.run(self._handle, self.push)
-                channel.close()
                 self._learn({})
+                channel.close()
                 self._breaches += isinstance(why, ProtocolError)
                 if self._lost is None:
                     self._reconnect(str(why))
