@@ -193,7 +193,7 @@ def test_the_alert_goes_to_stderr_with_a_blank_line_and_stdout_stays_empty(where
 
 def test_without_a_node_the_caller_is_told_once_how_to_start_one(where, capfd, monkeypatch):
     monkeypatch.setattr(connection, "NOTICE_SECONDS", 0.05)
-    monkeypatch.setattr(connection, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(connection.Controller, "look_seconds", 0.05)
     results = []
     thread = threading.Thread(target=lambda: results.extend(map_(square, [3], **where)))
     thread.start()

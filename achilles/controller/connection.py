@@ -49,8 +49,7 @@ RECONNECT_SECONDS = 300.0  # a server's machine may have to boot
 BACKOFF_SECONDS = (0.1, 5.0)  # the first wait before connecting again, and the longest; doubled, with jitter
 REPLY_SECONDS = 10.0  # for HELLO, the first CLUSTER, a STATUS, a KILL: the server answers at once or not at all
 NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start one
-LOOK_SECONDS = 1.0  # how often a waiting call looks whether there are nodes; also how Ctrl-C gets through on Windows
-LEAST_SECONDS = 0.05  # the same, with a short wait_for_nodes
+LEAST_SECONDS = 0.05  # between two looks whether there are nodes, with a short wait_for_nodes
 PAUSE_SECONDS = 3.0  # where nobody has looked for so long, nobody knows whether there was a node meanwhile
 BREACHES = 3  # of the protocol, after which to connect again is of no use
 
@@ -72,7 +71,7 @@ class Controller(Link):
     ) -> None:
         super().__init__(processes)
         self._patience = float("inf") if wait_for_nodes is None else wait_for_nodes
-        self.look_seconds = min(LOOK_SECONDS, max(self._patience / 4, LEAST_SECONDS))
+        self.look_seconds = min(self.look_seconds, max(self._patience / 4, LEAST_SECONDS))
         self._lonely_since = self._looked = time.monotonic()  # no node since then; somebody looked then
         self._told = ""  # the last notice to the caller
         self.settings: config.Settings = resolve()
@@ -83,8 +82,7 @@ class Controller(Link):
         self._cluster: dict[str, Any] = {}  # the last CLUSTER of this connection; empty before
         self._breaches = 0  # of the protocol, by the server or by us, which ended connections, and no batch between
         self._altered = 0  # answers on this connection that said so of a letter
-        self._met = False  # a server has sent a CLUSTER, ever
-        self._status: dict[str, Any] = {}  # the answer to a STATUS
+        self._said: dict[Kind, dict[str, Any]] = {}  # the last CLUSTER and STATUS, of whichever connection
         self._closing = threading.Event()
         self._reader = threading.Thread(target=self._read, name="achilles-reader", daemon=True)
 
@@ -103,21 +101,19 @@ class Controller(Link):
             ) from e
         self._reader.start()
         try:
-            self._wait_until(lambda: bool(self._cluster), "its first word")
+            self._wait_for(Kind.CLUSTER, "its first word")
         except BaseException:
             self.close()
             raise
 
     def status(self) -> dict[str, Any]:
         """Nodes, jobs and server as plain dicts, from the server; blocks 10 s at most."""
-        self._status = {}
-        self._wait_until(lambda: bool(self._status), "an answer", Kind.STATUS)
-        return self._status
+        return self._wait_for(Kind.STATUS, "an answer", ask=True)
 
     def kill(self) -> None:
         """End every node and the server; returns when the server has said so, after 10 s at most."""
         with contextlib.suppress(ClusterKilled):
-            self._wait_until(lambda: False, "its goodbye", Kind.KILL)
+            self._wait_for(Kind.KILL, "its goodbye", ask=True)
 
     def close(self) -> None:
         """Say BYE, end the connection and join its threads; some 4 s at most. Jobs that are open have failed then."""
@@ -161,12 +157,11 @@ class Controller(Link):
         paused, self._looked = now - self._looked > PAUSE_SECONDS, now
         if self.workers or paused:
             self._lonely_since = now
-            return
         waited = now - self._lonely_since
         start_one = f"Start one: python -m {config.PACKAGE}.node"
-        if self.connected and waited >= self._patience:
-            patience = f"{self._patience:g} s"
-            raise NoNodesError(f"no node joined the server at {self._where()} within {patience}. {start_one}")
+        if self.connected and not self.workers and waited >= self._patience:
+            raise NoNodesError(
+                f"no node joined the server at {self._where()} within {self._patience:g} s. {start_one}")
         notice = f"has no nodes; the job waits for one. {start_one}" if self.connected else (
             f"cannot be reached any more; it is tried again for {self._reconnect_seconds:g} s")
         if waited >= NOTICE_SECONDS and self._told != notice:
@@ -186,7 +181,6 @@ class Controller(Link):
                 channel.close()
                 raise ServerUnreachable(CLOSED)
             self._channel, self._altered = channel, 0
-            self._learn({})
             self.forget_connection()
         channel.start_writer()
 
@@ -199,12 +193,12 @@ class Controller(Link):
             while (channel := self._channel) is not None and not self._closing.is_set() and self._lost is None:
                 why = channel.run(self._handle, self.push)
                 self._learn({})
+                channel.close()
                 self._breaches += isinstance(why, ProtocolError)
-                if self._breaches >= BREACHES:
-                    self._lost = self._lost or ServerUnreachable(f"lost the server {BREACHES} times in a row: {why}")
                 if self._lost is None:
                     self._reconnect(str(why))
-                channel.close()
+        except AchillesError as e:
+            self._lost = e
         except Exception as e:  # such as a MemoryError: nobody else would ever end the calls that wait
             log.exception("reading from the server failed")
             self._lost = ServerUnreachable(f"reading from the server at {self._where()} failed: {e!r}")
@@ -215,8 +209,10 @@ class Controller(Link):
             self.fail_jobs(self._lost)
 
     def _reconnect(self, why: str) -> None:
-        """Set `_channel` anew, or `_lost`; neither where the owner closes."""
-        patience = self._reconnect_seconds if self._met else min(REPLY_SECONDS, self._reconnect_seconds)
+        """Set `_channel` anew, unless the owner closes. Raises why that is of no use, or took too long."""
+        if self._breaches >= BREACHES:
+            raise ServerUnreachable(f"lost the server {BREACHES} times in a row: {why}")
+        patience = self._reconnect_seconds if self._said else min(REPLY_SECONDS, self._reconnect_seconds)
         deadline = time.monotonic() + patience
         wait, longest = BACKOFF_SECONDS
         while not self._closing.wait(wait * (0.5 + random.random())):
@@ -229,26 +225,26 @@ class Controller(Link):
                 return
             except (AchillesError, OSError) as e:
                 why = str(e)
-                if isinstance(e, AuthenticationError) and not self._met:
-                    self._lost = e
-                    return
+                if isinstance(e, AuthenticationError) and not self._said:
+                    raise
             if time.monotonic() > deadline:
-                self._lost = ServerUnreachable(
+                raise ServerUnreachable(
                     f"lost the server at {self._where()}, and could not connect to it again for {patience:g} s "
                     f"(reconnect_seconds): {why}")
-                return
 
-    def _wait_until(self, happened: Callable[[], bool], what: str, ask: Kind | None = None) -> None:
-        """Ask the server, and block until `happened()`, 10 s at most."""
+    def _wait_for(self, kind: Kind, what: str, ask: bool = False) -> dict[str, Any]:
+        """Block until the server has said this, 10 s at most; `ask` it to say it anew."""
         deadline = time.monotonic() + REPLY_SECONDS
         with self.lock:
-            if ask is not None and self._channel is not None:
-                self._channel.send(ask, {})
-            while not happened():
+            if ask and self._channel is not None:
+                self._said.pop(kind, None)
+                self._channel.send(kind, {})
+            while kind not in self._said:
                 super().check_usable()
                 if not self.changed.wait(max(0.0, deadline - time.monotonic())):
                     raise ServerUnreachable(
                         f"the server at {self._where()} did not send {what} within {REPLY_SECONDS:g} s")
+            return self._said[kind]
 
     def _learn(self, cluster: dict[str, Any]) -> None:
         """The server has said CLUSTER, or is lost."""
@@ -271,11 +267,9 @@ class Controller(Link):
                 raise LetterAltered("letters were altered on their way to workers")
         elif kind in (Kind.CLUSTER, Kind.STATUS):
             with self.lock:
-                if kind is Kind.STATUS:
-                    self._status = body
-                else:
+                self._said[kind] = body
+                if kind is Kind.CLUSTER:
                     self._learn(body)
-                    self._met = True
                 self.changed.notify_all()
                 self.fill()
         elif kind is Kind.BYE and body["reason"] == "killed":
@@ -283,7 +277,7 @@ class Controller(Link):
             raise self._lost
         elif kind is Kind.ERROR:
             text = f"the server at {self._where()} says: {body['message']}"
-            if not self._met:
+            if not self._said:
                 self._lost = ServerUnreachable(text)
             raise (ProtocolError if body["code"] == "protocol" else ServerUnreachable)(text)
 

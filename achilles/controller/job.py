@@ -1,24 +1,23 @@
 """A job in the controller: a function with its options, and the chunks of it that have no result.
 
-Knows which chunks wait and which are out under which attempt, keeps each letter until its result is taken, and counts
-deaths, losses and alterations. Knows no connection: frames go through its `link`. How arguments become chunks is
-`feeder.py`'s, where answers go is `results.py`'s.
+Knows which chunks wait and which are out under which attempt, and keeps each letter until its result is taken. Knows no
+connection. How arguments become chunks is `call.py`'s, where answers go is `results.py`'s, and `run.py` counts what
+goes wrong.
 
 ::
 
-    enter ─▶ waiting ──next_batch──▶ out[attempt] ──answers──▶ sink.put
+    enter ─▶ waiting ──send_batch──▶ out[attempt] ──answers──▶ sink.put
                 ▲                        │
                 └────── again ◀── GONE, altered, died: at the front, a doubtful chunk alone
 
-`link.lock` guards everything here; every method but `open` and `open_one` needs it. The reader thread calls `answered`
-and `gone`. The caller's thread calls `open`: it alone loads results, and the reader runs no code of users.
+`link.lock` guards everything here; every method but `open` and `load` needs it. The reader thread calls `answered` and
+`gone`. The caller's thread calls `open` or `load`: it alone loads results, and the reader runs no code of users.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -33,6 +32,7 @@ from ..protocol.frames import (
     U32,
     Batch,
     Gone,
+    Kind,
     Letter,
     LongLetter,
     Status,
@@ -40,9 +40,9 @@ from ..protocol.frames import (
     letter_of,
 )
 from ..protocol.kinds import read_object
-from .pace import Pace
-from .results import NOBODY, Answered, Run, Sink
-from .trouble import ATTEMPTS, NO_TROUBLE, Trouble, lost
+from .pace import HALF_MS_US, Pace
+from .results import NOBODY, Sink
+from .run import ALTERED, ATTEMPTS, LOST, Run, worker_lost
 
 __all__ = ["Job", "Taken"]
 
@@ -75,11 +75,10 @@ class Job:
         self.pace = Pace()
         self.next = 0  # number of the next chunk
         self.left = 0.0
-        self.waiting: deque[Run] = deque()
+        self.waiting: list[Run] = []
         self.out: dict[int, Run] = {}  # by attempt
         self.sink: Sink = NOBODY
         self._attempt = 0
-        self._troubles: dict[int, Trouble] = {}
         self._deaths = 0  # workers that died while they loaded the function, without an answer between
 
     @property
@@ -90,25 +89,31 @@ class Job:
     # Sending.
 
     def enter(self, run: Run) -> None:
-        """Queue chunks, which are the next ones of this job."""
+        """Queue chunks, which are the next ones of this job. Where no argument can be sent, they are done."""
         self.next = run.end
         last = self.waiting[-1] if self.waiting else None
-        if (last and last.end == run.first and last.size == run.size and last.place == run.place and not last.alone
+        if len(run.lost) == run.arguments:
+            self.sink.put(run)
+        elif (last and last.end == run.first and last.size == run.size and last.place == run.place and not last.counts
                 and last.arguments == last.size * len(last.letters) and len(last.letters) < RUN_CHUNKS):
             last.letters += run.letters
             last.arguments += run.arguments
         else:
             self.waiting.append(run)
 
-    def waits(self) -> int:
-        """Arguments that wait; more where chunks are sent again."""
-        return (self.next - self.waiting[0].first) * self.waiting[0].size
+    def is_little(self) -> bool:
+        """Whether the chunks that wait are not worth a batch while all workers are busy. Some wait."""
+        first = self.waiting[0]
+        return 0 < self.pace.us * (self.next - first.first) * first.size < HALF_MS_US
 
-    def next_batch(self, worth_us: float, workers: int) -> tuple[Batch, Run, Run]:
-        """Cut a batch from the chunks that wait: there are some. Also its chunks, and the rest, for `send`."""
+    def send_batch(self, post: Callable[[Kind, Batch], None], worth_us: float, workers: int) -> None:
+        """Cut a batch from the chunks that wait, and post it: then its chunks are out. Some wait.
+
+        Behind `post` nothing is called, so that Ctrl-C finds all or nothing.
+        """
         run = self.waiting[0]
         count = 1
-        if not run.alone:
+        if not run.is_doubtful:
             count = self.pace.chunks(run.size, worth_us, self.left + self.next - run.first, workers)
             count = min(count, self.declaration.get("maxtasksperchild", count), len(run.letters))
         while count > 1 and sum(map(len, run.letters[:count])) > MAX_SHORT_BYTES:
@@ -116,28 +121,20 @@ class Job:
         run, rest = run.cut(0, count), run.cut(count)
         self._attempt = (self._attempt + 1) & U32
         flags = TELL if run.end > self.sink.given else 0
-        if run.alone and self._troubles.get(run.first, NO_TROUBLE).has_died:
+        if run.has_died:
             flags |= CAREFUL
         number = min(math.ceil(self.pace.us * run.arguments), U32)
         batch = Batch.pack(self.number, run.first, run.letters, attempt=self._attempt, number=number, flags=flags)
-        return batch, run, rest
-
-    def send(self, batch: Batch, run: Run, rest: Run) -> None:
-        """A batch was posted: its chunks are out. Calls nothing before its end, so that Ctrl-C finds all or nothing."""
+        post(Kind.TASK, batch)
         self.out[batch.attempt] = run
-        if rest.letters:
-            self.waiting[0] = rest
-        else:
-            self.waiting.popleft()
+        self.waiting[:1] = [rest] if rest.letters else []
 
     def withdraw(self, number: int) -> bool:
         """Take a chunk out of the queue; False if it was sent already."""
         for at, run in enumerate(self.waiting):
             if run.first <= number < run.end:
-                del self.waiting[at]
-                for piece in run.cut(number - run.first + 1), run.cut(0, number - run.first):
-                    if piece.letters:
-                        self.waiting.insert(at, piece)
+                pieces = run.cut(0, number - run.first), run.cut(number - run.first + 1)
+                self.waiting[at : at + 1] = [piece for piece in pieces if piece.letters]
                 return True
         return False
 
@@ -152,19 +149,17 @@ class Job:
 
         A doubtful chunk goes by itself.
         """
-        runs, numbers = [run], range(run.first, run.end)
-        if any(self._troubles.get(number, NO_TROUBLE).is_doubtful or not self.sink.wants(number) for number in numbers):
-            runs = [run.cut(at, at + 1) for at, number in enumerate(numbers) if self.sink.wants(number)]
-        for piece in reversed(runs):
-            trouble = self._troubles.get(piece.first, NO_TROUBLE)
-            piece.alone = trouble.is_doubtful
-            if trouble.lost and len(trouble.lost) == piece.arguments:
-                self.give_up(piece, self._troubles.pop(piece.first).lost)
+        pieces, wanted = [run], [self.sink.wants(number) for number in range(run.first, run.end)]
+        if run.is_doubtful or not all(wanted):
+            pieces = [run.cut(at, at + 1) for at, wants in enumerate(wanted) if wants]
+        for piece in reversed(pieces):
+            if len(piece.lost) == piece.arguments:
+                self.sink.put(piece)
                 continue
-            if trouble.lost:
-                skips = letters.with_skips([joined(piece.letters[0])], trouble.lost)
+            if piece.lost:
+                skips = letters.with_skips([joined(piece.letters[0])], piece.lost)
                 piece.letters = [letter_of(b"".join(skips))]
-            self.waiting.appendleft(piece)
+            self.waiting.insert(0, piece)
 
     # Answers: the reader thread.
 
@@ -178,12 +173,10 @@ class Job:
         at = run.first - batch.first  # the server passes on what overlaps
         found, statuses = found[at : at + len(run.letters)], batch.statuses[at : at + len(run.letters)]
         self.pace.learn(batch.number, run.arguments)
-        if not any(statuses):
-            self._put(run, statuses, found)
-            return
-        for at, (status, letter) in enumerate(zip(statuses, found)):
+        step = 1 if any(statuses) else len(statuses)  # chunks with an answer out of the ordinary come by themselves
+        for at in range(0, len(statuses), step):
             try:
-                self._answer(run.cut(at, at + 1), status, letter)
+                self._answer(run.cut(at, at + step), statuses[at], found[at : at + step])
             except ProtocolError:
                 self._again(run.cut(at))  # for the next connection
                 raise
@@ -193,9 +186,8 @@ class Job:
         run = self._claim(batch)
         if run is None:
             return
-        for at in range(len(run.letters) if batch.flags == Gone.LOST else 0):
-            chunk = run.cut(at, at + 1)
-            self._trouble(chunk).lose(chunk)
+        if batch.flags == Gone.LOST:
+            run.charge(LOST)
         self._again(run)
 
     def _claim(self, batch: Batch) -> Run | None:
@@ -211,79 +203,54 @@ class Job:
             self.out[batch.attempt] = run.cut(0, low) if low else run.cut(high)
         return run.cut(low, high)
 
-    def _put(self, run: Run, statuses: bytes, found: list[Letter]) -> None:
-        """These are answers, not notes of what went wrong."""
-        gone: dict[int, BaseException] = {}
-        for number in self._troubles and range(run.first, run.end):
-            gone.update(self._troubles.pop(number, NO_TROUBLE).lost)  # of a chunk that was alone
-        self._deaths = 0
-        self.sink.put(Answered(run, statuses, found, gone))
-
-    def _answer(self, chunk: Run, status: int, letter: Letter) -> None:
-        """One answer out of the ordinary, or in the company of such a one."""
+    def _answer(self, run: Run, status: int, found: list[Letter]) -> None:
+        """Answers of this status. One that is a note of what went wrong is of one chunk."""
         if status in (Status.DIED, Status.TIMEOUT):
-            note = read_object("the note on a lost chunk", bytes(joined(letter)), NOTE)
-            limit = f"timeout={self.declaration.get('timeout')} s" if status == Status.TIMEOUT else ""
-            self._die(chunk, note, limit)
+            note = read_object("the note on a lost chunk", bytes(joined(found[0])), NOTE)
+            if note["phase"] == "function":
+                self._deaths += 1
+                if self._deaths >= ATTEMPTS:
+                    self.spent = True
+                    self.sink.fail(worker_lost("workers died while they loaded the function", note))
+            else:
+                limit = f"timeout={self.declaration.get('timeout')} s" if status == Status.TIMEOUT else ""
+                run.die(note, limit)
         elif status == Status.ALTERED:
-            self._trouble(chunk).alter(chunk)
+            run.charge(ALTERED)
         else:
+            self._deaths = 0
             self.spent = self.spent or status == Status.FAILED
-            self._put(chunk, bytes([status]), [letter])
+            run.status, run.answers = status, found
+            self.sink.put(run)
             return
-        self._again(chunk)
-
-    def _trouble(self, chunk: Run) -> Trouble:
-        return self._troubles.setdefault(chunk.first, Trouble())
-
-    def _die(self, chunk: Run, note: dict[str, Any], limit: str) -> None:
-        """A worker died of this chunk, or was killed where it ran longer than `limit`, a text."""
-        if note["phase"] != "function":
-            self._trouble(chunk).die(chunk, note, limit)
-            return
-        self._deaths += 1
-        if self._deaths >= ATTEMPTS:
-            self.spent = True
-            self.sink.fail(lost("workers died while they loaded the function", note))
-
-    def give_up(self, chunk: Run, gone: Mapping[int, BaseException]) -> None:
-        """No argument of a chunk has a result, for these reasons."""
-        self.next = max(self.next, chunk.end)
-        self.sink.put(Answered(chunk, bytes([Status.RAISED]), [None], gone))
+        self._again(run)
 
     # Loading: the caller's thread, without the lock.
 
-    def open(self, pieces: Sequence[Answered]) -> Taken:
+    def open(self, runs: Sequence[Run]) -> Taken:
         """Load a delivery: values, with None for each error. Raises what the job as a whole failed with."""
         values: list[Any] = []
         errors: dict[int, BaseException] = {}
-        for run, statuses, found, gone in pieces:
+        for run in runs:
             start = len(values)
-            if not any(statuses):
+            if not run.answers:
+                values += [None] * run.arguments
+            elif run.status == Status.VALUES:
                 lists = outcomes.load_values(self.context, [
-                    joined(letter) if type(letter) is LongLetter else letter for letter in found])  # type: ignore[misc]
+                    joined(letter) if type(letter) is LongLetter else letter  # type: ignore[misc]
+                    for letter in run.answers])
                 values.extend(chain.from_iterable(lists))
-                statuses = b""
-            for status, letter in zip(statuses, found):
-                some, raised = ([None] * run.arguments, {}) if letter is None else self._load(status, letter)
-                for offset, error in raised.items():
-                    errors[len(values) + offset] = mark(error, index=run.index(len(values) - start + offset))
+            else:
+                some, raised = self.load(run.status, run.answers[0])
                 values += some
-            errors.update({start + offset: error for offset, error in gone.items()})
+                errors.update({start + at: mark(error, index=run.index(at)) for at, error in raised.items()})
+            errors.update({start + at: error for at, error in run.lost.items()})
             if len(values) - start != run.arguments:  # all behind would be in the wrong place
                 raise ProtocolError(f"{len(values) - start} results of {run.arguments} arguments")
-        return pieces[0].run.index(0), values, errors
+        return runs[0].index(0), values, errors
 
-    def open_one(self, status: int, letter: Letter) -> Any:
-        """Load the answer of a chunk of one argument, and return or raise it."""
-        if status == Status.VALUES:
-            return outcomes.load_values(self.context, [joined(letter)])[0][0]
-        values, errors = self._load(status, letter)
-        if errors:
-            raise errors[0]
-        return values[0]
-
-    def _load(self, status: int, letter: Letter) -> tuple[list[Any], dict[int, BaseException]]:
+    def load(self, status: int, letter: Letter) -> tuple[list[Any], dict[int, BaseException]]:
+        """Load the answer of one chunk: values, and errors by offset. Raises what the job as a whole failed with."""
         values, errors = outcomes.load_outcomes(self.context, joined(letter), status != Status.VALUES)
         if status == Status.FAILED:
             if isinstance(errors[0], ModuleNotFoundError):  # of a module that the node lacks

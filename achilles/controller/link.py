@@ -29,7 +29,7 @@ from ..errors import ServerUnreachable
 from ..objects.outcomes import fresh
 from ..protocol.frames import U32, Batch, Kind, Letter, LongLetter, Status
 from .job import Job
-from .pace import Worth
+from .pace import worth_of
 from .results import NOBODY
 
 __all__ = ["KEPT_BYTES", "KEPT_JOBS", "Link"]
@@ -43,7 +43,7 @@ class Link:
 
     connected = True  # whether batches may be posted
     workers = largest = 0  # that can run this caller's functions: of the cluster, and of its largest node
-    look_seconds = 1.0  # how often to `look`
+    look_seconds = 1.0  # how often a waiting call calls `look`; also how Ctrl-C gets through on Windows
     settings: Settings | None = None  # of the server, where there is one
     in_place = False  # batches run where they are pushed: in the thread that takes their results
     forked = False  # this process is a child of the caller's: threads and connections are the parent's
@@ -55,7 +55,7 @@ class Link:
         self.processes = processes or U32
         self.jobs: dict[int, Job] = {}
         self._numbers = 0
-        self._worth = Worth(few=processes is not None)
+        self._worth_us = 0.0  # of the last batch, of whichever job
         self._turns: deque[Job] = deque()  # jobs with chunks that wait, and perhaps others
         self._contexts: set[str] = set()  # their initializers went over this connection
         self._kept: dict[Any, Job] = {}  # jobs that owe nothing, by what they are; the longest unused first
@@ -63,7 +63,6 @@ class Link:
 
     def post(self, kind: Kind, body: Batch) -> None:
         """Send a frame soon: `push` does. Needs `lock`."""
-        raise NotImplementedError
 
     def push(self) -> None:
         """Send what was posted. Without `lock`."""
@@ -94,13 +93,10 @@ class Link:
 
     def keep(self, key: Any, job: Job) -> None:
         """A job that owes nothing may serve the next call with this key. Others are ended."""
-        if job.spent or job.owes:
+        if job.spent or job.owes or key in self._kept:
             self.end(job)
             return
         job.sink = NOBODY
-        other = self._kept.pop(key, None)
-        if other is not None:
-            self.end(other)
         self._kept[key] = job
         while len(self._kept) > KEPT_JOBS or (
                 len(self._kept) > 1 and sum(len(each.function) for each in self._kept.values()) > KEPT_BYTES):
@@ -119,13 +115,12 @@ class Link:
 
     def leave_to_parent(self) -> None:
         """In a child of the caller: all is the parent's. Takes no lock; its holder may not exist."""
+        jobs = self.jobs
+        Link.__init__(self, self.processes)
         self.forked = True
         self._lost = ServerUnreachable("this connection belongs to the parent process; open one after the fork")
-        self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
-        for job in self.jobs.values():
+        for job in jobs.values():
             job.sink.error = self._lost
-        self.jobs, self._kept = {}, {}
 
     def fail_jobs(self, error: BaseException) -> None:
         """Tell every call, and end its job."""
@@ -159,19 +154,16 @@ class Link:
         out = sum([len(job.out) for job in self.jobs.values()])
         while out < most and self._turns:
             job = self._turns[0]
+            self._turns.rotate(-1)
             if not job.waiting or job.number not in self.jobs:
-                self._turns.popleft()
+                self._turns.pop()
                 continue
-            if out >= workers and job.pace.is_little(job.waits()):
-                self._turns.rotate(-1)
+            if out >= workers and job.is_little():
                 return  # every worker has something: more chunks join these until one is done
-            self._worth.judge(late=out < workers)
-            batch, run, rest = job.next_batch(self._worth.us, workers)
+            self._worth_us = worth_of(self._worth_us, late=out < workers, few=self.processes < U32)
             if not job.declared:
                 self._declare(job)
-            self.post(Kind.TASK, batch)
-            job.send(batch, run, rest)
-            self._turns.rotate(-1)
+            job.send_batch(self.post, self._worth_us, workers)
             out += 1
 
     def forget_connection(self) -> None:
@@ -189,9 +181,7 @@ class Link:
         if job.initializer is not None and context not in self._contexts:
             self._contexts.add(context)
             parts.append(job.initializer)
-        batch = Batch.pack(job.number, 0, parts)
-        batch.declaration = job.declaration  # as if it had been read
-        self.post(Kind.JOB, batch)
+        self.post(Kind.JOB, Batch.pack(job.number, 0, parts))
 
     # What came: the reader thread, without `lock`.
 

@@ -1,14 +1,14 @@
-"""How much travels together: the pace of a job, and the worth of a batch.
+"""How much travels together: the pace of a job, and the work in a batch.
 
 Every choice of a batch's size is made here, from one figure: µs that an argument took in the last answer. Plain
-arithmetic, without a clock, a lock or a thread; the connection's lock guards each Pace and each Worth.
+arithmetic, without a clock, a lock or a thread; the connection's lock guards each Pace.
 """
 
 from __future__ import annotations
 
 from ..protocol.frames import MAX_CHUNKS
 
-__all__ = ["Pace", "Worth"]
+__all__ = ["HALF_MS_US", "Pace", "worth_of"]
 
 LEAST_US, MOST_US = 5_000, 50_000  # of work in a batch: far over the cost of a frame, far under what people notice
 FEW_US = 20_000  # where few batches may be out, each must last until the next one is there
@@ -43,23 +43,18 @@ class Pace:
         share = max(left / (2 * workers or 1), HALF_MS_US / chunk_us)
         return max(1, int(min(us / chunk_us, share, MAX_CHUNKS)))
 
-    def is_little(self, arguments: int) -> bool:
-        """Whether so many arguments are not worth a batch while all workers are busy."""
-        return 0 < self.us * arguments < HALF_MS_US
-
     def window(self, size: int, workers: int) -> int:
         """How many chunks may be out of the caller's hands: so many that quick batches never wait for room."""
         quick = 2 * (2 * workers + 2) * self.chunks(size, MOST_US, float("inf"), workers) if self.us else 0
         return 2 * workers + WINDOW_CHUNKS + min(quick, MAX_CHUNKS)
 
 
-class Worth:
-    """µs of work in the batches of one connection: more, where the controller is late with the next batch."""
+def worth_of(last_us: float, late: bool, few: bool) -> float:
+    """µs of work in the next batch of a connection.
 
-    def __init__(self, few: bool) -> None:
-        self._least = FEW_US if few else LEAST_US
-        self.us = float(self._least)
-
-    def judge(self, late: bool) -> None:
-        """Batches are about to be made, and fewer were out than there are workers (`late`), or not."""
-        self.us = min(2 * self.us, MOST_US) if late else max(self._least, EASE * self.us)
+    :param last_us: that of the batch before it; 0 of none.
+    :param late: whether fewer batches are out than there are workers: then it is twice as much.
+    :param few: whether few batches may be out.
+    """
+    least = FEW_US if few else LEAST_US
+    return max(least, min(2 * last_us, MOST_US) if late else EASE * last_us)

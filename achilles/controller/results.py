@@ -1,12 +1,12 @@
 """What has come of a call and is not taken yet, and the window that bounds what is out.
 
-Knows chunks by number, runs of them, and answers; knows no socket, no pickle and no clock.
+Knows runs of chunks, by number; knows no socket, no pickle and no clock.
 
 ::
 
     feeder ──enter──▶ out: waiting, sent, running, or answered here ──take──▶ taken, and room for more
 
-A delivery is a list of answers: a run as it came (Pool, Executor), or a whole packet or list (the three original
+A delivery is a list of runs: one as it was answered (Pool, Executor), or a whole packet or list (the three original
 calls).
 
 The lock of the connection guards everything here: every method needs it. `changed` is a condition on that lock, one a
@@ -17,76 +17,17 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from operator import attrgetter
-from typing import NamedTuple
 
 from ..errors import ProtocolError
 from ..objects.outcomes import fresh
-from ..protocol.frames import Letter
+from .run import ENDLESS, Run
 
-__all__ = ["NOBODY", "WINDOW_BYTES", "Answered", "Results", "Run", "Sink"]
+__all__ = ["NOBODY", "WINDOW_BYTES", "Results", "Sink"]
 
 WINDOW_BYTES = 256 << 20  # of arguments that are out: a caller may hold them twice, as objects and as letters
 ENOUGH_ROOM = 0.75  # of the window out: then the feeder is woken, and has room for many chunks, not for one
-ENDLESS = 1 << 64  # no chunk has this number
-
-
-class Run:
-    """Consecutive chunks of one job, each of `size` arguments; the last one may have fewer.
-
-    :ivar first: the number of the first chunk.  :ivar start: the index in args of its first argument, or the offset
-        in its list.  :ivar arguments: of all chunks.  :ivar place: the index of their list in args, where args are
-        lists.  :ivar alone: whether these chunks join no others in a batch.
-    """
-
-    __slots__ = ("alone", "arguments", "first", "letters", "place", "size", "start")
-
-    def __init__(
-        self, first: int, start: int, size: int, letters: list[Letter], arguments: int, place: int | None = None,
-        alone: bool = False,
-    ) -> None:
-        self.first, self.start, self.size, self.letters = first, start, size, letters
-        self.arguments, self.place, self.alone = arguments, place, alone
-
-    @property
-    def end(self) -> int:
-        """The number behind that of the last chunk."""
-        return self.first + len(self.letters)
-
-    def cut(self, at: int, to: int = ENDLESS) -> Run:
-        """The chunks from the `at`-th up to the `to`-th; the same object, where these are all."""
-        count = len(self.letters)
-        if at == 0 and to >= count:
-            return self
-        arguments = min(to * self.size, self.arguments) - at * self.size
-        return Run(self.first + at, self.start + at * self.size, self.size, self.letters[at:to], max(arguments, 0),
-                   self.place, self.alone)
-
-    def index(self, offset: int) -> int:
-        """The index in args of an argument, or of its list."""
-        return self.start + offset if self.place is None else self.place
-
-    def name(self, offset: int) -> str:
-        """How to call an argument in an error."""
-        name = f"argument {self.start + offset}"
-        return name if self.place is None else f"{name} of the list args[{self.place}]"
-
-
-class Answered(NamedTuple):
-    """Chunks that have an answer: a status and a letter each.
-
-    `lost` says why arguments have no result, by their offset in the run. A letter is None where that is true of all.
-    """
-
-    run: Run
-    statuses: bytes
-    letters: Sequence[Letter | None]
-    lost: Mapping[int, BaseException] = {}
-
-    def cut(self, at: int, to: int = ENDLESS) -> Answered:
-        """The answers from the `at`-th up to the `to`-th. A chunk with a lost argument is alone, and not cut."""
-        return Answered(self.run.cut(at, to), self.statuses[at:to], self.letters[at:to], self.lost)
 
 
 class Sink:
@@ -99,8 +40,8 @@ class Sink:
         """Whether somebody waits for this chunk."""
         return self.error is None
 
-    def put(self, answered: Answered) -> None:
-        """Chunks of this call were answered, each once."""
+    def put(self, run: Run) -> None:
+        """Chunks of this call were answered, or given up; each once."""
 
     def give(self, first: int, count: int, workers: int, next_chunk: int) -> None:
         """The server says: a node of so many workers was given these chunks."""
@@ -117,8 +58,7 @@ class Unit:
 
     def __init__(self, first: int, end: int) -> None:
         self.first, self.end = first, end
-        self.pieces: list[Answered] = []
-        self.got = 0  # chunks
+        self.pieces: list[Run] = []  # that are answered
 
 
 class Results(Sink):
@@ -143,16 +83,11 @@ class Results(Sink):
         self._limit = 0  # of the window, the largest that the feeder has asked for
         self.given = first if packets else ENDLESS
         self._ordered, self._packets = ordered, packets
-        self._done: dict[int, list[Answered]] = {}  # deliveries, by their first chunk
+        self._done: dict[int, list[Run]] = {}  # deliveries, by their first chunk
         self._units: list[Unit] = []  # that are not complete, in order
 
     @property
     def over(self) -> bool:
-        """Whether everything was taken."""
-        return self.next == self.end
-
-    @property
-    def complete(self) -> bool:
         """Whether everything was taken, and no error follows."""
         return self.next == self.end and self.last_error is None
 
@@ -184,9 +119,9 @@ class Results(Sink):
 
     def finish(self, end: int, error: BaseException | None) -> None:
         """The input has ended: chunk `end` will not come. Behind the last result `error` is raised."""
-        self.last_error, self.end = error, end  # in this order: `complete` is read without the lock
+        self.last_error, self.end = error, end  # in this order: `over` is read without the lock
         self.cut(end)
-        if self.over:
+        if self.next == end:
             self._tell()
 
     # Packets.
@@ -212,44 +147,41 @@ class Results(Sink):
                 self._look(unit)
 
     def _look(self, unit: Unit) -> None:
-        if unit.got == unit.end - unit.first:
+        if sum([len(piece.letters) for piece in unit.pieces]) == unit.end - unit.first:
             self._units.remove(unit)
-            self._deliver(sorted(unit.pieces, key=lambda piece: piece.run.first))
+            self._deliver(sorted(unit.pieces, key=attrgetter("first")))
 
     # Answers.
 
-    def put(self, answered: Answered) -> None:
-        """As Sink says. In a window of arguments, each chunk makes room when it is taken by itself."""
+    def put(self, run: Run) -> None:
+        """As Sink says."""
         if not self._packets:
-            step = 1 if self.by_argument else len(answered.letters)
-            for at in range(0, len(answered.letters), step):
-                self._deliver([answered.cut(at, at + step)])
+            self._deliver([run])
             return
-        while answered.letters:  # cut where the units are; every chunk was given
-            unit = self._units[bisect_right(self._units, answered.run.first, key=attrgetter("first")) - 1]
-            count = unit.end - answered.run.first
-            unit.pieces.append(answered.cut(0, count))
-            unit.got += len(unit.pieces[-1].letters)
+        while run.letters:  # cut where the units are; every chunk was given
+            unit = self._units[bisect_right(self._units, run.first, key=attrgetter("first")) - 1]
+            count = unit.end - run.first
+            unit.pieces.append(run.cut(0, count))
             self._look(unit)
-            answered = answered.cut(count)
+            run = run.cut(count)
 
-    def _deliver(self, pieces: list[Answered]) -> None:
-        first = pieces[0].run.first
+    def _deliver(self, pieces: list[Run]) -> None:
+        first = pieces[0].first
         self._done[first] = pieces
         if not self._ordered or first == self.next:
             self._tell()
 
-    def take(self) -> list[Answered] | None:
+    def take(self) -> list[Run] | None:
         """The next delivery, if there is one. Raises what the call failed with."""
         if self.error is not None:
             raise fresh(self.error)
         key = self.next if self._ordered else next(iter(self._done), -1)
         pieces = self._done.pop(key, None)
-        if pieces is None and self.over and self.last_error is not None:
+        if pieces is None and self.next == self.end and self.last_error is not None:
             raise self.last_error
         for piece in pieces or ():
             self.next += len(piece.letters)
-            self._count(piece.run, -1)
+            self._count(piece, -1)
         if pieces and self.out <= self._limit * ENOUGH_ROOM:
             self.changed.notify_all()
         return pieces

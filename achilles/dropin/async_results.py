@@ -171,8 +171,7 @@ class Stream(Taker):
 
     def drain(self) -> None:
         """As Taker says; the results are returned later."""
-        if (call := self.call) is not None:
-            call.lift_window()
+        if self.call is not None:
             self.take_all()
             if self.values and isinstance(error := self.values[-1][1], KeyboardInterrupt):
                 raise error  # Ctrl-C in `join`

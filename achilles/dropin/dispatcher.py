@@ -25,7 +25,8 @@ from typing import Any
 from ..controller.call import Call, NotYet
 from ..controller.connection import Controller
 from ..controller.job import Job
-from ..controller.results import Answered, Run, Sink
+from ..controller.results import Sink
+from ..controller.run import Run
 from ..objects.outcomes import fresh, mark, own_error
 from ..protocol.frames import Letter
 
@@ -139,7 +140,8 @@ class SingleCall:
         value = None
         if error is None:
             try:
-                value = job.open_one(status, letter)  # type: ignore[union-attr, arg-type]
+                values, errors = job.load(status, letter)  # type: ignore[union-attr, arg-type]
+                value, error = values[0], errors.get(0)
             except BaseException as e:  # of the call, or of loading what it returned
                 error = e
         self.settle(value, own_error(error))
@@ -171,13 +173,11 @@ class Singles(Sink):
         """As Sink says."""
         return number in self.entries
 
-    def put(self, answered: Answered) -> None:
+    def put(self, run: Run) -> None:
         """As Sink says."""
-        run, statuses, letters, lost = answered
-        error = mark(lost[0], index=0) if lost else None  # of a chunk by itself, which has one argument
-        self._end([(self.entries.pop(number), (self.job, status, letter, error))
-                   for number, status, letter in zip(range(run.first, run.end), statuses, letters)
-                   if number in self.entries])
+        error = mark(run.lost[0], index=0) if run.lost else None  # of a chunk by itself, which has one argument
+        self._end([(self.entries.pop(number), (self.job, run.status, letter, error))
+                   for number, letter in enumerate(run.answers or [None], run.first) if number in self.entries])
 
     def leave(self, number: int) -> None:
         """Nobody waits for this chunk any more."""
@@ -236,7 +236,7 @@ class Taker:
                 error = e
             if taken is not None:
                 self.add(*taken)
-                if not call.results.complete:
+                if not call.results.over:
                     return True
             self.call = self._owner = None
             try:
@@ -255,7 +255,8 @@ class Taker:
     def cancel(self, error: BaseException) -> None:
         """End the call with this error, unless it is over."""
         if (call := self.call) is not None:
-            call.fail(error)
+            with self._dispatcher.link.lock:
+                call.results.fail(error)
             self.take_all()
 
     def drain(self) -> None:

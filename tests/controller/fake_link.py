@@ -149,7 +149,7 @@ def begin_fed(link: FakeLink, args: Any, **more: Any) -> Call:
     """A call of which nothing is sent before all is fed, however slow this machine is."""
     link.connected = False
     call = begin(link, args, flat=True, **more)
-    wait_until(lambda: call._feeder.ended)
+    wait_until(lambda: call.ended)
     link.connected = True
     with link.lock:
         link.fill()

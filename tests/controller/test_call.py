@@ -103,7 +103,7 @@ def test_each_caller_gets_an_exception_object_of_its_own():
 def test_a_blocking_map_feeds_in_the_thread_that_takes():
     link = FakeLink(1)
     call = begin(link, range(200), flat=True, inline=True)
-    assert call._feeder._thread is None and not call._feeder.ended
+    assert call._thread is None and not call.ended
     node = threading.Thread(target=lambda: answer(link, call, 200))
     node.start()
     assert values(call) == [n * n for n in range(200)]
@@ -147,31 +147,17 @@ def test_a_result_that_cannot_be_loaded_ends_the_call(start):
 
 
 @pytest.mark.parametrize("args", [[1], iter([1])])
-def test_a_call_whose_connection_ended_as_it_began_says_so(args):
-    """Between the taking of its job and its start nobody could tell it."""
-    link = FakeLink()
-    ended, lost = (Call(link, make_job(link), args, flat=True) for _ in range(2))
-    with link.lock:
-        link.end(ended.job)
-    with pytest.raises(InterruptedError):
-        ended.start()
-    link._lost = ServerUnreachable("gone")
-    caught = []
-    for _ in range(2):
-        with pytest.raises(ServerUnreachable, match="gone") as error:
-            lost.start()
-        caught.append(error.value)
-    assert caught[0] is not caught[1], "an exception that is raised anew keeps every traceback"
-
-
-def test_a_call_that_failed_as_it_began_has_an_exception_of_its_own():
+def test_a_call_that_failed_as_it_began_has_an_exception_of_its_own(args):
+    """Between the making of a call and its start its job may be ended."""
     link, error = FakeLink(), ServerUnreachable("gone")
-    calls = [Call(link, make_job(link), [1], flat=True) for _ in range(2)]
+    calls = [Call(link, make_job(link), args, flat=True) for _ in range(2)]
     with link.lock:
         link.fail_jobs(error)
     caught = []
     for call in calls:
+        call.start()
         with pytest.raises(ServerUnreachable, match="gone") as raised:
-            call.start()
+            call.take(0)
         caught.append(raised.value)
-    assert len({id(each) for each in [*caught, error]}) == 3
+    assert len({id(each) for each in [*caught, error]}) == 3, "an exception that is raised anew keeps every traceback"
+    assert link.posts == []

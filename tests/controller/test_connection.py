@@ -227,7 +227,8 @@ def test_a_lost_server_gets_the_jobs_anew_and_only_what_is_not_answered(free_por
         with Node(free_port, cpu_count=4, most=6) as node:
             call = begin(controller, range(12))
             assert call.take(SECONDS) == (0, [0, 1, 4, 9], {})
-            wait_until(lambda: call.results._units[0].got == 2)  # of four: 4 and 5 are answered
+            wait_until(  # of four: 4 and 5 are answered
+                lambda: sum(len(piece.answers) for piece in call.results._units[0].pieces) == 2)
             node.wait(lambda: set(node.tasks()) >= {*range(8)})
     wait_until(lambda: not controller.connected)
     with serving(free_port), Node(free_port, cpu_count=4) as node:

@@ -21,7 +21,7 @@ start = begin_fixture
 
 def fed(call):
     """The arguments of each chunk, in order, when all is fed and sent. Every batch is answered."""
-    answer_until(call, lambda: call._feeder.ended)
+    answer_until(call, lambda: call.ended)
     answer_all(call)
     return [arguments for batch in sorted(call.link.batches(), key=lambda batch: batch.first)
             for arguments in call.link.arguments(batch)]
@@ -83,9 +83,9 @@ def test_nothing_is_over_at_once(start, args, flat):
 
 
 def test_a_short_sequence_is_fed_without_a_thread(start, monkeypatch):
-    monkeypatch.setattr("achilles.controller.feeder.STEP_SECONDS", SECONDS)  # a busy machine may pause for longer
+    monkeypatch.setattr("achilles.controller.call.STEP_SECONDS", SECONDS)  # a busy machine may pause for longer
     call = start(list(range(64)), flat=True, buffersize=64, workers=64)
-    assert call._feeder.ended and call._feeder._thread is None
+    assert call.ended and call._thread is None
     assert call.link.chunks() == [[n] for n in range(64)]
 
 
@@ -97,7 +97,7 @@ class Slow:
 
 def test_a_caller_is_not_kept_long_by_what_it_feeds(start):
     call = start([Slow() for _ in range(10)], flat=True)
-    assert not call._feeder.ended, "the thread goes on where the caller stopped"
+    assert not call.ended, "the thread goes on where the caller stopped"
     assert fed(call) == [[1]] * 10
 
 
@@ -134,13 +134,11 @@ def feeder_stands_still(call, count):
     assert call.job.next == count
 
 
-def test_the_window_grows_with_the_cluster_and_can_be_lifted(start):
+def test_the_window_grows_with_the_cluster(start):
     call = start(iter(range(500)), workers=0, flat=True)
     feeder_stands_still(call, 64)
     call.link.set_workers(5)
     feeder_stands_still(call, 64 + 10)
-    call.lift_window()
-    wait_until(lambda: call._feeder.ended)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -277,16 +275,38 @@ def test_what_a_nudge_sends_while_the_iterator_runs_is_sent_once_and_kept_no_lon
 
     def stream():
         for n in range(60):
-            call._feeder._pulling = 1.0  # since long ago
+            call._pulling = 1.0  # since long ago
             if n % 7:
-                call._feeder.nudge()
+                call._nudge()
             yield n
 
     call.start()
-    wait_until(lambda: call._feeder.ended)
+    wait_until(lambda: call.ended)
     assert [x for arguments in link.chunks() for x in arguments] == [*range(60)]
-    assert not call._feeder._open
+    assert not call._open
     call.close(None, InterruptedError())
+
+
+def test_a_nudge_that_waits_while_the_feeder_cuts_sends_nothing_more(start):
+    """Else it would cut a chunk short that the feeder has just begun."""
+    go = threading.Event()
+
+    def pausing():
+        yield 1
+        go.wait(SECONDS)
+
+    call = start(pausing, chunksize=2, flat=True)
+    wait_until(lambda: call._open == [1])
+    with call._cutting:
+        call._pulling = 1.0  # since long ago
+        nudger = threading.Thread(target=call._nudge)
+        nudger.start()
+        threading.Event().wait(0.05)
+        call._pulling = 0.0
+    nudger.join(SECONDS)
+    assert call._open == [1] and call.link.posts == []
+    go.set()
+    assert call.link.chunks(1) == [[1]]
 
 
 def test_stop_ends_a_feeder_that_waits_for_room(start):
@@ -295,8 +315,8 @@ def test_stop_ends_a_feeder_that_waits_for_room(start):
     began = time.monotonic()
     call.close(None, InterruptedError())
     assert time.monotonic() - began < 5
-    call._feeder._thread.join(SECONDS)
-    assert not call._feeder._thread.is_alive()
+    call._thread.join(SECONDS)
+    assert not call._thread.is_alive()
 
 
 def test_an_iterator_is_not_read_on_after_the_end(start):
@@ -312,8 +332,8 @@ def test_an_iterator_is_not_read_on_after_the_end(start):
     assert call.link.chunks(1)
     call.close(None, InterruptedError())
     before = len(pulled)
-    call._feeder._thread.join(SECONDS)
-    assert not call._feeder._thread.is_alive() and len(pulled) <= before + 50
+    call._thread.join(SECONDS)
+    assert not call._thread.is_alive() and len(pulled) <= before + 50
 
 
 def test_nothing_is_posted_after_the_end(start):

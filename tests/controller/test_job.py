@@ -437,7 +437,8 @@ def test_single_calls_of_one_job_are_answered_each_by_itself():
     entries = [submit(link, job, n) for n in range(4)]
     for batch in link.batches(4):
         link.square(batch)
-    assert [entry.answers[0][0].open_one(*entry.answers[0][1:3]) for entry in entries] == [0, 1, 4, 9]
+    assert [entry.answers[0][0].load(*entry.answers[0][1:3]) for entry in entries] == [
+        ([n * n], {}) for n in range(4)]
     assert not job.owes
 
 

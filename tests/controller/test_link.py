@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from conftest import SECONDS, wait_until
@@ -148,7 +149,7 @@ def test_an_initializer_travels_once_a_context_and_connection():
     for context in (1, 1, 2):
         run(context)
     assert [batch.count for batch in link.of(Kind.JOB)] == [3, 2, 3]
-    assert all(batch.declaration["initializer"] for batch in link.of(Kind.JOB))
+    assert all(json.loads(batch.letters()[0])["initializer"] for batch in link.of(Kind.JOB))
     with link.lock:
         link.forget_connection()
     run(1)
@@ -204,6 +205,17 @@ def test_and_256_mib_of_their_functions(monkeypatch):
     call_once(link, "larger", 2000)
     assert [batch.job for batch in link.of(Kind.END)] == [1, 2], "the last one is kept, whatever its size"
     assert call_once(link, "larger", 2000) == 3
+
+
+def test_of_two_jobs_of_the_same_thing_one_is_kept():
+    """Two threads call the same function at once."""
+    link = FakeLink(1)
+    with link.lock:
+        first, second = (link.take("f", lambda: Job(letters.Context(caller=True), bytes(16), b"f")) for _ in range(2))
+        link.keep("f", first)
+        link.keep("f", second)
+        assert [*link.jobs.values()] == [first] and second.spent
+        assert link.take("f", Job) is first
 
 
 def test_a_job_that_owes_something_is_not_kept(start):
@@ -340,8 +352,8 @@ def test_what_is_sent_again_takes_no_chunk_along_that_was_not_given(start):
     link.set_workers(0)
     link.connected = False
     link.gone_back(batch, Gone.LOST)
-    call.lift_window()
-    wait_until(lambda: call._feeder.ended)
+    call._buffersize = 1 << 20
+    wait_until(lambda: call.ended)
     link.connected = True
     link.set_workers(1)
     done = 1
@@ -360,7 +372,7 @@ def test_ctrl_c_in_a_fill_loses_no_chunk_of_another_call(kind, is_posted, monkey
     link = FakeLink(2)
     link.connected = False
     call = begin(link, range(5), flat=True)
-    wait_until(lambda: call._feeder.ended)
+    wait_until(lambda: call.ended)
     link.connected = True
     post = FakeLink.post
 
@@ -387,7 +399,7 @@ def test_a_part_of_a_batch_that_is_given_ends_the_connection_and_not_every_one_a
     link = FakeLink(1)
     link.connected = False
     call = begin(link, range(6), us=1)
-    wait_until(lambda: call._feeder.ended)
+    wait_until(lambda: call.ended)
     link.connected = True
     with link.lock:
         link.fill()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from achilles.controller import pace
-from achilles.controller.pace import Pace, Worth
+from achilles.controller.pace import Pace, worth_of
 
 ENDLESS = float("inf")
 
@@ -79,22 +79,19 @@ def test_the_window_follows_the_pace():
 
 
 def test_the_worth_of_a_batch_grows_while_the_controller_is_late_and_falls_slowly():
-    worth = Worth(few=False)
-    assert worth.us == 5_000
-    found = []
+    us, found = worth_of(0.0, late=True, few=False), []
+    assert us == worth_of(0.0, late=False, few=False) == 5_000
     for _ in range(5):
-        worth.judge(late=True)
-        found.append(worth.us)
+        us = worth_of(us, late=True, few=False)
+        found.append(us)
     assert found == [10_000, 20_000, 40_000, 50_000, 50_000]
-    worth.judge(late=False)
-    assert 40_000 < worth.us < 50_000
+    us = worth_of(us, late=False, few=False)
+    assert 40_000 < us < 50_000
     for _ in range(1000):
-        worth.judge(late=False)
-    assert worth.us == 5_000
+        us = worth_of(us, late=False, few=False)
+    assert us == 5_000
 
 
 def test_where_few_batches_may_be_out_each_is_worth_more():
-    worth = Worth(few=True)
-    assert worth.us == 20_000
-    worth.judge(late=False)
-    assert worth.us == 20_000
+    assert worth_of(0.0, late=False, few=True) == worth_of(20_000, late=False, few=True) == 20_000
+    assert worth_of(20_000, late=True, few=True) == 40_000

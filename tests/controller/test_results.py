@@ -7,7 +7,8 @@ import threading
 import pytest
 from fake_link import FakeLink
 
-from achilles.controller.results import WINDOW_BYTES, Answered, Results, Run
+from achilles.controller.results import WINDOW_BYTES, Results
+from achilles.controller.run import Run
 from achilles.dropin.dispatcher import Dispatcher, SingleCall, Singles
 from achilles.errors import ProtocolError
 
@@ -20,11 +21,12 @@ def run(first, count=1, size=1, arguments=None, place=None, start=None, letter=b
 def answered(first, letters, letter=b"x", **more):
     """One answer a chunk: its letter is its name."""
     made = run(first, len(letters), letter=letter, **more)
-    return Answered(made, bytes(len(letters)), [letter.encode() for letter in letters])
+    made.answers = [letter.encode() for letter in letters]
+    return made
 
 
 def names(found):
-    return None if found is None else b"".join(found.letters).decode()
+    return None if found is None else b"".join(found.answers).decode()
 
 
 class Length:
@@ -42,8 +44,8 @@ def ordered(request):
     return request.param
 
 
-def flat(ordered, *, by_argument=False, first=0, ready=None):
-    return told(Results(threading.Lock(), ordered, by_argument, False, ready, first))
+def flat(ordered, *, first=0, ready=None):
+    return told(Results(threading.Lock(), ordered, False, False, ready, first))
 
 
 def packets(ordered, by_argument=False):
@@ -70,22 +72,6 @@ class Told:
 
     def notify_all(self):
         self.count += 1
-
-
-# Runs.
-
-
-def test_a_run_is_cut_with_its_arguments():
-    whole = Run(10, 30, 3, ["a", "b", "c", "d"], 11)
-    assert (whole.end, whole.cut(1, 3).first, whole.cut(1, 3).start) == (14, 11, 33)
-    assert [whole.cut(at, at + 1).arguments for at in range(4)] == [3, 3, 3, 2], "the last chunk may be short"
-    assert (whole.cut(2).letters, whole.cut(2).arguments) == (["c", "d"], 5)
-    assert (whole.cut(0).arguments, whole.cut(4).letters, whole.cut(4).arguments) == (11, [], 0)
-
-
-def test_an_argument_is_named_by_its_index_or_by_its_place_in_a_list():
-    assert run(4, size=3).name(2) == "argument 14"
-    assert run(4, start=5, place=7).name(1) == "argument 6 of the list args[7]"
 
 
 # Chunks by themselves.
@@ -118,7 +104,7 @@ def test_out_of_order_it_comes_as_it_was_answered():
 def test_a_call_begins_where_the_one_before_it_in_its_job_ended(ordered):
     buf = flat(ordered, first=100)
     buf.put(answered(100, "ab", start=0))
-    assert take(buf).run.start == 0
+    assert take(buf).start == 0
     buf.finish(102, None)
     assert buf.over
 
@@ -168,14 +154,15 @@ def test_the_window_counts_chunks_until_they_are_taken():
     assert buf.free(2) == 2
 
 
-def test_a_window_of_arguments_is_given_back_chunk_by_chunk(ordered):
-    buf = flat(ordered, by_argument=True)
+def test_a_window_of_arguments_is_given_back_packet_by_packet(ordered):
+    buf = packets(ordered, by_argument=True)
     buf.enter(run(0, 3, size=2, arguments=5))
     assert buf.free(5) == 0
+    buf.give(0, 3, 1, 3)
     buf.put(answered(0, "abc", size=2, arguments=5))
     found = []
     while (taken := take(buf)) is not None:
-        found.append((names(taken), taken.run.arguments, buf.free(5)))
+        found.append((names(taken), taken.arguments, buf.free(5)))
     assert found == [("a", 2, 2), ("b", 2, 4), ("c", 1, 5)]
 
 
@@ -241,7 +228,7 @@ def test_packets_of_nodes_of_two_and_six_workers_are_contiguous_and_as_long_as_t
     pieces = [answered(0, "abcdefg"), answered(7, "hijklmn")]
     for number in order:
         buf.put(pieces[number])
-    found = [(pieces[0].run.first, b"".join(b"".join(piece.letters) for piece in pieces))
+    found = [(pieces[0].first, b"".join(b"".join(piece.answers) for piece in pieces))
              for pieces in iter(buf.take, None)]
     assert sorted(found) == [(0, b"ab"), (2, b"cd"), (4, b"efghij"), (10, b"kl"), (12, b"mn")]
 
@@ -263,9 +250,9 @@ def test_out_of_order_a_packet_comes_when_it_is_complete():
     buf = packets(False)
     buf.give(0, 4, 2, 4)
     buf.put(answered(2, "cd"))
-    assert buf.take()[0].run.first == 2
+    assert buf.take()[0].first == 2
     buf.put(answered(0, "ab"))
-    assert buf.take()[0].run.first == 0
+    assert buf.take()[0].first == 0
 
 
 def test_the_last_packet_ends_with_the_call():
@@ -334,7 +321,7 @@ def test_each_list_is_a_packet_of_its_own():
     buf.put(answered(2, "c", place=1))
     assert buf.take() is None
     buf.put(answered(0, "ab", place=0))
-    assert [pieces[0].run.place for pieces in iter(buf.take, None)] == [0, 1]
+    assert [pieces[0].place for pieces in iter(buf.take, None)] == [0, 1]
     buf.finish(3, None)
     assert buf.over
     with pytest.raises(ProtocolError):

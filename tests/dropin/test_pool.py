@@ -597,7 +597,7 @@ def test_an_iterator_that_is_dropped_under_locks_of_ours_blocks_nobody(make, tmp
     wait_until(lambda: call.job.out, "the sending of the call")
 
     def drop():
-        with pool._controller.lock, channel._lock, channel._writing, call._feeder._cutting:
+        with pool._controller.lock, channel._lock, channel._writing, call._cutting:
             dropped.clear()
 
     dropper = threading.Thread(target=drop, daemon=True)

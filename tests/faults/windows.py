@@ -204,7 +204,7 @@ def cancelled(bench: Bench) -> None:
     work = Work(oracle.path, 0.05, tuple(range(0, 1000, 100)), "hang")
     packets = achilles.imap(work, range(1000), buffersize=1000, **cluster.address)
     oracle.wait_for(8)
-    wait_until(lambda: packets._call._feeder.ended, "all of it dumped")
+    wait_until(lambda: packets._call.ended, "all of it dumped")
     at = time.monotonic()
     packets.close()
     other = bench.oracle()  # longer than a worker may hang: four at once, or it is too late

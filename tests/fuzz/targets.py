@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from achilles.controller import trouble
+from achilles.controller import run
 from achilles.errors import AuthenticationError, ProtocolError
 from achilles.protocol import auth, frames
 from achilles.protocol import reader as reading
@@ -143,7 +143,7 @@ def check_note(letter: bytes) -> bool:
     except ProtocolError:
         return False
     check_texts(note)
-    error = trouble.lost("x", note)
+    error = run.worker_lost("x", note)
     assert str(error).isprintable()
     assert all(value is None or type(value) is int for value in (error.node, error.pid, error.exitcode))
     return True
