@@ -19,7 +19,7 @@ from ..objects.outcomes import fresh
 from .feeder import PAUSE_SECONDS, UNKNOWN_LENGTH, Feeder
 from .job import Job, Taken
 from .link import Link
-from .results import Results
+from .results import NOBODY, Results
 
 __all__ = ["Call", "NotYet"]
 
@@ -37,6 +37,8 @@ class Call:
     :param buffersize: chunks that may be out and not taken where the call is flat, else arguments; None follows the
         pace.
     :param largest: arguments of a chunk at most, where the call finds `chunksize` itself.
+    :param show: is called with each line of output, by the thread that takes: text, index of its argument (None where
+        the text counts lines that were left out), node.
     :param ready: is called under the connection's lock when there may be something to take; must not block.
     """
 
@@ -44,9 +46,11 @@ class Call:
         self, link: Link, job: Job, args: Iterable[Any] | Callable[[], Any], *, chunksize: int = 1,
         ordered: bool = True, flat: bool = False, eager: bool = False, buffersize: int | None = None,
         largest: int | None = None, ready: Callable[[], object] | None = None,
+        show: Callable[[str, int | None, int], object] | None = None,
     ) -> None:
         self.link, self.job = link, job
         self.eager, self.buffersize = eager, buffersize
+        self._show = show or NOBODY.hear
         self.results = Results(link.lock, ordered, buffersize is not None and not flat, not flat, ready, job.next)
         if buffersize is not None and not flat:  # a chunk has room in the window
             chunksize = min(chunksize, buffersize)
@@ -95,12 +99,16 @@ class Call:
         feeder, results = self._feeder, self.results
         while True:
             fed = feeder.inline and not feeder.ended and feeder.step()
-            with self.link.lock:
-                found = results.take()
-                if found is None and not fed and not results.over:
-                    left = threading.TIMEOUT_MAX if feeder.ended else PAUSE_SECONDS
-                    results.changed.wait(max(0.0, min(left, deadline - time.monotonic())))
+            try:
+                with self.link.lock:
                     found = results.take()
+                    if found is None and not fed and not results.over and not results.lines:
+                        left = threading.TIMEOUT_MAX if feeder.ended else PAUSE_SECONDS
+                        results.changed.wait(max(0.0, min(left, deadline - time.monotonic())))
+                        found = results.take()
+            finally:  # what was printed comes before the result, or the error, of its call
+                while results.lines:
+                    self._show(*results.lines.popleft())
             if found is not None:
                 return self.job.open(found)
             if results.over:

@@ -10,8 +10,8 @@ deaths, losses and alterations. Knows no connection: frames go through its `link
                 ▲                        │
                 └────── again ◀── GONE, altered, died: at the front, a doubtful chunk alone
 
-`link.lock` guards everything here; every method but `open` and `open_one` needs it. The reader thread calls `answered`
-and `gone`. The caller's thread calls `open`: it alone loads results, and the reader runs no code of users.
+`link.lock` guards everything here; every method but `open` and `open_one` needs it. The reader thread calls `answered`,
+`printed` and `gone`. The caller's thread calls `open`: it alone loads results, and the reader runs no code of users.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..objects.outcomes import mark
 from ..protocol.frames import (
     CAREFUL,
     MAX_SHORT_BYTES,
+    MORE,
     NOTE,
     TELL,
     U32,
@@ -187,6 +188,15 @@ class Job:
             except ProtocolError:
                 self._again(run.cut(at))  # for the next connection
                 raise
+
+    def printed(self, batch: Batch) -> None:
+        """An OUTPUT: a line, or a count of lines that were left out. It has an index while its chunk is out."""
+        if batch.flags == MORE:
+            self.sink.leave_out(batch.number, batch.attempt)
+            return
+        runs = [run for run in self.out.values() if run.first <= batch.first < run.end]
+        index = runs[0].cut(batch.first - runs[0].first).index(batch.attempt) if runs else None
+        self.sink.hear(bytes(joined(batch.letters()[0])).decode(errors="replace"), index, batch.number)
 
     def gone(self, batch: Batch) -> None:
         """GONE: these chunks are sent again. Ignored if nobody waits for them."""

@@ -196,7 +196,7 @@ class Link:
     # What came: the reader thread, without `lock`.
 
     def handle_batch(self, kind: Kind, batch: Batch) -> None:
-        """A RESULT, GONE or GIVEN. Ignored if its job is over."""
+        """A RESULT, GONE, GIVEN or OUTPUT. Ignored if its job is over."""
         letters = batch.letters() if kind is Kind.RESULT else []
         if batch.longs:
             batch.statuses = bytes(
@@ -211,6 +211,8 @@ class Link:
                 job.sink.give(batch.first, batch.count if whole else 0, batch.number, job.next)
             elif kind is Kind.RESULT:
                 job.answered(batch, letters)
+            elif kind is Kind.OUTPUT:
+                job.printed(batch)
             else:
                 job.gone(batch)
             self.queue(job)

@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from ..calls import checked, connect
+from ..calls import connect
 from ..config import SecretKey
 from ..controller.call import Call
 from ..controller.job import Job
 from ..errors import DumpError, LetterTooLarge
 from ..objects import letters
 from ..objects.letters import dump_chunk, dump_function, joined, name_of
+from ..options import Output, checked, shower
 from ..protocol.frames import Letter, letter_of
 from .async_results import PoolIterator
 from .dispatcher import Dispatcher, SingleCall, Singles, Taker
@@ -54,6 +55,7 @@ class More(NamedTuple):
     buffersize: int | None = None
     timeout: float | None = None
     seed: int | None = None
+    output: Output = None
 
 
 class BasePool:
@@ -182,7 +184,9 @@ class BasePool:
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         chunksize = None if chunksize is None else operator.index(chunksize)
-        options: dict[str, Any] = {"call": call, "timeout": timeout}
+        link = self._controller
+        show = shower(more.output, link.settings is None and not link.in_place)
+        options: dict[str, Any] = {"call": call, "timeout": timeout, "output": show and True}
         if more.seed is not None:
             args = (lambda given=args: enumerate(given())) if callable(args) else [*enumerate(args)]
             options["seed"] = hashlib.sha256(b"%x" % operator.index(more.seed)).hexdigest()
@@ -200,7 +204,7 @@ class BasePool:
             if chunksize is None:  # of a sequence, what multiprocessing chooses
                 largest = LARGEST_CHUNK if callable(args) else -(-len(args) // (CHUNKS_A_WORKER * self._processes)) or 1
             taker.call = Call(self._controller, job, args, chunksize=chunksize or 1, ordered=ordered, flat=True,
-                              buffersize=buffersize, largest=largest, ready=ready)
+                              buffersize=buffersize, largest=largest, ready=ready, show=show)
             self._dispatcher.open.add(taker)
         try:
             taker.call.start(inline)

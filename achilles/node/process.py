@@ -28,6 +28,7 @@ from ..protocol.channel import Channel
 from ..protocol.frames import HEAD, Batch, Kind, Letter, Status, decode, encode
 from . import worker as process_of_worker
 from .board import CALL, CHUNK, FIRST, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASE, START, UNNAMED, WORDS, Board
+from .output import Flow
 
 __all__ = ["LATE_SECONDS", "NOTHING", "WAIT_SECONDS", "NodeJob", "NodeWorker", "start"]
 
@@ -48,6 +49,7 @@ class NodeJob(NamedTuple):
     context: str
     declaration: dict[str, Any]
     letters: list[Letter]  # declaration, function, perhaps the context's initializer
+    flow: Flow  # of what its functions print here
 
 
 class NodeWorker:
@@ -74,7 +76,7 @@ class NodeWorker:
 
     def begin(self, job: NodeJob, batch: Batch) -> None:
         """Give it a batch. It is idle, so nobody else writes the status array now."""
-        context, options, letters = job
+        context, options, letters, _ = job
         tasks = options.get("maxtasksperchild") or NEVER
         if self.owner is None and (options["initializer"] or tasks < NEVER):
             self.owner, self.owned_at, self.tasks_left = context, time.monotonic(), tasks

@@ -98,6 +98,10 @@ class Runner:
             self._contexts[name] = _Prepared(self._make_context(), initializer)
         self._jobs[number] = _RunnerJob(self._contexts[name], declaration, function)
 
+    def wants_output(self, number: int) -> bool:
+        """Whether the caller wants what this job prints."""
+        return bool(self._jobs[number].declaration.get("output"))
+
     def end(self, number: int) -> None:
         """END: drop a job, known or not."""
         self._jobs.pop(number, None)
@@ -151,7 +155,8 @@ class Runner:
         status[OFFSET] = offset = 0 if len(arguments) == 1 else UNNAMED
         status[PHASE] = CALL
         if offset == UNNAMED or skipped:
-            named = careful or skipped or job.declaration.get("timeout")  # the node watches how long an argument takes
+            # The node watches how long an argument takes, and a line that an argument prints has its index.
+            named = careful or skipped or job.declaration.get("timeout") or job.declaration.get("output")
             values, errors = self._call(job.function, arguments, skipped, bool(named))
         else:  # as `_call`, for one argument, in two thirds of the time
             try:

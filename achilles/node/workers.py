@@ -36,6 +36,7 @@ from ..errors import AchillesError, ProtocolError
 from ..protocol.channel import Channel
 from ..protocol.frames import U64, Batch, Gone, Kind, Letter, Status
 from .board import CALL, IDLE, LIMIT, PHASE, PHASES, START
+from .output import Flow
 from .process import LATE_SECONDS, NOTHING, WAIT_SECONDS, NodeJob, NodeWorker, start
 
 __all__ = ["LOOK_SECONDS", "Workers", "pump"]
@@ -57,7 +58,7 @@ class Workers:
     :param count: how many are kept alive.
     :param method: "fork", "forkserver" or "spawn".
     :param selector: the loop's; `data` of an entry is called with the events. A forked worker closes all that is in it.
-    :param send: takes RESULT and RETURNED with their batch.
+    :param send: takes OUTPUT, RESULT and RETURNED with their batch.
     :param node: the node's id, for the notes on deaths.
     :ivar look_at: when `turn` is due even if nothing comes (monotonic).
     """
@@ -93,7 +94,7 @@ class Workers:
             if len(letters) < 3:
                 raise ProtocolError(f"job {batch.job} needs an initializer that was not sent")
             self._initializers[context] = letters[2:]
-        self._jobs[batch.job] = NodeJob(context, batch.declaration, letters)
+        self._jobs[batch.job] = NodeJob(context, batch.declaration, letters, Flow())
 
     def add(self, batch: Batch) -> None:
         """TASK: queue a batch. ProtocolError if its job is not known."""
@@ -240,9 +241,12 @@ class Workers:
         """Pass on the RESULTs that came. After the end of its socket a worker is of no more use."""
         try:
             received = worker.channel.receive()
-            for _, answer in received or ():
-                worker.answered(answer)
-                self._send(Kind.RESULT, answer)
+            for kind, body in received or ():
+                if kind is Kind.RESULT:
+                    worker.answered(body)
+                    self._answer(body)
+                elif body.job in self._jobs and self._jobs[body.job].flow.admits(body):
+                    self._send(kind, body)
         except (OSError, AchillesError) as e:
             log.info("%s: %s", worker.channel.name, e)
             received = None
@@ -252,12 +256,19 @@ class Workers:
             self.look_at = 0.0
         worker.settle()
 
+    def _answer(self, answer: Batch) -> None:
+        """RESULT, behind the count of the lines that were not passed on."""
+        if answer.job in self._jobs:
+            for count in self._jobs[answer.job].flow.count(answer.job, self.node):
+                self._send(Kind.OUTPUT, count)
+        self._send(Kind.RESULT, answer)
+
     def _pass_on(self, worker: NodeWorker, chunk: int) -> None:
         """Pass on the answers before this chunk that the worker has not sent."""
         with contextlib.suppress(ProtocolError):
             if (answer := worker.waiting(chunk)) is not None:
                 worker.answered(answer)
-                self._send(Kind.RESULT, answer)
+                self._answer(answer)
 
     def _bury(self, worker: NodeWorker, now: float) -> None:
         """A worker has ended: pass on its answers, charge one chunk at most, and return the others."""
@@ -277,7 +288,7 @@ class Workers:
                 "exitcode": exitcode,
             }
             self._return(batch, worker.next, chunk, self._reason)
-            self._send(Kind.RESULT, Batch.pack(
+            self._answer(Batch.pack(
                 batch.job, chunk, [json.dumps(note).encode()], attempt=batch.attempt, statuses=bytes([worker.charge])))
             worker.next = chunk + 1
         self._return(batch, worker.next, worker.end, self._reason)

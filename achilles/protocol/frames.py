@@ -29,6 +29,7 @@ from .kinds import (
     FLAGS,
     LETTERS,
     MAX_CHUNKS,
+    MORE,
     NOTE,
     RANGE_FIELDS,
     RANGES,
@@ -45,7 +46,7 @@ from .kinds import (
 )
 
 __all__ = [
-    "CAREFUL", "HEAD", "LETTER_LIMIT_BYTES", "MAX_CHUNKS", "MAX_LONG_BYTES", "MAX_SHORT_BYTES", "NOTE",
+    "CAREFUL", "HEAD", "LETTER_LIMIT_BYTES", "MAX_CHUNKS", "MAX_LONG_BYTES", "MAX_SHORT_BYTES", "MORE", "NOTE",
     "SHORT_LETTER_BYTES", "TAG_BYTES", "TELL", "TEXT_CHARS", "U16", "U32", "U64", "Batch", "Buffer", "Frame", "Gone",
     "Kind", "Letter", "LongLetter", "Status", "decode", "digest", "encode", "joined", "letter_of",
 ]

@@ -30,6 +30,7 @@ from achilles.node import process
 from achilles.node import workers as module
 from achilles.node.board import CALL, CHUNK, FIRST, PHASE, START, WORDS
 from achilles.node.cores import default_start_method, usable_cores
+from achilles.node.output import Flow
 from achilles.node.workers import Workers
 from achilles.objects.letters import Context, dump_chunk
 from achilles.objects.outcomes import load_outcomes
@@ -405,7 +406,7 @@ def test_the_time_in_which_a_worker_starts_is_no_time_of_its_batch() -> None:
         worker = process.NodeWorker(types.SimpleNamespace(pid=1), ours, bytearray(8 * WORDS))
         worker.status[PHASE] = START
         batch = Batch.pack(1, 0, [b"x"] * 10, number=40_000)
-        worker.begin(process.NodeJob("a context", {"initializer": False}, [b"", b"f"]), batch)
+        worker.begin(process.NodeJob("a context", {"initializer": False}, [b"", b"f"], Flow()), batch)
         began = worker.since
         assert not worker.look(began + 0.01) and not worker.look(began + 0.18)
         for number in range(10):

@@ -10,8 +10,9 @@ import pytest
 
 from achilles.errors import ProtocolError
 from achilles.protocol import auth, frames
-from achilles.protocol.frames import TELL, Batch, Frame, Gone, Kind, LongLetter, Status
+from achilles.protocol.frames import MORE, TELL, Batch, Frame, Gone, Kind, LongLetter, Status
 from achilles.protocol.kinds import MAX_PYTHONS, SERVER_FIELDS
+from achilles.server import exchange
 from achilles.server.exchange import Exchange, Peer
 
 CONTEXT, OTHER_CONTEXT = "0c" * 16, "0d" * 16
@@ -29,6 +30,7 @@ class FakeChannel:
         self.said = []
         self.finished = False
         self.pushed = 0  # frames that would have left
+        self.waiting = 0  # frames, as a test says
         self.gate = threading.Event()  # `send` waits for it
         self.gate.set()
 
@@ -711,3 +713,43 @@ def test_kill_and_the_goodbye_after_it(cluster):
         assert kinds(late.channel.take()) == [Kind.HELLO, Kind.BYE] and late.channel.finished
     cluster.exchange.leave(node)
     cluster.exchange.leave(controller)
+
+
+def test_lines_go_to_the_controller_under_its_own_number_and_in_front_of_the_answer(cluster):
+    node, controller = cluster.node(), cluster.controller()
+    cluster.declare(controller, job=3, output=True)
+    cluster.task(controller, job=3)
+    [given] = of_kind(node.channel.take(), Kind.TASK)
+    controller.channel.take()
+    cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"hello"], attempt=2, number=5))
+    cluster.say(node, Kind.RESULT, Batch.pack(given.job, 0, [b"r"], attempt=given.attempt, statuses=b"\0"))
+    (first, line), (second, _) = controller.channel.take()
+    assert (first, second) == (Kind.OUTPUT, Kind.RESULT)
+    assert (line.job, line.attempt, line.number, line.letters()) == (3, 2, 5, [b"hello"])
+
+
+def test_lines_for_a_controller_that_does_not_read_are_counted_and_results_are_not_kept_back(cluster):
+    node, controller = cluster.node(), cluster.controller()
+    cluster.declare(controller, job=3, output=True)
+    cluster.task(controller, job=3)
+    [given] = of_kind(node.channel.take(), Kind.TASK)
+    controller.channel.take()
+    controller.channel.waiting = exchange.OUTPUT_FRAMES
+    for _ in range(3):
+        cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"hello"], number=5))
+    cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b""], attempt=40, number=5, flags=MORE))
+    assert controller.channel.take() == []
+    cluster.say(node, Kind.RESULT, Batch.pack(given.job, 0, [b"r"], attempt=given.attempt, statuses=b"\0"))
+    (_, count), (kind, _) = controller.channel.take()
+    assert (count.job, count.attempt, count.number, count.flags) == (3, 43, 5, MORE) and kind is Kind.RESULT
+
+
+def test_lines_of_a_job_that_has_ended_lead_nowhere(cluster):
+    node, controller = cluster.node(), cluster.controller()
+    cluster.declare(controller, job=3, output=True)
+    cluster.task(controller, job=3)
+    [given] = of_kind(node.channel.take(), Kind.TASK)
+    cluster.say(controller, Kind.END, Batch(3))
+    controller.channel.take()
+    cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"late"], number=5))
+    assert controller.channel.take() == []
