@@ -31,6 +31,7 @@ from .controller.connection import RECONNECT_SECONDS, Controller, tell
 from .controller.job import Job, Taken
 from .objects import letters
 from .objects.outcomes import mark
+from .objects.sources import own_sources
 from .options import Output, checked, shower
 from .protocol.frames import letter_of
 
@@ -242,9 +243,11 @@ def _start(
         if (settings := controller.settings) is not None:
             tell(f"ALERT: Connection to achilles_server at {settings.host}:{settings.port} "
                  "and authentication successful.\n")
+        sources = own_sources() if settings is not None else None
         with controller.lock:
             options = {"timeout": timeout, "output": show and True}
-            job = controller.start(Job(context, secrets.token_bytes(16), function, options=options))
+            job = Job(context, secrets.token_bytes(16), function, options=options, sources=sources)
+            controller.start(job)
             call = Call(
                 controller, job, args, chunksize=chunksize, ordered=ordered, eager=eager, buffersize=buffersize,
                 show=show)

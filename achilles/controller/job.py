@@ -25,6 +25,7 @@ from typing import Any
 from ..errors import ProtocolError
 from ..objects import letters, outcomes
 from ..objects.outcomes import mark
+from ..objects.sources import Sources, reason
 from ..protocol.frames import (
     CAREFUL,
     MAX_SHORT_BYTES,
@@ -47,7 +48,6 @@ from .trouble import ATTEMPTS, NO_TROUBLE, Trouble, lost
 
 __all__ = ["Job", "Taken"]
 
-REMEDY = "install it there, or put the file into a folder on that node's PYTHONPATH, or import less of it"
 RUN_CHUNKS = 4096  # in one Run of the queue: cutting a batch from it copies the rest
 
 Taken = tuple[int, list[Any], dict[int, BaseException]]  # index of the first value, values, offset -> error
@@ -59,16 +59,20 @@ class Job:
     :param context: of objects/, in which everything of this job is dumped and loaded.
     :param context_id: what nodes know it by, 16 bytes.
     :param options: those of a declaration; None values are left out.
+    :param sources: the caller's own modules.
     :ivar declaration: the first letter of its JOB, as an object.  :ivar sink: where answers go.
     :ivar left: chunks that the call still has to cut, very many where nobody knows.
     """
 
     def __init__(
         self, context: letters.Context, context_id: bytes, function: Letter, initializer: Letter | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None, sources: Sources | None = None,
     ) -> None:
         self.context, self.function, self.initializer = context, function, initializer
         self.declaration: dict[str, Any] = {"context": context_id.hex(), "initializer": initializer is not None}
+        self.sources: Letter | None = None
+        if sources is not None:
+            self.declaration["sources"], self.sources = sources.name, letter_of(sources.letter)
         self.declaration.update({name: value for name, value in (options or {}).items() if value is not None})
         self.number = 0  # the link counts
         self.declared = False  # on the connection there is
@@ -295,8 +299,9 @@ class Job:
 
     def _load(self, status: int, letter: Letter) -> tuple[list[Any], dict[int, BaseException]]:
         values, errors = outcomes.load_outcomes(self.context, joined(letter), status != Status.VALUES)
+        for error in errors.values():
+            if isinstance(error, ModuleNotFoundError) and error.name:
+                error.msg = f"{error} on node {getattr(error, 'node', None)}: {reason(error.name)}"
         if status == Status.FAILED:
-            if isinstance(errors[0], ModuleNotFoundError):  # of a module that the node lacks
-                errors[0].msg = f"{errors[0]} on node {getattr(errors[0], 'node', None)}: {REMEDY}"
             raise errors[0]
         return values, errors

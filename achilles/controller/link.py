@@ -57,7 +57,7 @@ class Link:
         self._numbers = 0
         self._worth = Worth(few=processes is not None)
         self._turns: deque[Job] = deque()  # jobs with chunks that wait, and perhaps others
-        self._contexts: set[str] = set()  # their initializers went over this connection
+        self._contexts: set[str] = set()  # their initializers, and sets of sources, went over this connection
         self._kept: dict[Any, Job] = {}  # jobs that owe nothing, by what they are; the longest unused first
         _of_this_process().add(self)
 
@@ -182,15 +182,17 @@ class Link:
         self._turns = deque(self.jobs.values())
 
     def _declare(self, job: Job) -> None:
-        """JOB, with the initializer where the server has not had it."""
+        """JOB, with the initializer and the sources where the server has not had them."""
         job.declared = True
-        context = job.declaration["context"]
-        parts: list[Letter] = [json.dumps(job.declaration, separators=(",", ":")).encode(), job.function]
-        if job.initializer is not None and context not in self._contexts:
-            self._contexts.add(context)
-            parts.append(job.initializer)
+        declaration = job.declaration
+        parts: list[Letter] = [json.dumps(declaration, separators=(",", ":")).encode(), job.function, b"", b""]
+        names = declaration["context"], declaration.get("sources")
+        for place, (name, letter) in enumerate(zip(names, (job.initializer, job.sources)), 2):
+            if letter is not None and name not in self._contexts:
+                self._contexts.add(name)
+                parts[place] = letter
         batch = Batch.pack(job.number, 0, parts)
-        batch.declaration = job.declaration  # as if it had been read
+        batch.declaration = declaration  # as if it had been read
         self.post(Kind.JOB, batch)
 
     # What came: the reader thread, without `lock`.

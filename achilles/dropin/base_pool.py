@@ -28,6 +28,7 @@ from ..controller.job import Job
 from ..errors import DumpError, LetterTooLarge
 from ..objects import letters
 from ..objects.letters import dump_chunk, dump_function, joined, name_of
+from ..objects.sources import own_sources
 from ..options import Output, checked, shower
 from ..protocol.frames import Letter, letter_of
 from .async_results import PoolIterator
@@ -149,7 +150,7 @@ class BasePool:
         with link.lock:
             singles = self._singles.get(key)
             if singles is None or singles.job.spent:
-                job = link.take(key, partial(self._job, function, APPLY))
+                job = link.take(key, partial(self._job, key, function, APPLY))
                 self._singles[key] = job.sink = singles = Singles(self._dispatcher, job, partial(self._idle, key))
             singles.enter(single, letter)
             link.queue(singles.job)
@@ -170,10 +171,13 @@ class BasePool:
         letter, last = self._last
         if dumped is not letter:
             self._last = dumped, last = dumped, letter_of(dumped, name_of(func))
-        return (dumped, *options.values()), last
+        on_cluster = self._controller.settings is not None
+        sources = own_sources(at_once=options is not APPLY) if on_cluster else None
+        return (dumped, sources, *options.values()), last
 
-    def _job(self, function: Letter, options: Mapping[str, Any]) -> Job:
-        return Job(self._context, self._context_id, function, self._initializer, {**self._options, **options})
+    def _job(self, key: Any, function: Letter, options: Mapping[str, Any]) -> Job:
+        options = {**self._options, **options}
+        return Job(self._context, self._context_id, function, self._initializer, options, sources=key[1])
 
     def _start(
         self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None, more: More, *,
@@ -199,7 +203,7 @@ class BasePool:
                 self._dispatcher.work.put(partial(taker.finish, error))
             return
         with self._controller.lock:
-            job = self._controller.take(taker.key, partial(self._job, function, options))
+            job = self._controller.take(taker.key, partial(self._job, taker.key, function, options))
             largest = None
             if chunksize is None:  # of a sequence, what multiprocessing chooses
                 largest = LARGEST_CHUNK if callable(args) else -(-len(args) // (CHUNKS_A_WORKER * self._processes)) or 1

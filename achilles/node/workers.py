@@ -15,8 +15,10 @@ Each chunk that comes leaves as an answer or as RETURNED. That frees the server'
 A late worker sends the answers on its board as well, when it goes on: the server drops what it has.
 
 The worker of a job with an initializer or with maxtasksperchild belongs to that context until CLOSE, or until another
-needs it more, and is then replaced. A death is seen in `exitcode`, which alone tells the truth: sentinel and end of
-file wait for the worker's own children, too. But the end of a worker's socket makes the node look at once.
+needs it more, and is then replaced. A worker also belongs to the set of sources that it has imported.
+
+A death is seen in `exitcode`, which alone tells the truth: sentinel and end of file wait for the worker's own children,
+too. But the end of a worker's socket makes the node look at once.
 
 Everything runs in the one thread of the node's loop: the loop calls `turn`, and the selector's entries carry the
 function to call in `data`. There are no locks.
@@ -72,7 +74,7 @@ class Workers:
         self._method = method
         self._selector = selector
         self._send = send
-        self._initializers: dict[str, list[Letter]] = {}  # of each context that has one, until CLOSE
+        self._shared: dict[str, Letter] = {}  # initializers and sources, by the names of contexts and sets, until CLOSE
         self._jobs: dict[int, NodeJob] = {}
         self._queue: dict[Batch, float] = {}  # batches that no worker has, since when (monotonic)
         self._workers: list[NodeWorker] = []
@@ -87,14 +89,17 @@ class Workers:
     # Frames of the server.
 
     def declare(self, batch: Batch) -> None:
-        """JOB. ProtocolError if its context's initializer has never come."""
-        letters, context = batch.letters(), batch.declaration["context"]
-        if batch.declaration["initializer"]:
-            letters[2:] = letters[2:] or self._initializers.get(context, [])
-            if len(letters) < 3:
-                raise ProtocolError(f"job {batch.job} needs an initializer that was not sent")
-            self._initializers[context] = letters[2:]
-        self._jobs[batch.job] = NodeJob(context, batch.declaration, letters, Flow())
+        """JOB. ProtocolError if its context's initializer or its sources have never come."""
+        letters, options = [*batch.letters(), b"", b""][:4], batch.declaration
+        names = context, sources = options["context"], options.get("sources")
+        for place, name in enumerate((context if options["initializer"] else None, sources), 2):
+            if name is not None:
+                letters[place] = self._shared[name] = letters[place] or self._shared.get(name, b"")
+                if not letters[place]:
+                    raise ProtocolError(f"job {batch.job} needs an initializer or sources that were not sent")
+        is_own = options["initializer"] or options.get("maxtasksperchild")
+        owner = context if is_own else None, sources
+        self._jobs[batch.job] = NodeJob(names, owner, options, letters, Flow())
 
     def add(self, batch: Batch) -> None:
         """TASK: queue a batch. ProtocolError if its job is not known."""
@@ -123,10 +128,10 @@ class Workers:
 
     def close_context(self, context: str) -> None:
         """CLOSE: workers drop the context; those that belong to it are replaced."""
-        self._initializers.pop(context, None)
+        self._shared.pop(context, None)
         for worker in self._workers:
             worker.forget(context, Kind.CLOSE, {"context": context})
-            if worker.owner == context:
+            if worker.owner[0] == context:
                 worker.retire()
 
     def drain(self) -> None:
@@ -198,7 +203,7 @@ class Workers:
                 not worker.usable and worker.batch is NOTHING for worker in self._workers):
             return  # where one ends or is missing, one comes
         owners = [worker.owner for worker in usable]
-        needy = [batch for batch in self._queue if not {None, self._jobs[batch.job].context}.intersection(owners)]
+        needy = [batch for batch in self._queue if not any(worker.fits(self._jobs[batch.job]) for worker in usable)]
         free = [worker for worker in usable if worker.batch is NOTHING]
         if not needy:
             free = [worker for worker in free if now - worker.since > SHARE_SECONDS and (
@@ -213,10 +218,9 @@ class Workers:
     def _feed(self) -> None:
         """Give batches to idle workers, the oldest first. Workers of their own context come first, then ready ones."""
         idle = [worker for worker in self._workers if worker.usable and worker.batch is NOTHING]
-        idle.sort(key=lambda worker: (worker.owner is None, worker.status[PHASE] == START))
+        idle.sort(key=lambda worker: (worker.owner.count(None), worker.status[PHASE] == START))
         for batch in list(self._queue):
-            owners = None, self._jobs[batch.job].context
-            worker = next((worker for worker in idle if worker.owner in owners), None)
+            worker = next((worker for worker in idle if worker.fits(self._jobs[batch.job])), None)
             if worker is not None:
                 idle.remove(worker)
                 if worker.tasks_left < batch.count:

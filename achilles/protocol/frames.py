@@ -243,5 +243,6 @@ def _decode_letters(kind: Kind, batch: Batch, envelope: bytes) -> None:
     if kind is Kind.JOB:
         declaration = joined(batch.letters()[0])  # nothing, if it is a long letter: its parts have not come
         batch.declaration = read_object("JOB", bytes(declaration), DECLARATION)
-        if batch.count == 3 and not batch.declaration["initializer"]:
-            raise ProtocolError("a JOB brings an initializer that it does not declare")
+        for name, length in zip(("initializer", "sources"), lengths[2:]):
+            if length and not batch.declaration.get(name):
+                raise ProtocolError(f"a JOB brings a letter for {name} that it does not declare")

@@ -68,7 +68,7 @@ DIRECTIONS: dict[Kind, tuple[str, ...]] = {
 RANGE_FIELDS = ("first", "count", "attempt", "number")
 _ZERO, _ANY_U32, _CHUNKS, _CHUNK_NUMBER = (0, 0), (0, U32), (1, MAX_CHUNKS), (0, U64)
 RANGES: dict[Kind, tuple[tuple[int, int], ...]] = {
-    Kind.JOB: (_ZERO, (2, 3), _ZERO, _ZERO),
+    Kind.JOB: (_ZERO, (2, 4), _ZERO, _ZERO),
     Kind.TASK: (_CHUNK_NUMBER, _CHUNKS, _ANY_U32, _ANY_U32),
     Kind.GIVEN: (_CHUNK_NUMBER, _CHUNKS, _ANY_U32, (1, U16)),
     Kind.RESULT: (_CHUNK_NUMBER, _CHUNKS, _ANY_U32, _ANY_U32),
@@ -115,7 +115,7 @@ _NAME, _PYTHON = Field(str, 1, NAME_CHARS), Field(str, 1, NAME_CHARS, form=PYTHO
 _TEXT, _CONTEXT = Field(str, 0, TEXT_CHARS), Field(str, 32, 32, form=HEX_FORM)
 # The first letter of a JOB.
 DECLARATION: dict[str, Field] = {
-    "context": _CONTEXT, "initializer": Field(bool),
+    "context": _CONTEXT, "initializer": Field(bool), "sources": _CONTEXT._replace(required=False),
     "timeout": Field((int, float), 1e-9, float(U32), False), "maxtasksperchild": Field(int, 1, U32, False),
     "seed": Field(str, 64, 64, False, form=HEX_FORM), "call": _NAME._replace(required=False, form="|".join(CALLS)),
     "output": Field(bool, required=False),

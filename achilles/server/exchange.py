@@ -60,15 +60,15 @@ class Peer:
         self.hello: dict[str, Any] = {}
         self.since = 0.0  # wall clock, for people to read
         self.jobs: dict[int, DeclaredJob] = {}  # a controller's: by its own numbers, until END
-        self.contexts: dict[str, list[Letter]] = {}  # a controller's: those it opened, with an initializer or none
+        self.contexts: dict[str, Letter] = {}  # a controller's: initializer or sources, under the names that it opened
 
 
 class DeclaredJob(NamedTuple):
     """What the server keeps of a JOB until END: enough to declare it to a node.
 
     :ivar number: the server's.  :ivar owners_number: the controller's.
-    :ivar letters: declaration and function.  :ivar initializer: of the context, or nothing.
-    :ivar nodes: all that know the context, perhaps lost ones.
+    :ivar letters: declaration and function.
+    :ivar shared: initializer and sources, or nothing, each with all nodes that have it, perhaps lost ones.
     :ivar left_out: lines of output that the controller has not got, by their node.
     """
 
@@ -76,14 +76,14 @@ class DeclaredJob(NamedTuple):
     owner: Peer
     owners_number: int
     letters: list[Letter]
-    initializer: list[Letter]
-    nodes: set[int]
+    shared: list[tuple[Letter, set[int]]]
     left_out: Counter[int]
 
     def declare_to(self, node: int) -> Batch:
-        """Return the JOB for a node, with the initializer if the context is new there."""
-        news = [] if node in self.nodes else self.initializer
-        self.nodes.add(node)
+        """Return the JOB for a node, with the initializer and the sources that are new there."""
+        news = [b"" if node in nodes else letter for letter, nodes in self.shared]
+        for _, nodes in self.shared:
+            nodes.add(node)
         return Batch.pack(self.number, 0, self.letters + news)
 
 
@@ -236,16 +236,21 @@ class Exchange:
                 self._end(job)
 
     def _declare(self, peer: Peer, batch: Batch) -> None:
-        """A JOB opens its context on this connection. Its third letter is the context's initializer there."""
-        letters, name = batch.letters(), batch.declaration["context"]
-        initializer = letters[2:] or peer.contexts.get(name, [])
+        """A JOB opens its context and its sources on this connection. Later JOBs need not bring their letters."""
+        letters: list[Letter] = [*batch.letters(), b"", b""]
         if batch.job in peer.jobs:
             raise ProtocolError(f"job {batch.job} is there already")
-        if batch.declaration["initializer"] is not bool(initializer):
-            raise ProtocolError(f"job {batch.job} and its context do not have the same initializer")
-        peer.contexts[name] = initializer
-        job = DeclaredJob(next(self._ids["job"]), peer, batch.job, letters[:2], initializer,
-                          self._contexts.setdefault(name, set()), Counter())
+        names = batch.declaration["context"], batch.declaration.get("sources")
+        shared: list[tuple[Letter, set[int]]] = []
+        for name, is_wanted, letter in zip(names, (batch.declaration["initializer"], bool(names[1])), letters[2:]):
+            nodes: set[int] = set()
+            letter = letter or peer.contexts.get(name, b"")
+            if is_wanted is not bool(letter):
+                raise ProtocolError(f"job {batch.job} and its context do not have the same initializer, or no sources")
+            if name is not None:
+                peer.contexts[name], nodes = letter, self._contexts.setdefault(name, set())
+            shared.append((letter, nodes))
+        job = DeclaredJob(next(self._ids["job"]), peer, batch.job, letters[:2], shared, Counter())
         self._jobs[job.number] = peer.jobs[batch.job] = job
         self._scheduler.declare(job.number, peer.hello["python"])
 

@@ -15,7 +15,7 @@ from achilles.protocol.kinds import MAX_PYTHONS, SERVER_FIELDS
 from achilles.server import exchange
 from achilles.server.exchange import Exchange, Peer
 
-CONTEXT, OTHER_CONTEXT = "0c" * 16, "0d" * 16
+CONTEXT, OTHER_CONTEXT, SET = "0c" * 16, "0d" * 16, "0e" * 16
 FUNCTION = b"a function"
 LONG_FUNCTION = b"x" * 2000
 INITIALIZER = b"an initializer"
@@ -87,13 +87,16 @@ class Cluster:
         self.now += 1
         self.exchange.tick(self.now)
 
-    def declare(self, peer, job=3, letter=FUNCTION, context=CONTEXT, initializer=None, has_initializer=None, **options):
+    def declare(
+        self, peer, job=3, letter=FUNCTION, context=CONTEXT, initializer=None, has_initializer=None,
+        set_of_sources=b"", **options,
+    ):
         """A JOB as it is read from a controller."""
         has = bool(initializer) if has_initializer is None else has_initializer
         declaration = json.dumps({"context": context, "initializer": has} | options).encode()
         if len(letter) > frames.SHORT_LETTER_BYTES:
             letter = LongLetter((letter,), hashlib.sha256(letter).digest(), len(letter))
-        batch = Batch.pack(job, 0, [declaration, letter, *([initializer] if initializer else [])])
+        batch = Batch.pack(job, 0, [declaration, letter, initializer or b"", set_of_sources])
         longs, batch.longs = batch.longs, []
         batch = frames.decode(Kind.JOB, 0, frames.encode(Kind.JOB, batch)[0][frames.HEAD.size :])
         batch.longs = longs
@@ -284,9 +287,9 @@ def test_a_job_goes_to_a_node_and_its_answers_come_back(cluster):
     said = node.channel.take()
     assert kinds(said) == [Kind.JOB, Kind.TASK]
     job, task = (body for _, body in said)
-    declaration, function = job.letters()
+    declaration, function, *nothing = job.letters()
     assert json.loads(declaration) == {"context": CONTEXT, "initializer": False, "timeout": 2.0}
-    assert function == FUNCTION and task.job == job.job
+    assert function == FUNCTION and not any(nothing) and task.job == job.job
     assert (task.first, task.count, task.attempt, task.number, task.flags) == (0, 2, sent.attempt, 77, frames.CAREFUL)
     assert task.letters() == [b"args", b"args"]
     assert controller.channel.take() == []
@@ -354,12 +357,13 @@ def test_an_initializer_goes_to_each_node_once_for_its_context(cluster):
     for job in (4, 3, 5):
         cluster.task(controller, job=job)
     jobs = of_kind(node.channel.take(), Kind.JOB)
-    assert [job.letters()[1:] for job in jobs] == [[FUNCTION, INITIALIZER], [FUNCTION], [FUNCTION]]
+    assert [job.letters()[1:] for job in jobs] == [
+        [FUNCTION, INITIALIZER, b""], [FUNCTION, b"", b""], [FUNCTION, b"", b""]]
     late = cluster.node(8)
     cluster.task(controller, job=3, first=1)
     for _ in range(9):
         cluster.task(controller, job=3, first=2)
-    assert [job.count for job in of_kind(late.channel.take(), Kind.JOB)] == [3]
+    assert [job.letters()[2] for job in of_kind(late.channel.take(), Kind.JOB)] == [INITIALIZER]
 
 
 def test_an_initializer_that_was_not_sent_on_this_connection_is_refused(cluster):
@@ -370,6 +374,28 @@ def test_an_initializer_that_was_not_sent_on_this_connection_is_refused(cluster)
     with pytest.raises(ProtocolError, match="initializer"):
         cluster.declare(other, 4)  # this context has one
     assert controller.jobs == {} and controller.contexts == {}
+
+
+def test_sources_go_to_each_node_once_for_their_name_and_are_closed_with_the_last_connection(cluster):
+    node, controller, other = cluster.node(8), cluster.controller(), cluster.controller()
+    cluster.declare(controller, 3, sources=SET, set_of_sources=b"modules")
+    cluster.declare(controller, 4, context=OTHER_CONTEXT, sources=SET)  # the connection has had them
+    cluster.declare(other, 3, sources=SET, set_of_sources=b"modules")
+    for peer, job in ((controller, 4), (controller, 3), (other, 3)):
+        cluster.task(peer, job=job)
+    jobs = of_kind(node.channel.take(), Kind.JOB)
+    assert [job.letters()[1:] for job in jobs] == [
+        [FUNCTION, b"", b"modules"], [FUNCTION, b"", b""], [FUNCTION, b"", b""]]
+    assert [json.loads(job.letters()[0])["sources"] for job in jobs] == [SET] * 3
+    cluster.exchange.leave(controller)
+    assert {"context": SET} not in [body for _, body in node.channel.take()]
+    cluster.exchange.leave(other)
+    assert {"context": SET} in [body for _, body in node.channel.take()]
+
+
+def test_sources_that_were_not_sent_on_this_connection_are_refused(cluster):
+    with pytest.raises(ProtocolError, match="no sources"):
+        cluster.declare(cluster.controller(), sources=SET)
 
 
 # What is not one's own.
