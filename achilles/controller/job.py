@@ -72,7 +72,8 @@ class Job:
         self.declaration: dict[str, Any] = {"context": context_id.hex(), "initializer": initializer is not None}
         self.sources: Letter | None = None
         if sources is not None:
-            self.declaration["sources"], self.sources = sources.name, letter_of(sources.letter)
+            self.sources = letter_of(sources.letter, "the set of modules beside the script")
+            self.declaration["sources"] = sources.name
         self.declaration.update({name: value for name, value in (options or {}).items() if value is not None})
         self.number = 0  # the link counts
         self.declared = False  # on the connection there is

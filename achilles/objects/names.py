@@ -28,8 +28,8 @@ from collections.abc import Callable
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["ATOMS", "MAINS", "MISSING", "STREAMS", "UNFOUND", "Entry", "Module", "Names", "Place", "Slot",
-           "Space", "by_import", "by_path", "is_class", "is_stream", "travels_by_value"]
+__all__ = ["ATOMS", "MAINS", "MISSING", "MODULES_REMEMBERED", "STREAMS", "UNFOUND", "Entry", "Module", "Names",
+           "Place", "Slot", "Space", "by_import", "by_path", "is_class", "is_stream", "travels_by_value"]
 
 Place = tuple[str, str, str]  # what holds a value: ("global", "log", "work") is the global log of the function work
 

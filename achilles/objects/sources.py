@@ -25,11 +25,11 @@ import pickle
 import sys
 import sysconfig
 import time
-from importlib import abc, machinery, util
+from importlib import abc, machinery, readers, util
 from typing import Any, NamedTuple
 
 from ..errors import DumpError
-from .names import MAINS, importable
+from .names import MAINS, MODULES_REMEMBERED, importable
 
 __all__ = ["Sources", "install", "own_sources", "reason"]
 
@@ -51,10 +51,11 @@ class Sources(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What one look at the files found. `modules` is how many modules there were, `until` a time (monotonic)."""
+    """What one look at the files found, in a root and among so many modules; single calls look again at a time."""
 
+    root: str = ""
     modules: int = -1
-    until: float = 0.0
+    again_at: float = 0.0  # monotonic
     stamps: tuple[Any, ...] = ()
     found: Sources | None = None
 
@@ -70,18 +71,20 @@ def own_sources(at_once: bool = True) -> Sources | None:
     """
     global _look
     last, count = _look, len(sys.modules)
-    if count == last.modules and (not last.stamps or (not at_once and time.monotonic() < last.until)):
+    if not at_once and count == last.modules and (not last.stamps or time.monotonic() < last.again_at):
         return last.found
-    files = own_files() if count != last.modules else {name: path for name, path, _ in last.stamps}
+    folder = root()
+    is_same = count == last.modules and folder == last.root
+    files = {name: path for name, path, _ in last.stamps} if is_same else own_files(folder)
     stamps = tuple((name, path, _stamp(path)) for name, path in files.items())
     found = last.found if stamps == last.stamps else collect(files)
-    _look = Look(count, time.monotonic() + LOOK_SECONDS, stamps, found)
+    _look = Look(folder, count, time.monotonic() + LOOK_SECONDS, stamps, found)
     return found
 
 
-def own_files() -> dict[str, str]:
+def own_files(folder: str) -> dict[str, str]:
     """The paths of the own modules, by name. A package without a file is a namespace package: "" is its path."""
-    folder, found = root(), {}
+    found = {}
     for name, module in sorted(sys.modules.items()):
         path = file_of(module)
         if not why_not(name, path, folder):
@@ -124,6 +127,7 @@ def why_not(name: str, path: str, folder: str) -> str:
     return "" if importable(name) else "an import does not find it by its name"
 
 
+@functools.lru_cache(MODULES_REMEMBERED)
 def is_installed(path: str) -> bool:
     """Whether an environment or the standard library has a file."""
     parts = os.path.abspath(path).split(os.sep)
@@ -197,6 +201,10 @@ class Finder(abc.MetaPathFinder, abc.ExecutionLoader):
     def get_filename(self, fullname: str) -> str:
         """As `importlib` says."""
         return self._modules[fullname][0]
+
+    def get_resource_reader(self, fullname: str) -> Any:
+        """As `importlib` says: data files do not travel, but may be there, on the caller's own machine."""
+        return readers.FileReader(machinery.SourceFileLoader(fullname, self.get_filename(fullname)))
 
     def get_source(self, fullname: str) -> str:
         """As `importlib` says."""

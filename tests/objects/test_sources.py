@@ -150,6 +150,14 @@ def test_too_much_is_an_error_that_names_the_largest(folder, monkeypatch):
         own_sources()
 
 
+def test_a_change_of_the_working_directory_is_another_root(folder, tmp_path_factory, monkeypatch):
+    write(folder, "one.py")
+    importlib.import_module("one")
+    assert list(modules()) == ["one"]
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert modules() == {}
+
+
 def test_a_file_that_is_gone_is_left_out(folder):
     path = write(folder, "one.py")
     importlib.import_module("one")
