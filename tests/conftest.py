@@ -118,6 +118,13 @@ def no_leftovers() -> Iterator[None]:
 
 
 @pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty working directory: no module of the tests is below it, so none travels with a function."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def unconfigured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No setting in the environment, and a configuration file of the test's own, which does not exist yet."""
     for name in [name for name in os.environ if name.startswith("ACHILLES_")]:

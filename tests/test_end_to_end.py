@@ -795,7 +795,7 @@ def test_a_death_among_quick_calls_charges_one_argument(eight, oracle):
     assert oracle.counts() == {1234: 3}
 
 
-def test_a_letter_over_a_lowered_limit_is_letter_too_large(eight, monkeypatch):
+def test_a_letter_over_a_lowered_limit_is_letter_too_large(eight, away, monkeypatch):
     monkeypatch.setattr("achilles.protocol.frames.LETTER_LIMIT_BYTES", 5000)
     with pytest.raises(achilles.LetterTooLarge, match=r"argument 1 has 6,\d+ bytes, no more than 5,000") as raised:
         map(len, [b"x", b"x" * 6000], **eight.address)

@@ -31,7 +31,7 @@ from ..objects.outcomes import mark
 from ..protocol.frames import SHORT_LETTER_BYTES, Letter, letter_of
 from .job import Job, Taken
 from .link import Link
-from .results import Results
+from .results import NOBODY, Results
 from .run import Run
 
 __all__ = ["Call", "NotYet"]
@@ -60,18 +60,21 @@ class Call:
     :param buffersize: chunks that may be out and not taken where the call is flat, else arguments; None follows the
         pace.
     :param largest: arguments of a chunk at most, where the call finds `chunksize` itself.
+    :param show: is called with each line of output, by the thread that takes: text, index of its argument (None where
+        the text counts lines that were left out), node.
     :param ready: is called under the connection's lock when there may be something to take; must not block.
     """
 
     def __init__(
         self, link: Link, job: Job, args: Any, *, chunksize: int = 1, ordered: bool = True, flat: bool = False,
         eager: bool = False, buffersize: int | None = None, largest: int | None = None,
-        ready: Callable[[], object] | None = None,
+        ready: Callable[[], object] | None = None, show: Callable[[str, int | None, int], object] | None = None,
     ) -> None:
         self.link, self.job, self._buffersize = link, job, buffersize
         self.results = job.sink = Results(
             link.lock, ordered, buffersize is not None and not flat, not flat, ready, job.next)
         self.ended = False  # all is fed
+        self._show = show or NOBODY.hear
         self._args, self._flat, self._eager, self._largest = args, flat, eager, largest
         self._size = chunksize if flat else min(chunksize, buffersize or chunksize)  # arguments in a chunk
         self._sequence = isinstance(args, (list, tuple, range))
@@ -121,12 +124,17 @@ class Call:
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         while True:
             again = self._inline and not self.ended and self._step()
-            with self.link.lock:
-                found = self.results.take()
-                if found is not None or self.results.over:
-                    break
-                left = threading.TIMEOUT_MAX if self.ended else PAUSE_SECONDS
-                again = again or self.results.changed.wait(max(0.0, min(left, deadline - time.monotonic())))
+            try:
+                with self.link.lock:
+                    found = self.results.take()
+                    if found is not None or self.results.over:
+                        break
+                    left = threading.TIMEOUT_MAX if self.ended else PAUSE_SECONDS
+                    again = again or bool(self.results.lines) or self.results.changed.wait(
+                        max(0.0, min(left, deadline - time.monotonic())))
+            finally:  # what was printed comes before the result, or the error, of its call
+                while self.results.lines:
+                    self._show(*self.results.lines.popleft())
             if not again:
                 self._nudge()
                 if time.monotonic() >= deadline:

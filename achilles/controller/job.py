@@ -10,12 +10,14 @@ goes wrong.
                 ▲                        │
                 └────── again ◀── GONE, altered, died: at the front, a doubtful chunk alone
 
-`link.lock` guards everything here; every method but `open` and `load` needs it. The reader thread calls `answered` and
-`gone`. The caller's thread calls `open` or `load`: it alone loads results, and the reader runs no code of users.
+`link.lock` guards everything here; every method but `open` and `load` needs it. The reader thread calls `answered`,
+`printed` and `gone`. The caller's thread calls `open` or `load`: it alone loads results, and the reader runs no code of
+users.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -24,9 +26,11 @@ from typing import Any
 from ..errors import ProtocolError
 from ..objects import letters, outcomes
 from ..objects.outcomes import mark
+from ..objects.sources import Sources, reason
 from ..protocol.frames import (
     CAREFUL,
     MAX_SHORT_BYTES,
+    MORE,
     NOTE,
     TELL,
     U32,
@@ -46,7 +50,6 @@ from .run import ALTERED, ATTEMPTS, LOST, Run, worker_lost
 
 __all__ = ["Job", "Taken"]
 
-REMEDY = "install it there, or put the file into a folder on that node's PYTHONPATH, or import less of it"
 RUN_CHUNKS = 4096  # in one Run of the queue: cutting a batch from it copies the rest
 
 Taken = tuple[int, list[Any], dict[int, BaseException]]  # index of the first value, values, offset -> error
@@ -58,16 +61,21 @@ class Job:
     :param context: of objects/, in which everything of this job is dumped and loaded.
     :param context_id: what nodes know it by, 16 bytes.
     :param options: those of a declaration; None values are left out.
+    :param sources: the caller's own modules.
     :ivar declaration: the first letter of its JOB, as an object.  :ivar sink: where answers go.
     :ivar left: chunks that the call still has to cut, very many where nobody knows.
     """
 
     def __init__(
         self, context: letters.Context, context_id: bytes, function: Letter, initializer: Letter | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None, sources: Sources | None = None,
     ) -> None:
         self.context, self.function, self.initializer = context, function, initializer
         self.declaration: dict[str, Any] = {"context": context_id.hex(), "initializer": initializer is not None}
+        self.sources: Letter | None = None
+        if sources is not None:
+            self.sources = _letter_of_sources(sources)
+            self.declaration["sources"] = sources.name
         self.declaration.update({name: value for name, value in (options or {}).items() if value is not None})
         self.number = 0  # the link counts
         self.declared = False  # on the connection there is
@@ -181,6 +189,15 @@ class Job:
                 self._again(run.cut(at))  # for the next connection
                 raise
 
+    def printed(self, batch: Batch) -> None:
+        """An OUTPUT: a line, or a count of lines that were left out. It has an index while its chunk is out."""
+        if batch.flags == MORE:
+            self.sink.leave_out(batch.number, batch.attempt)
+            return
+        runs = [run for run in self.out.values() if run.first <= batch.first < run.end]
+        index = runs[0].cut(batch.first - runs[0].first).index(batch.attempt) if runs else None
+        self.sink.hear(bytes(joined(batch.letters()[0])).decode(errors="replace"), index, batch.number)
+
     def gone(self, batch: Batch) -> None:
         """GONE: these chunks are sent again. Ignored if nobody waits for them."""
         run = self._claim(batch)
@@ -252,8 +269,15 @@ class Job:
     def load(self, status: int, letter: Letter) -> tuple[list[Any], dict[int, BaseException]]:
         """Load the answer of one chunk: values, and errors by offset. Raises what the job as a whole failed with."""
         values, errors = outcomes.load_outcomes(self.context, joined(letter), status != Status.VALUES)
+        for error in errors.values():
+            if isinstance(error, ModuleNotFoundError) and error.name:
+                error.msg = f"{error} on node {getattr(error, 'node', None)}: {reason(error.name)}"
         if status == Status.FAILED:
-            if isinstance(errors[0], ModuleNotFoundError):  # of a module that the node lacks
-                errors[0].msg = f"{errors[0]} on node {getattr(errors[0], 'node', None)}: {REMEDY}"
             raise errors[0]
         return values, errors
+
+
+@functools.lru_cache(1)
+def _letter_of_sources(sources: Sources) -> Letter:
+    """Hashed once for all jobs."""
+    return letter_of(sources.letter, "the set of modules beside the script")

@@ -57,7 +57,7 @@ class Link:
         self._numbers = 0
         self._worth_us = 0.0  # of the last batch, of whichever job
         self._turns: deque[Job] = deque()  # jobs with chunks that wait, and perhaps others
-        self._contexts: set[str] = set()  # their initializers went over this connection
+        self._contexts: set[str] = set()  # their initializers, and sets of sources, went over this connection
         self._kept: dict[Any, Job] = {}  # jobs that owe nothing, by what they are; the longest unused first
         _of_this_process().add(self)
 
@@ -174,19 +174,21 @@ class Link:
         self._turns = deque(self.jobs.values())
 
     def _declare(self, job: Job) -> None:
-        """JOB, with the initializer where the server has not had it."""
+        """JOB, with the initializer and the sources where the server has not had them."""
         job.declared = True
-        context = job.declaration["context"]
-        parts: list[Letter] = [json.dumps(job.declaration, separators=(",", ":")).encode(), job.function]
-        if job.initializer is not None and context not in self._contexts:
-            self._contexts.add(context)
-            parts.append(job.initializer)
+        declaration = job.declaration
+        parts: list[Letter] = [json.dumps(declaration, separators=(",", ":")).encode(), job.function, b"", b""]
+        names = declaration["context"], declaration.get("sources")
+        for place, (name, letter) in enumerate(zip(names, (job.initializer, job.sources)), 2):
+            if letter is not None and name not in self._contexts:
+                self._contexts.add(name)
+                parts[place] = letter
         self.post(Kind.JOB, Batch.pack(job.number, 0, parts))
 
     # What came: the reader thread, without `lock`.
 
     def handle_batch(self, kind: Kind, batch: Batch) -> None:
-        """A RESULT, GONE or GIVEN. Ignored if its job is over."""
+        """A RESULT, GONE, GIVEN or OUTPUT. Ignored if its job is over."""
         letters = batch.letters() if kind is Kind.RESULT else []
         if batch.longs:
             batch.statuses = bytes(
@@ -201,6 +203,8 @@ class Link:
                 job.sink.give(batch.first, batch.count if whole else 0, batch.number, job.next)
             elif kind is Kind.RESULT:
                 job.answered(batch, letters)
+            elif kind is Kind.OUTPUT:
+                job.printed(batch)
             else:
                 job.gone(batch)
             self.queue(job)

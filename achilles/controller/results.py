@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
+from collections import Counter, deque
 from collections.abc import Callable
 from operator import attrgetter
 
@@ -28,6 +29,9 @@ __all__ = ["NOBODY", "WINDOW_BYTES", "Results", "Sink"]
 
 WINDOW_BYTES = 256 << 20  # of arguments that are out: a caller may hold them twice, as objects and as letters
 ENOUGH_ROOM = 0.75  # of the window out: then the feeder is woken, and has room for many chunks, not for one
+LINES_KEPT = 1024  # lines of output that nobody has taken: of at most 1,024 bytes each
+
+Line = tuple[str, int | None, int]  # text, index of its argument, node
 
 
 class Sink:
@@ -45,6 +49,12 @@ class Sink:
 
     def give(self, first: int, count: int, workers: int, next_chunk: int) -> None:
         """The server says: a node of so many workers was given these chunks."""
+
+    def hear(self, text: str, index: int | None, node: int) -> None:
+        """A worker of this node printed a line, in the call of the argument with this index."""
+
+    def leave_out(self, node: int, lines: int) -> None:
+        """So many lines of this node will not come."""
 
     def fail(self, error: BaseException) -> None:
         """The job as a whole has failed."""
@@ -85,6 +95,8 @@ class Results(Sink):
         self._ordered, self._packets = ordered, packets
         self._done: dict[int, list[Run]] = {}  # deliveries, by their first chunk
         self._units: list[Unit] = []  # that are not complete, in order
+        self.lines: deque[Line] = deque()  # printed by workers, and not shown yet
+        self._left_out: Counter[int] = Counter()  # node -> lines that were not kept
 
     @property
     def over(self) -> bool:
@@ -184,7 +196,29 @@ class Results(Sink):
             self._count(piece, -1)
         if pieces and self.out <= self._limit * ENOUGH_ROOM:
             self.changed.notify_all()
+        if self.next == self.end:
+            for node in list(self._left_out):
+                self._count_out(node)
         return pieces
+
+    # Output.
+
+    def hear(self, text: str, index: int | None, node: int) -> None:
+        """As Sink says."""
+        if len(self.lines) >= LINES_KEPT:
+            self._left_out[node] += 1
+            return
+        self._count_out(node)
+        self.lines.append((text, index, node))
+        self._tell()
+
+    def leave_out(self, node: int, lines: int) -> None:
+        """As Sink says. They are counted before the next line of that node, or at the end of the call."""
+        self._left_out[node] += lines
+
+    def _count_out(self, node: int) -> None:
+        if lines := self._left_out.pop(node, 0):
+            self.lines.append((f"{lines:,} lines more", None, node))
 
     def fail(self, error: BaseException) -> None:
         """Raise `error` in the thread that takes, now and from now on. The first error stays."""

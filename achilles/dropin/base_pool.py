@@ -21,13 +21,15 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from ..calls import checked, connect
+from ..calls import connect
 from ..config import SecretKey
 from ..controller.call import Call
 from ..controller.job import Job
 from ..errors import DumpError, LetterTooLarge
 from ..objects import letters
 from ..objects.letters import dump_chunk, dump_function, joined, name_of
+from ..objects.sources import own_sources
+from ..options import Output, checked, shower
 from ..protocol.frames import Letter, letter_of
 from .async_results import PoolIterator
 from .dispatcher import Dispatcher, SingleCall, Singles, Taker
@@ -54,6 +56,7 @@ class More(NamedTuple):
     buffersize: int | None = None
     timeout: float | None = None
     seed: int | None = None
+    output: Output = None
 
 
 class BasePool:
@@ -147,7 +150,7 @@ class BasePool:
         with link.lock:
             singles = self._singles.get(key)
             if singles is None or singles.job.spent:
-                job = link.take(key, partial(self._job, function, APPLY))
+                job = link.take(key, partial(self._job, key, function, APPLY))
                 self._singles[key] = job.sink = singles = Singles(self._dispatcher, job, partial(self._idle, key))
             singles.enter(single, letter)
             link.queue(singles.job)
@@ -168,10 +171,13 @@ class BasePool:
         letter, last = self._last
         if dumped is not letter:
             self._last = dumped, last = dumped, letter_of(dumped, name_of(func))
-        return (dumped, *options.values()), last
+        on_cluster = self._controller.settings is not None
+        sources = own_sources(at_once=options is not APPLY) if on_cluster else None
+        return (dumped, sources, *options.values()), last
 
-    def _job(self, function: Letter, options: Mapping[str, Any]) -> Job:
-        return Job(self._context, self._context_id, function, self._initializer, {**self._options, **options})
+    def _job(self, key: Any, function: Letter, options: Mapping[str, Any]) -> Job:
+        options = {**self._options, **options}
+        return Job(self._context, self._context_id, function, self._initializer, options, sources=key[1])
 
     def _start(
         self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None, more: More, *,
@@ -182,7 +188,9 @@ class BasePool:
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         chunksize = None if chunksize is None else operator.index(chunksize)
-        options: dict[str, Any] = {"call": call, "timeout": timeout}
+        link = self._controller
+        show = shower(more.output, link.settings is None and not link.in_place)
+        options: dict[str, Any] = {"call": call, "timeout": timeout, "output": show and True}
         if more.seed is not None:
             args = (lambda given=args: enumerate(given())) if callable(args) else [*enumerate(args)]
             options["seed"] = hashlib.sha256(b"%x" % operator.index(more.seed)).hexdigest()
@@ -195,12 +203,12 @@ class BasePool:
                 self._dispatcher.work.put(partial(taker.finish, error))
             return
         with self._controller.lock:
-            job = self._controller.take(taker.key, partial(self._job, function, options))
+            job = self._controller.take(taker.key, partial(self._job, taker.key, function, options))
             largest = None
             if chunksize is None:  # of a sequence, what multiprocessing chooses
                 largest = LARGEST_CHUNK if callable(args) else -(-len(args) // (CHUNKS_A_WORKER * self._processes)) or 1
             taker.call = Call(self._controller, job, args, chunksize=chunksize or 1, ordered=ordered, flat=True,
-                              buffersize=buffersize, largest=largest, ready=ready)
+                              buffersize=buffersize, largest=largest, ready=ready, show=show)
             self._dispatcher.open.add(taker)
         try:
             taker.call.start(inline)

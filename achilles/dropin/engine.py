@@ -143,7 +143,7 @@ def run_batch(
     :returns: µs that it took, statuses, and the letters of the answers.
     """
     runner = _lone_runner(declaration["context"])
-    runner.declare(number, declaration, letters[0], letters[1] if len(letters) > 1 else None)
+    runner.declare(number, declaration, letters[0], letters[1] if len(letters) > 1 else b"")
     began = time.monotonic_ns()
     answers = [(status, b"".join(parts)) for status, parts in runner.run(number, first, chunks, careful)]
     runner.end(number)

@@ -28,6 +28,7 @@ from ..protocol.channel import Channel
 from ..protocol.frames import HEAD, Batch, Kind, Letter, Status, decode, encode
 from . import worker as process_of_worker
 from .board import CALL, CHUNK, FIRST, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASE, START, UNNAMED, WORDS, Board
+from .output import Flow
 
 __all__ = ["LATE_SECONDS", "NOTHING", "WAIT_SECONDS", "NodeJob", "NodeWorker", "start"]
 
@@ -45,9 +46,11 @@ SOCKET_BYTES = 1 << 20  # buffer of a worker's socket pair: fewer switches for a
 class NodeJob(NamedTuple):
     """A job of the server's, until END."""
 
-    context: str
+    names: tuple[str, str | None]  # of its context, and of its set of sources
+    owner: tuple[str | None, str | None]  # the same, but no context that any worker can serve
     declaration: dict[str, Any]
-    letters: list[Letter]  # declaration, function, perhaps the context's initializer
+    letters: list[Letter]  # declaration, function, the context's initializer and the sources, or nothing in their place
+    flow: Flow  # of what its functions print here
 
 
 class NodeWorker:
@@ -62,7 +65,7 @@ class NodeWorker:
         self.usable = True  # it may get batches: it neither retires nor was killed
         self.charge: Status | None = Status.DIED  # the answer of the chunk under which it ends
         self.told: set[int | str] = set()  # the jobs and the contexts that it was told of
-        self.owner: str | None = None  # the context that it belongs to until CLOSE
+        self.owner: tuple[str | None, str | None] = None, None  # the context and the sources that it belongs to
         self.tasks_left = NEVER  # chunks that it may still begin: maxtasksperchild
         self.timeout = NEVER  # s that an argument may take
         self.batch = NOTHING
@@ -74,19 +77,26 @@ class NodeWorker:
 
     def begin(self, job: NodeJob, batch: Batch) -> None:
         """Give it a batch. It is idle, so nobody else writes the status array now."""
-        context, options, letters = job
-        tasks = options.get("maxtasksperchild") or NEVER
-        if self.owner is None and (options["initializer"] or tasks < NEVER):
-            self.owner, self.owned_at, self.tasks_left = context, time.monotonic(), tasks
+        options = job.declaration
+        if self.owner != job.owner:
+            if self.owner[0] is None and job.owner[0] is not None:
+                self.tasks_left = options.get("maxtasksperchild") or NEVER
+            self.owner, self.owned_at = job.owner, time.monotonic()
         if batch.job not in self.told:
-            self.channel.send(Kind.JOB, Batch.pack(batch.job, 0, letters[: 2 if context in self.told else 3]))
-            self.told |= {batch.job, context}
+            letters = [*job.letters[:2], *(
+                b"" if name in self.told else letter for name, letter in zip(job.names, job.letters[2:]))]
+            self.channel.send(Kind.JOB, Batch.pack(batch.job, 0, letters))
+            self.told.update(filter(None, (batch.job, *job.names)))
         self.status[CHUNK], self.status[OFFSET], self.status[LIMIT] = NOT_BEGUN, UNNAMED, NO_LIMIT
         self.batch, self.next, self.end = batch, batch.first, batch.end
         self.since = self.chunk_at = self.seen_at = time.monotonic()
         self.timeout = options.get("timeout") or NEVER
         self.tasks_left -= batch.count
         self.channel.send(Kind.TASK, batch)
+
+    def fits(self, job: NodeJob) -> bool:
+        """Whether it may run batches of this job: it belongs to nobody, or to the job's context and sources."""
+        return all(own in (None, name) for own, name in zip(self.owner, job.owner))
 
     def forget(self, name: int | str, kind: Kind, body: dict[str, Any] | Batch) -> None:
         """END or CLOSE, if the worker was told of the job or the context."""

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from ..objects.letters import Context, load_chunk
 from ..objects.outcomes import dump_outcomes
+from ..objects.sources import install
 from ..protocol.frames import Buffer, Letter, LongLetter, Status, digest, joined
 from .board import CALL, CHUNK, DUMP, FUNCTION, IDLE, LIMIT, LOAD, NO_LIMIT, OFFSET, PHASE, START, UNNAMED
 
@@ -51,9 +52,11 @@ class _Prepared:
 class _RunnerJob(_Prepared):
     """A job in this process. Its letter is the function's."""
 
-    def __init__(self, context: _Prepared, declaration: dict[str, Any], letter: Letter) -> None:
+    def __init__(
+        self, context: _Prepared, sources: _Prepared, declaration: dict[str, Any], letter: Letter
+    ) -> None:
         super().__init__(context.payload, letter)
-        self.context = context  # its letter is the initializer's
+        self.context, self.sources = context, sources  # their letters are the initializer's and the sources'
         self.declaration = declaration
         self.function: Any = None  # as `set_function` made it, once it is loaded
 
@@ -80,23 +83,32 @@ class Runner:
         self._status: Any = [UNNAMED, UNNAMED, START, NO_LIMIT] if status is None else status
         self._make_context = functools.partial(Context, caller=False, node=node, own=own)
         self._contexts: dict[str, _Prepared] = {}
+        self._sources: dict[str | None, _Prepared] = {}  # None: no sources
         self._jobs: dict[int, _RunnerJob] = {}
         self._left: Iterator[Any] = iter(())  # arguments of the chunk that runs which were not called yet
 
     def declare(
-        self, number: int, declaration: dict[str, Any], function: Letter, initializer: Letter | None = None
+        self, number: int, declaration: dict[str, Any], function: Letter, initializer: Letter = b"",
+        sources: Letter = b"",
     ) -> None:
         """JOB: keep the letters until the job's first batch.
 
         :param declaration: as PROTOCOL.md, section 6, has it.
         :param function: the letter of a pair: the function, and a callback or None.
         :param initializer: the letter of a pair: a callable and its arguments. It is ignored in a context that is
-            known already.
+            known already, and so are the `sources` of a set that is known.
         """
-        name = declaration["context"]
+        name, set_name = declaration["context"], declaration.get("sources")
         if name not in self._contexts:
-            self._contexts[name] = _Prepared(self._make_context(), initializer)
-        self._jobs[number] = _RunnerJob(self._contexts[name], declaration, function)
+            self._contexts[name] = _Prepared(self._make_context(), initializer or None)
+        context = self._contexts[name]
+        if set_name not in self._sources or self._sources[set_name].failure:
+            self._sources[set_name] = _Prepared(context.payload, sources or None)
+        self._jobs[number] = _RunnerJob(context, self._sources[set_name], declaration, function)
+
+    def wants_output(self, number: int) -> bool:
+        """Whether the caller wants what this job prints."""
+        return bool(self._jobs[number].declaration.get("output"))
 
     def end(self, number: int) -> None:
         """END: drop a job, known or not."""
@@ -120,7 +132,8 @@ class Runner:
         failure = None
         if first < status[LIMIT]:
             job.payload.become_main()
-            failure = job.context.prepare(lambda pair: pair[0](*pair[1])) or job.prepare(job.set_function)
+            failure = (job.sources.prepare(install) or job.context.prepare(lambda pair: pair[0](*pair[1]))
+                       or job.prepare(job.set_function))
         return self._answers(job, first, letters, careful, failure)
 
     def _answers(
@@ -151,7 +164,8 @@ class Runner:
         status[OFFSET] = offset = 0 if len(arguments) == 1 else UNNAMED
         status[PHASE] = CALL
         if offset == UNNAMED or skipped:
-            named = careful or skipped or job.declaration.get("timeout")  # the node watches how long an argument takes
+            # The node watches how long an argument takes, and a line that an argument prints has its index.
+            named = careful or skipped or job.declaration.get("timeout") or job.declaration.get("output")
             values, errors = self._call(job.function, arguments, skipped, bool(named))
         else:  # as `_call`, for one argument, in two thirds of the time
             try:

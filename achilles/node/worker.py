@@ -43,6 +43,7 @@ from ..protocol.frames import (
     digest,
 )
 from .board import FIRST, IDLE, LETTER_BYTES, MOST_ANSWERS, MOST_BYTES, PHASE, Board
+from .output import Output
 from .runner import Runner
 
 __all__ = ["Worker", "main"]
@@ -66,6 +67,7 @@ class Worker:
         self._channel.name = f"worker {os.getpid()}"
         self._board = Board(shared)
         self.runner = runner = Runner(self._board.status, node, own=True)
+        self.output = Output(self._board.status, node or 0, self._write)
         self._handlers: dict[Kind, Callable[[Any], None]] = {
             Kind.TASK: self._run,
             Kind.JOB: lambda body: runner.declare(body.job, body.declaration, *body.letters()[1:]),
@@ -85,33 +87,37 @@ class Worker:
         board, clock = self._board, time.monotonic_ns
         lengths, statuses, letters = board.lengths, board.statuses, board.letters
         board.status[FIRST] = batch.first
-        answers = self.runner.run(batch.job, batch.first, batch.letters(), bool(batch.flags & CAREFUL))
-        count = size = 0  # of the answers on the board; of their letters
-        sent = now = clock()
-        for state, parts in answers:
-            letter: Any = parts[0]
-            length = len(letter)
-            if len(parts) > 1 or length > LETTER_BYTES:
-                length = sum(map(len, parts))
-                letter = LongLetter(parts, digest(parts), length) if length > LETTER_BYTES else b"".join(parts)
-            lengths[count], statuses[count] = length, state
-            count += 1
-            if length <= LETTER_BYTES:
-                letters[size : size + length] = letter
-                size += length
-            now = clock()
-            if now - sent > FLUSH_NS or length > LETTER_BYTES or count == MOST_ANSWERS or size > MOST_BYTES:
-                self._send(batch, count, now - sent, [letter] if length > LETTER_BYTES else [])
-                sent, count, size = now, 0, 0
-        if count:
-            self._send(batch, count, now - sent)
+        with self.output.capture(batch, self.runner.wants_output(batch.job)):
+            answers = self.runner.run(batch.job, batch.first, batch.letters(), bool(batch.flags & CAREFUL))
+            count = size = 0  # of the answers on the board; of their letters
+            sent = now = clock()
+            for state, parts in answers:
+                letter: Any = parts[0]
+                length = len(letter)
+                if len(parts) > 1 or length > LETTER_BYTES:
+                    length = sum(map(len, parts))
+                    letter = LongLetter(parts, digest(parts), length) if length > LETTER_BYTES else b"".join(parts)
+                lengths[count], statuses[count] = length, state
+                count += 1
+                if length <= LETTER_BYTES:
+                    letters[size : size + length] = letter
+                    size += length
+                now = clock()
+                if now - sent > FLUSH_NS or length > LETTER_BYTES or count == MOST_ANSWERS or size > MOST_BYTES:
+                    self._send(batch, count, now - sent, [letter] if length > LETTER_BYTES else [])
+                    sent, count, size = now, 0, 0
+            if count:
+                self._send(batch, count, now - sent)
 
     def _send(self, batch: Batch, count: int, ns: int, large: Sequence[Any] = ()) -> None:
         """Write the answers on the board as one RESULT."""
-        self._channel.send(Kind.RESULT, self._board.answers(batch, count, min(max(1, ns // 1000), U32), large))
+        self.output.answer(self._board.answers(batch, count, min(max(1, ns // 1000), U32), large))
+        self._board.status[FIRST] += count
+
+    def _write(self, kind: Kind, body: Batch) -> None:
+        self._channel.send(kind, body)
         while not self._channel.flush():
             pass
-        self._board.status[FIRST] += count
 
 
 def main(
@@ -143,6 +149,7 @@ def main(
     if hasattr(os, "register_at_fork"):  # a forked child of this process is no worker
         os.register_at_fork(after_in_child=sock.close)
         os.register_at_fork(after_in_child=worker.runner.abandon)
+        os.register_at_fork(after_in_child=worker.output.abandon)
     try:
         with contextlib.suppress(ConnectionError):  # the node is gone
             worker.serve()

@@ -15,8 +15,10 @@ Each chunk that comes leaves as an answer or as RETURNED. That frees the server'
 A late worker sends the answers on its board as well, when it goes on: the server drops what it has.
 
 The worker of a job with an initializer or with maxtasksperchild belongs to that context until CLOSE, or until another
-needs it more, and is then replaced. A death is seen in `exitcode`, which alone tells the truth: sentinel and end of
-file wait for the worker's own children, too. But the end of a worker's socket makes the node look at once.
+needs it more, and is then replaced. A worker also belongs to the set of sources that it has imported.
+
+A death is seen in `exitcode`, which alone tells the truth: sentinel and end of file wait for the worker's own children,
+too. But the end of a worker's socket makes the node look at once.
 
 Everything runs in the one thread of the node's loop: the loop calls `turn`, and the selector's entries carry the
 function to call in `data`. There are no locks.
@@ -36,6 +38,7 @@ from ..errors import AchillesError, ProtocolError
 from ..protocol.channel import Channel
 from ..protocol.frames import U64, Batch, Gone, Kind, Letter, Status
 from .board import CALL, IDLE, LIMIT, PHASE, PHASES, START
+from .output import Flow
 from .process import LATE_SECONDS, NOTHING, WAIT_SECONDS, NodeJob, NodeWorker, start
 
 __all__ = ["LOOK_SECONDS", "Workers", "pump"]
@@ -57,7 +60,7 @@ class Workers:
     :param count: how many are kept alive.
     :param method: "fork", "forkserver" or "spawn".
     :param selector: the loop's; `data` of an entry is called with the events. A forked worker closes all that is in it.
-    :param send: takes RESULT and RETURNED with their batch.
+    :param send: takes OUTPUT, RESULT and RETURNED with their batch.
     :param node: the node's id, for the notes on deaths.
     :ivar look_at: when `turn` is due even if nothing comes (monotonic).
     """
@@ -71,7 +74,7 @@ class Workers:
         self._method = method
         self._selector = selector
         self._send = send
-        self._initializers: dict[str, list[Letter]] = {}  # of each context that has one, until CLOSE
+        self._shared: dict[str, Letter] = {}  # initializers and sources, by the names of contexts and sets, until CLOSE
         self._jobs: dict[int, NodeJob] = {}
         self._queue: dict[Batch, float] = {}  # batches that no worker has, since when (monotonic)
         self._workers: list[NodeWorker] = []
@@ -86,14 +89,17 @@ class Workers:
     # Frames of the server.
 
     def declare(self, batch: Batch) -> None:
-        """JOB. ProtocolError if its context's initializer has never come."""
-        letters, context = batch.letters(), batch.declaration["context"]
-        if batch.declaration["initializer"]:
-            letters[2:] = letters[2:] or self._initializers.get(context, [])
-            if len(letters) < 3:
-                raise ProtocolError(f"job {batch.job} needs an initializer that was not sent")
-            self._initializers[context] = letters[2:]
-        self._jobs[batch.job] = NodeJob(context, batch.declaration, letters)
+        """JOB. ProtocolError if its context's initializer or its sources have never come."""
+        letters, options = [*batch.letters(), b"", b""][:4], batch.declaration
+        names = context, sources = options["context"], options.get("sources")
+        for place, name in enumerate((context if options["initializer"] else None, sources), 2):
+            if name is not None:
+                letters[place] = self._shared[name] = letters[place] or self._shared.get(name, b"")
+                if not letters[place]:
+                    raise ProtocolError(f"job {batch.job} needs an initializer or sources that were not sent")
+        is_own = options["initializer"] or options.get("maxtasksperchild")
+        owner = context if is_own else None, sources
+        self._jobs[batch.job] = NodeJob(names, owner, options, letters, Flow())
 
     def add(self, batch: Batch) -> None:
         """TASK: queue a batch. ProtocolError if its job is not known."""
@@ -122,10 +128,10 @@ class Workers:
 
     def close_context(self, context: str) -> None:
         """CLOSE: workers drop the context; those that belong to it are replaced."""
-        self._initializers.pop(context, None)
+        self._shared.pop(context, None)
         for worker in self._workers:
             worker.forget(context, Kind.CLOSE, {"context": context})
-            if worker.owner == context:
+            if worker.owner[0] == context:
                 worker.retire()
 
     def drain(self) -> None:
@@ -197,7 +203,7 @@ class Workers:
                 not worker.usable and worker.batch is NOTHING for worker in self._workers):
             return  # where one ends or is missing, one comes
         owners = [worker.owner for worker in usable]
-        needy = [batch for batch in self._queue if not {None, self._jobs[batch.job].context}.intersection(owners)]
+        needy = [batch for batch in self._queue if not any(worker.fits(self._jobs[batch.job]) for worker in usable)]
         free = [worker for worker in usable if worker.batch is NOTHING]
         if not needy:
             free = [worker for worker in free if now - worker.since > SHARE_SECONDS and (
@@ -212,10 +218,9 @@ class Workers:
     def _feed(self) -> None:
         """Give batches to idle workers, the oldest first. Workers of their own context come first, then ready ones."""
         idle = [worker for worker in self._workers if worker.usable and worker.batch is NOTHING]
-        idle.sort(key=lambda worker: (worker.owner is None, worker.status[PHASE] == START))
+        idle.sort(key=lambda worker: (worker.owner.count(None), worker.status[PHASE] == START))
         for batch in list(self._queue):
-            owners = None, self._jobs[batch.job].context
-            worker = next((worker for worker in idle if worker.owner in owners), None)
+            worker = next((worker for worker in idle if worker.fits(self._jobs[batch.job])), None)
             if worker is not None:
                 idle.remove(worker)
                 if worker.tasks_left < batch.count:
@@ -240,9 +245,12 @@ class Workers:
         """Pass on the RESULTs that came. After the end of its socket a worker is of no more use."""
         try:
             received = worker.channel.receive()
-            for _, answer in received or ():
-                worker.answered(answer)
-                self._send(Kind.RESULT, answer)
+            for kind, body in received or ():
+                if kind is Kind.RESULT:
+                    worker.answered(body)
+                    self._answer(body)
+                elif body.job in self._jobs and self._jobs[body.job].flow.admits(body):
+                    self._send(kind, body)
         except (OSError, AchillesError) as e:
             log.info("%s: %s", worker.channel.name, e)
             received = None
@@ -252,12 +260,19 @@ class Workers:
             self.look_at = 0.0
         worker.settle()
 
+    def _answer(self, answer: Batch) -> None:
+        """RESULT, behind the count of the lines that were not passed on."""
+        if answer.job in self._jobs:
+            for count in self._jobs[answer.job].flow.count(answer.job, self.node):
+                self._send(Kind.OUTPUT, count)
+        self._send(Kind.RESULT, answer)
+
     def _pass_on(self, worker: NodeWorker, chunk: int) -> None:
         """Pass on the answers before this chunk that the worker has not sent."""
         with contextlib.suppress(ProtocolError):
             if (answer := worker.waiting(chunk)) is not None:
                 worker.answered(answer)
-                self._send(Kind.RESULT, answer)
+                self._answer(answer)
 
     def _bury(self, worker: NodeWorker, now: float) -> None:
         """A worker has ended: pass on its answers, charge one chunk at most, and return the others."""
@@ -277,7 +292,7 @@ class Workers:
                 "exitcode": exitcode,
             }
             self._return(batch, worker.next, chunk, self._reason)
-            self._send(Kind.RESULT, Batch.pack(
+            self._answer(Batch.pack(
                 batch.job, chunk, [json.dumps(note).encode()], attempt=batch.attempt, statuses=bytes([worker.charge])))
             worker.next = chunk + 1
         self._return(batch, worker.next, worker.end, self._reason)

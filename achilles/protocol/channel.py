@@ -120,6 +120,11 @@ class Channel:
         """Whether anything waits to be written."""
         return bool(self._parts or self._queue) or self._state == FINISHING
 
+    @property
+    def waiting(self) -> int:
+        """How many frames wait to be written."""
+        return len(self._queue)
+
     def finish(self, reason: str | None = None) -> None:
         """Say BYE (with a reason), let the outbox be written, then shut down writing. Never blocks."""
         if reason:

@@ -29,6 +29,7 @@ from .kinds import (
     FLAGS,
     LETTERS,
     MAX_CHUNKS,
+    MORE,
     NOTE,
     RANGE_FIELDS,
     RANGES,
@@ -45,7 +46,7 @@ from .kinds import (
 )
 
 __all__ = [
-    "CAREFUL", "HEAD", "LETTER_LIMIT_BYTES", "MAX_CHUNKS", "MAX_LONG_BYTES", "MAX_SHORT_BYTES", "NOTE",
+    "CAREFUL", "HEAD", "LETTER_LIMIT_BYTES", "MAX_CHUNKS", "MAX_LONG_BYTES", "MAX_SHORT_BYTES", "MORE", "NOTE",
     "SHORT_LETTER_BYTES", "TAG_BYTES", "TELL", "TEXT_CHARS", "U16", "U32", "U64", "Batch", "Buffer", "Frame", "Gone",
     "Kind", "Letter", "LongLetter", "Status", "decode", "digest", "encode", "joined", "letter_of",
 ]
@@ -242,5 +243,6 @@ def _decode_letters(kind: Kind, batch: Batch, envelope: bytes) -> None:
     if kind is Kind.JOB:
         declaration = joined(batch.letters()[0])  # nothing, if it is a long letter: its parts have not come
         batch.declaration = read_object("JOB", bytes(declaration), DECLARATION)
-        if batch.count == 3 and not batch.declaration["initializer"]:
-            raise ProtocolError("a JOB brings an initializer that it does not declare")
+        for name, length in zip(("initializer", "sources"), lengths[2:]):
+            if length and not batch.declaration.get(name):
+                raise ProtocolError(f"a JOB brings a letter for {name} that it does not declare")

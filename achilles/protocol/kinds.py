@@ -26,8 +26,8 @@ from ..errors import ProtocolError
 
 __all__ = [
     "CALLS", "CAREFUL", "DECLARATION", "DIRECTIONS", "FIELDS", "FLAGS", "HEX_FORM", "LETTERS", "LINKS", "MAX_CHUNKS",
-    "MAX_PYTHONS", "NAME_CHARS", "NOTE", "PHASES", "RANGES", "RANGE_FIELDS", "SERVER_FIELDS", "TELL", "TEXT_CHARS",
-    "U16", "U32", "U64", "Field", "Gone", "Kind", "Status", "check_fields", "read_object",
+    "MAX_PYTHONS", "MORE", "NAME_CHARS", "NOTE", "PHASES", "RANGES", "RANGE_FIELDS", "SERVER_FIELDS", "TELL",
+    "TEXT_CHARS", "U16", "U32", "U64", "Field", "Gone", "Kind", "Status", "check_fields", "read_object",
 ]
 
 TEXT_CHARS = 4096  # the longest text in a field: a screen or two
@@ -39,10 +39,12 @@ MAX_PYTHONS = 64  # versions in a CLUSTER: people have two or three, and the lis
 # Flags of a TASK. CAREFUL: the worker names each argument that it calls, since one may kill it. TELL: the server says
 # GIVEN when it gives the batch to a node.
 CAREFUL, TELL = 0x01, 0x02
+MORE = 0x01  # flag of an OUTPUT: it counts lines that were left out
 # A frame's kind, and how a chunk was answered: one byte in a head, one byte a chunk in a RESULT.
 Kind = enum.IntEnum("Kind", {
     "HELLO": 1, "BYE": 2, "PING": 3, "ERROR": 4, "CLUSTER": 5, "JOB": 6, "TASK": 7, "GIVEN": 8,
     "RESULT": 9, "RETURNED": 10, "GONE": 11, "CANCEL": 12, "END": 13, "CLOSE": 14, "STATUS": 15, "KILL": 16,
+    "OUTPUT": 17,
 })
 Status = enum.IntEnum("Status", {"VALUES": 0, "RAISED": 1, "DIED": 2, "TIMEOUT": 3, "ALTERED": 4, "FAILED": 5})
 
@@ -60,13 +62,13 @@ DIRECTIONS: dict[Kind, tuple[str, ...]] = {
     Kind.HELLO: _TCP, Kind.BYE: _TCP, Kind.PING: _TCP, Kind.ERROR: _TCP, Kind.CLUSTER: ("SC",),
     Kind.JOB: _DOWN, Kind.TASK: _DOWN, Kind.GIVEN: ("SC",), Kind.RESULT: ("WN", "NS", "SC"), Kind.RETURNED: ("NS",),
     Kind.GONE: ("SC",), Kind.CANCEL: ("CS", "SN"), Kind.END: _DOWN, Kind.CLOSE: ("SN", "NW"),
-    Kind.STATUS: ("CS", "SC"), Kind.KILL: ("CS",),
+    Kind.STATUS: ("CS", "SC"), Kind.KILL: ("CS",), Kind.OUTPUT: ("WN", "NS", "SC"),
 }
 # Kinds with a Batch for their body: the least and the greatest value of each field of its range but the job.
 RANGE_FIELDS = ("first", "count", "attempt", "number")
 _ZERO, _ANY_U32, _CHUNKS, _CHUNK_NUMBER = (0, 0), (0, U32), (1, MAX_CHUNKS), (0, U64)
 RANGES: dict[Kind, tuple[tuple[int, int], ...]] = {
-    Kind.JOB: (_ZERO, (2, 3), _ZERO, _ZERO),
+    Kind.JOB: (_ZERO, (2, 4), _ZERO, _ZERO),
     Kind.TASK: (_CHUNK_NUMBER, _CHUNKS, _ANY_U32, _ANY_U32),
     Kind.GIVEN: (_CHUNK_NUMBER, _CHUNKS, _ANY_U32, (1, U16)),
     Kind.RESULT: (_CHUNK_NUMBER, _CHUNKS, _ANY_U32, _ANY_U32),
@@ -74,12 +76,13 @@ RANGES: dict[Kind, tuple[tuple[int, int], ...]] = {
     Kind.GONE: (_CHUNK_NUMBER, _CHUNKS, _ANY_U32, _ZERO),
     Kind.CANCEL: (_CHUNK_NUMBER, (1, U32), _ZERO, _ZERO),
     Kind.END: (_ZERO, _ZERO, _ZERO, _ZERO),
+    Kind.OUTPUT: (_CHUNK_NUMBER, (1, 1), _ANY_U32, _ANY_U32),
 }
-LETTERS = frozenset({Kind.JOB, Kind.TASK, Kind.RESULT})  # their Batch has letters; the others are bare ranges
+LETTERS = frozenset({Kind.JOB, Kind.TASK, Kind.RESULT, Kind.OUTPUT})  # others are bare ranges
 # Flags that a kind may have; every other kind has none.
 FLAGS: dict[Kind, tuple[int, ...]] = {
     Kind.TASK: (0, CAREFUL, TELL, CAREFUL | TELL), Kind.RETURNED: (Gone.RETURNED, Gone.LEFT, Gone.WAITED),
-    Kind.GONE: (Gone.RETURNED, Gone.LEFT, Gone.LOST),
+    Kind.GONE: (Gone.RETURNED, Gone.LEFT, Gone.LOST), Kind.OUTPUT: (0, MORE),
 }
 
 
@@ -112,9 +115,10 @@ _NAME, _PYTHON = Field(str, 1, NAME_CHARS), Field(str, 1, NAME_CHARS, form=PYTHO
 _TEXT, _CONTEXT = Field(str, 0, TEXT_CHARS), Field(str, 32, 32, form=HEX_FORM)
 # The first letter of a JOB.
 DECLARATION: dict[str, Field] = {
-    "context": _CONTEXT, "initializer": Field(bool),
+    "context": _CONTEXT, "initializer": Field(bool), "sources": _CONTEXT._replace(required=False),
     "timeout": Field((int, float), 1e-9, float(U32), False), "maxtasksperchild": Field(int, 1, U32, False),
     "seed": Field(str, 64, 64, False, form=HEX_FORM), "call": _NAME._replace(required=False, form="|".join(CALLS)),
+    "output": Field(bool, required=False),
 }
 # The parts of a STATUS: each node, each job, and the server.
 NODE_STATE: dict[str, Field] = {

@@ -28,7 +28,7 @@ import logging
 import os
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
@@ -36,11 +36,12 @@ from typing import Any, NamedTuple
 from ..errors import ProtocolError
 from ..protocol import auth, connect, frames
 from ..protocol.channel import Channel
-from ..protocol.frames import Batch, Frame, Kind, Letter
+from ..protocol.frames import U32, Batch, Frame, Kind, Letter
 from .scheduler import Scheduler
 
 __all__ = ["Exchange", "Peer"]
 
+OUTPUT_FRAMES = 1024  # that wait for a controller: a line has 1,024 bytes at most, so these have 1 MiB
 ANNOUNCE_SECONDS = 0.1  # controllers are told of nodes this often at most: a lab joins at once
 
 log = logging.getLogger(__name__)
@@ -59,28 +60,30 @@ class Peer:
         self.hello: dict[str, Any] = {}
         self.since = 0.0  # wall clock, for people to read
         self.jobs: dict[int, DeclaredJob] = {}  # a controller's: by its own numbers, until END
-        self.contexts: dict[str, list[Letter]] = {}  # a controller's: those it opened, with an initializer or none
+        self.contexts: dict[str, Letter] = {}  # a controller's: initializer or sources, under the names that it opened
 
 
 class DeclaredJob(NamedTuple):
     """What the server keeps of a JOB until END: enough to declare it to a node.
 
     :ivar number: the server's.  :ivar owners_number: the controller's.
-    :ivar letters: declaration and function.  :ivar initializer: of the context, or nothing.
-    :ivar nodes: all that know the context, perhaps lost ones.
+    :ivar letters: declaration and function.
+    :ivar shared: initializer and sources, or nothing, each with all nodes that have it, perhaps lost ones.
+    :ivar left_out: lines of output that the controller has not got, by their node.
     """
 
     number: int
     owner: Peer
     owners_number: int
     letters: list[Letter]
-    initializer: list[Letter]
-    nodes: set[int]
+    shared: list[tuple[Letter, set[int]]]
+    left_out: Counter[int]
 
     def declare_to(self, node: int) -> Batch:
-        """Return the JOB for a node, with the initializer if the context is new there."""
-        news = [] if node in self.nodes else self.initializer
-        self.nodes.add(node)
+        """Return the JOB for a node, with the initializer and the sources that are new there."""
+        news = [b"" if node in nodes else letter for letter, nodes in self.shared]
+        for _, nodes in self.shared:
+            nodes.add(node)
         return Batch.pack(self.number, 0, self.letters + news)
 
 
@@ -205,6 +208,11 @@ class Exchange:
         """A node may speak of what it does not hold any more: that is ignored."""
         if kind in (Kind.RESULT, Kind.RETURNED):
             self._scheduler.hear(node.id, kind, body, time.monotonic())
+        elif kind is Kind.OUTPUT and (job := self._jobs.get(body.job)) is not None:
+            if job.owner.channel.waiting < OUTPUT_FRAMES:
+                self._send(job.owner, kind, body.renumbered(job.owners_number))
+            else:
+                job.left_out[body.number] += body.attempt if body.flags == frames.MORE else 1
         elif kind is Kind.BYE:
             self._scheduler.drain(node.id)
             self._changed = True
@@ -228,16 +236,21 @@ class Exchange:
                 self._end(job)
 
     def _declare(self, peer: Peer, batch: Batch) -> None:
-        """A JOB opens its context on this connection. Its third letter is the context's initializer there."""
-        letters, name = batch.letters(), batch.declaration["context"]
-        initializer = letters[2:] or peer.contexts.get(name, [])
+        """A JOB opens its context and its sources on this connection. Later JOBs need not bring their letters."""
+        letters: list[Letter] = [*batch.letters(), b"", b""]
         if batch.job in peer.jobs:
             raise ProtocolError(f"job {batch.job} is there already")
-        if batch.declaration["initializer"] is not bool(initializer):
-            raise ProtocolError(f"job {batch.job} and its context do not have the same initializer")
-        peer.contexts[name] = initializer
-        job = DeclaredJob(next(self._ids["job"]), peer, batch.job, letters[:2], initializer,
-                          self._contexts.setdefault(name, set()))
+        names = batch.declaration["context"], batch.declaration.get("sources")
+        shared: list[tuple[Letter, set[int]]] = []
+        for name, is_wanted, letter in zip(names, (batch.declaration["initializer"], bool(names[1])), letters[2:]):
+            nodes: set[int] = set()
+            letter = letter or peer.contexts.get(name, b"")
+            if is_wanted is not bool(letter):
+                raise ProtocolError(f"job {batch.job} and its context do not have the same initializer, or no sources")
+            if name is not None:
+                peer.contexts[name], nodes = letter, self._contexts.setdefault(name, set())
+            shared.append((letter, nodes))
+        job = DeclaredJob(next(self._ids["job"]), peer, batch.job, letters[:2], shared, Counter())
         self._jobs[job.number] = peer.jobs[batch.job] = job
         self._scheduler.declare(job.number, peer.hello["python"])
 
@@ -256,6 +269,10 @@ class Exchange:
         if job is None:
             return
         if node_id is None:
+            while job.left_out:
+                number, lines = job.left_out.popitem()
+                self._send(job.owner, Kind.OUTPUT, Batch.pack(
+                    job.owners_number, 0, [b""], attempt=min(lines, U32), number=number, flags=frames.MORE))
             self._send(job.owner, kind, batch.renumbered(job.owners_number))
             return
         node = self._nodes[node_id]

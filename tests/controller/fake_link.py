@@ -14,7 +14,7 @@ from achilles.controller.call import Call
 from achilles.controller.job import Job
 from achilles.controller.link import Link
 from achilles.objects import letters, outcomes
-from achilles.protocol.frames import Batch, Gone, Kind, Status, joined, letter_of
+from achilles.protocol.frames import MORE, Batch, Gone, Kind, Status, joined, letter_of
 
 __all__ = ["MOMENT_SECONDS", "FakeLink", "begin", "begin_fed", "begin_fixture", "make_job", "take_all", "values"]
 
@@ -123,6 +123,15 @@ class FakeLink(Link):
         start = batch.first if first is None else first
         self.handle_batch(Kind.GONE, Batch(
             batch.job, start, count or batch.end - start, batch.attempt, flags=reason))
+
+    def print(self, batch: Batch, text: str, offset: int = 0, *, number: int | None = None, node: int = 5) -> None:
+        """OUTPUT: a line of one chunk, the first one where no `number` is given."""
+        self.handle_batch(Kind.OUTPUT, Batch.pack(
+            batch.job, batch.first if number is None else number, [text.encode()], attempt=offset, number=node))
+
+    def leave_out(self, batch: Batch, lines: int, node: int = 5) -> None:
+        """OUTPUT: a count of lines."""
+        self.handle_batch(Kind.OUTPUT, Batch.pack(batch.job, 0, [b""], attempt=lines, number=node, flags=MORE))
 
     def give(self, batch: Batch, workers: int) -> None:
         """GIVEN."""

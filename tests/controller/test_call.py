@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from conftest import SECONDS
+from conftest import SECONDS, wait_until
 from fake_link import FakeLink, begin, begin_fixture, make_job, take_all, values  # noqa: F401
 
 from achilles.controller.call import Call, NotYet
@@ -161,3 +161,106 @@ def test_a_call_that_failed_as_it_began_has_an_exception_of_its_own(args):
         caught.append(raised.value)
     assert len({id(each) for each in [*caught, error]}) == 3, "an exception that is raised anew keeps every traceback"
     assert link.posts == []
+
+
+# Output.
+
+
+@pytest.fixture
+def shown():
+    return []
+
+
+@pytest.fixture
+def printing(start, shown):
+    """A call of chunks of two arguments each, in one batch, and that batch."""
+    call = start([*range(6)], workers=1, flat=True, chunksize=2, us=1.0, show=lambda *line: shown.append(line))
+    [batch] = call.link.batches(1)
+    return call, batch
+
+
+def test_a_line_is_shown_before_the_result_of_its_chunk_with_the_index_of_its_argument(printing, shown):
+    call, batch = printing
+    call.link.print(batch, "hello", 1, number=batch.first + 1)
+    call.link.square(batch)
+    assert shown == []
+    assert call.take(SECONDS) == (0, [0, 1, 4, 9, 16, 25], {})
+    assert shown == [("hello", 3, 5)]
+
+
+def test_a_line_wakes_the_thread_that_takes_long_before_there_is_a_result(printing, shown):
+    call, batch = printing
+    call.link.print(batch, "hello")
+    began = time.monotonic()
+    with pytest.raises(NotYet):
+        call.take(0.0)
+    assert shown == [("hello", 0, 5)]
+    thread = threading.Thread(target=lambda: call.take(SECONDS))
+    thread.start()
+    call.link.print(batch, "again")
+    wait_until(lambda: len(shown) == 2)
+    assert time.monotonic() - began < SECONDS / 2
+    call.link.square(batch)
+    thread.join(SECONDS)
+
+
+def test_lines_come_before_the_error_that_ends_the_call(printing, shown):
+    call, batch = printing
+    call.link.print(batch, "the reason")
+    with call.link.lock:
+        call.results.fail(ValueError("over"))
+    with pytest.raises(ValueError, match="over"):
+        call.take(SECONDS)
+    assert shown == [("the reason", 0, 5)]
+
+
+def test_lines_left_out_are_counted_before_the_next_line_of_their_node_and_at_the_end(printing, shown):
+    call, batch = printing
+    call.link.leave_out(batch, 1000)
+    call.link.leave_out(batch, 203)
+    call.link.print(batch, "of another node", node=6)
+    call.link.print(batch, "of this node")
+    call.link.leave_out(batch, 7)
+    call.link.square(batch)
+    call.take(SECONDS)
+    assert shown == [("of another node", 0, 6), ("1,203 lines more", None, 5), ("of this node", 0, 5),
+                     ("7 lines more", None, 5)]
+
+
+def test_lines_that_nobody_takes_are_bounded_and_counted(printing, shown):
+    call, batch = printing
+    for number in range(3000):
+        call.link.print(batch, f"line {number}")
+    call.link.square(batch)
+    call.take(SECONDS)
+    assert shown[1023:] == [("line 1023", 0, 5), ("1,976 lines more", None, 5)]
+
+
+def test_a_line_of_a_chunk_that_is_not_out_has_no_index(printing, shown):
+    call, batch = printing
+    call.link.print(batch, "late", number=1_000)
+    call.link.square(batch)
+    call.take(SECONDS)
+    assert shown == [("late", None, 5)]
+
+
+def test_lines_that_nobody_asked_for_keep_nobody_busy(start):
+    call = start([1], flat=True)
+    [batch] = call.link.batches(1)
+    call.link.print(batch, "unasked")
+    before = time.thread_time()
+    with pytest.raises(NotYet):
+        call.take(0.3)
+    assert time.thread_time() - before < 0.1
+    call.link.square(batch)
+    assert values(call) == [1]
+
+
+def test_what_show_raises_is_raised_where_results_are_taken(start):
+    def show(*line):
+        raise ValueError("cannot show")
+
+    call = start([1], flat=True, show=show)
+    call.link.print(call.link.batches(1)[0], "hello")
+    with pytest.raises(ValueError, match="cannot show"):
+        call.take(SECONDS)

@@ -323,8 +323,8 @@ def test_an_exception_in_a_list_has_the_lists_index(start):
 def test_a_function_that_cannot_be_loaded_fails_the_call(start):
     call = start(range(2), flat=True)
     call.link.answer(call.link.batches(2)[0], [[None]], status=Status.FAILED,
-                     errors={0: ModuleNotFoundError("No module named 'gone'")})
-    with pytest.raises(ModuleNotFoundError, match=r"No module named 'gone' on node .*: install it there"):
+                     errors={0: ModuleNotFoundError("No module named 'gone'", name="gone")})
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'gone' on node .*: this process has not"):
         call.take(SECONDS)
 
 

@@ -15,6 +15,7 @@ from achilles.controller.job import Job
 from achilles.controller.link import KEPT_BYTES, KEPT_JOBS
 from achilles.errors import ProtocolError, WorkerLost
 from achilles.objects import letters
+from achilles.objects.sources import Sources
 from achilles.protocol.frames import TELL, Batch, Gone, Kind, letter_of
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
@@ -148,12 +149,26 @@ def test_an_initializer_travels_once_a_context_and_connection():
 
     for context in (1, 1, 2):
         run(context)
-    assert [batch.count for batch in link.of(Kind.JOB)] == [3, 2, 3]
+    def brought():
+        return [[bool(length) for length in batch.lengths[2:]] for batch in link.of(Kind.JOB)]
+
+    assert brought() == [[True, False], [False, False], [True, False]]
     assert all(json.loads(batch.letters()[0])["initializer"] for batch in link.of(Kind.JOB))
     with link.lock:
         link.forget_connection()
     run(1)
-    assert link.of(Kind.JOB)[-1].count == 3
+    assert brought()[-1] == [True, False]
+
+
+def test_sources_travel_once_a_connection_whatever_the_context():
+    link = FakeLink(1)
+    for context, name in ((1, "a"), (2, "a"), (3, "b"), (4, "a")):
+        sources = Sources(name * 32, b"modules")
+        Call(link, make_job(link, context, sources=sources), [1], flat=True).start()
+        link.finish()
+    jobs = link.of(Kind.JOB)
+    assert [batch.letters()[3] for batch in jobs] == [b"modules", b"", b"modules", b""]
+    assert [json.loads(batch.letters()[0])["sources"][0] for batch in jobs] == ["a", "a", "b", "a"]
 
 
 # Jobs that stay open.

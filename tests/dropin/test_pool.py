@@ -882,7 +882,7 @@ def test_a_seed_gives_the_same_numbers_after_a_worker_was_lost(ours, tmp_path):
     assert twice[0] == twice[1] == ours.map(numbers, range(10), seed=1)
 
 
-def test_whatever_is_over_a_lowered_limit_is_letter_too_large_and_the_pool_goes_on(make, monkeypatch):
+def test_whatever_is_over_a_lowered_limit_is_letter_too_large_and_the_pool_goes_on(make, away, monkeypatch):
     monkeypatch.setattr("achilles.protocol.frames.LETTER_LIMIT_BYTES", 5000)
     pool, large = make(), b"x" * 6000
     places = outcomes(pool.imap(len, [b"1", large, b"22"]))
@@ -908,7 +908,7 @@ def test_wrong_options_are_refused(ours, more, error):
 # What is sent.
 
 
-def test_a_large_function_crosses_each_link_once(tmp_path, monkeypatch, unconfigured):
+def test_a_large_function_crosses_each_link_once(away, monkeypatch, unconfigured):
     """From the caller to the server, and from there to the node, over a hundred maps."""
     sent, greeted, send = [], [], Channel.send
 
@@ -924,7 +924,7 @@ def test_a_large_function_crosses_each_link_once(tmp_path, monkeypatch, unconfig
     with serving() as server, Pool(**address(server.address[1])) as pool:
         env = environment(ACHILLES_HOST="127.0.0.1", ACHILLES_PORT=str(server.address[1]), ACHILLES_USERNAME=USER,
                           ACHILLES_SECRET_KEY=SECRET)
-        node = Process(tmp_path, "node", [*PYTHON, "-m", "achilles.node", "--cpu-count", "2", *NODE_OPTIONS], env)
+        node = Process(away, "node", [*PYTHON, "-m", "achilles.node", "--cpu-count", "2", *NODE_OPTIONS], env)
         try:
             for _ in range(100):
                 assert pool.map(lambda x: len(data) + x, range(8)) == [*range(len(data), len(data) + 8)]
@@ -1041,7 +1041,7 @@ def test_ctrl_c_in_a_get_leaves_the_result_to_the_next_one(make, monkeypatch):
     assert result.get(SECONDS) == 9 and result.successful()
 
 
-def test_a_breach_that_comes_again_on_each_connection_ends_the_call(make, monkeypatch):
+def test_a_breach_that_comes_again_on_each_connection_ends_the_call(make, away, monkeypatch):
     """As a result beyond the caller's own limit does: to connect again for ever is of no use."""
     pool = make()
     monkeypatch.setattr("achilles.protocol.frames.LETTER_LIMIT_BYTES", 5000)

@@ -30,6 +30,7 @@ from achilles.node import process
 from achilles.node import workers as module
 from achilles.node.board import CALL, CHUNK, FIRST, PHASE, START, WORDS
 from achilles.node.cores import default_start_method, usable_cores
+from achilles.node.output import Flow
 from achilles.node.workers import Workers
 from achilles.objects.letters import Context, dump_chunk
 from achilles.objects.outcomes import load_outcomes
@@ -405,7 +406,9 @@ def test_the_time_in_which_a_worker_starts_is_no_time_of_its_batch() -> None:
         worker = process.NodeWorker(types.SimpleNamespace(pid=1), ours, bytearray(8 * WORDS))
         worker.status[PHASE] = START
         batch = Batch.pack(1, 0, [b"x"] * 10, number=40_000)
-        worker.begin(process.NodeJob("a context", {"initializer": False}, [b"", b"f"]), batch)
+        letters = [b"", b"f", b"", b""]
+        job = process.NodeJob(("a context", None), (None, None), {"initializer": False}, letters, Flow())
+        worker.begin(job, batch)
         began = worker.since
         assert not worker.look(began + 0.01) and not worker.look(began + 0.18)
         for number in range(10):
@@ -769,12 +772,12 @@ def test_a_chunk_at_which_a_worker_stopped_is_returned_although_the_node_left_it
 
 def test_a_worker_is_told_of_a_job_once_and_of_an_initializer_once_a_context(loop: Any, monkeypatch: Any) -> None:
     it = loop(1)
-    sent: list[tuple[Kind, int]] = []
+    sent: list[tuple[int, bool]] = []  # jobs, and whether they came with an initializer
     send = process.Channel.send
 
     def note(self: Any, kind: Kind, body: Any) -> None:
         if kind is Kind.JOB and body.job != WARMING:
-            sent.append((body.job, body.count))
+            sent.append((body.job, body.lengths[2] > 0))
         send(self, kind, body)
 
     monkeypatch.setattr(process.Channel, "send", note)
@@ -784,7 +787,7 @@ def test_a_worker_is_told_of_a_job_once_and_of_an_initializer_once_a_context(loo
         before = len(it.answers(job))
         it.add([1], job=job)
         it.until(lambda: len(it.answers(job)) > before)  # noqa: B023
-    assert sent == [(1, 3), (2, 2)]
+    assert sent == [(1, True), (2, False)]
 
 
 def test_a_worker_with_an_initializer_is_replaced_when_its_context_closes(loop: Any) -> None:
@@ -824,7 +827,7 @@ def test_a_context_that_waits_gets_a_worker_that_belongs_to_an_idle_one(loop: An
 def own_all(it: Loop) -> None:
     """Every worker belongs to the context of job 1."""
     it.add_each(*([0.1] for n in range(len(it.pids))), job=1)
-    it.until(lambda: all(worker.owner for worker in it.workers._workers) and not it.workers.busy)
+    it.until(lambda: all(worker.owner[0] for worker in it.workers._workers) and not it.workers.busy)
 
 
 def test_idle_workers_of_one_context_go_to_another_that_has_too_few(loop: Any, monkeypatch: Any) -> None:
@@ -837,7 +840,7 @@ def test_idle_workers_of_one_context_go_to_another_that_has_too_few(loop: Any, m
     it.until(lambda: it.done(0) or len({pid for (pid,) in it.values(2).values()}) == 2)
     it.until(lambda: it.give_again() or len({pid for (pid,) in it.values(2).values()}) == 2)
     assert len(it.answers(2)) < 200
-    assert [worker.owner for worker in it.workers._workers].count("c" * 32) == 1  # its part, for a minute
+    assert [worker.owner for worker in it.workers._workers].count(("c" * 32, None)) == 1  # its part, for a minute
     monkeypatch.setattr(module, "KEEP_SECONDS", 1.0)
     it.until(lambda: it.give_again() or len({pid for (pid,) in it.values(2).values()}) == 3)
     assert len(it.answers(2)) < 200

@@ -7,12 +7,13 @@ from achilles.protocol.frames import HEAD, RANGE, Gone, Kind, Status
 def test_every_number_on_the_wire_is_pinned():
     """A peer of another release reads these numbers: one that changes needs a new version in the handshake."""
     assert [(kind.name, kind.value) for kind in Kind] == list(zip(
-        "HELLO BYE PING ERROR CLUSTER JOB TASK GIVEN RESULT RETURNED GONE CANCEL END CLOSE STATUS KILL".split(),
-        range(1, 17)))
+        ("HELLO BYE PING ERROR CLUSTER JOB TASK GIVEN RESULT RETURNED GONE CANCEL END CLOSE STATUS KILL "
+         "OUTPUT").split(),
+        range(1, 18)))
     assert [(status.name, status.value) for status in Status] == list(zip(
         "VALUES RAISED DIED TIMEOUT ALTERED FAILED".split(), range(6)))
     assert [(gone.name, gone.value) for gone in Gone] == list(zip("RETURNED LEFT LOST WAITED".split(), range(4)))
-    assert (kinds.CAREFUL, kinds.TELL) == (1, 2)
+    assert (kinds.CAREFUL, kinds.TELL, kinds.MORE) == (1, 2, 1)
     assert (frames.SHORT_LETTER_BYTES, frames.TAG_BYTES, frames.DIGEST_BYTES, frames.LENGTH_BYTES) == (1024, 32, 32, 8)
     assert (HEAD.format, HEAD.size) == (">BBHI", 8)
     assert (RANGE.format, RANGE.size) == (">IQIII", 24)

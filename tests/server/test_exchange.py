@@ -10,11 +10,12 @@ import pytest
 
 from achilles.errors import ProtocolError
 from achilles.protocol import auth, frames
-from achilles.protocol.frames import TELL, Batch, Frame, Gone, Kind, LongLetter, Status
+from achilles.protocol.frames import MORE, TELL, Batch, Frame, Gone, Kind, LongLetter, Status
 from achilles.protocol.kinds import MAX_PYTHONS, SERVER_FIELDS
+from achilles.server import exchange
 from achilles.server.exchange import Exchange, Peer
 
-CONTEXT, OTHER_CONTEXT = "0c" * 16, "0d" * 16
+CONTEXT, OTHER_CONTEXT, SET = "0c" * 16, "0d" * 16, "0e" * 16
 FUNCTION = b"a function"
 LONG_FUNCTION = b"x" * 2000
 INITIALIZER = b"an initializer"
@@ -29,6 +30,7 @@ class FakeChannel:
         self.said = []
         self.finished = False
         self.pushed = 0  # frames that would have left
+        self.waiting = 0  # frames, as a test says
         self.gate = threading.Event()  # `send` waits for it
         self.gate.set()
 
@@ -85,13 +87,16 @@ class Cluster:
         self.now += 1
         self.exchange.tick(self.now)
 
-    def declare(self, peer, job=3, letter=FUNCTION, context=CONTEXT, initializer=None, has_initializer=None, **options):
+    def declare(
+        self, peer, job=3, letter=FUNCTION, context=CONTEXT, initializer=None, has_initializer=None,
+        set_of_sources=b"", **options,
+    ):
         """A JOB as it is read from a controller."""
         has = bool(initializer) if has_initializer is None else has_initializer
         declaration = json.dumps({"context": context, "initializer": has} | options).encode()
         if len(letter) > frames.SHORT_LETTER_BYTES:
             letter = LongLetter((letter,), hashlib.sha256(letter).digest(), len(letter))
-        batch = Batch.pack(job, 0, [declaration, letter, *([initializer] if initializer else [])])
+        batch = Batch.pack(job, 0, [declaration, letter, initializer or b"", set_of_sources])
         longs, batch.longs = batch.longs, []
         batch = frames.decode(Kind.JOB, 0, frames.encode(Kind.JOB, batch)[0][frames.HEAD.size :])
         batch.longs = longs
@@ -282,9 +287,9 @@ def test_a_job_goes_to_a_node_and_its_answers_come_back(cluster):
     said = node.channel.take()
     assert kinds(said) == [Kind.JOB, Kind.TASK]
     job, task = (body for _, body in said)
-    declaration, function = job.letters()
+    declaration, function, *nothing = job.letters()
     assert json.loads(declaration) == {"context": CONTEXT, "initializer": False, "timeout": 2.0}
-    assert function == FUNCTION and task.job == job.job
+    assert function == FUNCTION and not any(nothing) and task.job == job.job
     assert (task.first, task.count, task.attempt, task.number, task.flags) == (0, 2, sent.attempt, 77, frames.CAREFUL)
     assert task.letters() == [b"args", b"args"]
     assert controller.channel.take() == []
@@ -352,12 +357,13 @@ def test_an_initializer_goes_to_each_node_once_for_its_context(cluster):
     for job in (4, 3, 5):
         cluster.task(controller, job=job)
     jobs = of_kind(node.channel.take(), Kind.JOB)
-    assert [job.letters()[1:] for job in jobs] == [[FUNCTION, INITIALIZER], [FUNCTION], [FUNCTION]]
+    assert [job.letters()[1:] for job in jobs] == [
+        [FUNCTION, INITIALIZER, b""], [FUNCTION, b"", b""], [FUNCTION, b"", b""]]
     late = cluster.node(8)
     cluster.task(controller, job=3, first=1)
     for _ in range(9):
         cluster.task(controller, job=3, first=2)
-    assert [job.count for job in of_kind(late.channel.take(), Kind.JOB)] == [3]
+    assert [job.letters()[2] for job in of_kind(late.channel.take(), Kind.JOB)] == [INITIALIZER]
 
 
 def test_an_initializer_that_was_not_sent_on_this_connection_is_refused(cluster):
@@ -368,6 +374,28 @@ def test_an_initializer_that_was_not_sent_on_this_connection_is_refused(cluster)
     with pytest.raises(ProtocolError, match="initializer"):
         cluster.declare(other, 4)  # this context has one
     assert controller.jobs == {} and controller.contexts == {}
+
+
+def test_sources_go_to_each_node_once_for_their_name_and_are_closed_with_the_last_connection(cluster):
+    node, controller, other = cluster.node(8), cluster.controller(), cluster.controller()
+    cluster.declare(controller, 3, sources=SET, set_of_sources=b"modules")
+    cluster.declare(controller, 4, context=OTHER_CONTEXT, sources=SET)  # the connection has had them
+    cluster.declare(other, 3, sources=SET, set_of_sources=b"modules")
+    for peer, job in ((controller, 4), (controller, 3), (other, 3)):
+        cluster.task(peer, job=job)
+    jobs = of_kind(node.channel.take(), Kind.JOB)
+    assert [job.letters()[1:] for job in jobs] == [
+        [FUNCTION, b"", b"modules"], [FUNCTION, b"", b""], [FUNCTION, b"", b""]]
+    assert [json.loads(job.letters()[0])["sources"] for job in jobs] == [SET] * 3
+    cluster.exchange.leave(controller)
+    assert {"context": SET} not in [body for _, body in node.channel.take()]
+    cluster.exchange.leave(other)
+    assert {"context": SET} in [body for _, body in node.channel.take()]
+
+
+def test_sources_that_were_not_sent_on_this_connection_are_refused(cluster):
+    with pytest.raises(ProtocolError, match="no sources"):
+        cluster.declare(cluster.controller(), sources=SET)
 
 
 # What is not one's own.
@@ -711,3 +739,43 @@ def test_kill_and_the_goodbye_after_it(cluster):
         assert kinds(late.channel.take()) == [Kind.HELLO, Kind.BYE] and late.channel.finished
     cluster.exchange.leave(node)
     cluster.exchange.leave(controller)
+
+
+def test_lines_go_to_the_controller_under_its_own_number_and_in_front_of_the_answer(cluster):
+    node, controller = cluster.node(), cluster.controller()
+    cluster.declare(controller, job=3, output=True)
+    cluster.task(controller, job=3)
+    [given] = of_kind(node.channel.take(), Kind.TASK)
+    controller.channel.take()
+    cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"hello"], attempt=2, number=5))
+    cluster.say(node, Kind.RESULT, Batch.pack(given.job, 0, [b"r"], attempt=given.attempt, statuses=b"\0"))
+    (first, line), (second, _) = controller.channel.take()
+    assert (first, second) == (Kind.OUTPUT, Kind.RESULT)
+    assert (line.job, line.attempt, line.number, line.letters()) == (3, 2, 5, [b"hello"])
+
+
+def test_lines_for_a_controller_that_does_not_read_are_counted_and_results_are_not_kept_back(cluster):
+    node, controller = cluster.node(), cluster.controller()
+    cluster.declare(controller, job=3, output=True)
+    cluster.task(controller, job=3)
+    [given] = of_kind(node.channel.take(), Kind.TASK)
+    controller.channel.take()
+    controller.channel.waiting = exchange.OUTPUT_FRAMES
+    for _ in range(3):
+        cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"hello"], number=5))
+    cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b""], attempt=40, number=5, flags=MORE))
+    assert controller.channel.take() == []
+    cluster.say(node, Kind.RESULT, Batch.pack(given.job, 0, [b"r"], attempt=given.attempt, statuses=b"\0"))
+    (_, count), (kind, _) = controller.channel.take()
+    assert (count.job, count.attempt, count.number, count.flags) == (3, 43, 5, MORE) and kind is Kind.RESULT
+
+
+def test_lines_of_a_job_that_has_ended_lead_nowhere(cluster):
+    node, controller = cluster.node(), cluster.controller()
+    cluster.declare(controller, job=3, output=True)
+    cluster.task(controller, job=3)
+    [given] = of_kind(node.channel.take(), Kind.TASK)
+    cluster.say(controller, Kind.END, Batch(3))
+    controller.channel.take()
+    cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"late"], number=5))
+    assert controller.channel.take() == []

@@ -1,0 +1,216 @@
+"""The caller's own modules: their sources travel with its functions, and a worker imports them from memory.
+
+It knows modules and files. It knows no letter, job or worker.
+
+Own is a module that the caller has imported from a file ``….py`` in the *root* or below, and that no environment and no
+standard library has. The root is the folder of the script. It is the working directory in a notebook, in a shell, under
+``python -m``, and where ``__main__`` itself is installed, as pytest's is. This package is never own.
+
+::
+
+    caller: sys.modules ─▶ own files ─▶ collect ─▶ Sources, one letter ···▶ worker: install ─▶ sys.meta_path
+
+A module keeps its name, its file's path and its package. So tracebacks show its lines, and its classes come back as the
+caller's. Only modules travel: no data files, no compiled modules.
+
+Any thread may call everything here. Two threads may both look at the files: they find the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import pickle
+import sys
+import sysconfig
+import time
+from importlib import abc, machinery, readers, util
+from typing import Any, NamedTuple
+
+from ..errors import DumpError
+from .names import MAINS, REMEMBERED, importable
+
+__all__ = ["Sources", "install", "own_sources", "reason"]
+
+MAX_BYTES = 8 << 20  # of all sources: a set that is larger has data in it, or a whole library
+LOOK_SECONDS = 0.1  # how often single calls look at the files
+PACKAGE = __package__.rpartition(".")[0]  # ours, whatever its name is
+
+Module = tuple[str, bool, bytes]  # path, whether it is a package, source
+
+
+class Sources(NamedTuple):
+    """The caller's own modules.
+
+    :ivar name: of this set, 32 hex digits.  :ivar letter: a dict of each module's path and source, by name.
+    """
+
+    name: str
+    letter: bytes
+
+
+class Look(NamedTuple):
+    """What one look at the files found, in a root and among so many modules; single calls look again at a time."""
+
+    root: str = ""
+    modules: int = -1
+    again_at: float = 0.0  # monotonic
+    stamps: tuple[Any, ...] = ()
+    found: Sources | None = None
+
+
+_look = Look()
+
+
+def own_sources(at_once: bool = True) -> Sources | None:
+    """The set of the caller's own modules as their files are now, if there are any.
+
+    :param at_once: look at the files now. Else a change may be seen 0.1 s later.
+    :raises DumpError: they are too large.
+    """
+    global _look
+    last, count = _look, len(sys.modules)
+    if not at_once and count == last.modules and (not last.stamps or time.monotonic() < last.again_at):
+        return last.found
+    folder = root()
+    is_same = count == last.modules and folder == last.root
+    files = {name: path for name, path, _ in last.stamps} if is_same else own_files(folder)
+    stamps = tuple((name, path, _stamp(path)) for name, path in files.items())
+    found = last.found if stamps == last.stamps else collect(files)
+    _look = Look(folder, count, time.monotonic() + LOOK_SECONDS, stamps, found)
+    return found
+
+
+def own_files(folder: str) -> dict[str, str]:
+    """The paths of the own modules, by name. A package without a file is a namespace package: "" is its path."""
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        path = file_of(module)
+        if not why_not(name, path, folder):
+            found[name] = path
+    for name in list(found):
+        while name := name.rpartition(".")[0]:
+            if name not in found and not file_of(sys.modules.get(name)):
+                found[name] = ""
+    return found
+
+
+def root() -> str:
+    """The folder of the script; the working directory where there is none."""
+    main = sys.modules["__main__"]
+    path = file_of(main)
+    if not path or getattr(main, "__spec__", None) is not None or is_installed(path):
+        return os.getcwd()
+    return os.path.dirname(os.path.abspath(path))
+
+
+def file_of(module: Any) -> str:
+    """The path of a module's file, without a load of what loads itself at its first use; "" where it has none."""
+    try:
+        path = object.__getattribute__(module, "__dict__").get("__file__")
+    except AttributeError:
+        return ""
+    return path if isinstance(path, str) else ""
+
+
+def why_not(name: str, path: str, folder: str) -> str:
+    """The rule by which a module does not travel; "" if it does."""
+    if name in MAINS or name == PACKAGE or name.startswith(f"{PACKAGE}."):
+        return "it is achilles or the script itself"
+    if not (path.endswith(".py") and os.path.isfile(path)):
+        return "it has no Python source file here: install it on the node"
+    if name.partition(".")[0] in sys.stdlib_module_names or is_installed(path):
+        return "it is installed here, and what is installed never travels: install it on the node, too"
+    if not os.path.abspath(path).startswith(os.path.join(folder, "")):
+        return f"its file {path} is not below {folder}: put it there, or install it on the node"
+    return "" if importable(name) else "an import does not find it by its name"
+
+
+@functools.lru_cache(REMEMBERED)
+def is_installed(path: str) -> bool:
+    """Whether an environment or the standard library has a file."""
+    parts = os.path.abspath(path).split(os.sep)
+    return "site-packages" in parts or "dist-packages" in parts or os.path.realpath(path).startswith(_library_folders())
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    return tuple(os.path.join(os.path.realpath(sysconfig.get_path(name)), "") for name in ("stdlib", "platstdlib"))
+
+
+def collect(files: dict[str, str]) -> Sources | None:
+    """Read the files: the set of these modules, if there are any. DumpError if they are too large."""
+    modules: dict[str, Module] = {}
+    for name, path in files.items():
+        source = b""
+        if path:
+            with open(path, "rb") as file:
+                source = file.read()
+        modules[name] = path, not path or os.path.basename(path) == "__init__.py", source
+    size = sum(len(source) for _, _, source in modules.values())
+    if size > MAX_BYTES:
+        largest = max(modules, key=lambda name: len(modules[name][2]))
+        raise DumpError(
+            f"the modules beside the script have {size:,} bytes, and at most {MAX_BYTES:,} travel with a function. The "
+            f"largest is {files[largest]} with {len(modules[largest][2]):,}. Install them on the nodes, or keep data "
+            "in files of another kind")
+    letter = pickle.dumps(modules, 5)
+    return Sources(hashlib.sha256(letter).hexdigest()[:32], letter) if modules else None
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    """What changes when a file does."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def reason(name: str) -> str:
+    """Why a worker did not find a module of this name, for the caller: the rule, and what to do."""
+    if name not in sys.modules:
+        return "this process has not imported it, so that it does not travel: import it here, too, or install it there"
+    rule = why_not(name, file_of(sys.modules[name]), root())
+    return rule or "it was imported here only after the call began: import it before"
+
+
+class Finder(abc.MetaPathFinder, abc.ExecutionLoader):
+    """Finds and loads a set of modules from memory."""
+
+    def __init__(self, modules: dict[str, Module]) -> None:
+        self._modules = modules
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> machinery.ModuleSpec | None:
+        """As `importlib` says."""
+        if fullname not in self._modules:
+            return None
+        file, is_package, _ = self._modules[fullname]
+        loader: Any = self if file else None
+        spec = machinery.ModuleSpec(fullname, loader, origin=file or None, is_package=is_package)
+        spec.has_location = bool(file)
+        if is_package and file:  # what the caller had not imported may be there, on the caller's own machine
+            spec.submodule_search_locations = [os.path.dirname(file)]
+        return spec
+
+    def is_package(self, fullname: str) -> bool:
+        """As `importlib` says."""
+        return self._modules[fullname][1]
+
+    def get_filename(self, fullname: str) -> str:
+        """As `importlib` says."""
+        return self._modules[fullname][0]
+
+    def get_resource_reader(self, fullname: str) -> Any:
+        """As `importlib` says: data files do not travel, but may be there, on the caller's own machine."""
+        return readers.FileReader(machinery.SourceFileLoader(fullname, self.get_filename(fullname)))
+
+    def get_source(self, fullname: str) -> str:
+        """As `importlib` says."""
+        return util.decode_source(self._modules[fullname][2])
+
+
+def install(modules: dict[str, Module]) -> None:
+    """In a worker: from now on an import finds these modules first."""
+    sys.meta_path.insert(0, Finder(modules))

@@ -1,0 +1,247 @@
+"""Which modules travel, how they are found again when they change, and how a worker imports them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+import achilles
+from achilles.errors import DumpError
+from achilles.objects import sources as module
+from achilles.objects.sources import Finder, own_sources, reason, root
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory on the path, as a notebook has it. What a test imports from there is forgotten after it."""
+    before = set(sys.modules)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(module, "_look", module.Look())
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def write(folder, name, text="VALUE = 1\n"):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    importlib.invalidate_caches()
+    return path
+
+
+def modules():
+    found = own_sources()
+    return {} if found is None else pickle.loads(found.letter)
+
+
+def test_nothing_of_its_own_is_no_set(folder):
+    assert own_sources() is None and own_sources(at_once=False) is None
+
+
+def test_what_was_imported_from_the_folder_travels_with_its_package_and_nothing_else(folder):
+    for name in ("one.py", "pack/__init__.py", "pack/part.py", "pack/other.py", "plain/deep/leaf.py", "unused.py"):
+        write(folder, name, f"NAME = {name!r}\n")
+    for name in ("one", "pack.part", "plain.deep.leaf", "json"):
+        importlib.import_module(name)
+    found = modules()
+    assert sorted(found) == ["one", "pack", "pack.part", "plain", "plain.deep", "plain.deep.leaf"]
+    assert found["one"] == (str(folder / "one.py"), False, b"NAME = 'one.py'\n")
+    assert found["pack"][:2] == (str(folder / "pack" / "__init__.py"), True)
+    assert found["plain"] == ("", True, b"")
+
+
+@pytest.mark.parametrize(("place", "rule"), [
+    ("site-packages/lib.py", "installed here"), ("dist-packages/lib.py", "installed here"),
+    (".venv/lib/python3.13/site-packages/lib.py", "installed here"),
+])
+def test_what_an_environment_has_does_not_travel_even_below_the_folder(folder, monkeypatch, place, rule):
+    path = write(folder, place)
+    monkeypatch.syspath_prepend(str(path.parent))
+    importlib.import_module("lib")
+    assert modules() == {} and rule in reason("lib")
+
+
+def test_each_rule_says_why_and_what_to_do(folder, tmp_path_factory, monkeypatch):
+    elsewhere = write(tmp_path_factory.mktemp("elsewhere"), "far.py")
+    monkeypatch.syspath_prepend(str(elsewhere.parent))
+    importlib.import_module("far")
+    sys.modules["compiled"] = types.ModuleType("compiled")
+    sys.modules["compiled"].__file__ = str(write(folder, "compiled.so"))
+    own = importlib.import_module(write(folder, "mine.py").stem)
+    assert str(elsewhere) in reason("far") and "install it on the node" in reason("far")
+    assert "no Python source file" in reason("compiled")
+    assert "install it on the node, too" in reason("json")
+    assert "has not imported it" in reason("nowhere") and "import it here" in reason("nowhere")
+    assert "after the call began" in reason("mine") and own.VALUE == 1
+    assert list(modules()) == ["mine"]
+
+
+def test_achilles_itself_never_travels(folder, monkeypatch):
+    monkeypatch.chdir(Path(achilles.__file__).parent.parent)
+    assert not [name for name in modules() if name.startswith("achilles")]
+
+
+def test_a_changed_file_is_a_changed_set_at_the_next_look(folder):
+    path = write(folder, "one.py", "VALUE = 1\n")
+    importlib.import_module("one")
+    first = own_sources()
+    assert own_sources() is first
+    path.write_text("VALUE = 22\n")
+    second = own_sources()
+    assert second.name != first.name and b"VALUE = 22" in second.letter
+    path.write_text("VALUE = 1\n")
+    assert own_sources().name == first.name
+
+
+def test_a_new_import_is_seen_also_by_single_calls_and_a_change_by_them_a_moment_later(folder):
+    write(folder, "one.py")
+    importlib.import_module("one")
+    first = own_sources()
+    path = write(folder, "two.py")
+    importlib.import_module("two")
+    second = own_sources(at_once=False)
+    assert second.name != first.name
+    path.write_text("VALUE = 3\n")
+    deadline = time.monotonic() + 20
+    while own_sources(at_once=False) is second:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_single_calls_do_not_look_at_the_files_each_time(folder, monkeypatch):
+    write(folder, "one.py")
+    importlib.import_module("one")
+    own_sources()
+    looks = []
+    monkeypatch.setattr(module, "_stamp", lambda path: looks.append(path) or ())
+    monkeypatch.setattr(module, "LOOK_SECONDS", 60.0)
+    own_sources()
+    for _ in range(1000):
+        own_sources(at_once=False)
+    assert len(looks) == 1
+
+
+def test_the_same_modules_are_the_same_set_in_any_process(folder):
+    for name in ("one.py", "two.py"):
+        write(folder, name)
+    script = ("import {}, {}\nfrom achilles.objects.sources import own_sources\nprint(own_sources().name)")
+    names = {subprocess.run([sys.executable, "-c", script.format(*order)], capture_output=True, text=True, check=True,
+                            env=os.environ | {"PYTHONHASHSEED": seed}, cwd=folder, timeout=60).stdout
+             for order, seed in ((("one", "two"), "1"), (("two", "one"), "2"))}
+    assert len(names) == 1 and len(names.pop().strip()) == 32
+
+
+def test_too_much_is_an_error_that_names_the_largest(folder, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BYTES", 1000)
+    write(folder, "small.py")
+    write(folder, "large.py", "#" * 2000)
+    importlib.import_module("small"), importlib.import_module("large")
+    with pytest.raises(DumpError, match=r"2,010 bytes, and at most 1,000 .*large\.py with 2,000\. Install"):
+        own_sources()
+
+
+def test_a_change_of_the_working_directory_is_another_root(folder, tmp_path_factory, monkeypatch):
+    write(folder, "one.py")
+    importlib.import_module("one")
+    assert list(modules()) == ["one"]
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert modules() == {}
+
+
+def test_a_file_that_is_gone_is_left_out(folder):
+    path = write(folder, "one.py")
+    importlib.import_module("one")
+    path.unlink()
+    assert modules() == {} and "no Python source file here" in reason("one")
+
+
+def test_modules_that_load_at_their_first_use_are_not_loaded(folder):
+    class Lazy(types.ModuleType):
+        def __getattribute__(self, name):
+            raise AssertionError(name)
+
+    sys.modules["lazy_one"] = Lazy("lazy_one")
+    assert modules() == {}
+
+
+@pytest.mark.parametrize(("command", "expected"), [
+    (["script.py"], "scripts"), (["-m", "scripts.script"], "."), (["-c", "import one; print(root())"], "."),
+])
+def test_the_root_is_the_scripts_folder_or_the_working_directory(folder, command, expected):
+    text = "from achilles.objects.sources import root\nprint(root())\n"
+    write(folder, "scripts/script.py", text)
+    write(folder, "one.py", "")
+    if command[0] == "script.py":
+        command = [str(folder / "scripts" / "script.py")]
+    if command[0] == "-c":
+        command = ["-c", text]
+    command = [sys.executable, *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, timeout=60)
+    assert os.path.samefile(done.stdout.strip(), folder / expected)
+
+
+def test_under_pytest_it_is_the_working_directory(folder):
+    assert os.path.samefile(root(), folder)
+
+
+# The worker's side.
+
+
+@pytest.fixture
+def import_from(monkeypatch, tmp_path):
+    before = set(sys.modules)
+
+    def run(**found):
+        monkeypatch.setattr(sys, "meta_path", [Finder({name: tuple(module) for name, module in found.items()}),
+                                               *sys.meta_path])
+        return importlib.import_module
+
+    yield run
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_modules_come_from_memory_with_packages_and_relative_imports(import_from):
+    load = import_from(**{
+        "pack": ["/nowhere/pack/__init__.py", True, b"from . import part\n"],
+        "pack.part": ["/nowhere/pack/part.py", False, b"from .deep.leaf import VALUE\n"],
+        "pack.deep": ["", True, b""], "pack.deep.leaf": ["/nowhere/pack/deep/leaf.py", False, b"VALUE = 5\n"]})
+    pack = load("pack")
+    assert pack.part.VALUE == 5 and pack.__file__ == "/nowhere/pack/__init__.py"
+    assert pack.part.__package__ == "pack" and pack.part.__name__ == "pack.part"
+
+
+def test_they_come_before_a_file_of_the_same_name(import_from, folder):
+    write(folder, "one.py", "VALUE = 'the node’s'\n")
+    assert import_from(one=["/nowhere/one.py", False, b"VALUE = 'the caller'\n"])("one").VALUE == "the caller"
+
+
+def test_a_traceback_shows_their_lines(import_from):
+    import traceback
+
+    one = import_from(one=["/nowhere/one.py", False, b"def fail():\n    raise ValueError('x')  # this line\n"])("one")
+    with pytest.raises(ValueError, match="x") as caught:
+        one.fail()
+    assert "# this line" in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_source_in_another_encoding(import_from):
+    one = import_from(one=["/nowhere/one.py", False, "# coding: latin-1\nVALUE = 'ü'\n".encode("latin-1")])("one")
+    assert one.VALUE == "ü"
+
+
+def test_what_is_not_in_the_set_is_found_as_ever(import_from):
+    load = import_from(one=["/nowhere/one.py", False, b""])
+    assert load("json").dumps(1) == "1"
+    with pytest.raises(ModuleNotFoundError):
+        load("not_there_at_all")
