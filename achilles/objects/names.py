@@ -31,8 +31,8 @@ from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleT
 from typing import Any
 
 __all__ = ["ATOMS", "KEPT", "MAINS", "MISSING", "REMEMBERED", "STREAMS", "UNFOUND", "Entry", "Module", "Names", "Slot",
-           "Space", "builtin_base", "by_import", "by_path", "global_names", "importable", "is_by_value", "is_c_type", "is_class",
-           "is_stream", "slots_of", "submodules_of", "travels_by_value"]
+           "Space", "builtin_base", "by_import", "by_path", "global_names", "importable", "is_by_value", "is_c_type",
+           "is_class", "is_stream", "slots_of", "submodules_of", "travels_by_value"]
 
 ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None), type(...), type(NotImplemented)})
 KINDS = {FunctionType: "function", CellType: "cell"}  # else a class or a value
