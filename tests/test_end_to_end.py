@@ -828,7 +828,7 @@ def test_a_worker_has_a_name_a_number_and_a_parent_of_its_own(eight, module):
     found = [about for packet in map(about_its_process, [module] * 40, **eight.address) for about in packet]
     for about in found:
         assert about["number"] >= 1 and about["name"] == f"achilles-worker-{about['number']}"
-        assert about["pid"] and about["children"] == []
+        assert about["pid"] and about["children"] == [] and not about["daemon"]
         assert about["log"] == about["name"], "as multiprocessing tells logging"
         assert about["parent"] or START_METHOD == "forkserver"
     assert len({about["name"] for about in found}) > 1

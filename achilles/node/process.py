@@ -13,7 +13,9 @@ A worker ends by itself when it retires, or the node kills it, or it dies. `char
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -51,10 +53,15 @@ class NodeJob(NamedTuple):
 
 
 class NodeWorker:
-    """One worker process. Its owner writes and reads the channel when the selector says so."""
+    """One worker process. Its owner writes and reads the channel when the selector says so.
 
-    def __init__(self, process: Any, sock: socket.socket, shared: Any) -> None:
+    :param number: which of the node's workers it is; its replacement has the same.
+    :param life: the node's end of a pipe. When it closes, the worker ends with all that its tasks started.
+    """
+
+    def __init__(self, process: Any, sock: socket.socket, shared: Any, number: int, life: Any) -> None:
         self.process = process
+        self.number, self.life = number, life
         self.channel = Channel(sock, "WN")
         self.channel.name = f"worker {process.pid}"
         self._board = Board(shared)
@@ -162,25 +169,32 @@ class NodeWorker:
     def kill(self, charge: Status | None) -> None:
         """End it. Only a chunk that is over its time is charged for that."""
         self.usable, self.charge = False, charge
+        self.kill_children()
         self.process.kill()
 
+    def kill_children(self) -> None:
+        """End its process group: the worker itself, and the processes that its tasks started."""
+        with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; a worker that starts has none yet
+            os.killpg(self.process.pid, signal.SIGKILL)
 
-def start(method: str, node: int, inherited: Iterable[Any]) -> NodeWorker:
+
+def start(method: str, node: int, number: int, inherited: Iterable[Any]) -> NodeWorker:
     """Start a worker's process; the node's end of the socket pair does not block. OSError or EOFError if there is none.
 
     :param method: "fork", "forkserver" or "spawn".
+    :param number: of the worker in its node.
     :param inherited: descriptors of the node's that a forked worker must close.
     """
     context = multiprocess.get_context(method)
     shared = context.RawArray("q", WORDS)
+    theirs_of_life, life = context.Pipe(duplex=False)
     main, ours, theirs = sys.modules["__main__"], *socket.socketpair()
     ours.setblocking(False)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
     process = context.Process(
         target=process_of_worker.main, name="achilles-worker", daemon=True,
-        args=(theirs, shared, None if method == "forkserver" else os.getpid(),
-              (ours, *inherited) if method == "fork" else (), node),
+        args=(theirs, shared, theirs_of_life, number, (ours, life, *inherited) if method == "fork" else (), node),
     )
     sys.modules["__main__"] = types.ModuleType("__main__")  # a worker never runs the caller's script again
     try:
@@ -191,4 +205,5 @@ def start(method: str, node: int, inherited: Iterable[Any]) -> NodeWorker:
     finally:
         sys.modules["__main__"] = main
         theirs.close()
-    return NodeWorker(process, ours, shared)
+        theirs_of_life.close()
+    return NodeWorker(process, ours, shared, number, life)

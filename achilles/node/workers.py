@@ -228,8 +228,10 @@ class Workers:
 
     def _start(self, now: float) -> None:
         try:
-            worker = start(self._method, self.node, [
-                self._selector, *(key.fileobj for key in self._selector.get_map().values())])
+            number = min({*range(self.count)}.difference(worker.number for worker in self._workers))
+            worker = start(self._method, self.node, number, [
+                self._selector, *(key.fileobj for key in self._selector.get_map().values()),
+                *(worker.life for worker in self._workers)])
             self._workers.append(worker)
             self._selector.register(worker.channel.socket, selectors.EVENT_READ, lambda events: self._read(worker))
         except (OSError, EOFError) as e:  # no process or descriptor to be had; or the forkserver ended for want of one
@@ -261,6 +263,7 @@ class Workers:
 
     def _bury(self, worker: NodeWorker, now: float) -> None:
         """A worker has ended: pass on its answers, charge one chunk at most, and return the others."""
+        worker.kill_children()
         sock, batch, pid, exitcode = worker.channel.socket, worker.batch, worker.process.pid, worker.process.exitcode
         with contextlib.suppress(OSError):
             while sock.recv(1, socket.MSG_PEEK):
@@ -284,6 +287,7 @@ class Workers:
         self._selector.unregister(sock)
         self._workers.remove(worker)
         worker.channel.close()
+        worker.life.close()
         worker.process.close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import json
@@ -476,12 +475,10 @@ def test_close_and_end_drop_what_they_name(node: Node) -> None:
 
 
 def describe(_: Any) -> dict[str, Any]:
-    held = ctypes.c_int()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(2, ctypes.byref(held))  # PR_GET_PDEATHSIG
     return {
         "interrupt": signal.getsignal(signal.SIGINT), "term": signal.getsignal(signal.SIGTERM),
-        "wakeup": signal.set_wakeup_fd(-1), "with parent": held.value, "threads": os.environ["OMP_NUM_THREADS"],
+        "wakeup": signal.set_wakeup_fd(-1), "group": os.getpgid(0) == os.getsid(0) == os.getpid(),
+        "number": os.environ["ACHILLES_WORKER"], "threads": os.environ["OMP_NUM_THREADS"],
         "main": vars(sys.modules["__main__"]).get("__file__"), "alone": threading.active_count() == 1,
     }
 
@@ -491,16 +488,18 @@ def test_a_forked_worker_resets_what_the_node_set_and_closes_what_it_inherits() 
     global status
     ours, theirs = socket.socketpair()
     other, far = socket.socketpair()
+    life, held = multiprocess.Pipe(duplex=False)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     context = multiprocess.get_context("fork")
     shared = context.RawArray("q", WORDS)
     status = Board(shared).status
     process = context.Process(
-        target=worker.main, args=(theirs, shared, os.getpid(), (ours, other)), daemon=True)
+        target=worker.main, args=(theirs, shared, life, 5, (ours, other, held)), daemon=True)
     process.start()
     signal.signal(signal.SIGTERM, before)
-    with ours, other, far:
+    with ours, other, far, held:
         theirs.close()
+        life.close()
         far.settimeout(10)
         node = Node(ours)
         node.declare(describe)
@@ -509,7 +508,7 @@ def test_a_forked_worker_resets_what_the_node_set_and_closes_what_it_inherits() 
         assert far.recv(1) == b""  # no copy of its peer is open
         assert said["interrupt"] == signal.SIG_IGN and said["term"] == signal.SIG_DFL and said["wakeup"] == -1
         assert said["threads"] == os.environ.get("OMP_NUM_THREADS", "1")
-        assert said["with parent"] == (signal.SIGKILL if sys.platform == "linux" else 0)
+        assert said["group"] and said["number"] == "5"
         assert said["alone"] == (sys.platform == "linux")  # so a function may fork without a warning
         ours.shutdown(socket.SHUT_WR)
         process.join(10)
@@ -521,11 +520,14 @@ def test_a_forked_worker_resets_what_the_node_set_and_closes_what_it_inherits() 
 def test_a_worker_whose_node_is_gone_before_it_looks_ends_at_once() -> None:
     ours, theirs = socket.socketpair()
     context = multiprocess.get_context("fork")
-    process = context.Process(target=worker.main, args=(theirs, context.RawArray("q", WORDS), 1), daemon=True)
+    life, held = context.Pipe(duplex=False)
+    process = context.Process(
+        target=worker.main, args=(theirs, context.RawArray("q", WORDS), life, 0, (held,)), daemon=True)
+    held.close()
     process.start()
     process.join(10)
-    with ours, theirs:
-        assert process.exitcode == 1
+    with ours, theirs, life:
+        assert process.exitcode == -signal.SIGKILL
     process.close()
 
 
