@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of server and node; a secret has none,
 }
 TABLES = {  # of a status; the columns of each
     "nodes": ("id", "address", "python", "version", "cpu_count", "busy", "done"),
-    "jobs": ("id", "user", "queued", "running", "done"),
+    "jobs": ("id", "user", "queued", "running", "done", "longest", "node", "pid"),
 }
 NO_TERMINAL = (errno.ENXIO, errno.ENOENT, errno.ENODEV, errno.EIO)  # from opening a /dev/tty that is gone
 USAGE_ERRORS = (ConfigurationError, AuthenticationError, ProtocolError)  # only other settings mend them
@@ -130,11 +130,18 @@ def status_table(state: dict[str, Any]) -> str:
     """Return the nodes and jobs of a cluster's status as a table for people."""
     lines = [f"server: version {state['server']['version']}, up {state['server']['uptime']:.0f} s"]
     for name, columns in TABLES.items():
-        rows = [columns, *([str(row[column]) for column in columns] for row in state[name])]
+        rows = [columns, *([_cell(row.get(column)) for column in columns] for row in state[name])]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["", f"{name}: {len(state[name])}"]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows if state[name]]
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """Return a value of a status as a table has it. A float is a time."""
+    if value is None:
+        return "-"
+    return f"{value:.0f} s" if isinstance(value, float) else str(value)
 
 
 def _has_terminal() -> bool:

@@ -34,7 +34,7 @@ from ..protocol import auth, connect
 from ..protocol.channel import GOODBYE_SECONDS, Channel
 from ..protocol.frames import U16, Kind
 from .cores import check_start_method, count_threads, default_start_method, usable_cores
-from .workers import LOOK_SECONDS, Workers, pump
+from .workers import LONG_SECONDS, LOOK_SECONDS, Workers, pump
 
 __all__ = ["Node", "run_node"]
 
@@ -165,6 +165,8 @@ class Session:
         self._workers = workers = Workers(0, node.start_method, node.selector, link.send)  # none until HELLO
         self._end = ""  # the value that `run` will return
         self._drain_until = 0.0  # monotonic; 0 while it does not drain
+        self._tell_at = 0.0  # monotonic; then the server is told of long chunks
+        self._long: list[dict[str, Any]] = []  # the server was told of these
         self._handlers: dict[Kind, Callable[[Any], object]] = {
             Kind.HELLO: self._greet, Kind.BYE: self._leave, Kind.ERROR: self._leave, Kind.PING: lambda body: None,
             Kind.JOB: workers.declare, Kind.TASK: workers.add,
@@ -186,6 +188,7 @@ class Session:
                 self._node.look()
                 self._channel.tick()
                 self._workers.turn()
+                self._tell_of_long_chunks(time.monotonic())
                 if self._node.draining:
                     self._drain(time.monotonic())
                 pump(self._node.selector, self._channel)
@@ -198,6 +201,14 @@ class Session:
             self._workers.stop()
             self._node.selector.unregister(self._channel.socket)
             self._channel.close()
+
+    def _tell_of_long_chunks(self, now: float) -> None:
+        """Once a second, PING with the chunks that have run so long; once more when there is none."""
+        if now >= self._tell_at:
+            before, self._long = self._long, self._workers.long_chunks(now)
+            self._tell_at = now + LONG_SECONDS
+            if before or self._long:
+                self._channel.send(Kind.PING, {"chunks": self._long}, ahead=True)
 
     def _on_server(self, events: int) -> None:
         received = self._channel.receive()

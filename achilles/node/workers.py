@@ -31,6 +31,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ..errors import AchillesError, ProtocolError
 from ..protocol.channel import Channel
@@ -38,7 +39,7 @@ from ..protocol.frames import U64, Batch, Gone, Kind, Letter, Status
 from .board import CALL, IDLE, LIMIT, PHASE, PHASES, START
 from .process import LATE_SECONDS, NOTHING, WAIT_SECONDS, NodeJob, NodeWorker, start
 
-__all__ = ["LOOK_SECONDS", "Workers", "pump"]
+__all__ = ["LONG_SECONDS", "LOOK_SECONDS", "Workers", "pump"]
 
 LOOK_SECONDS = 0.02  # how often a node looks at its workers: the least time at one chunk that is late
 EXIT_SECONDS = 0.01  # for a worker to be gone after its socket has ended: most are sooner, none with a living child
@@ -46,6 +47,7 @@ CANCEL_SECONDS = 0.5  # for a cancelled chunk that runs to end by itself
 SHARE_SECONDS = 1.0  # a worker may belong to a context so long, busy or idle, while another context needs one
 KEEP_SECONDS = 60.0  # an idle worker may belong to a context so long that has no other one
 START_SECONDS = 0.5  # the pause after a worker that could not be started, or died before it was ready
+LONG_SECONDS = 1.0  # the server is told so often of chunks that have run so long: people read of them
 STOP_SECONDS = 5.0  # for killed workers to be gone
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,15 @@ class Workers:
     def busy(self) -> bool:
         """Whether any worker has a batch."""
         return any(worker.batch is not NOTHING for worker in self._workers)
+
+    def long_chunks(self, now: float) -> list[dict[str, Any]]:
+        """Return the longest-running chunk of each job, if it has run for a second, as a PING has them."""
+        long = [worker for worker in self._workers
+                if worker.next < worker.end and now - worker.chunk_at > LONG_SECONDS]
+        long.sort(key=lambda worker: -worker.chunk_at)  # the last one of a job stays
+        return list({worker.batch.job: {
+            "job": worker.batch.job, "seconds": now - worker.chunk_at, "pid": worker.process.pid} for worker in long
+        }.values())
 
     # Frames of the server.
 

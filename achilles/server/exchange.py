@@ -42,6 +42,7 @@ from .scheduler import Scheduler
 __all__ = ["Exchange", "Peer"]
 
 ANNOUNCE_SECONDS = 0.1  # controllers are told of nodes this often at most: a lab joins at once
+NO_LONGEST = {"longest": 0.0, "node": None, "pid": None}  # of a job without a chunk that has run for a second
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class Peer:
         self.id = -1  # until its HELLO
         self.hello: dict[str, Any] = {}
         self.since = 0.0  # wall clock, for people to read
+        self.long: list[dict[str, Any]] = []  # a node's: the chunks of its last PING
+        self.long_at = 0.0  # monotonic; it came
         self.jobs: dict[int, DeclaredJob] = {}  # a controller's: by its own numbers, until END
         self.contexts: dict[str, list[Letter]] = {}  # a controller's: those it opened, with an initializer or none
 
@@ -205,6 +208,8 @@ class Exchange:
         """A node may speak of what it does not hold any more: that is ignored."""
         if kind in (Kind.RESULT, Kind.RETURNED):
             self._scheduler.hear(node.id, kind, body, time.monotonic())
+        elif kind is Kind.PING:
+            node.long, node.long_at = body.get("chunks") or [], time.monotonic()
         elif kind is Kind.BYE:
             self._scheduler.drain(node.id)
             self._changed = True
@@ -279,7 +284,15 @@ class Exchange:
             if peer.role == auth.CONTROLLER and peer.hello:
                 self._send(peer, Kind.CLUSTER, cluster(peer.hello["python"]))
 
+    def _longest(self) -> dict[int, dict[str, Any]]:
+        """Return where each job's longest-running chunk runs, of the jobs that nodes told of."""
+        now = time.monotonic()
+        chunks = sorted((chunk["seconds"] + now - peer.long_at, peer.id, chunk["pid"], chunk["job"])
+                        for peer in self._nodes.values() for chunk in peer.long)
+        return {job: {"longest": round(seconds, 1), "node": node, "pid": pid} for seconds, node, pid, job in chunks}
+
     def _status(self) -> dict[str, Any]:
+        longest = self._longest()
         nodes = [
             {"id": peer.id, "address": peer.address, "python": peer.hello["python"], "version": peer.hello["version"],
              "cpu_count": node.cpu_count, "busy": min(len(node.held), node.cpu_count), "done": node.done,
@@ -287,7 +300,7 @@ class Exchange:
             for peer in self._nodes.values() if (node := self._scheduler.nodes[peer.id])
         ]
         jobs = [
-            {"id": number, "user": self._jobs[number].owner.user} | job.counts()
+            {"id": number, "user": self._jobs[number].owner.user} | job.counts() | longest.get(number, NO_LONGEST)
             for number, job in self._scheduler.jobs.items()
         ]
         return {"nodes": nodes, "jobs": jobs, "server": {

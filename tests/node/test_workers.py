@@ -346,6 +346,31 @@ def test_each_worker_has_a_number_before_its_initializer_and_its_replacement_kee
         assert [number for number in before if before[number] != after[number]] == [killed]
 
 
+def test_the_longest_running_chunk_of_each_job_is_known(loop: Any, monkeypatch: Any) -> None:
+    it = loop(3)
+    it.declare(sleep)
+    it.declare(sleep, job=2)
+    it.declare(double, job=3)
+    it.add([20], [20])
+    it.until(lambda: it.at(0))
+    it.add([30], job=2)
+    it.add([30], job=2, first=5)
+    it.until(lambda: it.at(0, 1) and it.at(5, 2))
+    assert it.workers.long_chunks(time.monotonic()) == []
+    began = [worker.chunk_at for worker in it.workers._workers]
+    (one, two) = it.workers.long_chunks(began[0] + 10)
+    if one["job"] == 2:
+        one, two = two, one
+    assert one == {"job": 1, "seconds": 10, "pid": it.pids[0]}
+    assert two["job"] == 2 and two["seconds"] == began[0] + 10 - min(began[1:])
+    assert two["pid"] == it.pids[1 + (began[2] < began[1])]
+    assert it.workers.long_chunks(began[0] + 1.001) == [one | {"seconds": began[0] + 1.001 - began[0]}]
+    it.workers.cancel(1)
+    it.workers.cancel(2)
+    it.until(lambda: len(it.pids) == 3 and not it.workers.busy)
+    assert it.workers.long_chunks(time.monotonic() + 10) == []
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dead_worker_is_replaced_under_each_start_method(loop: Any, method: str) -> None:
     it = loop(1, method)
