@@ -221,7 +221,7 @@ def cluster_status(
 
     `nodes`: a list of id, address, python, version, cpu_count, busy (workers), done (chunks), since (UTC, in
     seconds since 1970). `jobs`: id, user, queued, running, done (chunks), longest (seconds that the job's
-    longest-running chunk has run, 0.0 below a second), node and pid (of that chunk, or None). `server`: version,
+    longest-running chunk has run, 0 below a second), node and pid (of that chunk, or None). `server`: version,
     uptime (s), memory (resident bytes, None where the system does not tell).
     """
     with contextlib.closing(_controller(host, port, username, secret_key)) as controller:

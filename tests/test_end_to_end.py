@@ -556,7 +556,7 @@ def test_status_says_where_a_job_is_stuck(eight, tmp_path):
         assert (job["node"], job["pid"], job["running"]) == (0, int(path.read_text()), 1)
         assert job["longest"] >= 1
         quick, stuck = sorted(eight.status()["jobs"], key=lambda job: job["running"])
-        assert (quick["longest"], quick["node"], quick["pid"]) == (0.0, None, None)
+        assert (quick["longest"], quick["node"], quick["pid"]) == (0, None, None)
         assert job["longest"] <= stuck["longest"] < 60
         path.unlink()
         assert result.get(30) == [*range(20)]
