@@ -13,15 +13,12 @@ A worker ends by itself when it retires, or the node kills it, or it dies. `char
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import socket
 import sys
 import time
 import types
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import multiprocess
 
@@ -31,7 +28,7 @@ from ..protocol.frames import HEAD, Batch, Kind, Letter, Status, decode, encode
 from . import worker as process_of_worker
 from .board import CALL, CHUNK, FIRST, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASE, START, UNNAMED, WORDS, Board
 
-__all__ = ["LATE_SECONDS", "NOTHING", "WAIT_SECONDS", "NodeJob", "NodeWorker", "start"]
+__all__ = ["LATE_SECONDS", "NOTHING", "WAIT_SECONDS", "NodeWorker", "start"]
 
 NOT_BEGUN = -2  # the chunk in the status array until the worker takes the batch
 NEVER = float("inf")
@@ -42,14 +39,6 @@ LATE_FACTOR = 4  # a worker at one chunk for four times as long as its whole bat
 WAIT_SECONDS = 0.25  # what has waited so long in the queue, or for its worker to start, goes back: others may be idle
 RETIRE_SECONDS = 2.0  # for an idle worker to end by itself, its exit handlers included
 SOCKET_BYTES = 1 << 20  # buffer of a worker's socket pair: fewer switches for a large letter
-
-
-class NodeJob(NamedTuple):
-    """A job of the server's, until END."""
-
-    context: str
-    declaration: dict[str, Any]
-    letters: list[Letter]  # declaration, function, perhaps the context's initializer
 
 
 class NodeWorker:
@@ -79,14 +68,19 @@ class NodeWorker:
         self.since = self.owned_at = time.monotonic()  # it has been idle or at its batch; it has had its owner
         self.kill_at = NEVER  # monotonic
 
-    def begin(self, job: NodeJob, batch: Batch) -> None:
-        """Give it a batch. It is idle, so nobody else writes the status array now."""
-        context, options, letters = job
+    def begin(self, job: Batch, initializer: list[Letter], batch: Batch) -> None:
+        """Give it a batch. It is idle, so nobody else writes the status array now.
+
+        :param job: the server's JOB.
+        :param initializer: of the job's context; nothing if there is none.
+        """
+        options, context = job.declaration, job.declaration["context"]
         tasks = options.get("maxtasksperchild") or NEVER
         if self.owner is None and (options["initializer"] or tasks < NEVER):
             self.owner, self.owned_at, self.tasks_left = context, time.monotonic(), tasks
         if batch.job not in self.told:
-            self.channel.send(Kind.JOB, Batch.pack(batch.job, 0, letters[: 2 if context in self.told else 3]))
+            news = [] if context in self.told else initializer
+            self.channel.send(Kind.JOB, Batch.pack(batch.job, 0, job.letters()[:2] + news))
             self.told |= {batch.job, context}
         self.status[CHUNK], self.status[OFFSET], self.status[LIMIT] = NOT_BEGUN, UNNAMED, NO_LIMIT
         self.batch, self.next, self.end = batch, batch.first, batch.end
@@ -101,8 +95,8 @@ class NodeWorker:
             self.told.remove(name)
             self.channel.send(kind, body)
 
-    def answered(self, answer: Batch) -> None:
-        """Take note of a RESULT; ProtocolError unless it is of the batch that the worker has.
+    def answered(self, answer: Batch) -> Batch:
+        """Take note of a RESULT, and return it; ProtocolError unless it is of the batch that the worker has.
 
         Answers that the node took from the board come again.
         """
@@ -110,6 +104,7 @@ class NodeWorker:
                 self.batch.first <= answer.first <= self.next <= answer.end <= self.batch.end):
             raise ProtocolError(f"worker {self.process.pid} answers chunks that it was not given")
         self.next = answer.end
+        return answer
 
     def waiting(self, chunk: int) -> Batch | None:
         """The answers on the board that did not come yet, of chunks before this one, the one that runs.
@@ -169,13 +164,7 @@ class NodeWorker:
     def kill(self, charge: Status | None) -> None:
         """End it. Only a chunk that is over its time is charged for that."""
         self.usable, self.charge = False, charge
-        self.kill_children()
         self.process.kill()
-
-    def kill_children(self) -> None:
-        """End its process group: the worker itself, and the processes that its tasks started."""
-        with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; a worker that starts has none yet
-            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def start(method: str, node: int, number: int, inherited: Iterable[Any]) -> NodeWorker:
@@ -198,12 +187,11 @@ def start(method: str, node: int, number: int, inherited: Iterable[Any]) -> Node
     )
     sys.modules["__main__"] = types.ModuleType("__main__")  # a worker never runs the caller's script again
     try:
-        process.start()
+        with theirs, theirs_of_life:
+            process.start()
     except BaseException:
         ours.close()
         raise
     finally:
         sys.modules["__main__"] = main
-        theirs.close()
-        theirs_of_life.close()
     return NodeWorker(process, ours, shared, number, life)

@@ -79,8 +79,8 @@ class Runner:
     def __init__(self, status: Any = None, node: int | None = None, own: bool = False) -> None:
         self._status: Any = [UNNAMED, UNNAMED, START, NO_LIMIT] if status is None else status
         self._make_context = functools.partial(Context, caller=False, node=node, own=own)
-        self._contexts: dict[str, _Prepared] = {}
-        self._jobs: dict[int, _RunnerJob] = {}
+        self.contexts: dict[str, _Prepared] = {}  # until CLOSE
+        self.jobs: dict[int, _RunnerJob] = {}  # until END
         self._left: Iterator[Any] = iter(())  # arguments of the chunk that runs which were not called yet
 
     def declare(
@@ -93,18 +93,9 @@ class Runner:
         :param initializer: the letter of a pair: a callable and its arguments. It is ignored in a context that is
             known already.
         """
-        name = declaration["context"]
-        if name not in self._contexts:
-            self._contexts[name] = _Prepared(self._make_context(), initializer)
-        self._jobs[number] = _RunnerJob(self._contexts[name], declaration, function)
-
-    def end(self, number: int) -> None:
-        """END: drop a job, known or not."""
-        self._jobs.pop(number, None)
-
-    def close_context(self, context: str) -> None:
-        """CLOSE: drop a context, known or not."""
-        self._contexts.pop(context, None)
+        context = self.contexts.get(declaration["context"]) or self.contexts.setdefault(
+            declaration["context"], _Prepared(self._make_context(), initializer))
+        self.jobs[number] = _RunnerJob(context, declaration, function)
 
     def run(self, job_number: int, first: int, letters: Sequence[Letter], careful: bool = False) -> Iterator[Answer]:
         """Make a job ready: call its context's initializer and load its function, each once. Then run its chunks.
@@ -114,7 +105,7 @@ class Runner:
         :returns: runs a chunk at each step, up to the limit, and gives its answer. A part may be a view of a value
             that the function still holds, and may change when the next chunk runs.
         """
-        status, job = self._status, self._jobs[job_number]
+        status, job = self._status, self.jobs[job_number]
         status[PHASE] = FUNCTION  # first: a worker that is idle and has seen its batch may get another one
         status[CHUNK] = first
         failure = None

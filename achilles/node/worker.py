@@ -41,9 +41,9 @@ from .runner import Runner
 __all__ = ["Worker", "main"]
 
 FLUSH_NS = 5_000_000  # an answer waits so long for others: the time that a batch is worth
-NUMBER = f"{config.PREFIX}WORKER"  # the environment variable with the worker's number in its node
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
-           "VECLIB_MAXIMUM_THREADS", "BLIS_NUM_THREADS")  # each worker has one core, not all of them
+THREADS = dict.fromkeys((  # each worker has one core, not all of them
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
+    "BLIS_NUM_THREADS"), "1")
 
 
 class Worker:
@@ -59,11 +59,11 @@ class Worker:
         self._channel.name = f"worker {os.getpid()}"
         self._board = Board(shared)
         self.runner = runner = Runner(self._board.status, node, own=True)
-        self._handlers: dict[Kind, Callable[[Any], None]] = {
+        self._handlers: dict[Kind, Callable[[Any], object]] = {
             Kind.TASK: self._run,
             Kind.JOB: lambda body: runner.declare(body.job, body.declaration, *body.letters()[1:]),
-            Kind.END: lambda body: runner.end(body.job),
-            Kind.CLOSE: lambda body: runner.close_context(body["context"]),
+            Kind.END: lambda body: runner.jobs.pop(body.job, None),
+            Kind.CLOSE: lambda body: runner.contexts.pop(body["context"], None),
         }
 
     def serve(self) -> None:
@@ -119,15 +119,21 @@ def main(
     """
     for thing in inherited:
         thing.close()
-    _end_with(life)
+    try:  # Linux kills this process and what its tasks start, also while C code holds the interpreter
+        os.setsid()
+        import fcntl
+
+        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(life, fcntl.F_SETFL, os.O_ASYNC)
+    except (ImportError, AttributeError, OSError):
+        threading.Thread(target=_watch, args=(life,), name="achilles-watch", daemon=True).start()
     console.keep_freed_memory()
     config.in_worker = True
     _take_name()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches workers too: the node ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ[NUMBER] = str(number)
-    for name in THREADS:
-        os.environ.setdefault(name, "1")
+    os.environ.update(THREADS | os.environ | {f"{config.PREFIX}WORKER": str(number)})
     if hasattr(sys.stdout, "reconfigure") and not sys.stdout.closed:  # the last print of a killed worker is not lost
         sys.stdout.reconfigure(line_buffering=True)
     worker, pid = Worker(sock, shared, node), os.getpid()
@@ -158,26 +164,9 @@ def _take_name() -> None:
     process._parent_process = process._ParentProcess(parent.name, parent.pid, parent.sentinel)
 
 
-def _end_with(life: Any) -> None:
-    """Lead a process group that ends with the node: this process, and those that tasks start."""
-    with contextlib.suppress(AttributeError):  # Windows has no sessions
-        os.setsid()
-    try:  # Linux kills the group, also while C code holds the interpreter
-        import fcntl
-
-        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpid())
-        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(life, fcntl.F_SETFL, os.O_ASYNC)
-    except (ImportError, AttributeError, OSError):
-        threading.Thread(target=_watch, args=(life, None), name="achilles-watch", daemon=True).start()
-    _watch(life, 0)
-
-
-def _watch(life: Any, seconds: float | None) -> None:
-    """End the group if the node is gone within these seconds; None waits for that."""
-    from multiprocess.connection import wait  # it registers what runs at exit
-
-    if wait([life], seconds):
-        with contextlib.suppress(AttributeError):
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
+def _watch(life: Any) -> None:
+    """Run in a thread: wait until the node is gone, and end the group."""
+    with contextlib.suppress(AttributeError, OSError):  # Windows has no groups, and its pipe breaks
+        life.poll(None)
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)

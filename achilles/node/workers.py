@@ -27,7 +27,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import selectors
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -37,7 +39,7 @@ from ..errors import AchillesError, ProtocolError
 from ..protocol.channel import Channel
 from ..protocol.frames import U64, Batch, Gone, Kind, Letter, Status
 from .board import CALL, IDLE, LIMIT, PHASE, PHASES, START
-from .process import LATE_SECONDS, NOTHING, WAIT_SECONDS, NodeJob, NodeWorker, start
+from .process import LATE_SECONDS, NOTHING, WAIT_SECONDS, NodeWorker, start
 
 __all__ = ["LONG_SECONDS", "LOOK_SECONDS", "Workers", "pump"]
 
@@ -73,8 +75,8 @@ class Workers:
         self._method = method
         self._selector = selector
         self._send = send
-        self._initializers: dict[str, list[Letter]] = {}  # of each context that has one, until CLOSE
-        self._jobs: dict[int, NodeJob] = {}
+        self._initializers: dict[str, list[Letter]] = {}  # of each context, one or none, until CLOSE
+        self._jobs: dict[int, Batch] = {}  # the JOB of each, until END
         self._queue: dict[Batch, float] = {}  # batches that no worker has, since when (monotonic)
         self._workers: list[NodeWorker] = []
         self._reason = Gone.RETURNED  # why chunks go back; LEFT when this node drains
@@ -87,9 +89,9 @@ class Workers:
 
     def long_chunks(self, now: float) -> list[dict[str, Any]]:
         """Return the longest-running chunk of each job, if it has run for a second, as a PING has them."""
-        long = [worker for worker in self._workers
-                if worker.next < worker.end and now - worker.chunk_at > LONG_SECONDS]
-        long.sort(key=lambda worker: -worker.chunk_at)  # the last one of a job stays
+        long = sorted((worker for worker in self._workers
+                       if worker.next < worker.end and now - worker.chunk_at > LONG_SECONDS),
+                      key=lambda worker: -worker.chunk_at)  # the last one of a job stays
         return list({worker.batch.job: {
             "job": worker.batch.job, "seconds": now - worker.chunk_at, "pid": worker.process.pid} for worker in long
         }.values())
@@ -98,21 +100,17 @@ class Workers:
 
     def declare(self, batch: Batch) -> None:
         """JOB. ProtocolError if its context's initializer has never come."""
-        letters, context = batch.letters(), batch.declaration["context"]
-        if batch.declaration["initializer"]:
-            letters[2:] = letters[2:] or self._initializers.get(context, [])
-            if len(letters) < 3:
-                raise ProtocolError(f"job {batch.job} needs an initializer that was not sent")
-            self._initializers[context] = letters[2:]
-        self._jobs[batch.job] = NodeJob(context, batch.declaration, letters)
+        context = batch.declaration["context"]
+        self._initializers[context] = initializer = self._initializers.get(context) or batch.letters()[2:]
+        if batch.declaration["initializer"] and not initializer:
+            raise ProtocolError(f"job {batch.job} needs an initializer that was not sent")
+        self._jobs[batch.job] = batch
 
     def add(self, batch: Batch) -> None:
         """TASK: queue a batch. ProtocolError if its job is not known."""
         if batch.job not in self._jobs:
             raise ProtocolError(f"a batch of job {batch.job}, which was not declared")
         self._queue[batch] = time.monotonic()
-        if self._reason is Gone.LEFT:
-            self.drain()
 
     def cancel(self, number: int, first: int = 0, end: int = U64) -> None:
         """CANCEL: of batches that overlap the range, give back the chunks that have not begun; kill the rest later."""
@@ -140,7 +138,7 @@ class Workers:
                 worker.retire()
 
     def drain(self) -> None:
-        """Give back the chunks that have not begun, now and as they come."""
+        """Give back the chunks that have not begun. The loop calls this again and again: further batches may come."""
         self._reason = Gone.LEFT
         self._take_back(lambda batch: True, self._reason)
 
@@ -208,7 +206,8 @@ class Workers:
                 not worker.usable and worker.batch is NOTHING for worker in self._workers):
             return  # where one ends or is missing, one comes
         owners = [worker.owner for worker in usable]
-        needy = [batch for batch in self._queue if not {None, self._jobs[batch.job].context}.intersection(owners)]
+        needy = [batch for batch in self._queue
+                 if not {None, self._jobs[batch.job].declaration["context"]}.intersection(owners)]
         free = [worker for worker in usable if worker.batch is NOTHING]
         if not needy:
             free = [worker for worker in free if now - worker.since > SHARE_SECONDS and (
@@ -222,18 +221,18 @@ class Workers:
 
     def _feed(self) -> None:
         """Give batches to idle workers, the oldest first. Workers of their own context come first, then ready ones."""
-        idle = [worker for worker in self._workers if worker.usable and worker.batch is NOTHING]
-        idle.sort(key=lambda worker: (worker.owner is None, worker.status[PHASE] == START))
+        idle = sorted((worker for worker in self._workers if worker.usable and worker.batch is NOTHING),
+                      key=lambda worker: (worker.owner is None, worker.status[PHASE] == START))
         for batch in list(self._queue):
-            owners = None, self._jobs[batch.job].context
-            worker = next((worker for worker in idle if worker.owner in owners), None)
+            context = self._jobs[batch.job].declaration["context"]
+            worker = next((worker for worker in idle if worker.owner in (None, context)), None)
             if worker is not None:
                 idle.remove(worker)
                 if worker.tasks_left < batch.count:
                     worker.retire()
                 else:
                     del self._queue[batch]
-                    worker.begin(self._jobs[batch.job], batch)
+                    worker.begin(self._jobs[batch.job], self._initializers.get(context, []), batch)
 
     # One worker.
 
@@ -254,8 +253,7 @@ class Workers:
         try:
             received = worker.channel.receive()
             for _, answer in received or ():
-                worker.answered(answer)
-                self._send(Kind.RESULT, answer)
+                self._send(Kind.RESULT, worker.answered(answer))
         except (OSError, AchillesError) as e:
             log.info("%s: %s", worker.channel.name, e)
             received = None
@@ -269,12 +267,10 @@ class Workers:
         """Pass on the answers before this chunk that the worker has not sent."""
         with contextlib.suppress(ProtocolError):
             if (answer := worker.waiting(chunk)) is not None:
-                worker.answered(answer)
-                self._send(Kind.RESULT, answer)
+                self._send(Kind.RESULT, worker.answered(answer))
 
     def _bury(self, worker: NodeWorker, now: float) -> None:
         """A worker has ended: pass on its answers, charge one chunk at most, and return the others."""
-        worker.kill_children()
         sock, batch, pid, exitcode = worker.channel.socket, worker.batch, worker.process.pid, worker.process.exitcode
         with contextlib.suppress(OSError):
             while sock.recv(1, socket.MSG_PEEK):
@@ -295,11 +291,12 @@ class Workers:
                 batch.job, chunk, [json.dumps(note).encode()], attempt=batch.attempt, statuses=bytes([worker.charge])))
             worker.next = chunk + 1
         self._return(batch, worker.next, worker.end, self._reason)
+        with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; or all have ended
+            os.killpg(pid, signal.SIGKILL)  # what the worker's tasks have started
         self._selector.unregister(sock)
         self._workers.remove(worker)
-        worker.channel.close()
-        worker.life.close()
-        worker.process.close()
+        for thing in (worker.channel, worker.life, worker.process):
+            thing.close()
 
 
 def pump(selector: selectors.BaseSelector, channel: Channel) -> None:

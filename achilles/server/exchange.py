@@ -42,7 +42,6 @@ from .scheduler import Scheduler
 __all__ = ["Exchange", "Peer"]
 
 ANNOUNCE_SECONDS = 0.1  # controllers are told of nodes this often at most: a lab joins at once
-NO_LONGEST = {"longest": 0.0, "node": None, "pid": None}  # of a job without a chunk that has run for a second
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +58,8 @@ class Peer:
         self.id = -1  # until its HELLO
         self.hello: dict[str, Any] = {}
         self.since = 0.0  # wall clock, for people to read
-        self.long: list[dict[str, Any]] = []  # a node's: the chunks of its last PING
-        self.long_at = 0.0  # monotonic; it came
+        # A node's, of its last PING: each chunk's begin (monotonic), the node, the worker's process id, the job.
+        self.long: list[tuple[float, int, int, int]] = []
         self.jobs: dict[int, DeclaredJob] = {}  # a controller's: by its own numbers, until END
         self.contexts: dict[str, list[Letter]] = {}  # a controller's: those it opened, with an initializer or none
 
@@ -79,12 +78,6 @@ class DeclaredJob(NamedTuple):
     letters: list[Letter]
     initializer: list[Letter]
     nodes: set[int]
-
-    def declare_to(self, node: int) -> Batch:
-        """Return the JOB for a node, with the initializer if the context is new there."""
-        news = [] if node in self.nodes else self.initializer
-        self.nodes.add(node)
-        return Batch.pack(self.number, 0, self.letters + news)
 
 
 class Exchange:
@@ -209,7 +202,8 @@ class Exchange:
         if kind in (Kind.RESULT, Kind.RETURNED):
             self._scheduler.hear(node.id, kind, body, time.monotonic())
         elif kind is Kind.PING:
-            node.long, node.long_at = body.get("chunks") or [], time.monotonic()
+            node.long = [(time.monotonic() - chunk["seconds"], node.id, chunk["pid"], chunk["job"])
+                         for chunk in body.get("chunks") or ()]
         elif kind is Kind.BYE:
             self._scheduler.drain(node.id)
             self._changed = True
@@ -265,7 +259,9 @@ class Exchange:
             return
         node = self._nodes[node_id]
         if kind is Kind.JOB:
-            batch = job.declare_to(node_id)
+            news = [] if node_id in job.nodes else job.initializer  # where the context is new
+            job.nodes.add(node_id)
+            batch = Batch.pack(job.number, 0, job.letters + news)
         elif batch.flags & frames.TELL:
             self._send(job.owner, Kind.GIVEN, Batch(
                 job.owners_number, batch.first, batch.count, batch.attempt, node.hello["cpu_count"]))
@@ -284,15 +280,10 @@ class Exchange:
             if peer.role == auth.CONTROLLER and peer.hello:
                 self._send(peer, Kind.CLUSTER, cluster(peer.hello["python"]))
 
-    def _longest(self) -> dict[int, dict[str, Any]]:
-        """Return where each job's longest-running chunk runs, of the jobs that nodes told of."""
-        now = time.monotonic()
-        chunks = sorted((chunk["seconds"] + now - peer.long_at, peer.id, chunk["pid"], chunk["job"])
-                        for peer in self._nodes.values() for chunk in peer.long)
-        return {job: {"longest": round(seconds, 1), "node": node, "pid": pid} for seconds, node, pid, job in chunks}
-
     def _status(self) -> dict[str, Any]:
-        longest = self._longest()
+        chunks = sorted((chunk for peer in self._nodes.values() for chunk in peer.long), reverse=True)
+        longest = {job: {"longest": round(time.monotonic() - began), "node": node, "pid": pid}
+                   for began, node, pid, job in chunks}  # the earliest is the last, and stays
         nodes = [
             {"id": peer.id, "address": peer.address, "python": peer.hello["python"], "version": peer.hello["version"],
              "cpu_count": node.cpu_count, "busy": min(len(node.held), node.cpu_count), "done": node.done,
@@ -300,7 +291,8 @@ class Exchange:
             for peer in self._nodes.values() if (node := self._scheduler.nodes[peer.id])
         ]
         jobs = [
-            {"id": number, "user": self._jobs[number].owner.user} | job.counts() | longest.get(number, NO_LONGEST)
+            {"id": number, "user": self._jobs[number].owner.user, "longest": 0, "node": None, "pid": None}
+            | job.counts() | longest.get(number, {})
             for number, job in self._scheduler.jobs.items()
         ]
         return {"nodes": nodes, "jobs": jobs, "server": {

@@ -688,7 +688,7 @@ def test_status_shows_nodes_and_jobs(cluster):
     assert shown == {"id": 0, "address": "127.0.0.1", "python": "3.11", "version": "1.0.0", "cpu_count": 2, "busy": 2,
                      "done": 2}
     assert job.pop("id") >= 0 and job == {
-        "user": "ann", "queued": 5, "running": 8, "done": 2, "longest": 0.0, "node": None, "pid": None}
+        "user": "ann", "queued": 5, "running": 8, "done": 2, "longest": 0, "node": None, "pid": None}
     assert status["server"].keys() == {"version", "uptime", "memory"}
 
 
@@ -707,7 +707,7 @@ def test_status_shows_the_longest_running_chunk_of_each_job_as_the_nodes_last_to
 
     cluster.task(controller, job=3)
     cluster.task(controller, job=3)
-    nothing = (0.0, None, None)
+    nothing = (0, None, None)
     assert longest() == [nothing] * 3
     ids = sorted(cluster.exchange._jobs)
     cluster.say(first, Kind.PING, {"chunks": [
@@ -715,9 +715,9 @@ def test_status_shows_the_longest_running_chunk_of_each_job_as_the_nodes_last_to
         {"job": 99, "seconds": 900, "pid": 13}]})
     clock.now += 3
     cluster.say(second, Kind.PING, {"chunks": [
-        {"job": ids[0], "seconds": 9.5, "pid": 21}, {"job": ids[1], "seconds": 9.5, "pid": 22}]})
+        {"job": ids[0], "seconds": 9.6, "pid": 21}, {"job": ids[1], "seconds": 9.5, "pid": 22}]})
     clock.now += 10
-    assert longest() == [(19.5, 1, 21), (20.0, 0, 12), nothing]
+    assert longest() == [(20, 1, 21), (20.0, 0, 12), nothing]
     cluster.say(second, Kind.PING, {"chunks": []})
     assert longest() == [(15.0, 0, 11), (20.0, 0, 12), nothing]
     cluster.say(second, Kind.PING, {"chunks": [{"job": ids[0], "seconds": 2**32 - 1, "pid": 21}]})
