@@ -213,8 +213,9 @@ def cluster_status(
     """The cluster as plain dicts; blocks for a round trip.
 
     `nodes`: a list of id, address, python, version, cpu_count, busy (workers), done (chunks), since (UTC, in
-    seconds since 1970). `jobs`: id, user, queued, running, done (chunks). `server`: version, uptime (s), memory
-    (resident bytes, None where the system does not tell).
+    seconds since 1970). `jobs`: id, user, queued, running, done (chunks), longest (seconds that the job's
+    longest-running chunk has run, 0 below a second), node and pid (of that chunk, or None). `server`: version,
+    uptime (s), memory (resident bytes, None where the system does not tell).
     """
     with contextlib.closing(_controller(host, port, username, secret_key)) as controller:
         return controller.status()

@@ -24,7 +24,7 @@ from .config import read_secret_file as read_secret
 from .errors import AchillesError, AuthenticationError, ConfigurationError, ProtocolError
 
 __all__ = [
-    "ExitStatus", "errors_to_exit_status", "keep_freed_memory", "parse", "parser", "read_secret", "say",
+    "ExitStatus", "errors_to_exit_status", "keep_freed_memory", "parse", "parser", "read_secret", "redraw", "say",
     "signal_handlers", "status_table",
 ]
 
@@ -39,8 +39,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of server and node; a secret has none,
 }
 TABLES = {  # of a status; the columns of each
     "nodes": ("id", "address", "python", "version", "cpu_count", "busy", "done"),
-    "jobs": ("id", "user", "queued", "running", "done"),
+    "jobs": ("id", "user", "queued", "running", "done", "longest", "node", "pid"),
 }
+CLEAR = "\033[H\033[J"  # of a terminal: to the first place, and nothing behind it (ECMA-48: CUP, ED)
 NO_TERMINAL = (errno.ENXIO, errno.ENOENT, errno.ENODEV, errno.EIO)  # from opening a /dev/tty that is gone
 USAGE_ERRORS = (ConfigurationError, AuthenticationError, ProtocolError)  # only other settings mend them
 KEPT_BYTES = 32 << 20  # of freed memory that a process keeps; glibc takes no more (HEAP_MAX_SIZE / 2, malloc.c)
@@ -53,8 +54,8 @@ class ExitStatus:
     code = 0
 
 
-def say(text: str) -> None:
-    """Print for people, and flush: a reader that waits for a line must not wait for a buffer.
+def say(text: str) -> bool:
+    """Print for people, and flush: a reader that waits for a line must not wait for a buffer. Whether that went well.
 
     A closed stdout is no error. Characters that stdout cannot encode are escaped: a peer's odd name must not hide
     the table around it.
@@ -62,6 +63,16 @@ def say(text: str) -> None:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
+        return True
+    return False
+
+
+def redraw(text: str) -> bool:
+    """As `say`; on a terminal over what is there, as far as it has room."""
+    if os.isatty(1):
+        lines = text.splitlines()[: os.get_terminal_size(1).lines - 1]
+        text = CLEAR + "\n".join(lines)
+    return say(text)
 
 
 def parser(
@@ -130,11 +141,16 @@ def status_table(state: dict[str, Any]) -> str:
     """Return the nodes and jobs of a cluster's status as a table for people."""
     lines = [f"server: version {state['server']['version']}, up {state['server']['uptime']:.0f} s"]
     for name, columns in TABLES.items():
-        rows = [columns, *([str(row[column]) for column in columns] for row in state[name])]
+        rows = [columns, *([_cell(row.get(column)) for column in columns] for row in state[name])]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["", f"{name}: {len(state[name])}"]
-        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows if state[name]]
+        lines += ["", f"{name}: {len(state[name])}",
+                  *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows if state[name])]
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """Return a value of a status as a table has it."""
+    return "-" if value is None else str(value)
 
 
 def _has_terminal() -> bool:

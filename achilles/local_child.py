@@ -87,8 +87,7 @@ def _lend(parent: int) -> None:
 
     about, settings = _hear()
     cpu_count = about["cpu_count"] or share(usable_cores(), about["nodes"], about["index"])
-    with contextlib.closing(LocalNode(settings, cpu_count, default_start_method())) as node, node.signals():
-        node.run()
+    LocalNode(settings, cpu_count, default_start_method()).run()
 
 
 def _hear() -> tuple[dict[str, Any], Settings]:

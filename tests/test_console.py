@@ -119,18 +119,23 @@ def test_handlers_are_set_for_a_while_in_the_main_thread_alone():
 def test_the_table_shows_all_nodes_and_jobs():
     node = {"id": 0, "address": "10.0.0.2", "python": "3.11", "version": "1.0.0", "cpu_count": 8, "busy": 3, "done": 12,
             "since": 1.0}
-    job = {"id": 7, "user": "ann", "queued": 5, "running": 3, "done": 12}
+    job = {"id": 7, "user": "ann", "queued": 5, "running": 3, "done": 12, "longest": 0, "node": None, "pid": None}
+    stuck = job | {"id": 11, "longest": 62, "node": 2, "pid": 4711}
+    older = {key: job[key] for key in ("id", "user", "queued", "running", "done")}
     server = {"version": "1.0.0", "uptime": 61.7, "memory": 10}
-    text = console.status_table({"nodes": [node, node | {"id": 11}], "jobs": [job], "server": server})
+    text = console.status_table({"nodes": [node, node | {"id": 11}], "jobs": [job, stuck, older],
+                                 "server": server})
     assert text.splitlines() == [
         "server: version 1.0.0, up 62 s", "",
         "nodes: 2",
         "id  address   python  version  cpu_count  busy  done",
         "0   10.0.0.2  3.11    1.0.0    8          3     12",
         "11  10.0.0.2  3.11    1.0.0    8          3     12", "",
-        "jobs: 1",
-        "id  user  queued  running  done",
-        "7   ann   5       3        12",
+        "jobs: 3",
+        "id  user  queued  running  done  longest  node  pid",
+        "7   ann   5       3        12    0        -     -",
+        "11  ann   5       3        12    62       2     4711",
+        "7   ann   5       3        12    -        -     -",
     ]
     assert console.status_table({"nodes": [], "jobs": [], "server": server}).endswith("nodes: 0\n\njobs: 0")
 

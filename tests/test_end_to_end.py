@@ -19,6 +19,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import tasks
@@ -530,12 +531,36 @@ def test_status_is_plain_dicts(eight):
     assert node["version"] == status["server"]["version"] == achilles.__version__
     assert 0 <= node["busy"] <= 8
     assert abs(time.time() - node["since"]) < 600
-    assert job.keys() == {"id", "user", "queued", "running", "done"}
+    assert job.keys() == {"id", "user", "queued", "running", "done", "longest", "node", "pid"}
     assert job["user"] == "tests"
     assert job["done"] >= 8
     assert job["queued"] + job["running"] + job["done"] <= 40
     assert status["server"].keys() == {"version", "uptime", "memory"}
     assert 0 < status["server"]["uptime"] < 600
+
+
+def pid_or_stuck(path, number):
+    if number == 3:
+        Path(path).write_text(str(os.getpid()))
+        while os.path.exists(path):
+            tasks.never.wait(0.02)
+    return number
+
+
+def test_status_says_where_a_job_is_stuck(eight, tmp_path):
+    path = tmp_path / "stuck"
+    with achilles.Pool(**eight.address) as pool:
+        assert pool.map(tasks.square, [2]) == [4]
+        result = pool.map_async(functools.partial(pid_or_stuck, str(path)), range(20), chunksize=2)
+        job = wait_until(lambda: next((job for job in eight.status()["jobs"] if job["longest"]), None))
+        assert (job["node"], job["pid"], job["running"]) == (0, int(path.read_text()), 1)
+        assert job["longest"] >= 1
+        quick, stuck = sorted(eight.status()["jobs"], key=lambda job: job["running"])
+        assert (quick["longest"], quick["node"], quick["pid"]) == (0, None, None)
+        assert job["longest"] <= stuck["longest"] < 60
+        path.unlink()
+        assert result.get(30) == [*range(20)]
+        wait_until(lambda: not any(job["longest"] for job in eight.status()["jobs"]))
 
 
 # Scripts.
@@ -828,7 +853,7 @@ def test_a_worker_has_a_name_a_number_and_a_parent_of_its_own(eight, module):
     found = [about for packet in map(about_its_process, [module] * 40, **eight.address) for about in packet]
     for about in found:
         assert about["number"] >= 1 and about["name"] == f"achilles-worker-{about['number']}"
-        assert about["pid"] and about["children"] == []
+        assert about["pid"] and about["children"] == [] and not about["daemon"]
         assert about["log"] == about["name"], "as multiprocessing tells logging"
         assert about["parent"] or START_METHOD == "forkserver"
     assert len({about["name"] for about in found}) > 1

@@ -146,7 +146,7 @@ def run_batch(
     runner.declare(number, declaration, letters[0], letters[1] if len(letters) > 1 else b"")
     began = time.monotonic_ns()
     answers = [(status, b"".join(parts)) for status, parts in runner.run(number, first, chunks, careful)]
-    runner.end(number)
+    runner.jobs.pop(number, None)
     return (min(max(1, (time.monotonic_ns() - began) // 1000), U32), bytes(status for status, _ in answers),
             [letter for _, letter in answers])
 

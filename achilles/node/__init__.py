@@ -5,17 +5,11 @@ It imports `protocol` and `objects`, and knows one server and its own workers. I
 `runner.py` in it loads and calls users' code.
 """
 
-from __future__ import annotations
-
-TYPE_CHECKING = False  # as type checkers know it: typing takes most of the time of an import
-if TYPE_CHECKING:
-    from .loop import run_node
-
 __all__ = ["run_node"]
 
 
 def __getattr__(name: str) -> object:
-    if name != "run_node":
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .loop import run_node
 

@@ -18,7 +18,6 @@ Limits: `channel.py`'s for silence; 30 s for the chunks that run when it drains.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import selectors
@@ -34,7 +33,7 @@ from ..protocol import auth, connect
 from ..protocol.channel import GOODBYE_SECONDS, Channel
 from ..protocol.frames import U16, Kind
 from .cores import check_start_method, count_threads, default_start_method, usable_cores
-from .workers import LOOK_SECONDS, Workers, pump
+from .workers import LONG_SECONDS, LOOK_SECONDS, Workers, pump
 
 __all__ = ["Node", "run_node"]
 
@@ -66,8 +65,7 @@ def run_node(
     settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="node")
     config.remove_from_environment()
     method = start_method or default_start_method(count_threads())
-    with contextlib.closing(Node(settings, count, method)) as node, node.signals():
-        node.run()
+    Node(settings, count, method).run()
 
 
 class Node:
@@ -82,11 +80,17 @@ class Node:
         self.draining = False  # SIGTERM came
         self.joined = False  # ever
         self.delay = RETRY_SECONDS  # before the next connection
-        self._key = auth.derive_key(settings.username, settings.secret.reveal())
 
     def run(self) -> None:
-        """Join the server, again and again, until this node is not wanted any more."""
+        """Join the server, again and again, until this node is not wanted any more.
+
+        In the main thread, SIGTERM drains, SIGINT and SIGHUP interrupt; they are as they were before, after.
+        """
         console.keep_freed_memory()
+        with self.selector, console.signal_handlers(self._on_signal):
+            self._join_until_the_end()
+
+    def _join_until_the_end(self) -> None:
         while not self.draining:
             try:
                 log.info("%s", self._connect_and_serve())
@@ -112,14 +116,6 @@ class Node:
     def look(self) -> None:
         """Called in each turn of the loop and each pause, every 50 ms at least; raising SystemExit ends this node."""
 
-    def close(self) -> None:
-        """Give the selector's descriptor back."""
-        self.selector.close()
-
-    def signals(self) -> contextlib.AbstractContextManager[None]:
-        """SIGTERM drains, SIGINT and SIGHUP interrupt; as they were before, after. Only in the main thread."""
-        return console.signal_handlers(self._on_signal)
-
     def _on_signal(self, number: int, _: object) -> None:
         """The first SIGTERM drains; the second, or one without a connection, ends this process as it stands."""
         if number != signal.SIGTERM:
@@ -130,9 +126,10 @@ class Node:
 
     def _connect_and_serve(self) -> str:
         """Why the node ends; an exception if its connection has ended, or there was none."""
+        where = self.settings
         try:
-            link = connect.connect(
-                self.settings.host, self.settings.port, auth.NODE, self.settings.username, self._key)
+            link = connect.connect(where.host, where.port, auth.NODE, where.username, auth.derive_key(
+                where.username, where.secret.reveal()))
         except AuthenticationError as e:
             raise AuthenticationError(
                 f"{e}. Copy it to this machine (scp -p), then run: python -m {__package__} --env-file FILE"
@@ -151,7 +148,6 @@ class Node:
         """The secret may have been replaced meanwhile: take it from the file it came from."""
         try:
             self.settings = config.read_again(self.settings, "node")
-            self._key = auth.derive_key(self.settings.username, self.settings.secret.reveal())
         except ConfigurationError as e:  # there is no file; or it is half written: the next time, then
             log.warning("the secret stays what it was: %s", e)
 
@@ -165,6 +161,8 @@ class Session:
         self._workers = workers = Workers(0, node.start_method, node.selector, link.send)  # none until HELLO
         self._end = ""  # the value that `run` will return
         self._drain_until = 0.0  # monotonic; 0 while it does not drain
+        self._tell_at = 0.0  # monotonic; then the server is told of long chunks
+        self._long: list[dict[str, Any]] = []  # the server was told of these
         self._handlers: dict[Kind, Callable[[Any], object]] = {
             Kind.HELLO: self._greet, Kind.BYE: self._leave, Kind.ERROR: self._leave, Kind.PING: lambda body: None,
             Kind.JOB: workers.declare, Kind.TASK: workers.add,
@@ -185,9 +183,10 @@ class Session:
                     key.data(events)
                 self._node.look()
                 self._channel.tick()
-                self._workers.turn()
                 if self._node.draining:
                     self._drain(time.monotonic())
+                self._workers.turn()
+                self._tell_of_long_chunks(time.monotonic())
                 pump(self._node.selector, self._channel)
             return self._end
         except ProtocolError as e:
@@ -198,6 +197,14 @@ class Session:
             self._workers.stop()
             self._node.selector.unregister(self._channel.socket)
             self._channel.close()
+
+    def _tell_of_long_chunks(self, now: float) -> None:
+        """Once a second, PING with the chunks that have run so long; once more when there is none."""
+        if now >= self._tell_at:
+            before, self._long = self._long, self._workers.long_chunks(now)
+            self._tell_at = now + LONG_SECONDS
+            if before or self._long:
+                self._channel.send(Kind.PING, {"chunks": self._long}, ahead=True)
 
     def _on_server(self, events: int) -> None:
         received = self._channel.receive()
@@ -225,8 +232,8 @@ class Session:
         if not self._drain_until:
             self._drain_until = now + DRAIN_SECONDS
             self._channel.send(Kind.BYE, {"reason": "leaving"})  # first: for what comes back it would get others
-            self._workers.drain()
-        elif now > self._drain_until:
+        self._workers.drain()
+        if now > self._drain_until:
             self._end = "drained"
         elif not self._workers.busy and not self._channel.wants_write:
             self._channel.finish()

@@ -13,7 +13,6 @@ A worker ends by itself when it retires, or the node kills it, or it dies. `char
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import time
@@ -54,10 +53,15 @@ class NodeJob(NamedTuple):
 
 
 class NodeWorker:
-    """One worker process. Its owner writes and reads the channel when the selector says so."""
+    """One worker process. Its owner writes and reads the channel when the selector says so.
 
-    def __init__(self, process: Any, sock: socket.socket, shared: Any) -> None:
+    :param number: which of the node's workers it is; its replacement has the same.
+    :param life: the node's end of a pipe. When it closes, the worker ends with all that its tasks started.
+    """
+
+    def __init__(self, process: Any, sock: socket.socket, shared: Any, number: int, life: Any) -> None:
         self.process = process
+        self.number, self.life = number, life
         self.channel = Channel(sock, "WN")
         self.channel.name = f"worker {process.pid}"
         self._board = Board(shared)
@@ -104,8 +108,8 @@ class NodeWorker:
             self.told.remove(name)
             self.channel.send(kind, body)
 
-    def answered(self, answer: Batch) -> None:
-        """Take note of a RESULT; ProtocolError unless it is of the batch that the worker has.
+    def answered(self, answer: Batch) -> Batch:
+        """Take note of a RESULT, and return it; ProtocolError unless it is of the batch that the worker has.
 
         Answers that the node took from the board come again.
         """
@@ -113,6 +117,7 @@ class NodeWorker:
                 self.batch.first <= answer.first <= self.next <= answer.end <= self.batch.end):
             raise ProtocolError(f"worker {self.process.pid} answers chunks that it was not given")
         self.next = answer.end
+        return answer
 
     def waiting(self, chunk: int) -> Batch | None:
         """The answers on the board that did not come yet, of chunks before this one, the one that runs.
@@ -175,30 +180,31 @@ class NodeWorker:
         self.process.kill()
 
 
-def start(method: str, node: int, inherited: Iterable[Any]) -> NodeWorker:
+def start(method: str, node: int, number: int, inherited: Iterable[Any]) -> NodeWorker:
     """Start a worker's process; the node's end of the socket pair does not block. OSError or EOFError if there is none.
 
     :param method: "fork", "forkserver" or "spawn".
+    :param number: of the worker in its node.
     :param inherited: descriptors of the node's that a forked worker must close.
     """
     context = multiprocess.get_context(method)
     shared = context.RawArray("q", WORDS)
+    theirs_of_life, life = context.Pipe(duplex=False)
     main, ours, theirs = sys.modules["__main__"], *socket.socketpair()
     ours.setblocking(False)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
     process = context.Process(
         target=process_of_worker.main, name="achilles-worker", daemon=True,
-        args=(theirs, shared, None if method == "forkserver" else os.getpid(),
-              (ours, *inherited) if method == "fork" else (), node),
+        args=(theirs, shared, theirs_of_life, number, (ours, life, *inherited) if method == "fork" else (), node),
     )
     sys.modules["__main__"] = types.ModuleType("__main__")  # a worker never runs the caller's script again
     try:
-        process.start()
+        with theirs, theirs_of_life:
+            process.start()
     except BaseException:
         ours.close()
         raise
     finally:
         sys.modules["__main__"] = main
-        theirs.close()
-    return NodeWorker(process, ours, shared)
+    return NodeWorker(process, ours, shared, number, life)

@@ -82,9 +82,9 @@ class Runner:
     def __init__(self, status: Any = None, node: int | None = None, own: bool = False) -> None:
         self._status: Any = [UNNAMED, UNNAMED, START, NO_LIMIT] if status is None else status
         self._make_context = functools.partial(Context, caller=False, node=node, own=own)
-        self._contexts: dict[str, _Prepared] = {}
+        self.contexts: dict[str, _Prepared] = {}  # until CLOSE
         self._sources: dict[str | None, _Prepared] = {}  # None: no sources
-        self._jobs: dict[int, _RunnerJob] = {}
+        self.jobs: dict[int, _RunnerJob] = {}  # until END
         self._left: Iterator[Any] = iter(())  # arguments of the chunk that runs which were not called yet
 
     def declare(
@@ -99,24 +99,16 @@ class Runner:
             known already, and so are the `sources` of a set that is known.
         """
         name, set_name = declaration["context"], declaration.get("sources")
-        if name not in self._contexts:
-            self._contexts[name] = _Prepared(self._make_context(), initializer or None)
-        context = self._contexts[name]
+        if name not in self.contexts:
+            self.contexts[name] = _Prepared(self._make_context(), initializer or None)
+        context = self.contexts[name]
         if set_name not in self._sources or self._sources[set_name].failure:
             self._sources[set_name] = _Prepared(context.payload, sources or None)
-        self._jobs[number] = _RunnerJob(context, self._sources[set_name], declaration, function)
+        self.jobs[number] = _RunnerJob(context, self._sources[set_name], declaration, function)
 
     def wants_output(self, number: int) -> bool:
         """Whether the caller wants what this job prints."""
-        return bool(self._jobs[number].declaration.get("output"))
-
-    def end(self, number: int) -> None:
-        """END: drop a job, known or not."""
-        self._jobs.pop(number, None)
-
-    def close_context(self, context: str) -> None:
-        """CLOSE: drop a context, known or not."""
-        self._contexts.pop(context, None)
+        return bool(self.jobs[number].declaration.get("output"))
 
     def run(self, job_number: int, first: int, letters: Sequence[Letter], careful: bool = False) -> Iterator[Answer]:
         """Make a job ready: call its context's initializer and load its function, each once. Then run its chunks.
@@ -126,7 +118,7 @@ class Runner:
         :returns: runs a chunk at each step, up to the limit, and gives its answer. A part may be a view of a value
             that the function still holds, and may change when the next chunk runs.
         """
-        status, job = self._status, self._jobs[job_number]
+        status, job = self._status, self.jobs[job_number]
         status[PHASE] = FUNCTION  # first: a worker that is idle and has seen its batch may get another one
         status[CHUNK] = first
         failure = None

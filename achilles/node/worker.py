@@ -10,8 +10,9 @@ frame, works, writes, and reads again, so it does everything in the order in whi
     node ◀────────RESULT─────── socket pair ◀── send ◀── board ◀┘
     node ◀──answers that a late or dead worker has not sent───┘                (board.py)
 
-The worker ends when its node shuts down writing. It has one thread: the threads of a user's function are its only
-others. Where the system does not end a worker with its node, a second thread looks for the node every second.
+The worker ends when its node shuts down writing. It leads a session of its own: the processes that its tasks start
+belong to that session's process group, and the node kills the whole group. The group also ends when the node is gone:
+the kernel sees the end of the pipe `life`, or a second thread does. Other threads are those of a user's function.
 
 Limits: a RESULT leaves after 5 ms, when the board is full, or at once with a letter of more than 256 KiB.
 """
@@ -19,7 +20,6 @@ Limits: a RESULT leaves after 5 ms, when the board is full, or at once with a le
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing.process
 import os
 import signal
@@ -34,14 +34,7 @@ import multiprocess
 
 from .. import config, console
 from ..protocol.channel import Channel
-from ..protocol.frames import (
-    CAREFUL,
-    U32,
-    Batch,
-    Kind,
-    LongLetter,
-    digest,
-)
+from ..protocol.frames import CAREFUL, U32, Batch, Kind, LongLetter, digest
 from .board import FIRST, IDLE, LETTER_BYTES, MOST_ANSWERS, MOST_BYTES, PHASE, Board
 from .output import Output
 from .runner import Runner
@@ -49,9 +42,9 @@ from .runner import Runner
 __all__ = ["Worker", "main"]
 
 FLUSH_NS = 5_000_000  # an answer waits so long for others: the time that a batch is worth
-WATCH_SECONDS = 1.0  # how often a worker looks whether its node is there
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
-           "VECLIB_MAXIMUM_THREADS", "BLIS_NUM_THREADS")  # each worker has one core, not all of them
+THREADS = dict.fromkeys((  # each worker has one core, not all of them
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
+    "BLIS_NUM_THREADS"), "1")
 
 
 class Worker:
@@ -68,11 +61,11 @@ class Worker:
         self._board = Board(shared)
         self.runner = runner = Runner(self._board.status, node, own=True)
         self.output = Output(self._board.status, node or 0, self._write)
-        self._handlers: dict[Kind, Callable[[Any], None]] = {
+        self._handlers: dict[Kind, Callable[[Any], object]] = {
             Kind.TASK: self._run,
             Kind.JOB: lambda body: runner.declare(body.job, body.declaration, *body.letters()[1:]),
-            Kind.END: lambda body: runner.end(body.job),
-            Kind.CLOSE: lambda body: runner.close_context(body["context"]),
+            Kind.END: lambda body: runner.jobs.pop(body.job, None),
+            Kind.CLOSE: lambda body: runner.contexts.pop(body["context"], None),
         }
 
     def serve(self) -> None:
@@ -121,28 +114,32 @@ class Worker:
 
 
 def main(
-    sock: socket.socket, shared: Any, parent: int | None, inherited: Iterable[Any] = (), node: int | None = None,
+    sock: socket.socket, shared: Any, life: Any, number: int, inherited: Iterable[Any] = (), node: int | None = None,
 ) -> None:
     """The target of a worker's process; returns when the node shuts down writing.
 
     :param sock, shared, node: as for Worker.
-    :param parent: the node's process id where the node starts its workers itself (fork, spawn), else None.
+    :param life: a pipe's end to read from. Nothing comes, until the node is gone: it alone has the other end.
+    :param number: of the worker in its node.
     :param inherited: the node's descriptors, which a forked worker must not keep open.
     """
-    # Linux ends the worker with its parent. A forkserver, which is no node, outlives the node.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
-    if sys.platform != "linux" or parent != os.getppid():
-        threading.Thread(target=_watch, args=(parent,), name="achilles-watch", daemon=True).start()
+    for thing in inherited:
+        thing.close()
+    try:  # Linux kills this process and what its tasks start, also while C code holds the interpreter
+        os.setsid()
+        import fcntl
+
+        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(life, fcntl.F_SETFL, os.O_ASYNC)
+    except (ImportError, AttributeError, OSError):
+        threading.Thread(target=_watch, args=(life,), name="achilles-watch", daemon=True).start()
     console.keep_freed_memory()
     config.in_worker = True
     _take_name()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches workers too: the node ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for thing in inherited:
-        thing.close()
-    for name in THREADS:
-        os.environ.setdefault(name, "1")
+    os.environ.update(THREADS | os.environ | {f"{config.PREFIX}WORKER": str(number)})
     if hasattr(sys.stdout, "reconfigure") and not sys.stdout.closed:  # the last print of a killed worker is not lost
         sys.stdout.reconfigure(line_buffering=True)
     worker, pid = Worker(sock, shared, node), os.getpid()
@@ -161,9 +158,11 @@ def main(
 def _take_name() -> None:
     """Let `multiprocessing`, as `multiprocess` does, tell of a worker here, and of its name, number and parent.
 
-    Libraries ask for them: for a line of the screen, a log file, a device.
+    Libraries ask for them: for a line of the screen, a log file, a device. A daemon may start no process, so the worker
+    is none in its own eyes.
     """
     worker, parent = multiprocess.current_process(), multiprocess.parent_process()
+    worker.daemon = False
     worker.name = f"achilles-worker-{worker._identity[-1]}"
     seen: Any = multiprocessing.process.BaseProcess(name=worker.name)
     seen._identity, seen.authkey = worker._identity, bytes(worker.authkey)
@@ -172,8 +171,9 @@ def _take_name() -> None:
     process._parent_process = process._ParentProcess(parent.name, parent.pid, parent.sentinel)
 
 
-def _watch(parent: int | None) -> None:
-    """Run in a thread: end this process when its node is gone. Under forkserver, only the pipe to the node tells."""
-    while parent in (None, os.getppid()) and multiprocess.parent_process().is_alive():
-        threading.Event().wait(WATCH_SECONDS)
+def _watch(life: Any) -> None:
+    """Run in a thread: wait until the node is gone, and end the group."""
+    with contextlib.suppress(AttributeError, OSError):  # Windows has no groups, and its pipe breaks
+        life.poll(None)
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -29,10 +29,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import selectors
+import signal
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ..errors import AchillesError, ProtocolError
 from ..protocol.channel import Channel
@@ -41,7 +44,7 @@ from .board import CALL, IDLE, LIMIT, PHASE, PHASES, START
 from .output import Flow
 from .process import LATE_SECONDS, NOTHING, WAIT_SECONDS, NodeJob, NodeWorker, start
 
-__all__ = ["LOOK_SECONDS", "Workers", "pump"]
+__all__ = ["LONG_SECONDS", "LOOK_SECONDS", "Workers", "pump"]
 
 LOOK_SECONDS = 0.02  # how often a node looks at its workers: the least time at one chunk that is late
 EXIT_SECONDS = 0.01  # for a worker to be gone after its socket has ended: most are sooner, none with a living child
@@ -49,6 +52,7 @@ CANCEL_SECONDS = 0.5  # for a cancelled chunk that runs to end by itself
 SHARE_SECONDS = 1.0  # a worker may belong to a context so long, busy or idle, while another context needs one
 KEEP_SECONDS = 60.0  # an idle worker may belong to a context so long that has no other one
 START_SECONDS = 0.5  # the pause after a worker that could not be started, or died before it was ready
+LONG_SECONDS = 1.0  # the server is told so often of chunks that have run so long: people read of them
 STOP_SECONDS = 5.0  # for killed workers to be gone
 
 log = logging.getLogger(__name__)
@@ -86,6 +90,15 @@ class Workers:
         """Whether any worker has a batch."""
         return any(worker.batch is not NOTHING for worker in self._workers)
 
+    def long_chunks(self, now: float) -> list[dict[str, Any]]:
+        """Return the longest-running chunk of each job, if it has run for a second, as a PING has them."""
+        long = sorted((worker for worker in self._workers
+                       if worker.next < worker.end and now - worker.chunk_at > LONG_SECONDS),
+                      key=lambda worker: -worker.chunk_at)  # the last one of a job stays
+        return list({worker.batch.job: {
+            "job": worker.batch.job, "seconds": now - worker.chunk_at, "pid": worker.process.pid} for worker in long
+        }.values())
+
     # Frames of the server.
 
     def declare(self, batch: Batch) -> None:
@@ -106,8 +119,6 @@ class Workers:
         if batch.job not in self._jobs:
             raise ProtocolError(f"a batch of job {batch.job}, which was not declared")
         self._queue[batch] = time.monotonic()
-        if self._reason is Gone.LEFT:
-            self.drain()
 
     def cancel(self, number: int, first: int = 0, end: int = U64) -> None:
         """CANCEL: of batches that overlap the range, give back the chunks that have not begun; kill the rest later."""
@@ -135,7 +146,7 @@ class Workers:
                 worker.retire()
 
     def drain(self) -> None:
-        """Give back the chunks that have not begun, now and as they come."""
+        """Give back the chunks that have not begun. The loop calls this again and again: further batches may come."""
         self._reason = Gone.LEFT
         self._take_back(lambda batch: True, self._reason)
 
@@ -233,8 +244,10 @@ class Workers:
 
     def _start(self, now: float) -> None:
         try:
-            worker = start(self._method, self.node, [
-                self._selector, *(key.fileobj for key in self._selector.get_map().values())])
+            number = min({*range(self.count)}.difference(worker.number for worker in self._workers))
+            worker = start(self._method, self.node, number, [
+                self._selector, *(key.fileobj for key in self._selector.get_map().values()),
+                *(worker.life for worker in self._workers)])
             self._workers.append(worker)
             self._selector.register(worker.channel.socket, selectors.EVENT_READ, lambda events: self._read(worker))
         except (OSError, EOFError) as e:  # no process or descriptor to be had; or the forkserver ended for want of one
@@ -247,8 +260,7 @@ class Workers:
             received = worker.channel.receive()
             for kind, body in received or ():
                 if kind is Kind.RESULT:
-                    worker.answered(body)
-                    self._answer(body)
+                    self._answer(worker.answered(body))
                 elif body.job in self._jobs and self._jobs[body.job].flow.admits(body):
                     self._send(kind, body)
         except (OSError, AchillesError) as e:
@@ -271,8 +283,7 @@ class Workers:
         """Pass on the answers before this chunk that the worker has not sent."""
         with contextlib.suppress(ProtocolError):
             if (answer := worker.waiting(chunk)) is not None:
-                worker.answered(answer)
-                self._answer(answer)
+                self._answer(worker.answered(answer))
 
     def _bury(self, worker: NodeWorker, now: float) -> None:
         """A worker has ended: pass on its answers, charge one chunk at most, and return the others."""
@@ -296,10 +307,12 @@ class Workers:
                 batch.job, chunk, [json.dumps(note).encode()], attempt=batch.attempt, statuses=bytes([worker.charge])))
             worker.next = chunk + 1
         self._return(batch, worker.next, worker.end, self._reason)
+        with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; or all have ended
+            os.killpg(pid, signal.SIGKILL)  # what the worker's tasks have started
         self._selector.unregister(sock)
         self._workers.remove(worker)
-        worker.channel.close()
-        worker.process.close()
+        for thing in (worker.channel, worker.life, worker.process):
+            thing.close()
 
 
 def pump(selector: selectors.BaseSelector, channel: Channel) -> None:

@@ -125,8 +125,14 @@ NODE_STATE: dict[str, Field] = {
     "id": _U32, "address": _NAME, "python": _PYTHON, "version": _NAME, "cpu_count": _U16,
     "busy": _U16, "done": _U64, "since": _SECONDS,
 }
-JOB_STATE: dict[str, Field] = {"id": _U32, "user": _TEXT, "queued": _U64, "running": _U64, "done": _U64}
+JOB_STATE: dict[str, Field] = {
+    "id": _U32, "user": _TEXT, "queued": _U64, "running": _U64, "done": _U64,
+    "longest": _SECONDS._replace(required=False), "node": _U32._replace(required=False),
+    "pid": _U32._replace(required=False),
+}
 SERVER_STATE: dict[str, Field] = {"version": _NAME, "uptime": _SECONDS, "memory": _U64._replace(required=False)}
+# A chunk that has run long, in a node's PING. A server adds to its seconds, and the sum must fit into a STATUS.
+CHUNK_STATE: dict[str, Field] = {"job": _U32, "seconds": Field((int, float)), "pid": _U32}
 # The letter of a chunk with the status DIED or TIMEOUT.
 NOTE: dict[str, Field] = {
     "offset": Field(int, -1, U32), "phase": _NAME._replace(form="|".join(PHASES)),
@@ -136,7 +142,7 @@ NOTE: dict[str, Field] = {
 FIELDS: dict[Kind, dict[str, Field]] = {
     Kind.HELLO: {"python": _PYTHON, "version": _NAME, "cpu_count": _U16, "pid": _U32},
     Kind.BYE: {"reason": _NAME._replace(form="|".join(REASONS))},
-    Kind.PING: {},
+    Kind.PING: {"chunks": Field(list, 0, U16, False, inside=CHUNK_STATE)},
     Kind.ERROR: {"code": _NAME, "message": _TEXT},
     Kind.CLUSTER: {
         "nodes": _U32, "workers": _U32, "largest": _U16,

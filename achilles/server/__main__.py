@@ -5,8 +5,9 @@ This module knows options, configuration files and exit statuses. `listen.py` li
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import config, configuring, console
@@ -23,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = console.OPTIONS | {
     "--write-config": {"action": "store_true", "help": "write a configuration without asking, and exit"},
     "--status": {"action": "store_true", "help": "print nodes and jobs of the running cluster, and exit"},
     "--json": {"action": "store_true", "help": "with --status: as JSON"},
+    "--follow": {"action": "store_true", "help": "with --status: again every second, until Ctrl-C"},
 }
 
 
@@ -31,17 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = console.parser(
         "server", "Where nodes and callers meet. Started without settings, it asks for them.", OPTIONS)
     args = console.parse(parser, argv)
-    if args.json and not args.status:
-        parser.error("--json goes with --status")
+    if (args.json or args.follow) and not args.status:
+        parser.error("--json and --follow go with --status")
     with console.errors_to_exit_status() as status:
         given = (args.host, args.port, args.username, console.read_secret(args.secret_key_file))
         if args.write_config:
             path = _write_config(*given, env_file=args.env_file)
             console.say(f"Saved in {path}\n{configuring.next_step(path)}".rstrip())
         elif args.status:
-            state = ask_status(config.resolve(*given, env_file=args.env_file))
-            console.say(json.dumps(state, indent=2) if args.json else console.status_table(state))
-            status.code = 0 if state["nodes"] else NO_NODES_STATUS
+            settings = config.resolve(*given, env_file=args.env_file)
+            text_of = json.JSONEncoder(indent=2).encode if args.json else console.status_table
+            if args.follow:
+                with contextlib.suppress(KeyboardInterrupt):
+                    ask_status(settings, lambda state: console.redraw(text_of(state)))
+            else:
+                state = ask_status(settings)
+                console.say(text_of(state))
+                status.code = 0 if state["nodes"] else NO_NODES_STATUS
         else:
             status.code = run_server(*given, bind=args.bind, env_file=args.env_file)
     return status.code
@@ -58,24 +66,31 @@ def _write_config(
     return configuring.write_config(host, port, username, secret or kept, env_file=env_file)
 
 
-def ask_status(settings: config.Settings) -> Any:
-    """Return a running server's STATUS. Blocks some seconds at most. Raises ServerUnreachable, AuthenticationError."""
-    key = auth.derive_key(settings.username, settings.secret.reveal())
+def ask_status(settings: config.Settings, take: Callable[[Any], bool] = lambda state: False) -> Any:
+    """Return a running server's STATUS. Blocks some seconds at most. Raises ServerUnreachable, AuthenticationError.
+
+    :param take: gets each STATUS. While it returns true, the server is asked again: every second, and when nodes come
+        or go.
+    """
     try:
-        link = connect.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key)
+        link = connect.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, auth.derive_key(
+            settings.username, settings.secret.reveal()))
     except ServerUnreachable as e:
         raise ServerUnreachable(f"{e}. Start a server: python -m {__package__}") from e
     found: dict[Kind, Any] = {}
 
-    def leave_when_told() -> None:
-        if Kind.STATUS in found:
+    def go_on() -> None:
+        if Kind.STATUS not in found:
+            link.send(Kind.STATUS, {})
+        elif take(found[Kind.STATUS]):
+            found.clear()
+        else:
             link.finish("leaving")
 
-    link.send(Kind.HELLO, connect.hello())
-    link.send(Kind.STATUS, {})
-    link.start_writer()
-    why = link.run(lambda frame: found.update([frame]), leave_when_told)
-    link.close()
+    with contextlib.closing(link):
+        link.send(Kind.HELLO, connect.hello())
+        link.start_writer()
+        why = link.run(lambda frame: found.update([frame]), go_on)
     if Kind.STATUS not in found:
         raise ServerUnreachable(f"the server at {settings.host}:{settings.port} gave no status: {why}")
     return found[Kind.STATUS]

@@ -59,6 +59,8 @@ class Peer:
         self.id = -1  # until its HELLO
         self.hello: dict[str, Any] = {}
         self.since = 0.0  # wall clock, for people to read
+        # A node's, of its last PING: each chunk's begin (monotonic), the node, the worker's process id, the job.
+        self.long: list[tuple[float, int, int, int]] = []
         self.jobs: dict[int, DeclaredJob] = {}  # a controller's: by its own numbers, until END
         self.contexts: dict[str, Letter] = {}  # a controller's: initializer or sources, under the names that it opened
 
@@ -213,6 +215,9 @@ class Exchange:
                 self._send(job.owner, kind, body.renumbered(job.owners_number))
             else:
                 job.left_out[body.number] += body.attempt if body.flags == frames.MORE else 1
+        elif kind is Kind.PING:
+            node.long = [(time.monotonic() - chunk["seconds"], node.id, chunk["pid"], chunk["job"])
+                         for chunk in body.get("chunks") or ()]
         elif kind is Kind.BYE:
             self._scheduler.drain(node.id)
             self._changed = True
@@ -297,6 +302,9 @@ class Exchange:
                 self._send(peer, Kind.CLUSTER, cluster(peer.hello["python"]))
 
     def _status(self) -> dict[str, Any]:
+        chunks = sorted((chunk for peer in self._nodes.values() for chunk in peer.long), reverse=True)
+        longest = {job: {"longest": round(time.monotonic() - began), "node": node, "pid": pid}
+                   for began, node, pid, job in chunks}  # the earliest is the last, and stays
         nodes = [
             {"id": peer.id, "address": peer.address, "python": peer.hello["python"], "version": peer.hello["version"],
              "cpu_count": node.cpu_count, "busy": min(len(node.held), node.cpu_count), "done": node.done,
@@ -304,7 +312,8 @@ class Exchange:
             for peer in self._nodes.values() if (node := self._scheduler.nodes[peer.id])
         ]
         jobs = [
-            {"id": number, "user": self._jobs[number].owner.user} | job.counts()
+            {"id": number, "user": self._jobs[number].owner.user, "longest": 0, "node": None, "pid": None}
+            | job.counts() | longest.get(number, {})
             for number, job in self._scheduler.jobs.items()
         ]
         return {"nodes": nodes, "jobs": jobs, "server": {

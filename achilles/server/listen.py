@@ -79,7 +79,7 @@ class Server:
         self._places_lock = threading.Lock()
         # Connections before authentication, the oldest first: the address, and an event for the loss of the place.
         self._places: dict[socket.socket, tuple[str, threading.Event]] = {}
-        self._listener = _listen(bind or settings.host, settings.port, self)
+        self._listener = _Listener(bind or settings.host, settings.port, self)
         self.address = settings.host, self._listener.server_address[1]  # the host as it was given; the port is never 0
 
     def run(self) -> None:
@@ -261,9 +261,19 @@ class _Listener(socketserver.ThreadingTCPServer):
     daemon_threads = True  # the server joins its readers itself, with a deadline
     request_queue_size = BACKLOG
 
-    def __init__(self, family: socket.AddressFamily, address: Any, server: Server) -> None:
-        self.address_family, self._server = family, server
-        super().__init__(address, server.serve)  # type: ignore[arg-type]
+    def __init__(self, host: str, port: int, server: Server) -> None:
+        """Listen. AddressError, with a remedy, if that fails."""
+        self._server = server
+        try:
+            (self.address_family, *_, address), *_ = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            super().__init__(address[:2], server.serve)  # type: ignore[arg-type]
+        except OSError as e:
+            reason = REASONS.get(e.errno or 0, f"{e.strerror or e}; is this an address of this machine? --bind "
+                                               "0.0.0.0 listens at all of them")
+            error = AddressError(f"the server cannot listen at {host}:{port}: {reason}")
+            error.errno = e.errno
+            raise error from e
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """accept(). The connection has a place before it has a thread."""
@@ -281,16 +291,3 @@ class _Listener(socketserver.ThreadingTCPServer):
         self._server.dismiss(request)
         log.exception("a connection failed: %s", client_address[0])
         threading.Event().wait(NO_ROOM_SECONDS)
-
-
-def _listen(host: str, port: int, server: Server) -> _Listener:
-    """Return a listener that gives connections to the server; AddressError, with a remedy, if there is none."""
-    try:
-        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return _Listener(family, address[:2], server)
-    except OSError as e:
-        reason = REASONS.get(e.errno or 0, f"{e.strerror or e}; is this an address of this machine? --bind 0.0.0.0 "
-                                           "listens at all of them")
-        error = AddressError(f"the server cannot listen at {host}:{port}: {reason}")
-        error.errno = e.errno
-        raise error from e

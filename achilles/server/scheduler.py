@@ -249,9 +249,11 @@ class ServerJob:
 
     def counts(self) -> dict[str, int]:
         """Return the counts of chunks that a STATUS has."""
-        queued = sum(batch.count for batch in self.waiting)
-        running = sum(each.end - each.first for each in self.out.values() if isinstance(each, HeldBatch))
-        return {"queued": queued, "running": running, "done": self.done}
+        held = [each for each in self.out.values() if isinstance(each, HeldBatch)]
+        return {
+            "queued": sum(batch.count for batch in self.waiting),
+            "running": sum(each.end - each.first for each in held), "done": self.done,
+        }
 
 
 class HeldBatch:

@@ -162,8 +162,6 @@ class _Newcomer(Node):
             self.run()
         except SystemExit:
             assert self.joined, "it has not joined"
-        finally:
-            self.close()
 
     def greet(self, number: int, connections: int) -> None:
         """Say nothing."""

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,26 @@ def test_workers_end_with_a_killed_node_in_the_middle_of_a_call(server: Server, 
     threading.Event().wait(0.2)
     it.process.kill()
     wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_it_tells_of_chunks_that_run_long_and_when_there_is_none(
+    server: Server, start: Any, path: str
+) -> None:
+    it = start(server.port)
+    server.accept()
+    server.give(note_and_sleep, [(path, 0.0), (path, 2.5)])
+    pids = wait_for_work(it, 2, path)
+    told = [server.expect(Kind.PING)["chunks"]]
+    while told[-1]:
+        told.append(server.expect(Kind.PING)["chunks"])
+    (first,), *_ = told
+    assert first["job"] == 1 and first["pid"] in pids and 1 < first["seconds"] < 20
+    assert all(second["seconds"] > first["seconds"] for (first,), (second,) in pairwise(told[:-1]))
+    server.give(note_and_sleep, [(path, 0.2)] * 4, job=2)
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        server.read()
+    assert Kind.PING not in [kind for kind, _ in server.frames]
 
 
 def test_heartbeats_go_on_while_workers_work_and_silence_is_noticed(server: Server, monkeypatch: Any) -> None:

@@ -47,11 +47,3 @@ def test_an_altered_letter_is_not_loaded() -> None:
     assert [state for state, _ in runner.run(1, 0, [letter])] == [Status.VALUES]
     letter.digest = bytes(32)
     assert list(runner.run(1, 0, [letter])) == [(Status.ALTERED, (b"",))]
-
-
-def test_end_and_close_of_what_is_not_known_are_ignored() -> None:
-    runner, caller = Runner(), Context(caller=True)
-    declare(runner, caller)
-    for _ in range(2):
-        runner.end(1)
-        runner.close_context(CONTEXT)

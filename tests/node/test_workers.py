@@ -256,6 +256,10 @@ def set_up() -> None:
     os.environ["SET_UP"] = str(os.getpid())
 
 
+def take_number() -> None:
+    os.environ["SET_UP"] = os.environ["ACHILLES_WORKER"]
+
+
 def get_up(_: Any) -> Any:
     return os.environ.get("SET_UP"), os.getpid()
 
@@ -325,6 +329,50 @@ def test_chunks_are_answered_under_each_start_method(loop: Any, method: str) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_each_worker_has_a_number_before_its_initializer_and_its_replacement_keeps_it(loop: Any, method: str) -> None:
+    """Numbers from 0 on, each once at any time."""
+    it = loop(3, method)
+    it.declare(get_up, initializer=take_number)
+    numbers = []
+    for chunk, killed in enumerate([2, 0, 1]):
+        it.add([chunk], first=chunk)
+        it.until(lambda n=chunk: it.done(n + 1) and len(it.pids) == 3)
+        ((number, pid),) = it.values()[chunk]
+        workers = {worker.number: worker.process.pid for worker in it.workers._workers}
+        assert sorted(workers) == [0, 1, 2] and workers[int(number)] == pid
+        numbers.append(workers)
+        os.kill(workers[killed], signal.SIGKILL)
+        it.until(lambda old=workers[killed]: len(it.pids) == 3 and old not in it.pids)
+    for before, after, killed in zip(numbers, numbers[1:], [2, 0]):
+        assert [number for number in before if before[number] != after[number]] == [killed]
+
+
+def test_the_longest_running_chunk_of_each_job_is_known(loop: Any, monkeypatch: Any) -> None:
+    it = loop(3)
+    it.declare(sleep)
+    it.declare(sleep, job=2)
+    it.declare(double, job=3)
+    it.add([20], [20])
+    it.until(lambda: it.at(0))
+    it.add([30], job=2)
+    it.add([30], job=2, first=5)
+    it.until(lambda: it.at(0, 1) and it.at(5, 2))
+    assert it.workers.long_chunks(time.monotonic()) == []
+    began = [worker.chunk_at for worker in it.workers._workers]
+    (one, two) = it.workers.long_chunks(began[0] + 10)
+    if one["job"] == 2:
+        one, two = two, one
+    assert one == {"job": 1, "seconds": 10, "pid": it.pids[0]}
+    assert two["job"] == 2 and two["seconds"] == began[0] + 10 - min(began[1:])
+    assert two["pid"] == it.pids[1 + (began[2] < began[1])]
+    assert it.workers.long_chunks(began[0] + 1.001) == [one | {"seconds": began[0] + 1.001 - began[0]}]
+    it.workers.cancel(1)
+    it.workers.cancel(2)
+    it.until(lambda: len(it.pids) == 3 and not it.workers.busy)
+    assert it.workers.long_chunks(time.monotonic() + 10) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_dead_worker_is_replaced_under_each_start_method(loop: Any, method: str) -> None:
     it = loop(1, method)
     it.declare(exit_on)
@@ -335,17 +383,17 @@ def test_a_dead_worker_is_replaced_under_each_start_method(loop: Any, method: st
     assert it.values() == {1: ["b"]} and alive(it.pids[0]) and note["pid"] not in it.pids
 
 
-# Workers that read nothing, on a system that does not end them with their node.
+# Workers that read nothing, on a system whose kernel does not end them with their node.
 ALONE = """
-        import ctypes
+        import fcntl
         from achilles.node import worker
-        ctypes.CDLL, sys.platform = None, "elsewhere"
+        del fcntl.F_SETSIG
         worker.Worker.serve = lambda self: (self._board.status.__setitem__(2, 1), time.sleep(60))
 """
 
 
 @pytest.mark.parametrize(("method", "before"), [(method, "") for method in METHODS] + [
-    pytest.param("fork", ALONE, id="fork, busy, without prctl",
+    pytest.param("fork", ALONE, id="fork, busy, without F_SETSIG",
                  marks=pytest.mark.skipif("fork" not in METHODS, reason="needs fork"))])
 def test_workers_never_run_the_callers_main_and_end_with_a_killed_node(
     tmp_path: Path, method: str, before: str
@@ -403,7 +451,7 @@ def test_the_time_in_which_a_worker_starts_is_no_time_of_its_batch() -> None:
     """Else most of a batch of 40 ms goes back when a worker has taken 180 ms to start."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        worker = process.NodeWorker(types.SimpleNamespace(pid=1), ours, bytearray(8 * WORDS))
+        worker = process.NodeWorker(types.SimpleNamespace(pid=1), ours, bytearray(8 * WORDS), 0, None)
         worker.status[PHASE] = START
         batch = Batch.pack(1, 0, [b"x"] * 10, number=40_000)
         letters = [b"", b"f", b"", b""]
@@ -1068,6 +1116,7 @@ def test_draining_returns_what_has_not_begun_and_finishes_what_runs(loop: Any) -
     it.add([0.2], [0], first=2)
     it.workers.drain()
     it.add([0.2], first=4)
+    it.workers.drain()  # as the loop does before each turn
     assert sorted(it.returned(Gone.LEFT)) == [1, 2, 3, 4]
     it.until(lambda: not it.workers.busy)
     assert list(it.values()) == [0]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire import (
+    CHUNK_STATE,
     CLUSTER,
     DECLARATION,
     FRAMES,
@@ -17,6 +18,7 @@ from wire import (
     JOB_STATE,
     LONG,
     LONG_DIGEST,
+    LONGEST,
     NODE_STATE,
     SERVER_STATE,
     batch,
@@ -301,6 +303,11 @@ BAD_FIELDS = [
     *[(Kind.STATUS, name, [state, state | {key: bad}])
       for name, state in (("nodes", NODE_STATE), ("jobs", JOB_STATE)) for key in state
       for bad in (None, "\x1b[2J", -1, [], {}, True, 1e300)],
+    *[(Kind.STATUS, "jobs", [JOB_STATE, JOB_STATE | LONGEST | {key: bad}]) for key in LONGEST
+      for bad in ("12", "\x1b[2J", -1, [], {}, True, 1e300)],
+    *[(Kind.PING, "chunks", bad) for bad in (1, {}, "", True, [1], [None], [{}], [CHUNK_STATE] * 65_536)],
+    *[(Kind.PING, "chunks", [CHUNK_STATE, CHUNK_STATE | {key: bad}]) for key in CHUNK_STATE
+      for bad in (None, "12", "\x1b[2J", -1, [], {}, True, 2**32, 1e300)],
     *[(Kind.STATUS, "server", SERVER_STATE | {key: bad}) for key in ("version", "uptime", "memory")
       for bad in ("\x1b[2J", -1, [], True, 1e300)],
     *[(Kind.STATUS, "server", {"uptime": 1} | bad) for bad in ({}, {"version": None}, {"version": "x" * 65})],
@@ -311,6 +318,16 @@ BAD_FIELDS = [
 def test_a_good_body_passes_and_unknown_keys_are_ignored(kind):
     body = GOOD[kind] | {"a_key_of_1.9": [1, {"deep": None}]}
     assert decode(kind, 0, json.dumps(body).encode()) == (body, [])
+
+
+@pytest.mark.parametrize("body", [
+    (Kind.PING, {"chunks": []}), (Kind.PING, {"chunks": None}),
+    (Kind.PING, {"chunks": [CHUNK_STATE | {"seconds": 2**32 - 1}, {"job": 0, "seconds": 0, "pid": 2**32 - 1}]}),
+    (Kind.STATUS, GOOD[Kind.STATUS] | {"jobs": [JOB_STATE | LONGEST, JOB_STATE | dict.fromkeys(LONGEST)]}),
+], ids=repr)
+def test_what_may_be_absent_passes_where_it_is_there(body):
+    kind, said = body
+    assert decode(kind, 0, json.dumps(said).encode()) == (said, [])
 
 
 @pytest.mark.parametrize(("kind", "name", "bad"), BAD_FIELDS)

@@ -133,7 +133,8 @@ def test_the_table_of_fields_is_the_codes():
     for name, text in table(6):
         pattern = r"`(reason|code|message)`()" if name in ("BYE", "ERROR") else r"`(\w+)`(\?)?"
         documented[name] = dict(re.findall(pattern, text))
-    expected = {kind.name: {name: "" for name in FIELDS[kind]} for kind in FIELDS}
+    expected = {kind.name: {name: "" if field.required else "?" for name, field in FIELDS[kind].items()}
+                for kind in FIELDS}
     expected["HELLO, client"] = expected.pop("HELLO")
     expected["HELLO, server"] = dict.fromkeys(kinds.SERVER_FIELDS[Kind.HELLO], "")
     assert not expected.pop("STATUS")
@@ -144,7 +145,8 @@ def test_the_table_of_fields_is_the_codes():
     fields_of_a_job = {name: "" if field.required else "?" for name, field in kinds.DECLARATION.items()}
     assert declared | options == fields_of_a_job
     status = dict(re.findall(r"^- (?:each|the) (\w+): (.*)$", section(6), re.M))
-    for name, states in (("node", kinds.NODE_STATE), ("job", kinds.JOB_STATE), ("server", kinds.SERVER_STATE)):
+    for name, states in (("node", kinds.NODE_STATE), ("job", kinds.JOB_STATE), ("server", kinds.SERVER_STATE),
+                         ("chunk", kinds.CHUNK_STATE)):
         marks = {name: "" if field.required else "?" for name, field in states.items()}
         assert dict(re.findall(r"`(\w+)`(\??)", status[name])) == marks
 

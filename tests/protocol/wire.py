@@ -17,6 +17,8 @@ CLUSTER = {"nodes": 1, "workers": 8, "largest": 8, "pythons": {"3.11": 1}}
 NODE_STATE = {"id": 0, "address": "10.0.0.2", "python": "3.11", "version": "1.0.0", "cpu_count": 8, "busy": 3,
               "done": 12, "since": 1.5}
 JOB_STATE = {"id": 7, "user": "ann", "queued": 5, "running": 3, "done": 2**40}
+LONGEST = {"longest": 12.5, "node": 3, "pid": 4711}  # of a job; each may be absent
+CHUNK_STATE = {"job": 7, "seconds": 12.5, "pid": 4711}
 SERVER_STATE = {"version": "1.0.0", "uptime": 61.7, "memory": None}
 STATUS = {"nodes": [NODE_STATE], "jobs": [JOB_STATE, JOB_STATE], "server": SERVER_STATE}
 # A good body of each JSON kind, whatever the link.

@@ -5,6 +5,8 @@ import hmac
 import json
 import logging
 import threading
+import time
+import types
 
 import pytest
 
@@ -712,8 +714,44 @@ def test_status_shows_nodes_and_jobs(cluster):
     assert shown.pop("since") > 0
     assert shown == {"id": 0, "address": "127.0.0.1", "python": "3.11", "version": "1.0.0", "cpu_count": 2, "busy": 2,
                      "done": 2}
-    assert job.pop("id") >= 0 and job == {"user": "ann", "queued": 5, "running": 8, "done": 2}
+    assert job.pop("id") >= 0 and job == {
+        "user": "ann", "queued": 5, "running": 8, "done": 2, "longest": 0, "node": None, "pid": None}
     assert status["server"].keys() == {"version", "uptime", "memory"}
+
+
+def test_status_shows_the_longest_running_chunk_of_each_job_as_the_nodes_last_told(cluster, monkeypatch):
+    clock = types.SimpleNamespace(now=time.monotonic() + 100)
+    monkeypatch.setattr(exchange, "time", types.SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
+    first, second, controller = cluster.node(2), cluster.node(2), cluster.controller()
+    for job in (3, 4, 5):
+        cluster.declare(controller, job=job)
+
+    def longest():
+        cluster.say(controller, Kind.STATUS, {})
+        (status,) = of_kind(controller.channel.take(), Kind.STATUS)
+        jobs = sorted(status["jobs"], key=lambda job: job["id"])
+        return [(job["longest"], job["node"], job["pid"]) for job in jobs]
+
+    cluster.task(controller, job=3)
+    cluster.task(controller, job=3)
+    nothing = (0, None, None)
+    assert longest() == [nothing] * 3
+    ids = sorted(cluster.exchange._jobs)
+    cluster.say(first, Kind.PING, {"chunks": [
+        {"job": ids[0], "seconds": 2.04, "pid": 11}, {"job": ids[1], "seconds": 7, "pid": 12},
+        {"job": 99, "seconds": 900, "pid": 13}]})
+    clock.now += 3
+    cluster.say(second, Kind.PING, {"chunks": [
+        {"job": ids[0], "seconds": 9.6, "pid": 21}, {"job": ids[1], "seconds": 9.5, "pid": 22}]})
+    clock.now += 10
+    assert longest() == [(20, 1, 21), (20.0, 0, 12), nothing]
+    cluster.say(second, Kind.PING, {"chunks": []})
+    assert longest() == [(15.0, 0, 11), (20.0, 0, 12), nothing]
+    cluster.say(second, Kind.PING, {"chunks": [{"job": ids[0], "seconds": 2**32 - 1, "pid": 21}]})
+    assert longest()[0] == (2**32 - 1, 1, 21)
+    cluster.say(second, Kind.PING, {})
+    cluster.exchange.leave(first)
+    assert longest() == [nothing] * 3
 
 
 @pytest.mark.parametrize(("user", "shown"), [("J\xf6rg", "J\xf6rg"), ("a\x1b[2J\n\u202e", r"'a\x1b[2J\n\u202e'")])

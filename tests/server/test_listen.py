@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -19,6 +22,7 @@ import pytest
 from conftest import wait_until
 from fakes import SECONDS, SECRET, Node, address, serving, settings
 
+from achilles import console
 from achilles.calls import kill_cluster
 from achilles.config import Secret, Settings
 from achilles.controller.connection import Controller
@@ -50,9 +54,8 @@ def run(unconfigured):
         env = os.environ | {"ACHILLES_HOST": "127.0.0.1", "ACHILLES_USERNAME": "ann"} | popen.pop("env", {})
         if secret:
             env["ACHILLES_SECRET_KEY"] = secret
-        made.append(subprocess.Popen(
-            [*COMMAND, *map(str, options)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, **popen))
+        made.append(subprocess.Popen([*COMMAND, *map(str, options)], env=env, text=True, **{
+            "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen))
         return made[-1]
 
     yield start
@@ -644,6 +647,75 @@ def test_write_config_refuses_an_address_that_nobody_can_connect_to(run, unconfi
     assert code == 2 and "--bind 0.0.0.0" in err and not unconfigured.exists()
 
 
-def test_json_without_status_starts_no_server(run):
-    code, _, err = finish(run("--json"))
+@pytest.mark.parametrize("option", ["--json", "--follow"])
+def test_an_option_of_a_status_starts_no_server(run, option):
+    code, _, err = finish(run(option))
     assert code == 2 and "--status" in err
+
+
+# A status that is followed.
+
+
+def followed(run, running, *options, **popen):
+    return run("--status", "--follow", "--port", running.address[1], *options, **popen)
+
+
+def test_a_followed_status_is_printed_again_and_again_on_one_connection_until_ctrl_c(run, running):
+    process = followed(run, running)
+    heads = []
+    began = time.monotonic()
+    with Node(running.address[1]):
+        while len(heads) < 4:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            assert "\033" not in line
+            if line.startswith("server: version"):
+                heads.append(line)
+    assert time.monotonic() - began > 1.5
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 0
+    wait_until(lambda: not running._exchange._peers, "the end of its connection")
+    assert next(running._exchange._ids[auth.CONTROLLER]) == 1
+
+
+def test_a_followed_status_as_json_is_one_object_after_the_other(run, running):
+    process = followed(run, running, "--json")
+    text = "".join(iter(lambda: process.stdout.readline(), "}\n")) + "}"
+    assert json.loads(text)["nodes"] == []
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 0
+
+
+def test_on_a_terminal_a_followed_status_is_drawn_in_place_as_far_as_it_has_room(run, running):
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 5, 80, 0, 0))
+    with open(ours, "rb", buffering=0) as terminal:
+        process = followed(run, running, stdout=theirs)
+        os.close(theirs)
+        shown = b""
+        while shown.count(console.CLEAR.encode()) < 3:
+            shown += terminal.read(4096)
+        process.send_signal(signal.SIGINT)
+        while process.poll() is None:
+            with contextlib.suppress(OSError):  # the terminal has no other side any more
+                terminal.read(4096)
+    assert finish(process)[0] == 0
+    first, *drawn, _ = shown.decode().split(console.CLEAR)
+    assert first == "" and len(drawn) == 2
+    for each in drawn:
+        assert each.startswith("server: version") and each.count("\n") == 4  # of the five lines, and one is empty
+
+
+def test_a_followed_status_ends_when_nobody_reads_it(run, running):
+    process = followed(run, running)
+    assert process.stdout.readline().startswith("server: version")
+    process.stdout.close()
+    assert process.wait(SECONDS) == 0 and process.stderr.read() == ""
+
+
+def test_a_followed_status_ends_with_its_server_and_says_so(run):
+    with serving() as made:
+        process = followed(run, made)
+        assert process.stdout.readline().startswith("server: version")
+    code, _, err = finish(process)
+    assert code == 1 and f"127.0.0.1:{made.address[1]} gave no status" in err
