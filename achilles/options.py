@@ -53,7 +53,7 @@ def shower(output: Output, on_executor: bool) -> Shower | None:
     """The function that shows a line of output, if anybody wants it. TypeError or ValueError unless that can be."""
     if output is True:
         output = _write_line
-    [show] = checked(output=output or None)
+    [show] = checked(output=None if output is False else output)
     if show is not None and on_executor:
         raise ValueError("output= is of workers of a node: on an executor, functions print where its workers print")
     return show  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 
 import pytest
 from cluster import Cluster
@@ -50,6 +51,11 @@ def folder(tmp_path):
 def cluster(tmp_path):
     with Cluster(tmp_path, 1) as made:
         yield made
+
+
+def resident_of(pid):
+    """Bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
 def write(folder, text, name="script.py"):
@@ -210,3 +216,76 @@ def test_a_worker_of_another_set_makes_way(cluster, folder):
         assert run(cluster, folder, "import mine\nfrom achilles import map\nprint(map(mine.tell, [1]))\n") == (
             f"[[{turn}]]\n")
     wait_until(lambda: not cluster.status()["jobs"])
+
+
+def test_after_an_edit_all_workers_work_at_once(tmp_path, folder):
+    """Those of the old set are replaced as soon as the new one needs them: half a second, not a minute."""
+    script = """
+        import mine, os, time
+        from achilles import Pool
+        with Pool() as pool:
+            pool.map(mine.slow, [0.01] * 8, 1)
+            path = mine.__file__
+            with open(path, "a") as file:
+                file.write("# edited\\n")
+            began = time.monotonic()
+            print(len(set(pool.map(mine.slow, [0.3] * 12, 1))), time.monotonic() - began < 2.6)
+    """
+    write(folder, "import os, time\ndef slow(seconds):\n    time.sleep(seconds)\n    return os.getpid()\n", "mine.py")
+    with Cluster(tmp_path, 4) as cluster:
+        for _ in range(2):
+            count, soon = run(cluster, folder, script).split()
+            assert int(count) >= 4 and soon == "True"
+
+
+def test_old_versions_are_kept_nowhere(cluster, folder):
+    text = f"DATA = '{'x' * (4 << 20)}'\ndef tell(x):\n    return len(DATA)\n"
+    write(folder, text, "mine.py")
+    script = cluster.start_script(write(folder, """
+        import mine
+        from achilles import Pool
+        with Pool() as pool:
+            for number in range(24):
+                with open(mine.__file__, "a") as file:
+                    file.write(f"# {number}\\n")
+                assert pool.map(mine.tell, [1]) == [4 << 20]
+                print("edit", number, flush=True)
+    """))
+
+    def resident():
+        return sum(map(resident_of, (cluster.server.pid, cluster.nodes[0].pid)))
+
+    script.wait_for("edit 5\n")
+    before = resident()
+    assert script.wait() == 0, script.err.read_text()
+    assert resident() - before < 40 << 20
+
+
+def test_a_context_of_a_call_that_is_over_stays_in_no_worker(cluster, folder):
+    """Whatever sets came before or after it, none keeps the globals of another call alive."""
+    [worker] = cluster.nodes[0].workers(1)
+    run(cluster, folder, """
+        from achilles import map
+        data = bytearray(200 << 20)
+        def size(x):
+            return len(data)
+        print(map(size, [1]))
+    """)
+    run(cluster, folder, "from achilles import map\nmap(abs, [1])\n", "other.py")
+    wait_until(lambda: resident_of(worker) < 150 << 20)
+
+
+def test_logging_that_an_initializer_set_up_is_captured_by_a_later_call(cluster, folder):
+    assert run(cluster, folder, """
+        import logging
+        from achilles import Pool
+        def log(x):
+            logging.getLogger().warning("of %d", x)
+        lines = []
+        def set_up():
+            logging.basicConfig(force=True)  # the node's own handlers are there already
+        with Pool(initializer=set_up) as pool:
+            pool.map(log, range(2))
+            pool.map(log, range(2), output=lambda *line: lines.append(line[:2]))
+        print(sorted(lines))
+    """) == "[('WARNING:root:of 0', 0), ('WARNING:root:of 1', 1)]\n"

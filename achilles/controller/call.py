@@ -133,7 +133,7 @@ class Call:
                     again = again or bool(self.results.lines) or self.results.changed.wait(
                         max(0.0, min(left, deadline - time.monotonic())))
             finally:  # what was printed comes before the result, or the error, of its call
-                while self.results.lines:
+                for _ in range(len(self.results.lines)):
                     self._show(*self.results.lines.popleft())
             if not again:
                 self._nudge()

@@ -195,7 +195,10 @@ class Job:
             self.sink.leave_out(batch.number, batch.attempt)
             return
         runs = [run for run in self.out.values() if run.first <= batch.first < run.end]
-        index = runs[0].cut(batch.first - runs[0].first).index(batch.attempt) if runs else None
+        index = None
+        if runs:
+            at = batch.first - runs[0].first
+            index = runs[0].cut(at, at + 1).index(batch.attempt)
         self.sink.hear(bytes(joined(batch.letters()[0])).decode(errors="replace"), index, batch.number)
 
     def gone(self, batch: Batch) -> None:
@@ -270,8 +273,9 @@ class Job:
         """Load the answer of one chunk: values, and errors by offset. Raises what the job as a whole failed with."""
         values, errors = outcomes.load_outcomes(self.context, joined(letter), status != Status.VALUES)
         for error in errors.values():
-            if isinstance(error, ModuleNotFoundError) and error.name:
-                error.msg = f"{error} on node {getattr(error, 'node', None)}: {reason(error.name)}"
+            node = getattr(error, "node", None)
+            if isinstance(error, ModuleNotFoundError) and error.name and node is not None:
+                error.msg = f"{error} on node {node}: {reason(error.name)}"
         if status == Status.FAILED:
             raise errors[0]
         return values, errors

@@ -75,6 +75,9 @@ class Link:
     def start(self, job: Job) -> Job:
         """Give a job its number. It is declared just before its first batch."""
         self.check_usable()
+        sources = job.declaration.get("sources")
+        for key in [key for key, kept in self._kept.items() if kept.declaration.get("sources") != sources]:
+            self.end(self._kept.pop(key))  # a file has changed: nobody will ask for the old set
         self._numbers += 1
         job.number = self._numbers
         self.jobs[job.number] = job
@@ -111,6 +114,9 @@ class Link:
         job.waiting.clear()
         if job.declared:
             self.post(Kind.END, Batch(job.number))
+            sources = job.declaration.get("sources")  # the last job of a set closes it, here as there
+            if all(other.declaration.get("sources") != sources for other in self.jobs.values() if other.declared):
+                self._contexts.discard(sources)
         self.fill()
 
     def leave_to_parent(self) -> None:

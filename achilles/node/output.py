@@ -8,11 +8,12 @@ It knows lines, the status array and a second's share. It knows no socket and no
                                 │ over its share: counted
                                 └─────▶ one OUTPUT with the count, before the next RESULT
 
-A worker captures `sys.stdout` and `sys.stderr` while it runs a batch of a job with output. What C code writes to
-the descriptors is not captured, and neither is what the function's own processes print.
+A worker captures `sys.stdout` and `sys.stderr` while it runs a batch of a job with output. What C code writes to the
+descriptors is not captured, what Python code writes to `sys.stdout.buffer` is not, and neither is what the function's
+own processes print.
 
 Threads: any thread of a user's function prints. `_writing` guards the worker's channel. A thread that finds it taken
-leaves its lines: its holder, or the next RESULT, takes them along. So a signal handler may print at any moment.
+leaves its lines: its holder, or the next RESULT, takes them along.
 
 Limits: a line of more than 1,024 bytes goes in pieces; 64 KiB a second from a worker, and for a job from a node.
 """
@@ -20,6 +21,8 @@ Limits: a line of more than 1,024 bytes goes in pieces; 64 KiB a second from a w
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import sys
 import threading
 import time
@@ -34,6 +37,9 @@ __all__ = ["Flow", "Output"]
 
 SHARE_BYTES = 64 << 10  # of output in a second: many screens, and little beside the results
 FRAME_BYTES = 64  # that a line costs beside its text: head, range and tag
+# The signals that users' functions have handlers for. To block all of them would take 0.1 ms.
+HANDLED = {getattr(signal, name) for name in ("SIGALRM", "SIGPROF", "SIGUSR1", "SIGUSR2", "SIGVTALRM", "SIGINT",
+                                              "SIGTERM", "SIGHUP", "SIGCHLD") if hasattr(signal, name)}
 REST_CHARACTERS = 1 << 14  # of a line that has not ended, before it is cut
 
 
@@ -74,63 +80,75 @@ class Output:
         self._job, self._flow = -1, Flow()  # of the last batch
         self._taps: list[Tap] = []
         self._lines: deque[Batch] = deque()  # admitted, not written yet
-        self._writing = threading.Lock()  # held by the thread that writes to the node
+        self._is_writing = False
+        self._writing = threading.RLock()  # a handler that raises may leave it held, by the thread that needs it next
 
-    @contextlib.contextmanager
-    def capture(self, batch: Batch, wanted: object) -> Iterator[None]:
-        """Take what is printed while this batch runs, if its caller wants that."""
-        if not wanted:
-            yield
-            return
+    def install(self) -> None:
+        """Put Taps in the place of `sys.stdout` and `sys.stderr`, for the life of this process."""
+        streams = [open(os.devnull, "w") if stream is None else stream for stream in (sys.stdout, sys.stderr)]
+        sys.stdout, sys.stderr = self._taps = [Tap(self, stream) for stream in streams]
+
+    def begin(self, batch: Batch) -> None:
+        """From now on lines are this batch's."""
         if batch.job != self._job:
             self._job, self._flow = batch.job, Flow()
-        self._taps = [Tap(self, sys.stdout), Tap(self, sys.stderr)]
         self.batch = batch
-        with contextlib.redirect_stdout(self._taps[0]), contextlib.redirect_stderr(self._taps[1]):
-            yield
+
+    def end(self) -> None:
+        """The batch is answered; or this is a forked child, and the batch is its parent's."""
         self.batch = None
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """The chunk that runs, and the argument in it."""
-        return self._status[CHUNK], max(self._status[OFFSET], 0)
+    def end_lines(self) -> None:
+        """Let the lines go that have not ended. The next RESULT takes them along."""
+        for tap in self._taps:
+            tap.end_line()
 
-    def abandon(self) -> None:
-        """In a forked child of this process: nothing is captured any more."""
-        self.batch = None
+    def place(self, batch: Batch) -> tuple[Batch, int, int]:
+        """The batch, the chunk that runs, and the argument in it."""
+        return batch, max(self._status[CHUNK], batch.first), max(self._status[OFFSET], 0)
 
-    def add(self, line: str, place: tuple[int, int]) -> None:
-        """Queue a line, in pieces where it is long."""
-        rest = line.encode(errors="replace")
-        while self.batch is not None:
-            piece = rest[:SHORT_LETTER_BYTES].decode(errors="ignore").encode()  # whole characters
-            batch = Batch.pack(self.batch.job, place[0], [piece], attempt=place[1], number=self._node)
-            if self._flow.admits(batch):
-                self._lines.append(batch)
-            rest = rest[len(piece) :]
-            if not rest:
+    def add(self, line: str, place: tuple[Batch, int, int]) -> None:
+        """Queue what a terminal would show of a line, in pieces where it is long."""
+        batch, chunk, offset = place
+        text, start = line.rstrip("\r").rpartition("\r")[2].encode(errors="replace"), 0
+        while start < len(text) or not start:
+            piece = text[start : start + SHORT_LETTER_BYTES].decode(errors="ignore").encode()  # whole characters
+            frame = Batch.pack(batch.job, chunk, [piece], attempt=offset, number=self._node)
+            if not self._flow.admits(frame):
                 return
+            self._lines.append(frame)
+            start += len(piece) or 1
 
     def push(self) -> None:
         """Write the lines that wait, unless another thread does so."""
-        while self._lines and self._writing.acquire(blocking=False):
-            try:
-                self._write_lines()
-            finally:
-                self._writing.release()
+        if not self._lines:
+            return
+        with undisturbed():
+            while self._lines and not self._is_writing and self._writing.acquire(blocking=False):
+                try:
+                    self._write_lines()
+                finally:
+                    self._writing.release()
 
     def answer(self, answer: Batch) -> None:
-        """Write the lines that wait, also those that have not ended, and then a RESULT."""
-        with self._writing:
-            for tap in self._taps:
-                tap.end_line()
+        """Write the lines that wait, the count of those left out, and a RESULT."""
+        if self.batch is None:
+            with self._writing:
+                self._write(Kind.RESULT, answer)
+            return
+        with undisturbed(), self._writing:
             self._lines += self._flow.count(answer.job, self._node)
             self._write_lines()
             self._write(Kind.RESULT, answer)
 
     def _write_lines(self) -> None:
-        while self._lines:
-            self._write(Kind.OUTPUT, self._lines.popleft())
+        """A signal handler may print meanwhile, if the signal came to another thread: its lines go last."""
+        self._is_writing = True
+        try:
+            while self._lines:
+                self._write(Kind.OUTPUT, self._lines.popleft())
+        finally:
+            self._is_writing = False
 
 
 class Tap:
@@ -139,7 +157,7 @@ class Tap:
     def __init__(self, output: Output, stream: Any) -> None:
         self._output, self._stream = output, stream
         self._rest = ""  # of a line that has not ended
-        self._place = -1, 0  # of that line
+        self._place: Any = None  # of that line
         self._cutting = threading.RLock()  # guards both
 
     def __getattr__(self, name: str) -> Any:
@@ -147,10 +165,11 @@ class Tap:
 
     def write(self, text: str) -> int:
         """Take text: each line goes when it ends, or when another argument begins to print."""
-        if self._output.batch is None:
+        batch = self._output.batch
+        if batch is None:
             return self._stream.write(text)  # type: ignore[no-any-return]
         with self._cutting:
-            place = self._output.place
+            place = self._output.place(batch)
             if place != self._place or len(self._rest) > REST_CHARACTERS:
                 self.end_line()
             self._place = place
@@ -165,7 +184,21 @@ class Tap:
         self.write("".join(lines))
 
     def end_line(self) -> None:
-        """Let a line go that has not ended. The next RESULT takes it along."""
+        """Let a line go that has not ended."""
         if self._rest:
             rest, self._rest = self._rest, ""
             self._output.add(rest, self._place)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let no signal handler run in this thread meanwhile: one that raises would leave half a frame behind."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -90,7 +90,7 @@ class NodeWorker:
             letters = [*job.letters[:2], *(
                 b"" if name in self.told else letter for name, letter in zip(job.names, job.letters[2:]))]
             self.channel.send(Kind.JOB, Batch.pack(batch.job, 0, letters))
-            self.told.update(filter(None, (batch.job, *job.names)))
+            self.told.update((batch.job, *filter(None, job.names)))
         self.status[CHUNK], self.status[OFFSET], self.status[LIMIT] = NOT_BEGUN, UNNAMED, NO_LIMIT
         self.batch, self.next, self.end = batch, batch.first, batch.end
         self.since = self.chunk_at = self.seen_at = time.monotonic()

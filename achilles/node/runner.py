@@ -83,7 +83,7 @@ class Runner:
         self._status: Any = [UNNAMED, UNNAMED, START, NO_LIMIT] if status is None else status
         self._make_context = functools.partial(Context, caller=False, node=node, own=own)
         self.contexts: dict[str, _Prepared] = {}  # until CLOSE
-        self._sources: dict[str | None, _Prepared] = {}  # None: no sources
+        self._sources = {None: _Prepared(self._make_context(), None)}  # by the name of their set, for ever
         self.jobs: dict[int, _RunnerJob] = {}  # until END
         self._left: Iterator[Any] = iter(())  # arguments of the chunk that runs which were not called yet
 
@@ -102,8 +102,8 @@ class Runner:
         if name not in self.contexts:
             self.contexts[name] = _Prepared(self._make_context(), initializer or None)
         context = self.contexts[name]
-        if set_name not in self._sources or self._sources[set_name].failure:
-            self._sources[set_name] = _Prepared(context.payload, sources or None)
+        if sources and (set_name not in self._sources or self._sources[set_name].failure):
+            self._sources[set_name] = _Prepared(self._make_context(), sources)
         self.jobs[number] = _RunnerJob(context, self._sources[set_name], declaration, function)
 
     def wants_output(self, number: int) -> bool:

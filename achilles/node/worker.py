@@ -80,27 +80,32 @@ class Worker:
         board, clock = self._board, time.monotonic_ns
         lengths, statuses, letters = board.lengths, board.statuses, board.letters
         board.status[FIRST] = batch.first
-        with self.output.capture(batch, self.runner.wants_output(batch.job)):
-            answers = self.runner.run(batch.job, batch.first, batch.letters(), bool(batch.flags & CAREFUL))
-            count = size = 0  # of the answers on the board; of their letters
-            sent = now = clock()
-            for state, parts in answers:
-                letter: Any = parts[0]
-                length = len(letter)
-                if len(parts) > 1 or length > LETTER_BYTES:
-                    length = sum(map(len, parts))
-                    letter = LongLetter(parts, digest(parts), length) if length > LETTER_BYTES else b"".join(parts)
-                lengths[count], statuses[count] = length, state
-                count += 1
-                if length <= LETTER_BYTES:
-                    letters[size : size + length] = letter
-                    size += length
-                now = clock()
-                if now - sent > FLUSH_NS or length > LETTER_BYTES or count == MOST_ANSWERS or size > MOST_BYTES:
-                    self._send(batch, count, now - sent, [letter] if length > LETTER_BYTES else [])
-                    sent, count, size = now, 0, 0
-            if count:
-                self._send(batch, count, now - sent)
+        wants_output = self.runner.wants_output(batch.job)
+        if wants_output:
+            self.output.begin(batch)
+        answers = self.runner.run(batch.job, batch.first, batch.letters(), bool(batch.flags & CAREFUL))
+        count = size = 0  # of the answers on the board; of their letters
+        sent = now = clock()
+        for state, parts in answers:
+            if wants_output:
+                self.output.end_lines()
+            letter: Any = parts[0]
+            length = len(letter)
+            if len(parts) > 1 or length > LETTER_BYTES:
+                length = sum(map(len, parts))
+                letter = LongLetter(parts, digest(parts), length) if length > LETTER_BYTES else b"".join(parts)
+            lengths[count], statuses[count] = length, state
+            count += 1
+            if length <= LETTER_BYTES:
+                letters[size : size + length] = letter
+                size += length
+            now = clock()
+            if now - sent > FLUSH_NS or length > LETTER_BYTES or count == MOST_ANSWERS or size > MOST_BYTES:
+                self._send(batch, count, now - sent, [letter] if length > LETTER_BYTES else [])
+                sent, count, size = now, 0, 0
+        if count:
+            self._send(batch, count, now - sent)
+        self.output.end()
 
     def _send(self, batch: Batch, count: int, ns: int, large: Sequence[Any] = ()) -> None:
         """Write the answers on the board as one RESULT."""
@@ -143,10 +148,11 @@ def main(
     if hasattr(sys.stdout, "reconfigure") and not sys.stdout.closed:  # the last print of a killed worker is not lost
         sys.stdout.reconfigure(line_buffering=True)
     worker, pid = Worker(sock, shared, node), os.getpid()
+    worker.output.install()
     if hasattr(os, "register_at_fork"):  # a forked child of this process is no worker
         os.register_at_fork(after_in_child=sock.close)
         os.register_at_fork(after_in_child=worker.runner.abandon)
-        os.register_at_fork(after_in_child=worker.output.abandon)
+        os.register_at_fork(after_in_child=worker.output.end)
     try:
         with contextlib.suppress(ConnectionError):  # the node is gone
             worker.serve()

@@ -206,8 +206,8 @@ class Workers:
         """For batches that no worker may run, replace a worker that belongs to another context.
 
         At once for a context that has no worker, even a busy one if it has served its second: one of them at a time,
-        the one with the latest batch. A context that has some gets an idle one: it may have cost its pool much to
-        set up, and pools often take turns.
+        the one with the latest batch. A context that has some gets an idle one after a time: it may have cost its pool
+        much to set up, and pools often take turns. An idle worker of a set of sources that is closed goes first.
         """
         usable = [worker for worker in self._workers if worker.usable]
         if not self._queue or len(self._workers) < self.count or any(
@@ -216,7 +216,10 @@ class Workers:
         owners = [worker.owner for worker in usable]
         needy = [batch for batch in self._queue if not any(worker.fits(self._jobs[batch.job]) for worker in usable)]
         free = [worker for worker in usable if worker.batch is NOTHING]
-        if not needy:
+        spent = [worker for worker in free if worker.owner[1] not in (None, *self._shared)]  # their sets are closed
+        if spent:
+            free = spent
+        elif not needy:
             free = [worker for worker in free if now - worker.since > SHARE_SECONDS and (
                 owners.count(worker.owner) > 1 or now - worker.since > KEEP_SECONDS)]
         elif not free and len(usable) == self.count:

@@ -18,6 +18,7 @@ Any thread may call everything here. Two threads may both look at the files: the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -56,7 +57,7 @@ class Look(NamedTuple):
     root: str = ""
     modules: int = -1
     again_at: float = 0.0  # monotonic
-    stamps: tuple[Any, ...] = ()
+    stamps: tuple[Any, ...] = ()  # of each own module: name, path, and what changes when the file or the module does
     found: Sources | None = None
 
 
@@ -74,10 +75,10 @@ def own_sources(at_once: bool = True) -> Sources | None:
     if not at_once and count == last.modules and (not last.stamps or time.monotonic() < last.again_at):
         return last.found
     folder = root()
-    is_same = count == last.modules and folder == last.root
-    files = {name: path for name, path, _ in last.stamps} if is_same else own_files(folder)
-    stamps = tuple((name, path, _stamp(path)) for name, path in files.items())
-    found = last.found if stamps == last.stamps else collect(files)
+    stamps = _stamps({name: path for name, path, _ in last.stamps})
+    if (folder, count, stamps) != (last.root, last.modules, last.stamps):
+        stamps = _stamps(own_files(folder))
+    found = last.found if stamps == last.stamps else collect({name: path for name, path, _ in stamps})
     _look = Look(folder, count, time.monotonic() + LOOK_SECONDS, stamps, found)
     return found
 
@@ -100,9 +101,12 @@ def root() -> str:
     """The folder of the script; the working directory where there is none."""
     main = sys.modules["__main__"]
     path = file_of(main)
-    if not path or getattr(main, "__spec__", None) is not None or is_installed(path):
+    if path and getattr(main, "__spec__", None) is None and not is_installed(path):
+        return os.path.dirname(os.path.realpath(path))
+    try:
         return os.getcwd()
-    return os.path.dirname(os.path.abspath(path))
+    except OSError:  # it was removed
+        return os.devnull
 
 
 def file_of(module: Any) -> str:
@@ -120,34 +124,35 @@ def why_not(name: str, path: str, folder: str) -> str:
         return "it is achilles or the script itself"
     if not (path.endswith(".py") and os.path.isfile(path)):
         return "it has no Python source file here: install it on the node"
-    if name.partition(".")[0] in sys.stdlib_module_names or is_installed(path):
+    if is_installed(path):
         return "it is installed here, and what is installed never travels: install it on the node, too"
-    if not os.path.abspath(path).startswith(os.path.join(folder, "")):
+    if name.partition(".")[0] in sys.stdlib_module_names:
+        return f"a module of the standard library has its name: give {path} another one"
+    if not os.path.realpath(path).startswith(os.path.join(folder, "")):
         return f"its file {path} is not below {folder}: put it there, or install it on the node"
     return "" if importable(name) else "an import does not find it by its name"
 
 
 @functools.lru_cache(REMEMBERED)
 def is_installed(path: str) -> bool:
-    """Whether an environment or the standard library has a file."""
+    """Whether an environment or the standard library has a file, or a command of an environment is it."""
     parts = os.path.abspath(path).split(os.sep)
     return "site-packages" in parts or "dist-packages" in parts or os.path.realpath(path).startswith(_library_folders())
 
 
 @functools.cache
 def _library_folders() -> tuple[str, ...]:
-    return tuple(os.path.join(os.path.realpath(sysconfig.get_path(name)), "") for name in ("stdlib", "platstdlib"))
+    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "scripts")]
+    folders += [os.path.join(prefix, "bin") for prefix in (sys.prefix, sys.base_prefix)]
+    return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
 
 def collect(files: dict[str, str]) -> Sources | None:
     """Read the files: the set of these modules, if there are any. DumpError if they are too large."""
     modules: dict[str, Module] = {}
     for name, path in files.items():
-        source = b""
-        if path:
-            with open(path, "rb") as file:
-                source = file.read()
-        modules[name] = path, not path or os.path.basename(path) == "__init__.py", source
+        with contextlib.suppress(OSError):  # it is gone since the look, and the next look sees that
+            modules[name] = path, not path or os.path.basename(path) == "__init__.py", _read(path)
     size = sum(len(source) for _, _, source in modules.values())
     if size > MAX_BYTES:
         largest = max(modules, key=lambda name: len(modules[name][2]))
@@ -157,6 +162,18 @@ def collect(files: dict[str, str]) -> Sources | None:
             "in files of another kind")
     letter = pickle.dumps(modules, 5)
     return Sources(hashlib.sha256(letter).hexdigest()[:32], letter) if modules else None
+
+
+def _read(path: str) -> bytes:
+    if not path:
+        return b""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _stamps(files: dict[str, str]) -> tuple[tuple[str, str, Any], ...]:
+    """The stamps of these modules."""
+    return tuple((name, path, (file_of(sys.modules.get(name)), _stamp(path))) for name, path in files.items())
 
 
 def _stamp(path: str) -> tuple[int, ...]:
@@ -187,11 +204,14 @@ class Finder(abc.MetaPathFinder, abc.ExecutionLoader):
         if fullname not in self._modules:
             return None
         file, is_package, _ = self._modules[fullname]
-        loader: Any = self if file else None
-        spec = machinery.ModuleSpec(fullname, loader, origin=file or None, is_package=is_package)
-        spec.has_location = bool(file)
-        if is_package and file:  # what the caller had not imported may be there, on the caller's own machine
-            spec.submodule_search_locations = [os.path.dirname(file)]
+        found = machinery.PathFinder.find_spec(fullname, path) if is_package else None  # the node's part of a package
+        if not file:
+            return found or machinery.ModuleSpec(fullname, None, is_package=True)
+        spec = machinery.ModuleSpec(fullname, self, origin=file, is_package=is_package)
+        spec.has_location = True
+        if is_package:  # what the caller had not imported may be there, on the caller's own machine
+            spec.submodule_search_locations = [
+                os.path.dirname(file), *((found and found.submodule_search_locations) or ())]
         return spec
 
     def is_package(self, fullname: str) -> bool:
@@ -212,5 +232,8 @@ class Finder(abc.MetaPathFinder, abc.ExecutionLoader):
 
 
 def install(modules: dict[str, Module]) -> None:
-    """In a worker: from now on an import finds these modules first."""
+    """In a worker: from now on an import finds these modules first, also if it has found others of their names."""
+    for name in modules:
+        if not f"{PACKAGE}.".startswith(f"{name}."):
+            sys.modules.pop(name, None)
     sys.meta_path.insert(0, Finder(modules))

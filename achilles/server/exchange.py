@@ -71,6 +71,7 @@ class DeclaredJob(NamedTuple):
     :ivar number: the server's.  :ivar owners_number: the controller's.
     :ivar letters: declaration and function.
     :ivar shared: initializer and sources, or nothing, each with all nodes that have it, perhaps lost ones.
+    :ivar sources: the name of its set.
     :ivar left_out: lines of output that the controller has not got, by their node.
     """
 
@@ -79,6 +80,7 @@ class DeclaredJob(NamedTuple):
     owners_number: int
     letters: list[Letter]
     shared: list[tuple[Letter, set[int]]]
+    sources: str | None
     left_out: Counter[int]
 
     def declare_to(self, node: int) -> Batch:
@@ -101,7 +103,8 @@ class Exchange:
         self._scheduler = Scheduler(self._tell)
         self._peers: set[Peer] = set()  # also those that have not said HELLO
         self._nodes: dict[int, Peer] = {}
-        self._contexts: dict[str, set[int]] = {}  # open ones -> nodes that know them, perhaps lost ones
+        self._contexts: dict[str, set[int]] = {}  # open ones, and sets -> nodes that know them, perhaps lost ones
+        self._open: Counter[str] = Counter()  # connections that have a context, or a set, open
         self._jobs: dict[int, DeclaredJob] = {}  # by the server's numbers
         self._ids: defaultdict[bytes | str, Iterator[int]] = defaultdict(count)  # of nodes, controllers and jobs
         self._goodbye = ""  # the reason of the last BYE, once the server ends
@@ -148,9 +151,8 @@ class Exchange:
                 self._changed = True
             for job in list(peer.jobs.values()):
                 self._end(job)
-            for name in peer.contexts:
-                if not any(name in other.contexts for other in self._peers):
-                    self._close(name)
+            for name in list(peer.contexts):
+                self._close(peer, name)
         self.push()
 
     def tick(self, now: float) -> None:
@@ -253,20 +255,27 @@ class Exchange:
             if is_wanted is not bool(letter):
                 raise ProtocolError(f"job {batch.job} and its context do not have the same initializer, or no sources")
             if name is not None:
+                self._open[name] += name not in peer.contexts
                 peer.contexts[name], nodes = letter, self._contexts.setdefault(name, set())
             shared.append((letter, nodes))
-        job = DeclaredJob(next(self._ids["job"]), peer, batch.job, letters[:2], shared, Counter())
+        job = DeclaredJob(next(self._ids["job"]), peer, batch.job, letters[:2], shared, names[1], Counter())
         self._jobs[job.number] = peer.jobs[batch.job] = job
         self._scheduler.declare(job.number, peer.hello["python"])
 
     def _end(self, job: DeclaredJob) -> None:
         self._scheduler.end(job.number)
         del self._jobs[job.number], job.owner.jobs[job.owners_number]
+        if job.sources and all(other.sources != job.sources for other in job.owner.jobs.values()):
+            self._close(job.owner, job.sources)
 
-    def _close(self, name: str) -> None:
-        """No connection has the context open. (A caller may be back before its old connection is missed.)"""
-        for node in self._contexts.pop(name) & self._nodes.keys():
-            self._send(self._nodes[node], Kind.CLOSE, {"context": name})
+    def _close(self, peer: Peer, name: str) -> None:
+        """The connection has a context or a set open no more. (A caller may be back before its old one is missed.)"""
+        del peer.contexts[name]
+        self._open[name] -= 1
+        if not self._open[name]:
+            del self._open[name]
+            for node in self._contexts.pop(name) & self._nodes.keys():
+                self._send(self._nodes[node], Kind.CLOSE, {"context": name})
 
     def _tell(self, kind: Kind, node_id: int | None, batch: Batch) -> None:
         """Send a frame of the scheduler's: to a node, or to the controller of the job, unless that has ended."""

