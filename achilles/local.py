@@ -5,13 +5,20 @@
     with LocalCluster(nodes=2) as cluster:                   python -m achilles.local script.py
         map(f, args, host=cluster.host, …)                   the script finds the cluster in its environment
 
-    caller ──stdin: one line of JSON (port, secret, key)───▶ child: `local_child.py`, as a server or a node
-           ◀──stdout: one line, when it is ready────────────
+    caller ──stdin: one line of JSON (port, secret, its derived key, cpu_count)──▶ child: a server or a node
+           ◀──stdout: one line when it is ready: a server's port, or 0────────────
 
-This module knows processes. The secret is random. The caller hands it over through stdin, never on a command line
-nor in an environment. The caller derives the key for all processes, while these import their roles. The children
-have a session of their own, so Ctrl-C interrupts the caller alone. They end when the caller ends. No thread is
-left in the caller.
+The secret is random. The caller hands it over through stdin, never on a command line nor in an environment. The
+caller derives the key for all processes, while these import their roles. The children have a session of their own,
+so Ctrl-C interrupts the caller alone. No thread is left in the caller.
+
+When a child is ready, its stdout is the caller's stderr. The children end when the caller ends. The server ends when
+its stdin ends or its parent changes. It looks for both, because a forked child of the caller may hold the pipe open.
+Then it tells the nodes that the cluster is killed. A node looks for its parent too, because the server may have been
+killed before. Where a pipe cannot be polled and a parent does not change (Windows), only the server's thread reads
+stdin until its end.
+
+This module knows processes, and the roles. The roles know nothing of it.
 """
 
 from __future__ import annotations
@@ -22,19 +29,20 @@ import functools
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import config
-from .config import Secret, Settings
+from .config import PREFIX, Secret, Settings
 from .errors import ConfigurationError, ServerUnreachable
+from .protocol import auth
 
-__all__ = ["LocalCluster", "embedded", "main"]
+__all__ = ["LocalCluster", "embedded", "main", "serve_caller", "share"]
 
 HOST, USERNAME = "127.0.0.1", "local"
 START_SECONDS = 30.0  # for all processes to be ready: a cold disk, a loaded machine
@@ -44,7 +52,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the command
     "--cpu-count": {"type": int, "help": "workers of each node; the usable cores are divided by default"},
     "script": {}, "args": {"nargs": "..."},  # all that follow: argparse.REMAINDER
 }
-CHILD = ("-P", "-m", f"{__package__}.local_child")  # -P: the path is the caller's, without the current folder
+LOOK_SECONDS = 1.0  # how often a server looks for its parent
+POLLS_STDIN = os.name == "posix"
+CHILD = ("-P", "-c", f"from {__package__}.local import serve_caller; serve_caller()")  # -P: the path is the caller's
 
 
 class LocalCluster:
@@ -86,11 +96,8 @@ class LocalCluster:
         try:
             self.server = _spawn("server", self.hash_seed)
             self.nodes = [_spawn("node", self.hash_seed) for _ in range(self._count)]
-            from .protocol import auth  # while the children import theirs
-
-            key = auth.derive_key(self.username, self.secret_key.reveal())
-            about = {"username": self.username, "secret": self.secret_key, "key": key.hex()}
-            about |= {"cpu_count": self._cpu_count, "nodes": self._count}
+            key = auth.derive_key(self.username, self.secret_key.reveal())  # while the children import their roles
+            about = {"secret": self.secret_key, "key": key.hex(), "cpu_count": self._cpu_count, "nodes": self._count}
             _hand_over(self.server, about | {"port": 0})
             self.port = _wait_ready(self.server)
             for index, node in enumerate(self.nodes):
@@ -117,14 +124,17 @@ class LocalCluster:
             self.server.stdin.close()
         deadline = time.monotonic() + STOP_SECONDS
         for process in self._processes():
-            _wait_gone(process, deadline)
+            with process:  # it closes the pipes
+                try:
+                    process.wait(max(deadline - time.monotonic(), 0.1))
+                except subprocess.TimeoutExpired:
+                    process.kill()
         self.nodes, self.server = [], None
 
     def _processes(self) -> list[subprocess.Popen[bytes]]:
         return [*self.nodes, self.server] if self.server is not None else []
 
-    def __enter__(self) -> LocalCluster:
-        return self.start()
+    __enter__ = start
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -151,10 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m achilles.local [--nodes N] [--cpu-count N] script.py [args]`. Return the script's exit status."""
     from . import console  # a cluster starts sooner without it
 
-    made = console.parser(
+    args = console.parser(
         "local", "Run a script against a cluster of its own on this machine, whose address is in its environment.",
-        OPTIONS)
-    args = made.parse_args(argv)
+        OPTIONS).parse_args(argv)
     sys.path.insert(0, os.path.dirname(os.path.abspath(args.script)))  # the nodes get our path
     with console.errors_to_exit_status() as status, LocalCluster(args.nodes, args.cpu_count) as cluster:
         environment = os.environ | {
@@ -177,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _spawn(role: str, hash_seed: str) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # workers import as the caller does
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(config.PREFIX)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     return subprocess.Popen(
         [sys.executable, *CHILD, role], env=environment | {"PYTHONPATH": path, "PYTHONHASHSEED": hash_seed}, bufsize=0,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
@@ -201,13 +210,78 @@ def _wait_ready(process: subprocess.Popen[bytes]) -> int:
     return int(line)
 
 
-def _wait_gone(process: subprocess.Popen[bytes], deadline: float) -> None:
-    """Wait for a child that was told to end, by `deadline`; then kill it. Close its pipes."""
-    with process:
-        try:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
+# A child.
+
+
+def serve_caller() -> None:
+    """Be a server or a node, as the command line says, until the caller is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    {"server": _serve, "node": _lend}[sys.argv[1]](os.getppid())
+
+
+def _serve(parent: int) -> None:
+    from .server.listen import Server
+
+    _, settings = _hear()
+    server = Server(settings)
+    threading.Thread(target=_watch, args=(parent, server.end), name="achilles-watch", daemon=True).start()
+    _tell(server.address[1])
+    server.run()
+
+
+def _watch(parent: int, end: Callable[[str], None]) -> None:
+    """The server's thread: wait until the caller is gone. The caller writes no second line."""
+    with contextlib.suppress(OSError):
+        while POLLS_STDIN and not select.select([0], [], [], LOOK_SECONDS)[0] and os.getppid() == parent:
+            pass
+        if not POLLS_STDIN:
+            os.read(0, 1)
+    end("killed")
+    end("leaving")  # at once: nobody comes later
+
+
+def _lend(parent: int) -> None:
+    """Run a node. It has one thread, so its own loop looks for the parent."""
+    from .node.cores import default_start_method, usable_cores
+    from .node.loop import Node
+
+    class LocalNode(Node):
+        """A node that tells its caller that it has joined, and ends with it."""
+
+        def greet(self, number: int, connections: int) -> None:
+            _tell(0)
+
+        def look(self) -> None:
+            if POLLS_STDIN and os.getppid() != parent:
+                raise SystemExit(0)
+
+    about, settings = _hear()
+    cpu_count = about["cpu_count"] or share(usable_cores(), about["nodes"], about["index"])
+    LocalNode(settings, cpu_count, default_start_method()).run()
+
+
+def _hear() -> tuple[dict[str, Any], Settings]:
+    """Take the caller's line. End, if the caller has gone before it said anything."""
+    line = sys.stdin.readline()
+    if not line:
+        raise SystemExit(1)
+    about: dict[str, Any] = json.loads(line)
+    settings = Settings(HOST, about["port"], USERNAME, Secret(about.pop("secret")))
+    auth.derive_key(settings.username, settings.secret.reveal(), bytes.fromhex(about.pop("key")))
+    return about, settings
+
+
+@functools.cache  # a node that joins again has told already
+def _tell(number: int) -> None:
+    """Tell the caller that this process is ready. From now on users' functions print to the caller's stderr."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"{number}\n".encode())
+    os.dup2(2, 1)
+
+
+def share(cores: int, nodes: int, index: int) -> int:
+    """Return the workers of a node: the cores are divided among the nodes, at least one each."""
+    return max(1, cores // nodes + (index < cores % nodes))
 
 
 if __name__ == "__main__":

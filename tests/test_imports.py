@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "node": {"protocol", "objects", *COMMON}, "controller": {"protocol", "objects", *COMMON},
     "calls": {"controller", "objects", "protocol", *COMMON},
 }
-ANYTHING = {"dropin", "local", "local_child", "lineReceiver"}
+ANYTHING = {"dropin", "local", "lineReceiver"}
 # Inside functions: a person is asked; `executor=` and `host="local"`.
 WHEN_ASKED = {"config": {"configuring"}, "calls": {"dropin", "local"}}
 LONGEST_MODULE_LINES = 330
@@ -31,11 +31,11 @@ LONGEST_FUNCTION_LINES, MOST_METHODS = 40, 28
 # is to come down, and may not grow meanwhile.
 BUDGETS = {
     "ring": 800, "protocol": 600, "server": 640, "node": 900, "objects": 1015, "controller": 935, "core": 4600,
-    "whole": 5600,
+    "drop-ins": 945, "whole": 5600,
 }
 AIMS = {
     "ring": 800, "protocol": 600, "server": 620, "node": 750, "objects": 800, "controller": 780, "core": 4000,
-    "whole": 4850,
+    "drop-ins": 850, "whole": 4850,
 }
 THIN_MODULES = {"dropin.joblib_backend": 75, "dropin.engine": 120}  # others' interfaces; lines of code are fewer
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
@@ -344,8 +344,8 @@ def is_in(budget, name):
     place = place_of(name)
     if budget == "ring":
         return place in ("errors", "protocol") or name == "server.listen"
-    if budget == "core":
-        return place not in ("dropin", "local", "local_child", "lineReceiver")
+    if budget in ("core", "drop-ins"):
+        return (place in ("dropin", "local", "lineReceiver")) == (budget == "drop-ins")
     return budget in (place, "whole")
 
 

@@ -17,8 +17,8 @@ import tasks
 from cluster import PYTHON, Process, alive, children, descendants, environment
 from conftest import SECONDS, wait_until
 
-from achilles import ClusterKilled, LocalCluster, ServerUnreachable, cluster_status, imap, local_child, map  # noqa: A004
-from achilles.local import START_SECONDS, STOP_SECONDS
+from achilles import ClusterKilled, LocalCluster, ServerUnreachable, cluster_status, imap, map  # noqa: A004
+from achilles.local import START_SECONDS, STOP_SECONDS, share
 from achilles.node.cores import usable_cores
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
@@ -94,10 +94,10 @@ def test_proxies_of_a_manager_of_this_machine_work_in_workers(local, module):
 
 def test_usable_cores_are_divided(no_leftovers):
     for count, shares in ((7, [3, 2, 2]), (1, [1, 1, 1]), (6, [2, 2, 2])):
-        assert [local_child.share(count, 3, index) for index in range(3)] == shares
+        assert [share(count, 3, index) for index in range(3)] == shares
     with LocalCluster(nodes=2) as cluster:
         found = [node["cpu_count"] for node in cluster_status(**address(cluster))["nodes"]]
-    assert sorted(found) == sorted(local_child.share(usable_cores(), 2, index) for index in range(2))
+    assert sorted(found) == sorted(share(usable_cores(), 2, index) for index in range(2))
 
 
 @pytest.mark.parametrize("wrong", [{"nodes": 0}, {"nodes": -1}, {"nodes": "2"}, {"nodes": True}, {"cpu_count": 0}])
@@ -212,7 +212,7 @@ def test_it_is_gone_soon_after_its_caller_is_killed(tmp_path, no_leftovers, fork
 def test_where_stdin_cannot_be_polled_it_is_gone_too(tmp_path, no_leftovers):
     """As on Windows: there a child cannot poll a pipe, and its parent's id stays the same when the parent dies."""
     source = KILLED.format(fork=False)
-    child = "import achilles.local_child as it; it.POLLS_STDIN = False; it.main()"
+    child = "import achilles.local as it; it.POLLS_STDIN = False; it.serve_caller()"
     patch = f"    import achilles.local\n    achilles.local.CHILD = ('-c', {child!r})\n"
     source = source.replace("    with LocalCluster", f"{patch}    with LocalCluster")
     caller = start(tmp_path, source)

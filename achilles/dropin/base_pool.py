@@ -5,11 +5,10 @@ Knows how a call becomes a job, a chunk or a range of chunks. It does not know w
 
 ::
 
-    submit               a chunk in the job of its function: an entry of Singles
-    start                a Call: a range of chunks in a job of its own, which is kept for the next call
-    iterate              the same, taken by an iterator
+    submit    a chunk in the job of its function: an entry of Singles
+    start     a Call: a range of chunks in a job of its own, which is kept for the next call
 
-Any thread may call any method. The connection's lock guards `_singles`; `_last` and `_state` need none.
+Any thread may call any method. `_last` and `_state` need no lock.
 """
 
 from __future__ import annotations
@@ -17,46 +16,29 @@ from __future__ import annotations
 import hashlib
 import operator
 import secrets
+from _thread import start_new_thread
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from ..calls import connect
 from ..config import SecretKey
 from ..controller.call import Call
 from ..controller.job import Job
 from ..errors import DumpError, LetterTooLarge
-from ..objects import letters
-from ..objects.letters import dump_chunk, dump_function, joined, name_of
+from ..objects.letters import Context, dump_chunk, dump_function, joined, name_of
 from ..objects.sources import own_sources
 from ..options import Output, checked, shower
 from ..protocol.frames import Letter, letter_of
-from .async_results import PoolIterator
-from .dispatcher import Dispatcher, SingleCall, Singles, Taker
+from .dispatcher import Dispatcher, Singles, Taker
 
-__all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool", "More", "copied"]
+__all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool"]
 
 RUN, CLOSE, TERMINATE = "RUN", "CLOSE", "TERMINATE"
 LARGEST_CHUNK = 1 << 16  # arguments, of an endless input
 CHUNKS_A_WORKER = 4  # chunks of a sequence for each worker, at the least: multiprocessing's own choice
 SEQUENCES = list, tuple, range  # cut without an iterator
 APPLY = {"call": "apply"}
-
-Kind = TypeVar("Kind", bound=PoolIterator)
-
-
-def copied(iterable: Iterable[Any]) -> Any:
-    """A sequence of the same items, which the caller cannot change while it is read."""
-    return iterable if type(iterable) in (tuple, range) else list(iterable)
-
-
-class More(NamedTuple):
-    """What the mapping methods take beyond the standard library's; see Pool."""
-
-    buffersize: int | None = None
-    timeout: float | None = None
-    seed: int | None = None
-    output: Output = None
 
 
 class BasePool:
@@ -80,14 +62,13 @@ class BasePool:
             wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
         self._given = processes
         self._options = {"maxtasksperchild": maxtasksperchild}
-        self._context, self._context_id = letters.Context(caller=True), secrets.token_bytes(16)
-        name = "the initializer"
-        self._initializer = None if initializer is None else letter_of(
-            dump_function(self._context, (initializer, tuple(initargs)), name), name)
+        self._context = Context(caller=True)
+        letter = None if initializer is None else letter_of(
+            dump_function(self._context, (initializer, tuple(initargs)), "the initializer"), "the initializer")
+        self._job = partial(Job, self._context, secrets.token_bytes(16), initializer=letter)
         self._last: tuple[bytes, Letter] = b"", b""  # the function of the last call, which many callers give again
         self._controller = connect(
             host, port, username, secret_key, reconnect_seconds, executor, processes, wait_for_nodes)
-        self._singles: dict[Any, Singles] = {}  # of jobs of single calls, while any waits; with its lock
         self._dispatcher = Dispatcher(self._controller)
         self._state = RUN
 
@@ -106,61 +87,60 @@ class BasePool:
     def terminate(self) -> None:
         """Stop what runs, and close the connection: some seconds at most. Results not there are InterruptedError."""
         self._state = TERMINATE
-        if not self._controller.forked:
-            with self._controller.lock:
-                self._controller.fail_jobs(InterruptedError("the pool was terminated before this was done"))
-            self._dispatcher.stop()
+        with self._controller.lock:
+            self._controller.fail_jobs(InterruptedError("the pool was terminated before this was done"))
+        self._dispatcher.stop()
 
     def join(self) -> None:
         """Block until all that was asked is done. ValueError before `close` or `terminate`."""
-        self._dispatcher.check_process()
         if self._state == RUN:
             raise ValueError("Pool is still running")
         self._dispatcher.wait()
         self._dispatcher.stop()
 
-    def __del__(self, terminate: str = TERMINATE) -> None:
+    def __del__(self, terminate: str = TERMINATE, start_thread: Callable[..., object] = start_new_thread) -> None:
+        """Close the connection, in a thread: this takes no lock, and runs in any thread at any moment."""
         if self._state != terminate and not self._controller.forked:  # what a module holds may be gone by now
-            self._dispatcher.end()
+            self._dispatcher.work.put(None)
+            try:
+                start_thread(self._dispatcher.start, ())
+            except RuntimeError:  # the interpreter ends
+                pass
 
-    def _check_running(self) -> None:
-        if self._state != RUN or self._controller.forked:
-            self._dispatcher.check_process()
+    def _begin(self, thread: object = True) -> Dispatcher:
+        """The dispatcher of a call that begins. `thread`: the dispatcher will be given work, and runs.
+
+        Raises why no call may begin.
+        """
+        if self._controller.forked:
+            self._controller.check_usable()
+        if self._state != RUN:
             raise self._refusal[0](self._refusal[1])
-
-    def _begin(self) -> Dispatcher:
-        """The dispatcher, which runs."""
-        self._check_running()
-        self._dispatcher.start()
+        if thread:
+            self._dispatcher.start()
         return self._dispatcher
 
     # How a call begins.
 
-    def _submit(
-        self, single: SingleCall, func: Callable[..., Any], args: Iterable[Any], kwds: Mapping[str, Any]
-    ) -> None:
-        """Put one call into the job of its function, as an entry of its Singles."""
+    def _submit(self, single: Any, func: Callable[..., Any], args: Iterable[Any], kwds: Mapping[str, Any]) -> Any:
+        """Put one call into the job of its function, as an entry of its Singles. Return the same call."""
         link = self._controller
         try:
             key, function = self._function(func, APPLY)
             letter = letter_of(joined(dump_chunk(self._context, [(args, kwds)])), "the arguments")
         except (DumpError, LetterTooLarge) as error:
             self._dispatcher.settle([(single, (None, 0, None, error))])
-            return
+            return single
         with link.lock:
-            singles = self._singles.get(key)
+            singles = self._dispatcher.singles.get(key)
             if singles is None or singles.job.spent:
-                job = link.take(key, partial(self._job, key, function, APPLY))
-                self._singles[key] = job.sink = singles = Singles(self._dispatcher, job, partial(self._idle, key))
+                job = link.take(key, partial(self._job, function, options={**self._options, **APPLY}, sources=key[1]))
+                self._dispatcher.singles[key] = job.sink = singles = Singles(self._dispatcher, job, key)
             singles.enter(single, letter)
+            self._dispatcher.open[singles] = self
             link.queue(singles.job)
         link.push()
-
-    def _idle(self, key: Any, singles: Singles) -> None:
-        """No call waits for this job any more. Needs the connection's lock."""
-        if self._singles.get(key) is singles:
-            del self._singles[key]
-        self._controller.keep(key, singles.job)
+        return single
 
     def _function(self, func: Callable[..., Any], options: Mapping[str, Any]) -> tuple[Any, Letter]:
         """What a job of this function is kept under, and the function's letter.
@@ -175,41 +155,40 @@ class BasePool:
         sources = own_sources(at_once=options is not APPLY) if on_cluster else None
         return (dumped, sources, *options.values()), last
 
-    def _job(self, key: Any, function: Letter, options: Mapping[str, Any]) -> Job:
-        options = {**self._options, **options}
-        return Job(self._context, self._context_id, function, self._initializer, options, sources=key[1])
-
     def _start(
-        self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None, more: More, *,
-        call: str = "one", ordered: bool = False, ready: Callable[[], object] | None = None, inline: bool = False,
+        self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None, buffersize: int | None = None,
+        timeout: float | None = None, seed: int | None = None, output: Output = None, *, call: str = "one",
+        ordered: bool = True, inline: bool = False,
     ) -> None:
-        """Begin a mapping call for `taker`, which takes its results; `inline`: take them."""
-        buffersize, timeout = checked(buffersize=more.buffersize, timeout=more.timeout)
+        """Begin a mapping call; `taker` takes its results. `inline`: take all of them now.
+
+        :param args: an iterable, or a function that returns one.
+        """
+        buffersize, timeout = checked(buffersize=buffersize, timeout=timeout)
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
-        chunksize = None if chunksize is None else operator.index(chunksize)
         link = self._controller
-        show = shower(more.output, link.settings is None and not link.in_place)
+        show = shower(output, link.settings is None and not link.in_place)
         options: dict[str, Any] = {"call": call, "timeout": timeout, "output": show and True}
-        if more.seed is not None:
+        if seed is not None:
             args = (lambda given=args: enumerate(given())) if callable(args) else [*enumerate(args)]
-            options["seed"] = hashlib.sha256(b"%x" % operator.index(more.seed)).hexdigest()
+            options["seed"] = hashlib.sha256(b"%x" % operator.index(seed)).hexdigest()
+        sources = None
         try:
             taker.key, function = self._function(func, options)
+            sources = taker.key[1]
         except DumpError as error:
-            if ready is None:
-                taker.finish(error)
-            else:  # callbacks are the dispatcher's
-                self._dispatcher.work.put(partial(taker.finish, error))
-            return
+            function, args = b"", partial(_fail, error)
         with self._controller.lock:
-            job = self._controller.take(taker.key, partial(self._job, taker.key, function, options))
+            job = self._controller.take(taker.key, partial(
+                self._job, function, options={**self._options, **options}, sources=sources))
             largest = None
             if chunksize is None:  # of a sequence, what multiprocessing chooses
-                largest = LARGEST_CHUNK if callable(args) else -(-len(args) // (CHUNKS_A_WORKER * self._processes)) or 1
-            taker.call = Call(self._controller, job, args, chunksize=chunksize or 1, ordered=ordered, flat=True,
-                              buffersize=buffersize, largest=largest, ready=ready, show=show)
-            self._dispatcher.open.add(taker)
+                wanted = CHUNKS_A_WORKER * self._processes
+                largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
+            taker.call = Call(self._controller, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered,
+                              flat=True, buffersize=buffersize, largest=largest, show=show)
+            self._dispatcher.open[taker] = self
         try:
             taker.call.start(inline)
             if inline:
@@ -218,11 +197,7 @@ class BasePool:
             taker.cancel(error)
             raise
 
-    def _iterate(
-        self, kind: type[Kind], func: Any, iterable: Any, chunksize: int | None, more: More, *, call: str = "one",
-        ordered: bool = True,
-    ) -> Kind:
-        iterator = kind(self._begin(), self)
-        args = copied(iterable) if type(iterable) in SEQUENCES else lambda: iterable
-        self._start(iterator._stream, func, args, chunksize, more, call=call, ordered=ordered)
-        return iterator
+
+def _fail(error: BaseException) -> None:
+    """Raise this in the place of giving arguments: the function of a call cannot be sent."""
+    raise error

@@ -4,11 +4,11 @@ Knows calls and their answers; what a result is to the caller is `async_results.
 
 ::
 
-    reader thread: ready_to_take, put ─▶ Dispatcher.work ─▶ dispatcher thread: take, load ─▶ callbacks
+    reader thread: drain, answer ─▶ Dispatcher.work ─▶ dispatcher thread: take, load ─▶ callbacks
 
 Threads: the dispatcher, one a pool, takes results and runs callbacks, one at a time. It begins with the first call that
-needs it, and refers to no Pool, so that a dropped pool is collected.
-Locks: that of the connection guards `open`; `_taking` of a Taker is held by the thread that takes.
+needs it, and refers to no Pool but those of open calls, so that a dropped pool is collected.
+Locks: that of the connection guards `open` and `singles`; `_taking` of a Taker is held by the thread that takes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import queue
 import sys
 import threading
 import time
-from _thread import start_new_thread
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ from ..controller.run import Run
 from ..objects.outcomes import fresh, mark, own_error
 from ..protocol.frames import Letter
 
-__all__ = ["Dispatcher", "SingleCall", "Singles", "Taker"]
+__all__ = ["Answer", "Dispatcher", "Singles", "Taker", "open_answer"]
 
 Answer = tuple[Any, int, Any, BaseException | None]  # job, status and letter, or why there is none
 
@@ -42,13 +41,9 @@ class Dispatcher:
         self.link = link
         self.work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # to be called; None ends it
         self.changed = threading.Condition(link.lock)  # its lock guards `open`, and the start of the thread
-        self.open: set[object] = set()  # Singles that have entries, and Takers
+        self.open: dict[Any, Any] = {}  # Singles with entries, and Takers; the pool of each lives until then
+        self.singles: dict[Any, Singles] = {}  # by what their job is kept under
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
-
-    def check_process(self) -> None:
-        """ServerUnreachable in a child of the caller, where nothing will ever come."""
-        if self.link.forked:
-            self.link.check_usable()
 
     def start(self) -> None:
         """Begin the thread, if it has not begun."""
@@ -57,17 +52,21 @@ class Dispatcher:
                 if self._thread.ident is None:
                     self._thread.start()
 
-    def forget(self, call: object) -> None:
-        """Calls are over: their results are there, or `work` has what brings them. Needs the connection's lock."""
-        self.open.discard(call)
+    def forget(self, call: object) -> bool:
+        """A call is over: its results are there, or `work` has what brings them. Return whether that is news.
+
+        Needs the connection's lock.
+        """
         self.changed.notify_all()
+        return self.open.pop(call, None) is not None
 
     def wait_for(self, wait: Callable[[float], object], timeout: float | None = None) -> bool:
         """Call `wait` with some seconds until it returns something true; False after `timeout` seconds.
 
         Raises NoNodesError if there is no node for too long, and ServerUnreachable in a child of the caller.
         """
-        self.check_process()
+        if self.link.forked:  # nothing will ever come
+            self.link.check_usable()
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         while not wait(max(0.0, min(self.link.look_seconds, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
@@ -77,28 +76,22 @@ class Dispatcher:
 
     def wait(self) -> None:
         """Block until all calls are over. Iterators keep the results that they have not given yet."""
-        with self.link.lock:
-            takers = [call for call in self.open if isinstance(call, Taker)]
-        for taker in takers:
-            taker.drain()
+        self.drain()
         with self.link.lock:
             self.wait_for(partial(self.changed.wait_for, lambda: not self.open))
 
+    def drain(self) -> None:
+        """Let the thread take what is left of all calls: nobody else may ever do it."""
+        for call in [*self.open]:
+            call.drain()
+
     def stop(self) -> None:
         """Close the connection when all of `work` is done; idempotent. Joins the thread."""
-        self.end()
+        self.drain()
+        self.work.put(None)
         self.start()
         if self._thread.ident != threading.get_ident():
             self._thread.join()
-
-    def end(self, start_thread: Callable[..., object] = start_new_thread) -> None:
-        """The same, without blocking. Takes no lock: `__del__` calls it, in any thread at any moment."""
-        self.work.put(None)
-        if self._thread.ident is None:
-            try:
-                start_thread(self.start, ())
-            except RuntimeError:  # the interpreter ends
-                pass
 
     def _run(self) -> None:
         while (call := self.work.get()) is not None:
@@ -107,15 +100,15 @@ class Dispatcher:
         while not self.work.empty():  # a call that began meanwhile has failed
             self.do(self.work.get() or bool)
 
-    def settle(self, answered: list[tuple[SingleCall, Answer]]) -> None:
-        """Give each call its answer. The dispatcher loads those that nobody else does."""
+    def settle(self, answered: list[tuple[Any, Answer]]) -> None:
+        """Give single calls their answers. Those that do not keep them get them from the thread, loaded."""
         later = [(single, answer) for single, answer in answered if not single.keep(answer)]
         if later:
             self.work.put(partial(self._load, later))
 
-    def _load(self, answered: list[tuple[SingleCall, Answer]]) -> None:
+    def _load(self, answered: list[tuple[Any, Answer]]) -> None:
         for single, answer in answered:
-            self.do(single.load, *answer)
+            self.do(single.settle, *open_answer(*answer))
 
     def do(self, call: Callable[..., object], *args: Any) -> None:
         """Call it. What a callback raises is told, and the next one is called all the same."""
@@ -125,49 +118,36 @@ class Dispatcher:
             threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
 
 
-class SingleCall:
-    """One apply or submit: an entry of Singles, under the number of its chunk."""
-
-    singles: Singles | None = None  # None where the call was never sent
-    number = 0
-
-    def keep(self, answer: Answer) -> bool:
-        """Whether the call keeps its answer, which the thread that asks loads. Must not block."""
-        return False
-
-    def load(self, job: Job | None, status: int, letter: Letter | None, error: BaseException | None) -> None:
-        """Load an answer, and settle. Not under the connection's lock: that may run the user's code."""
-        value = None
-        if error is None:
-            try:
-                values, errors = job.load(status, letter)  # type: ignore[union-attr, arg-type]
-                value, error = values[0], errors.get(0)
-            except BaseException as e:  # of the call, or of loading what it returned
-                error = e
-        self.settle(value, own_error(error))
-
-    def settle(self, value: Any, error: BaseException | None) -> None:
-        """This is the result, or the exception. Subclasses take it."""
+def open_answer(
+    job: Job | None, status: int, letter: Letter | None, error: BaseException | None
+) -> tuple[Any, BaseException | None]:
+    """Load an answer: the value, or the exception. Not under the connection's lock: that may run the user's code."""
+    value = None
+    if error is None:
+        try:
+            values, errors = job.load(status, letter)  # type: ignore[union-attr, arg-type]
+            value, error = values[0], errors.get(0)
+        except BaseException as e:  # of the call, or of loading what it returned
+            error = e
+    return value, own_error(error)
 
 
 class Singles(Sink):
-    """The entries of a job in which each chunk is a call of its own (apply, submit).
+    """The entries of a job in which each chunk is a call of its own (apply, submit): an AsyncResult or a Future.
 
-    :param idle: is called once, when there is no entry any more. It holds the pool, which lives until then.
+    :param key: under which the job is kept when there is no entry any more.
     """
 
-    def __init__(self, dispatcher: Dispatcher, job: Job, idle: Callable[[Singles], object]) -> None:
-        self.job = job
+    def __init__(self, dispatcher: Dispatcher, job: Job, key: Any) -> None:
+        self.job, self.key = job, key
         self.entries: dict[int, Any] = {}  # by chunk
         self._dispatcher = dispatcher
-        self._idle: Callable[[Singles], object] | None = idle
 
-    def enter(self, single: SingleCall, letter: Letter) -> None:
+    def enter(self, single: Any, letter: Letter) -> None:
         """Put a call into the job. It is waited for when this returns, and not before: Ctrl-C may come anywhere."""
         single.singles, single.number = self, self.job.next
         self.job.enter(Run(single.number, 0, 1, [letter], 1))
         self.entries[single.number] = single
-        self._dispatcher.open.add(self)
 
     def wants(self, number: int) -> bool:
         """As Sink says."""
@@ -189,35 +169,40 @@ class Singles(Sink):
         entries, self.entries = self.entries, {}
         self._end([(entry, (None, 0, None, fresh(error))) for entry in entries.values()])
 
-    def _end(self, answered: list[tuple[SingleCall, Answer]]) -> None:
+    def _end(self, answered: list[tuple[Any, Answer]]) -> None:
         self._dispatcher.settle(answered)  # before the pool may go, which ends the dispatcher
-        if not self.entries and (idle := self._idle) is not None:
-            self._idle = None
-            self._dispatcher.forget(self)
-            idle(self)
+        if not self.entries and self._dispatcher.forget(self):
+            if self._dispatcher.singles.get(self.key) is self:
+                del self._dispatcher.singles[self.key]
+            self._dispatcher.link.keep(self.key, self.job)
+
+    def drain(self) -> None:
+        """The entries' answers come by themselves."""
+
+    def cancel(self, _: BaseException) -> None:
+        """Cancel the futures that were not sent yet. Without the lock."""
+        for single in [*self.entries.values()]:
+            single.cancel()
 
 
 class Taker:
     """Takes the results of one mapping call."""
 
-    def __init__(self, dispatcher: Dispatcher, owner: object) -> None:
+    def __init__(self, dispatcher: Dispatcher) -> None:
         self.call: Call | None = None  # from its beginning until it is over
         self.key: Any = None  # under which its job is kept for the next call
         self._dispatcher = dispatcher
-        self._owner: object = owner  # the pool, which lives as long as its calls
         # Guards `call`, and is held while results are taken. A generator that reads its own results in a worker, where
         # the thread that takes feeds as well, has an error of its own and does not wait for itself.
         self._taking = threading.RLock()
-        self._called = False  # the dispatcher knows that there is something
 
-    def ready_to_take(self) -> None:
-        """Call.ready: let the dispatcher take."""
-        if not self._called:
-            self._called = True
+    def drain(self) -> None:
+        """Let the dispatcher take what is there, and all that comes. Takes no lock: `__del__` of iterators calls it."""
+        if (call := self.call) is not None:
+            call.results.ready = self.drain
             self._dispatcher.work.put(self._dispatch)
 
     def _dispatch(self) -> None:
-        self._called = False
         while self.call is not None and self.take(0.0):
             pass
 
@@ -238,7 +223,7 @@ class Taker:
                 self.add(*taken)
                 if not call.results.over:
                     return True
-            self.call = self._owner = None
+            self.call = None
             try:
                 call.close(self.key, error)
                 self.finish(error)
@@ -258,9 +243,6 @@ class Taker:
             with self._dispatcher.link.lock:
                 call.results.fail(error)
             self.take_all()
-
-    def drain(self) -> None:
-        """Block until the call is over, if nobody else would take its results."""
 
     def add(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
         """Results from `start` on. Needs `_taking`. Subclasses keep them."""

@@ -106,13 +106,13 @@ class Engine(Link):
         letters = [bytes(joined(letter)) for letter in (job.function, job.initializer) if letter is not None]
         chunks = [bytes(joined(letter)) for letter in batch.letters()]
         arguments = job.number, job.declaration, letters, batch.first, chunks, bool(batch.flags & CAREFUL)
-        if self._executor is None:
+        if self._executor is not None:
+            future = self._executor.submit(run_batch, *arguments)
+        else:
+            future = Future()
             self.workers, self.processes = self.workers + 1, self.processes + 1  # the function may call this pool, too
-            answer = run_batch(*arguments)
+            future.set_result(run_batch(*arguments))
             self.workers, self.processes = self.workers - 1, self.processes - 1
-            self._answered(batch, *answer)
-            return
-        future = self._executor.submit(run_batch, *arguments)
         self._submitted[future] = batch
         future.add_done_callback(lambda done: self._events.put((self._answer, batch, done)))
 
@@ -122,9 +122,7 @@ class Engine(Link):
             self.handle_batch(
                 Kind.GONE, Batch(batch.job, batch.first, batch.count, batch.attempt, flags=Gone.RETURNED))
             return
-        self._answered(batch, *future.result())
-
-    def _answered(self, batch: Batch, us: int, statuses: bytes, letters: list[bytes]) -> None:
+        us, statuses, letters = future.result()
         self.handle_batch(Kind.RESULT, Batch.pack(
             batch.job, batch.first, [*map(letter_of, letters)], attempt=batch.attempt, number=us, statuses=statuses))
 

@@ -15,28 +15,28 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
-import functools
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import chain
+from functools import cache, partial
 from typing import Any
 
 from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS, tell
 from ..errors import AchillesError
-from .async_results import PoolIterator, Stream
-from .base_pool import RUN, SEQUENCES, BasePool, More
-from .dispatcher import Dispatcher, SingleCall, Singles, Taker
+from .async_results import PoolIterator
+from .base_pool import SEQUENCES, BasePool
+from .dispatcher import Answer, Dispatcher, Singles
 
 __all__ = ["Executor", "Future"]
 
 
-class Future(SingleCall, concurrent.futures.Future[Any]):
+class Future(concurrent.futures.Future[Any]):
     """A future with a `cancel` that can stop a call that runs. Its state is PENDING until its answer is loaded."""
+
+    singles: Singles | None = None  # of which it is an entry; None where the call was never sent
+    number = 0  # of its chunk
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         super().__init__()
@@ -50,9 +50,8 @@ class Future(SingleCall, concurrent.futures.Future[Any]):
 
     def cancel(self, kill: bool = False) -> bool:
         """Cancel the call if it was not sent yet; with `kill`, also where it runs. Whether that was done."""
-        link = self._dispatcher.link
+        link, singles = self._dispatcher.link, self.singles
         with link.lock:
-            singles = self.singles
             if singles is None or self.number not in singles.entries:
                 return self.cancelled()
             if not singles.job.withdraw(self.number):
@@ -65,8 +64,12 @@ class Future(SingleCall, concurrent.futures.Future[Any]):
         self.set_running_or_notify_cancel()
         return True
 
+    def keep(self, answer: Answer) -> bool:
+        """The answer is here, and is not kept: the dispatcher loads it."""
+        return False
+
     def settle(self, value: Any, error: BaseException | None) -> None:
-        """As SingleCall says."""
+        """This is the result, or the exception."""
         if error is not None:
             self.set_exception(error)
         else:
@@ -104,9 +107,7 @@ class Executor(BasePool, concurrent.futures.Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Have a worker call `fn(*args, **kwargs)`; returns its future at once. RuntimeError after `shutdown`."""
-        future = Future(self._begin())
-        self._submit(future, fn, args, kwargs)
-        return future
+        return self._submit(Future(self._begin()), fn, args, kwargs)  # type: ignore[no-any-return]
 
     def map(
         self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None,
@@ -125,23 +126,20 @@ class Executor(BasePool, concurrent.futures.Executor):
             known = {} if buffersize is None else {"buffersize": buffersize}  # since Python 3.14
             return super().map(fn, *iterables, timeout=timeout, **known)
         short = all(isinstance(each, SEQUENCES) for each in iterables)
-        args: Iterable[Any] = list(zip(*iterables)) if short else zip(*iterables)
-        left: list[bool] = []
+        args: Any = list(zip(*iterables)) if short else zip(*iterables)
+        results = PoolIterator(self._begin())
         if buffersize is not None:
-            args = self._ahead(args, buffersize * (chunksize or 1), left)
-        results = self._iterate(MapIterator, fn, args, chunksize, More(buffersize), call="star")
-        results.left = left
-        results.deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
-        return results
+            gate = self._gate(buffersize * (chunksize or 1), weakref.ref(results))
+            args = (arg for _, arg in zip(gate, args))  # the gate is asked before an argument is read
+        self._start(results._stream, fn, args, chunksize, buffersize, call="star")
+        return _read(results, time.monotonic() + (float("inf") if timeout is None else timeout))
 
-    def _ahead(self, args: Iterable[Any], count: int, left: list[bool]) -> Iterator[Any]:
-        """The arguments. Behind the first `count`, none is read when nobody wants its result, or nobody may submit."""
-        for number, arg in enumerate(args, 1):
-            yield arg
-            if number >= count and left:
-                return
-            if number >= count:
-                self._check_running()
+    def _gate(self, count: int, reader: Callable[[], object]) -> Iterator[object]:
+        """Lets `count` arguments pass, and more while somebody may still read the results, and may submit."""
+        yield from range(count)
+        while reader() is not None:
+            self._begin()
+            yield None
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take nothing more; end when all is done, and with `wait` block until then.
@@ -153,27 +151,16 @@ class Executor(BasePool, concurrent.futures.Executor):
         self.close()
         _left_open().discard(self)
         if cancel_futures:
-            with self._controller.lock:
-                calls = [*self._dispatcher.open, *chain.from_iterable(
-                    call.entries.values() for call in self._dispatcher.open if isinstance(call, Singles))]
-            for call in calls:
-                if isinstance(call, Future):
-                    call.cancel()
-                elif isinstance(call, Taker):
-                    call.cancel(concurrent.futures.CancelledError())
+            for call in [*self._dispatcher.open]:
+                call.cancel(concurrent.futures.CancelledError())
         if wait:
             self.join()
         else:
             threading.Thread(target=self.join, name="achilles-shutdown").start()  # the interpreter waits for it
 
-    def terminate_workers(self) -> None:
-        """Stop what runs, and take nothing more; futures without a result are InterruptedError. Some seconds at most.
-
-        The workers are the cluster's, and work for others.
-        """
-        self.terminate()
-
-    kill_workers = terminate_workers
+    # Stop what runs, and take nothing more; futures without a result are InterruptedError. Some seconds at most. The
+    # workers are the cluster's, and work for others.
+    terminate_workers = kill_workers = BasePool.terminate
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """As `shutdown`; on Ctrl-C, here or in the block, as `terminate_workers`."""
@@ -181,11 +168,10 @@ class Executor(BasePool, concurrent.futures.Executor):
             if kind is not KeyboardInterrupt:
                 self.shutdown()
         finally:
-            if self._state == RUN or self._dispatcher.open:
-                self.terminate()
+            self.terminate()
 
 
-@functools.cache
+@cache
 def _left_open() -> weakref.WeakSet[Executor]:
     """The executors: what was submitted is done before the interpreter ends, as in the standard library.
 
@@ -199,12 +185,11 @@ def _left_open() -> weakref.WeakSet[Executor]:
 
 def _finish(executors: Iterable[Executor]) -> None:
     """Take nothing more, and wait until the calls of executors are done that nobody shut down. Ctrl-C ends the wait."""
-    left = [each for each in executors if not each._controller.forked]
-    for executor in left:
+    for executor in [*executors]:
         executor.close()
-    for executor in left:
+    for executor in [*executors]:
         try:
-            if executor._dispatcher.open:
+            if executor._dispatcher.open and not executor._controller.forked:
                 executor._dispatcher.wait()
                 executor._controller.check_usable()
             executor._dispatcher.stop()  # which runs the callbacks that wait
@@ -214,36 +199,17 @@ def _finish(executors: Iterable[Executor]) -> None:
                 return
 
 
-class MapIterator(PoolIterator):
-    """What `map` returns. Ends with the first error. Closed or dropped when it was read, it cancels what is left."""
+def _read(results: PoolIterator, deadline: float) -> Iterator[Any]:
+    """What `map` returns. Ends with the first error. Closed or dropped when it was read, it cancels what is left.
 
-    deadline = float("inf")  # monotonic, of every result
-    left: Any = deque(maxlen=0)  # gets something when nobody will read more; of a `map` that began, its own
-    _read = False  # as a generator does, an iterator that nobody has read leaves the work to be done
+    As any generator, one that nobody has read does nothing then: the work is done.
 
-    def __next__(self) -> Any:
-        self._read = True
-        try:
-            return self.next(max(0.0, self.deadline - time.monotonic()))
-        except BaseException:
-            self.cancel()
-            raise
-
-    def leave(self, *more: Any) -> None:
-        """As PoolIterator says. What nobody has read of the input, beyond `buffersize`, stays so."""
-        self.left.append(True)
-        super().leave(*more)
-
-    def close(self) -> None:
-        """Nothing follows. What is left is cancelled, if a result was read."""
-        if self._read:
-            self.cancel()
-        else:
-            self.leave()
-            self._stream = Stream(self._dispatcher, None)
-
-    def __del__(self, _: object = None) -> None:
-        if not self._read:
-            self.leave()
-        elif self._stream.call is not None and not self._dispatcher.link.forked:
-            self._dispatcher.work.put(self._stream.abandon)  # takes no lock: this runs in any thread at any moment
+    :param deadline: monotonic, of every result.
+    """
+    try:
+        while True:
+            yield results.next(max(0.0, deadline - time.monotonic()))
+    except StopIteration:
+        pass
+    finally:  # takes no lock: this runs in any thread at any moment
+        results._dispatcher.work.put(results.cancel)

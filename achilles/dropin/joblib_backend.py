@@ -25,6 +25,7 @@ class _Batches:
     default_n_jobs = -1
     executor: Executor | None = None
     bound: int | None = None  # how many batches may run at a time; None is the whole cluster
+    backends: Any  # the module with joblib's own
     nesting_level: int | None
     inner_max_num_threads: int | None
 
@@ -36,8 +37,7 @@ class _Batches:
         self.cluster |= {name: value for name, value in more.items() if name not in JOBLIBS_OWN}
         self.parallel = parallel
         if n_jobs == 1:
-            backends = importlib.import_module("joblib._parallel_backends")
-            raise backends.FallbackToBackend(backends.SequentialBackend(nesting_level=self.nesting_level))
+            raise self.backends.FallbackToBackend(self.backends.SequentialBackend(nesting_level=self.nesting_level))
         count = self._count(n_jobs)
         if n_jobs != -1:
             self.terminate()
@@ -80,8 +80,7 @@ class _Batches:
     abort_everything = terminate
 
     def get_nested_backend(self) -> tuple[Any, None]:
-        backends = importlib.import_module("joblib._parallel_backends")
-        return backends.SequentialBackend(nesting_level=(getattr(self, "nesting_level", None) or 0) + 1), None
+        return self.backends.SequentialBackend(nesting_level=(getattr(self, "nesting_level", None) or 0) + 1), None
 
 
 def _begin_worker(threads: int, names: tuple[str, ...], initializer: Callable[..., Any] | None, initargs: Any) -> None:
@@ -100,4 +99,5 @@ def register_joblib_backend() -> None:
     """Make `joblib.parallel_config(backend="achilles")` work; it takes the arguments of Executor, too."""
     joblib, backends = importlib.import_module("joblib"), importlib.import_module("joblib._parallel_backends")
     joblib.register_parallel_backend("achilles", type(
-        "AchillesBackend", (_Batches, backends.AutoBatchingMixin, backends.ParallelBackendBase), {}))
+        "AchillesBackend", (_Batches, backends.AutoBatchingMixin, backends.ParallelBackendBase),
+        {"backends": backends}))

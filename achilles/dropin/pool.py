@@ -20,16 +20,14 @@ import operator
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Executor
+from typing import Any
 
 from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS
 from ..options import Output
 from .async_results import AsyncResult, Callback, MapResult, PoolIterator
-from .base_pool import RUN, BasePool, More, copied
-
-if TYPE_CHECKING:
-    from concurrent.futures import Executor
+from .base_pool import RUN, SEQUENCES, BasePool
 
 __all__ = ["AsyncResult", "Pool", "PoolIterator"]
 
@@ -81,12 +79,8 @@ class Pool(BasePool):
         callback: Callback | None = None, error_callback: Callback | None = None,
     ) -> AsyncResult:
         """As `apply`, at once; one of the callbacks is called, in the dispatcher thread, with what comes of it."""
-        self._check_running()
-        if callback is not None or error_callback is not None:
-            self._dispatcher.start()
-        result = AsyncResult(self._dispatcher, callback, error_callback)
-        self._submit(result, func, args, kwds)
-        return result
+        result = AsyncResult(self._begin(callback or error_callback), callback, error_callback)
+        return self._submit(result, func, args, kwds)  # type: ignore[no-any-return]
 
     # A list of results.
 
@@ -98,15 +92,14 @@ class Pool(BasePool):
 
         :param buffersize, timeout, seed, output: see the class.
         """
-        return self._list(func, iterable, chunksize, More(buffersize, timeout, seed, output), inline=True).get()
+        return self._list("one", True, func, iterable, chunksize, buffersize, timeout, seed, output).get()
 
     def starmap(
         self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None, *,
         buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, output: Output = None,
     ) -> Any:
         """As `map`, of `func(*x)`."""
-        more = More(buffersize, timeout, seed, output)
-        return self._list(func, iterable, chunksize, more, inline=True, call="star").get()
+        return self._list("star", True, func, iterable, chunksize, buffersize, timeout, seed, output).get()
 
     def map_async(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None,
@@ -114,7 +107,8 @@ class Pool(BasePool):
         buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, output: Output = None,
     ) -> AsyncResult:
         """As `map`, at once; the callbacks get the whole list, or the first error."""
-        return self._list(func, iterable, chunksize, More(buffersize, timeout, seed, output), callback, error_callback)
+        return self._list(
+            "one", False, func, iterable, chunksize, buffersize, timeout, seed, output, callback, error_callback)
 
     def starmap_async(
         self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None,
@@ -123,7 +117,7 @@ class Pool(BasePool):
     ) -> AsyncResult:
         """As `starmap`, at once."""
         return self._list(
-            func, iterable, chunksize, More(buffersize, timeout, seed, output), callback, error_callback, call="star")
+            "star", False, func, iterable, chunksize, buffersize, timeout, seed, output, callback, error_callback)
 
     # One result after the other.
 
@@ -132,30 +126,34 @@ class Pool(BasePool):
         buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None, output: Output = None,
     ) -> PoolIterator:
         """An iterator over the results of `func(x)`, in their order. `iterable` is read ahead, and may be endless."""
-        return self._iterate(PoolIterator, func, iterable, chunksize, More(buffersize, timeout, seed, output))
+        return self._iterate(True, func, iterable, chunksize, buffersize, timeout, seed, output)
 
     def imap_unordered(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1,
         buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None, output: Output = None,
     ) -> PoolIterator:
         """As `imap`, in the order in which they come."""
-        more = More(buffersize, timeout, seed, output)
-        return self._iterate(PoolIterator, func, iterable, chunksize, more, ordered=False)
+        return self._iterate(False, func, iterable, chunksize, buffersize, timeout, seed, output)
 
     def _list(
-        self, func: Any, iterable: Any, chunksize: int | None, more: More, *callbacks: Callback | None,
-        inline: bool = False, call: str = "one",
+        self, call: str, inline: bool, func: Any, iterable: Any, chunksize: int | None, buffersize: int | None,
+        timeout: float | None, seed: int | None, output: Output, *callbacks: Callback | None,
     ) -> MapResult:
-        self._check_running()
         inline = inline or self._controller.in_place
-        args = iterable if inline and type(iterable) is list else copied(iterable)  # its own error is raised here
-        taker = MapResult(self._dispatcher if inline else self._begin(), self, *callbacks)
-        self._start(taker, func, args, chunksize, more, call=call, ready=None if inline else taker.ready_to_take,
-                    inline=inline)
-        return taker
+        result = MapResult(self._begin(not inline), *callbacks)
+        self._start(result, func, _copied(iterable), chunksize, buffersize, timeout, seed, output, call=call,
+                    ordered=False, inline=inline)
+        result.drain()
+        return result
+
+    def _iterate(self, ordered: bool, func: Any, iterable: Any, *more: Any) -> PoolIterator:
+        results = PoolIterator(self._begin())
+        args = _copied(iterable) if type(iterable) in SEQUENCES else lambda: iterable
+        self._start(results._stream, func, args, *more, ordered=ordered)
+        return results
 
     def __enter__(self) -> Pool:
-        self._check_running()
+        self._begin(False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -170,10 +168,15 @@ class Pool(BasePool):
         absent = types.FunctionType(code, {"__name__": "__main__"}, "pool")  # of no module, so that it travels by value
         return types.SimpleNamespace, (), dict.fromkeys(METHODS, absent)
 
-    def __del__(self, run: str = RUN, warn: Callable[..., None] = warnings.warn) -> None:
+    def __del__(self, run: str = RUN, warn: Callable[..., object] = warnings.warn) -> None:
         if self._state == run and not self._controller.forked:
             warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, 2, source=self)
         super().__del__()
+
+
+def _copied(iterable: Iterable[Any]) -> Any:
+    """A sequence of the same items, which the caller cannot change while it is read."""
+    return iterable if type(iterable) in (tuple, range) else list(iterable)
 
 
 def _raise_absent(*args: object, **more: object) -> None:

@@ -8,7 +8,7 @@ from fake_link import FakeLink, begin_fed, begin_fixture, make_job, take_all, va
 
 from achilles.controller.call import NotYet
 from achilles.controller.results import NOBODY
-from achilles.dropin.dispatcher import Dispatcher, SingleCall, Singles
+from achilles.dropin.dispatcher import Dispatcher, Singles
 from achilles.errors import LetterAltered, ProtocolError, TaskTimeout, WorkerLost
 from achilles.objects import letters
 from achilles.objects.outcomes import mark
@@ -407,7 +407,7 @@ def test_short_letters_of_a_batch_are_at_most_a_mebibyte():
 # Singles: apply and submit.
 
 
-class Entry(SingleCall):
+class Entry:
     def __init__(self):
         self.answers = []
 
@@ -425,7 +425,7 @@ def submit(link, job, argument):
     entry = Entry()
     with link.lock:
         if job.sink is NOBODY:
-            job.sink = Singles(Dispatcher(link), job, lambda _: None)
+            job.sink = Singles(Dispatcher(link), job, None)
         found, = letters.dump_chunks(job.context, [argument], 1)
         job.sink.enter(entry, letter_of(found))
         link.queue(job)

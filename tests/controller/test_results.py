@@ -9,7 +9,7 @@ from fake_link import FakeLink
 
 from achilles.controller.results import WINDOW_BYTES, Results
 from achilles.controller.run import Run
-from achilles.dropin.dispatcher import Dispatcher, SingleCall, Singles
+from achilles.dropin.dispatcher import Dispatcher, Singles
 from achilles.errors import ProtocolError
 
 
@@ -331,7 +331,7 @@ def test_each_list_is_a_packet_of_its_own():
 # Single calls.
 
 
-class Entry(SingleCall):
+class Entry:
     def __init__(self):
         self.said = []
 
@@ -342,11 +342,12 @@ class Entry(SingleCall):
 
 @pytest.fixture
 def singles():
-    """Singles of a job that there is not; `idle` has it when no call waits any more."""
-    idle = []
-    link = FakeLink()
-    made = Singles(Dispatcher(link), "the job", idle.append)
+    """Singles of a job that there is not; `idle` has what the link is told to keep when no call waits any more."""
+    link, idle = FakeLink(), []
+    link.keep = lambda *kept: idle.append(kept)
+    made = Singles(Dispatcher(link), "the job", "its key")
     made.idle = idle
+    made._dispatcher.open[made] = made._dispatcher.singles["its key"] = made
     with link.lock:
         yield made
 
@@ -357,9 +358,9 @@ def test_each_entry_gets_its_answer_and_the_last_one_leaves_the_job_idle(singles
     assert not singles.idle
     singles.put(answered(1, "b"))
     assert first.said == [("the job", 0, b"a", None)] and second.said == [("the job", 0, b"b", None)]
-    assert singles.idle == [singles] and not singles.entries
+    assert singles.idle == [("its key", "the job")] and not singles.entries and not singles._dispatcher.singles
     singles.put(answered(0, "a"))
-    assert singles.idle == [singles], "once"
+    assert len(singles.idle) == 1, "once"
 
 
 def test_what_nobody_waits_for_any_more_is_dropped(singles):

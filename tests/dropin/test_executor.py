@@ -363,6 +363,7 @@ def test_what_is_dropped_under_locks_of_ours_blocks_nobody(cluster, no_leftovers
     dropper.join(SECONDS)
     assert not dropper.is_alive()
     if kept is not None:
+        release(path)
         kept.shutdown()
 
 

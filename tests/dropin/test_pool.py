@@ -526,17 +526,19 @@ def test_an_iterator_and_a_result_that_are_dropped_are_done_all_the_same(make, t
         assert sorted(int(line.split()[0]) for line in file) == list(range(300))
 
 
-def test_ctrl_c_reaches_a_join_that_waits_for_an_iterator(make):
-    pool = make()
-    iterator = pool.imap(after, [60])
+def test_ctrl_c_reaches_a_join_that_waits_for_an_iterator(make, tmp_path):
+    """The iterator goes on, as in the standard library."""
+    pool, path = make(), tmp_path / "go"
+    iterator = pool.imap(until, [path])
     pool.close()
     timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         pool.join()
     timer.join()
-    with pytest.raises(KeyboardInterrupt):
-        iterator.next(SECONDS)
+    path.touch()
+    pool.join()
+    assert iterator.next(SECONDS) == "done"
 
 
 def test_ctrl_c_in_the_taking_of_the_lock_of_a_connection_leaves_it_free(make, monkeypatch):
@@ -554,6 +556,15 @@ def test_ctrl_c_in_the_taking_of_the_lock_of_a_connection_leaves_it_free(make, m
     assert pool._controller.status()["jobs"]
     pool.close()
     pool.join()
+
+
+def test_a_thread_that_waits_for_an_iterator_sees_what_another_thread_has_taken(make, tmp_path):
+    """As the dispatcher does for a `join`."""
+    iterator = make().imap(until, [tmp_path / "never"])
+    timer = threading.Timer(0.2, lambda: iterator._stream.values.append(("taken", None)))
+    timer.start()
+    assert iterator.next(SECONDS) == "taken"
+    timer.join()
 
 
 def test_where_no_thread_can_be_started_the_call_says_so_and_is_over(make, monkeypatch):
@@ -650,10 +661,9 @@ def test_a_call_that_begins_while_its_pool_is_terminated_fails(make, monkeypatch
             self.lock.acquire()
 
     monkeypatch.setattr(Controller, "fail_jobs", fail_and_begin)
-    begin = pool._check_running
-    monkeypatch.setattr(pool, "_check_running", lambda: None)  # it has looked just before
-    pool.terminate()
-    monkeypatch.setattr(pool, "_check_running", begin)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_begin", lambda *_: pool._dispatcher)  # it has looked just before
+        pool.terminate()
     with pytest.raises(ServerUnreachable):
         result[0].get(SECONDS)
 
