@@ -11,7 +11,7 @@
 This module knows processes. The secret is random. The caller hands it over through stdin, never on a command line
 nor in an environment. The caller derives the key for all processes, while these import their roles. The children
 have a session of their own, so Ctrl-C interrupts the caller alone. They end when the caller ends. No thread is
-left in the caller.
+left in the caller, but for one with each ssh that runs a node on another machine (`launch/ssh.py`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import functools
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import config
@@ -40,8 +41,11 @@ HOST, USERNAME = "127.0.0.1", "local"
 START_SECONDS = 30.0  # for all processes to be ready: a cold disk, a loaded machine
 STOP_SECONDS = 5.0  # for all of them to end by themselves
 OPTIONS: dict[str, dict[str, Any]] = {  # of the command
-    "--nodes": {"type": int, "default": 2, "help": "how many nodes (2)"},
+    "--nodes": {"type": int, "help": "how many nodes on this machine (2; with --hosts none)"},
     "--cpu-count": {"type": int, "help": "workers of each node; the usable cores are divided by default"},
+    "--hosts": {"metavar": "FILE", "help": "nodes on other machines by ssh, a line each: host [cores] [python=PATH]"},
+    "--ssh-command": {
+        "metavar": "COMMAND", "type": shlex.split, "default": ["ssh"], "help": "the ssh client with its options (ssh)"},
     "script": {}, "args": {"nargs": "..."},  # all that follow: argparse.REMAINDER
 }
 CHILD = ("-P", "-m", f"{__package__}.local_child")  # -P: the path is the caller's, without the current folder
@@ -50,17 +54,23 @@ CHILD = ("-P", "-m", f"{__package__}.local_child")  # -P: the path is the caller
 class LocalCluster:
     """A server process and `nodes` node processes on loopback, for as long as the `with` block lasts.
 
-    :param nodes: how many nodes, at least 1.
+    :param nodes: how many nodes on this machine, at least 1; by default 2, and none with `hosts`.
     :param cpu_count: workers of each node; by default the cores that this process may use are divided
         among the nodes, at least one each.
+    :param hosts: nodes on other machines, by ssh: the path of a file, or a list of its lines (`launch/ssh.py`). A line
+        without cores gets `cpu_count` workers; by default all cores that may be used there.
+    :param ssh_command: the ssh client and its options, a list of words.
     :ivar host, port, username, secret_key: for the calls; the secret prints as ``***``.
-    :ivar server: the server's Popen.  :ivar nodes: the nodes' Popens.
+    :ivar server: the server's Popen.  :ivar nodes: the nodes' Popens; of a node on another machine, its ssh.
 
     Ready when `__enter__` returns, after some 0.2 s. Gone when `__exit__` returns, and within seconds when the
     caller is killed. Not for several threads.
     """
 
-    def __init__(self, nodes: int = 2, cpu_count: int | None = None) -> None:
+    def __init__(
+        self, nodes: int | None = None, cpu_count: int | None = None, *,
+        hosts: str | os.PathLike[str] | Sequence[str] | None = None, ssh_command: Sequence[str] = ("ssh",),
+    ) -> None:
         for name, value in (("nodes", nodes), ("cpu_count", cpu_count)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigurationError(f"{name} must be an int of at least 1, not {value!r}")
@@ -70,9 +80,14 @@ class LocalCluster:
         self.secret_key = Secret(os.urandom(32).hex())
         self.server: subprocess.Popen[bytes] | None = None
         self.nodes: list[subprocess.Popen[bytes]] = []
-        self._count = nodes
+        self._count = nodes or (2 if hosts is None else 0)
+        self._launch: Callable[..., None] | None = None  # of nodes on other machines
         self._cpu_count = cpu_count
         self.hash_seed = os.environ.get("PYTHONHASHSEED") or str(int.from_bytes(os.urandom(4), "big"))  # `hash` agrees
+        if hosts is not None:
+            from .launch.ssh import Launcher
+
+            self._launch = Launcher(hosts, ssh_command).start
 
     @property
     def settings(self) -> Settings:
@@ -98,6 +113,9 @@ class LocalCluster:
             importlib.import_module(".controller.connection", __package__)  # the calls need it; there is time now
             for node in self.nodes:
                 _wait_ready(node)
+            if self._launch is not None:
+                late.cancel()  # hosts have a time limit of their own
+                self._launch(self.nodes, about | {"port": self.port}, self.hash_seed)
         except BaseException:
             self.stop()
             raise
@@ -111,10 +129,9 @@ class LocalCluster:
 
         A call that is open raises ClusterKilled. No thread is started: the interpreter may be at its end.
         """
-        for node in self.nodes:
-            node.terminate()
-        if self.server is not None and self.server.stdin is not None:
-            self.server.stdin.close()
+        for process in self._processes():
+            if process.stdin is not None:
+                process.stdin.close()
         deadline = time.monotonic() + STOP_SECONDS
         for process in self._processes():
             _wait_gone(process, deadline)
@@ -156,7 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         OPTIONS)
     args = made.parse_args(argv)
     sys.path.insert(0, os.path.dirname(os.path.abspath(args.script)))  # the nodes get our path
-    with console.errors_to_exit_status() as status, LocalCluster(args.nodes, args.cpu_count) as cluster:
+    with (
+        console.errors_to_exit_status() as status,
+        LocalCluster(args.nodes, args.cpu_count, hosts=args.hosts, ssh_command=args.ssh_command) as cluster,
+    ):
         environment = os.environ | {
             "ACHILLES_HOST": cluster.host, "ACHILLES_PORT": str(cluster.port), "ACHILLES_USERNAME": cluster.username,
             "ACHILLES_SECRET_KEY": cluster.secret_key.reveal(), "PYTHONHASHSEED": cluster.hash_seed,

@@ -8,8 +8,9 @@
 
 After that, stdout is the caller's stderr. The server ends when its stdin ends or its parent changes. It looks for
 both, because a forked child of the caller may hold the pipe open. Then it tells the nodes that the cluster is killed.
-A node looks for its parent too, because the server may have been killed before. Where a pipe cannot be polled and a
-parent does not change (Windows), only the server's thread reads stdin until its end.
+A node looks for both too, because the server may have been killed before, or be at the other end of an ssh
+(`launch/ssh.py`). Where a pipe cannot be polled and a parent does not change (Windows), only the server's thread reads
+stdin until its end.
 
 This module knows the roles; the roles know nothing of it. `local.py` starts it; it is not for people.
 """
@@ -82,7 +83,7 @@ def _lend(parent: int) -> None:
             _tell(0)
 
         def look(self) -> None:
-            if POLLS_STDIN and os.getppid() != parent:
+            if POLLS_STDIN and (os.getppid() != parent or select.select([0], [], [], 0)[0]):
                 raise SystemExit(0)
 
     about, settings = _hear()
