@@ -10,13 +10,14 @@
 
 The secret is random. The caller hands it over through stdin, never on a command line nor in an environment. The
 caller derives the key for all processes, while these import their roles. The children have a session of their own,
-so Ctrl-C interrupts the caller alone. No thread is left in the caller.
+so Ctrl-C interrupts the caller alone. No thread is left in the caller, but for one with each ssh that runs a node on
+another machine (`launch/ssh.py`).
 
 When a child is ready, its stdout is the caller's stderr. The children end when the caller ends. The server ends when
 its stdin ends or its parent changes. It looks for both, because a forked child of the caller may hold the pipe open.
-Then it tells the nodes that the cluster is killed. A node looks for its parent too, because the server may have been
-killed before. Where a pipe cannot be polled and a parent does not change (Windows), only the server's thread reads
-stdin until its end.
+Then it tells the nodes that the cluster is killed. A node looks for both too, because the server may have been killed
+before, or be at the other end of an ssh. Where a pipe cannot be polled and a parent does not change (Windows), only the
+server's thread reads stdin until its end.
 
 This module knows processes, and the roles. The roles know nothing of it.
 """
@@ -30,6 +31,7 @@ import importlib
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,8 +50,11 @@ HOST, USERNAME = "127.0.0.1", "local"
 START_SECONDS = 30.0  # for all processes to be ready: a cold disk, a loaded machine
 STOP_SECONDS = 5.0  # for all of them to end by themselves
 OPTIONS: dict[str, dict[str, Any]] = {  # of the command
-    "--nodes": {"type": int, "default": 2, "help": "how many nodes (2)"},
+    "--nodes": {"type": int, "help": "how many nodes on this machine (2; with --hosts none)"},
     "--cpu-count": {"type": int, "help": "workers of each node; the usable cores are divided by default"},
+    "--hosts": {"metavar": "FILE", "help": "nodes on other machines by ssh, a line each: host [cores] [python=PATH]"},
+    "--ssh-command": {
+        "metavar": "COMMAND", "type": shlex.split, "default": ["ssh"], "help": "the ssh client with its options (ssh)"},
     "script": {}, "args": {"nargs": "..."},  # all that follow: argparse.REMAINDER
 }
 LOOK_SECONDS = 1.0  # how often a server looks for its parent
@@ -60,17 +65,23 @@ CHILD = ("-P", "-c", f"from {__package__}.local import serve_caller; serve_calle
 class LocalCluster:
     """A server process and `nodes` node processes on loopback, for as long as the `with` block lasts.
 
-    :param nodes: how many nodes, at least 1.
+    :param nodes: how many nodes on this machine, at least 1; by default 2, and none with `hosts`.
     :param cpu_count: workers of each node; by default the cores that this process may use are divided
         among the nodes, at least one each.
+    :param hosts: nodes on other machines, by ssh: the path of a file, or a list of its lines (`launch/ssh.py`). A line
+        without cores gets `cpu_count` workers; by default all cores that may be used there.
+    :param ssh_command: the ssh client and its options, a list of words.
     :ivar host, port, username, secret_key: for the calls; the secret prints as ``***``.
-    :ivar server: the server's Popen.  :ivar nodes: the nodes' Popens.
+    :ivar server: the server's Popen.  :ivar nodes: the nodes' Popens; of a node on another machine, its ssh.
 
     Ready when `__enter__` returns, after some 0.2 s. Gone when `__exit__` returns, and within seconds when the
     caller is killed. Not for several threads.
     """
 
-    def __init__(self, nodes: int = 2, cpu_count: int | None = None) -> None:
+    def __init__(
+        self, nodes: int | None = None, cpu_count: int | None = None, *,
+        hosts: str | os.PathLike[str] | Sequence[str] | None = None, ssh_command: Sequence[str] = ("ssh",),
+    ) -> None:
         for name, value in (("nodes", nodes), ("cpu_count", cpu_count)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigurationError(f"{name} must be an int of at least 1, not {value!r}")
@@ -80,9 +91,14 @@ class LocalCluster:
         self.secret_key = Secret(os.urandom(32).hex())
         self.server: subprocess.Popen[bytes] | None = None
         self.nodes: list[subprocess.Popen[bytes]] = []
-        self._count = nodes
+        self._count = nodes or (2 if hosts is None else 0)
+        self._launch: Callable[..., None] | None = None  # of nodes on other machines
         self._cpu_count = cpu_count
         self.hash_seed = os.environ.get("PYTHONHASHSEED") or str(int.from_bytes(os.urandom(4), "big"))  # `hash` agrees
+        if hosts is not None:
+            from .launch.ssh import Launcher
+
+            self._launch = Launcher(hosts, ssh_command).start
 
     @property
     def settings(self) -> Settings:
@@ -105,6 +121,9 @@ class LocalCluster:
             importlib.import_module(".controller.connection", __package__)  # the calls need it; there is time now
             for node in self.nodes:
                 _wait_ready(node)
+            if self._launch is not None:
+                late.cancel()  # hosts have a time limit of their own
+                self._launch(self.nodes, about | {"port": self.port}, self.hash_seed)
         except BaseException:
             self.stop()
             raise
@@ -118,10 +137,9 @@ class LocalCluster:
 
         A call that is open raises ClusterKilled. No thread is started: the interpreter may be at its end.
         """
-        for node in self.nodes:
-            node.terminate()
-        if self.server is not None and self.server.stdin is not None:
-            self.server.stdin.close()
+        for process in self._processes():
+            if process.stdin is not None:
+                process.stdin.close()
         deadline = time.monotonic() + STOP_SECONDS
         for process in self._processes():
             with process:  # it closes the pipes
@@ -165,7 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "local", "Run a script against a cluster of its own on this machine, whose address is in its environment.",
         OPTIONS).parse_args(argv)
     sys.path.insert(0, os.path.dirname(os.path.abspath(args.script)))  # the nodes get our path
-    with console.errors_to_exit_status() as status, LocalCluster(args.nodes, args.cpu_count) as cluster:
+    with (
+        console.errors_to_exit_status() as status,
+        LocalCluster(args.nodes, args.cpu_count, hosts=args.hosts, ssh_command=args.ssh_command) as cluster,
+    ):
         environment = os.environ | {
             "ACHILLES_HOST": cluster.host, "ACHILLES_PORT": str(cluster.port), "ACHILLES_USERNAME": cluster.username,
             "ACHILLES_SECRET_KEY": cluster.secret_key.reveal(), "PYTHONHASHSEED": cluster.hash_seed,
@@ -213,10 +234,10 @@ def _wait_ready(process: subprocess.Popen[bytes]) -> int:
 # A child.
 
 
-def serve_caller() -> None:
-    """Be a server or a node, as the command line says, until the caller is gone."""
+def serve_caller(role: str = "") -> None:
+    """Be a server or a node, as this or the command line says, until the caller is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    {"server": _serve, "node": _lend}[sys.argv[1]](os.getppid())
+    {"server": _serve, "node": _lend}[role or sys.argv[1]](os.getppid())
 
 
 def _serve(parent: int) -> None:
@@ -252,7 +273,7 @@ def _lend(parent: int) -> None:
             _tell(0)
 
         def look(self) -> None:
-            if POLLS_STDIN and os.getppid() != parent:
+            if POLLS_STDIN and (os.getppid() != parent or select.select([0], [], [], 0)[0]):
                 raise SystemExit(0)
 
     about, settings = _hear()
