@@ -17,8 +17,6 @@ iterated in the job's feeder. Any number of calls may run at once, in any thread
 from __future__ import annotations
 
 import contextlib
-import numbers
-import operator
 import secrets
 import sys
 import threading
@@ -28,29 +26,21 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import config
 from .config import SecretKey, Settings
-from .controller.call import Call, NotYet
+from .controller.call import Call, NotYet, Watcher
 from .controller.connection import RECONNECT_SECONDS, Controller, tell
 from .controller.job import Job, Taken
+from .controller.link import Link
 from .objects import letters
 from .objects.outcomes import mark
+from .options import JournalPath, Show, checked
 from .protocol.frames import letter_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-__all__ = ["Packets", "checked", "cluster_status", "connect", "imap", "imap_unordered", "kill_cluster", "map"]
+__all__ = ["Packets", "cluster_status", "connect", "imap", "imap_unordered", "kill_cluster", "map", "watching"]
 
-# Options of the calls: types, their name, the least value, the limits in words.
-_COUNT = numbers.Integral, "an int", 1, "at least 1"
-_SECONDS = numbers.Real, "a number of seconds", 0, "a finite number of seconds, more than 0"
 NOWHERE = None, None, None, None  # no host, port, username and secret given
-RULES: dict[str, tuple[Any, str, float | None, str]] = {
-    "func": (Callable, "callable", None, ""), "callback": (Callable, "callable or None", None, ""),
-    "callback_error": (Callable, "callable or None", None, ""), "chunksize": _COUNT, "buffersize": _COUNT,
-    "wait_for_nodes": _SECONDS, "reconnect_seconds": _SECONDS,
-    "timeout": (*_SECONDS[:2], 1e-9, _SECONDS[3]),  # the least that a JOB may say
-}
-REQUIRED = ("func", "chunksize")
 
 Args = Iterable[Any] | Callable[[], Iterable[Any]]
 Packet = dict[str, Any]
@@ -131,7 +121,7 @@ def map(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
-    executor: Executor | None = None,
+    executor: Executor | None = None, progress: Show = None, journal: JournalPath = None,
 ) -> list[list[Any]]:
     """Call `func` with each argument, on all nodes; return the results as an ordered list of lists.
 
@@ -155,6 +145,10 @@ def map(
     :param timeout: seconds that the call for one argument may take; then its worker is replaced, and there
         is a TaskTimeout at its index.
     :param executor: any `concurrent.futures.Executor` to run on, in the place of a cluster; it stays open.
+    :param progress: True draws a line on stderr: what is done, the workers, the rate, the time that is left. A function
+        is called with `done` and `total` after each delivery, in this thread; `total` is None where nobody knows it.
+    :param journal: path of a file that keeps the results. The same call with the same journal, in another process, is
+        given what is there and runs the rest; see journal.py. A packet is one chunk then.
     :returns: a list for each packet, in the order of `args`; not flattened. [] for no arguments.
     :raises AchillesError: one of `errors.py`; `func`'s own exceptions come as themselves.
 
@@ -171,7 +165,7 @@ def imap(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
-    executor: Executor | None = None,
+    executor: Executor | None = None, progress: Show = None, journal: JournalPath = None,
 ) -> Packets:
     """As `map`, but yield `{'ARGS_COUNTER': index of the first argument, 'RESULT': [...]}` for each packet, in order.
 
@@ -186,7 +180,7 @@ def imap_unordered(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
-    executor: Executor | None = None,
+    executor: Executor | None = None, progress: Show = None, journal: JournalPath = None,
 ) -> Packets:
     """As `imap`, but each packet as it arrives: the fastest way to consume results, and the least memory."""
     return _start(False, False, False, **locals())
@@ -232,32 +226,52 @@ def _start(
     callback: Callable[[Any], Any] | None,
     chunksize: int, host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
     callback_error: Callable[[Any], Any] | None, buffersize: int | None, wait_for_nodes: float | None,
-    reconnect_seconds: float, timeout: float | None, executor: Executor | None,
+    reconnect_seconds: float, timeout: float | None, executor: Executor | None, progress: Show, journal: JournalPath,
 ) -> Packets:
     """Check, dump the function, connect, and begin."""
     checked(func=func, callback=callback, callback_error=callback_error)
     chunksize, buffersize = checked(chunksize=chunksize, buffersize=buffersize)
     wait_for_nodes, reconnect_seconds, timeout = checked(
         wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
+    checked(progress=progress, journal=journal)
     if not callable(args):
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
     context = letters.Context(caller=True)
     function = letter_of(letters.dump_function(context, (func, callback)), letters.name_of(func))
-    controller = connect(
-        host, port, username, secret_key, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
-    try:
+    with contextlib.ExitStack() as undo:  # where it fails
+        watchers, recall = list[Watcher](), None
+        if journal is not None:
+            from .journal import Journal
+
+            kept = Journal(journal, func, callback, min(chunksize, buffersize or chunksize))
+            undo.callback(kept.close)
+            watchers, recall = [kept], kept.recall
+        controller = connect(
+            host, port, username, secret_key, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
+        undo.callback(controller.close)
         if (settings := controller.settings) is not None:
             tell(f"ALERT: Connection to achilles_server at {settings.host}:{settings.port} "
                  "and authentication successful.\n")
         with controller.lock:
             job = controller.start(Job(context, secrets.token_bytes(16), function, options={"timeout": timeout}))
             call = Call(
-                controller, job, args, chunksize=chunksize, ordered=ordered, eager=eager, buffersize=buffersize)
+                controller, job, args, chunksize=chunksize, ordered=ordered, eager=eager, buffersize=buffersize,
+                watchers=[*watchers, *watching(progress, args, controller, lists=True)], recall=recall)
         call.start(inline)
+        undo.pop_all()
         return Packets(controller, call, callback_error)
-    except BaseException:
-        controller.close()
-        raise
+
+
+def watching(progress: Show, args: Any, link: Link, lists: bool = False) -> list[Watcher]:
+    """What shows the progress of a call, if anybody wants it: no other call pays for its import.
+
+    :param lists: whether a list of lists has its arguments in its lists.
+    """
+    if not progress:
+        return []
+    from .progress import Progress, length_of
+
+    return [Progress(progress, length_of(args, lists), link)]
 
 
 def connect(
@@ -297,25 +311,6 @@ def _resolve(host: str | None, port: int | None, username: str | None, secret_ke
     # A reconnection runs in a thread of ours, where nobody can be asked.
     return config.resolve(
         host, port, username, secret_key, ask=threading.current_thread() is threading.main_thread())
-
-
-def checked(**options: Any) -> list[Any]:
-    """The values of options, numbers as Python's own: numpy's are good, too. None is good where none is required.
-
-    TypeError or ValueError unless each is as RULES says.
-    """
-    found = []
-    for name, value in options.items():
-        types, kind, least, limits = RULES[name]
-        if value is not None or name in REQUIRED:
-            if not isinstance(value, types) or isinstance(value, bool):
-                raise TypeError(f"{name} must be {kind}, not {type(value).__name__}")
-            if least is not None and not least <= value < float("inf"):
-                raise ValueError(f"{name} must be {limits}, not {value}")
-            value = operator.index(value) if isinstance(value, numbers.Integral) else value
-            value = float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value
-        found.append(value)
-    return found
 
 
 def _cancel(call: Call, controller: Controller) -> None:

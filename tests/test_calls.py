@@ -20,16 +20,18 @@ from conftest import wait_until
 from fakes import SECONDS, SECRET, Node, address, serving
 
 from achilles import errors
-from achilles.calls import checked, cluster_status, imap, imap_unordered, kill_cluster
+from achilles.calls import cluster_status, imap, imap_unordered, kill_cluster
 from achilles.calls import map as map_
 from achilles.controller import connection
 from achilles.lineReceiver import achilles_main, achilles_node, achilles_server
+from achilles.options import checked
 from achilles.protocol.frames import Kind
 
 pytestmark = pytest.mark.usefixtures("no_leftovers", "unconfigured")
 CALLS = [map_, imap, imap_unordered]
 ORIGINAL = "func, args, callback=None, chunksize=1, host=None, port=None, username=None, secret_key=None"
-OPTIONS = ["callback_error", "buffersize", "wait_for_nodes", "reconnect_seconds", "timeout", "executor"]
+OPTIONS = ["callback_error", "buffersize", "wait_for_nodes", "reconnect_seconds", "timeout", "executor", "progress",
+           "journal"]
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from ..objects.outcomes import fresh
 from .feeder import PAUSE_SECONDS, UNKNOWN_LENGTH, Feeder
@@ -21,11 +21,21 @@ from .job import Job, Taken
 from .link import Link
 from .results import Results
 
-__all__ = ["Call", "NotYet"]
+__all__ = ["Call", "NotYet", "Watcher"]
 
 
 class NotYet(TimeoutError):
     """Nothing to take came in time. A class of its own: a user's function may raise TimeoutError, too."""
+
+
+class Watcher(Protocol):
+    """Is told what the thread that takes has taken. What it raises, the call fails with."""
+
+    def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
+        """These were taken: see Taken."""
+
+    def close(self) -> None:
+        """The call is over. Any thread; perhaps more than once."""
 
 
 class Call:
@@ -37,17 +47,23 @@ class Call:
     :param buffersize: chunks that may be out and not taken where the call is flat, else arguments; None follows the
         pace.
     :param largest: arguments of a chunk at most, where the call finds `chunksize` itself.
+    :param watchers: are told what was taken, in their order.
+    :param recall: gives the letter of the results of arguments from this index on, where they need not run. Then each
+        chunk is a packet, and goes when it is whole. The thread that feeds calls it.
     :param ready: is called under the connection's lock when there may be something to take; must not block.
     """
 
     def __init__(
         self, link: Link, job: Job, args: Iterable[Any] | Callable[[], Any], *, chunksize: int = 1,
         ordered: bool = True, flat: bool = False, eager: bool = False, buffersize: int | None = None,
-        largest: int | None = None, ready: Callable[[], object] | None = None,
+        largest: int | None = None, ready: Callable[[], object] | None = None, watchers: Sequence[Watcher] = (),
+        recall: Callable[[int, list[Any]], bytes | None] | None = None,
     ) -> None:
         self.link, self.job = link, job
+        self.recall, self._watchers = recall, watchers
         self.eager, self.buffersize = eager, buffersize
         self.results = Results(link.lock, ordered, buffersize is not None and not flat, not flat, ready, job.next)
+        self.results.single = recall is not None
         if buffersize is not None and not flat:  # a chunk has room in the window
             chunksize = min(chunksize, buffersize)
         self._feeder = Feeder(self, args, chunksize, largest, packets=not flat)
@@ -81,6 +97,8 @@ class Call:
         if error is not None:
             self.fail(error)
             self._feeder.join()
+        for watcher in self._watchers:
+            watcher.close()
 
     def lift_window(self) -> None:
         """Let everything out: nobody will take before all is done."""
@@ -102,7 +120,10 @@ class Call:
                     results.changed.wait(max(0.0, min(left, deadline - time.monotonic())))
                     found = results.take()
             if found is not None:
-                return self.job.open(found)
+                taken = self.job.open(found)
+                for watcher in self._watchers:
+                    watcher.taken(*taken)
+                return taken
             if results.over:
                 return None
             feeder.nudge()

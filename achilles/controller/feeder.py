@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DumpError, LetterTooLarge
 from ..objects.letters import dump_chunk, dump_chunks
 from ..objects.outcomes import mark
-from ..protocol.frames import SHORT_LETTER_BYTES, letter_of
-from .results import Run
+from ..protocol.frames import SHORT_LETTER_BYTES, Status, letter_of
+from .results import Answered, Run
 
 if TYPE_CHECKING:
     from .call import Call
@@ -98,6 +98,8 @@ class Feeder:
             try:
                 with self._cutting:
                     arguments = self._open[self._sent :]
+                    if call.recall is not None:  # the next run cuts the same chunks
+                        arguments = arguments[: len(arguments) // self.size * self.size]
                     self._sent += len(arguments)
                     self._send(arguments)
             except Exception as e:  # an argument that cannot be dumped, of a call that this ends
@@ -200,6 +202,8 @@ class Feeder:
         """Let chunks go: of args, or of the list at `place`, which is a packet. What cannot be sent whole, is cut."""
         if not arguments and place is None:
             return
+        if self._recall(arguments, place):
+            return
         start = self._index if place is None else 0
         run = Run(self._call.job.next, start, size or self.size, [b""], len(arguments), place)
         try:
@@ -217,6 +221,26 @@ class Feeder:
                 raise error from error.__cause__
             self._enter(run, arguments, {0: error})
         self._index += len(arguments) if place is None else 1
+
+    def _recall(self, arguments: list[Any], place: int | None) -> bool:
+        """Deliver the results of a chunk, or of a list, that need not run. Arguments of many chunks go one by one."""
+        call = self._call
+        if call.recall is None or not arguments:
+            return False
+        if place is None and len(arguments) > self.size:
+            for at in range(0, len(arguments), self.size):
+                self._send(arguments[at : at + self.size])
+            return True
+        letter = call.recall(self._index, arguments)
+        if letter is None:
+            return False
+        run = Run(call.job.next, self._index if place is None else 0, len(arguments), [letter], len(arguments), place)
+        with call.link.lock:
+            call.results.enter(run)
+            call.job.next = run.end
+            call.results.put(Answered(run, bytes([Status.VALUES]), [letter]))
+        self._index += len(arguments) if place is None else 1
+        return True
 
     def _send_list(self, argument: object) -> None:
         """A list of a list of lists: a packet of its own, in even chunks for the workers of the largest node."""

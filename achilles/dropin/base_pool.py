@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from ..calls import checked, connect
+from ..calls import connect, watching
 from ..config import SecretKey
 from ..controller.call import Call
 from ..controller.job import Job
 from ..errors import DumpError, LetterTooLarge
 from ..objects import letters
 from ..objects.letters import dump_chunk, dump_function, joined, name_of
+from ..options import Show, checked
 from ..protocol.frames import Letter, letter_of
 from .async_results import PoolIterator
 from .dispatcher import Dispatcher, SingleCall, Singles, Taker
@@ -54,6 +55,7 @@ class More(NamedTuple):
     buffersize: int | None = None
     timeout: float | None = None
     seed: int | None = None
+    progress: Show = None
 
 
 class BasePool:
@@ -176,9 +178,14 @@ class BasePool:
     def _start(
         self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None, more: More, *,
         call: str = "one", ordered: bool = False, ready: Callable[[], object] | None = None, inline: bool = False,
+        iterable: Any = None,
     ) -> None:
-        """Begin a mapping call for `taker`, which takes its results; `inline`: take them."""
-        buffersize, timeout = checked(buffersize=more.buffersize, timeout=more.timeout)
+        """Begin a mapping call for `taker`, which takes its results; `inline`: take them.
+
+        :param iterable: what `args` will iterate, where that is a function.
+        """
+        buffersize, timeout, progress = checked(
+            buffersize=more.buffersize, timeout=more.timeout, progress=more.progress)
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         chunksize = None if chunksize is None else operator.index(chunksize)
@@ -200,7 +207,8 @@ class BasePool:
             if chunksize is None:  # of a sequence, what multiprocessing chooses
                 largest = LARGEST_CHUNK if callable(args) else -(-len(args) // (CHUNKS_A_WORKER * self._processes)) or 1
             taker.call = Call(self._controller, job, args, chunksize=chunksize or 1, ordered=ordered, flat=True,
-                              buffersize=buffersize, largest=largest, ready=ready)
+                              buffersize=buffersize, largest=largest, ready=ready,
+                              watchers=watching(progress, iterable if callable(args) else args, self._controller))
             self._dispatcher.open.add(taker)
         try:
             taker.call.start(inline)
@@ -216,5 +224,6 @@ class BasePool:
     ) -> Kind:
         iterator = kind(self._begin(), self)
         args = copied(iterable) if type(iterable) in SEQUENCES else lambda: iterable
-        self._start(iterator._stream, func, args, chunksize, more, call=call, ordered=ordered)
+        self._start(
+            iterator._stream, func, args, chunksize, more, call=call, ordered=ordered, iterable=iterable)
         return iterator

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS
+from ..options import Show
 from .async_results import AsyncResult, Callback, MapResult, PoolIterator
 from .base_pool import RUN, BasePool, More, copied
 
@@ -49,9 +50,9 @@ class Pool(BasePool):
     :raises AchillesError: the cluster cannot be found, or does not let us in.
 
     Connects; blocks until the server has answered. `chunksize=None` finds a good one by itself, and each
-    mapping method takes three more by keyword. `buffersize` is how many chunks may be out and not taken,
-    `timeout` the seconds of one call. With `seed`, an int, `random` is seeded before each call from it and the
-    argument's index, and so is numpy's global generator where numpy is loaded.
+    mapping method takes four more by keyword. `buffersize` is how many chunks may be out and not taken,
+    `timeout` the seconds of one call. `progress` is as of `achilles.map`. With `seed`, an int, `random` is seeded
+    before each call from it and the argument's index, and so is numpy's global generator where numpy is loaded.
     """
 
     def __init__(
@@ -91,53 +92,56 @@ class Pool(BasePool):
 
     def map(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None, *,
-        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
+        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, progress: Show = None,
     ) -> Any:
         """The results of `func(x)` for each x, in their order. Blocks until all is done, then raises the first error.
 
-        :param buffersize, timeout, seed: see the class.
+        :param buffersize, timeout, seed, progress: see the class.
         """
-        return self._list(func, iterable, chunksize, More(buffersize, timeout, seed), inline=True).get()
+        return self._list(func, iterable, chunksize, More(buffersize, timeout, seed, progress), inline=True).get()
 
     def starmap(
         self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None, *,
-        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
+        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, progress: Show = None,
     ) -> Any:
         """As `map`, of `func(*x)`."""
-        return self._list(func, iterable, chunksize, More(buffersize, timeout, seed), inline=True, call="star").get()
+        more = More(buffersize, timeout, seed, progress)
+        return self._list(func, iterable, chunksize, more, inline=True, call="star").get()
 
     def map_async(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None,
         callback: Callback | None = None, error_callback: Callback | None = None, *,
-        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
+        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, progress: Show = None,
     ) -> AsyncResult:
         """As `map`, at once; the callbacks get the whole list, or the first error."""
-        return self._list(func, iterable, chunksize, More(buffersize, timeout, seed), callback, error_callback)
+        more = More(buffersize, timeout, seed, progress)
+        return self._list(func, iterable, chunksize, more, callback, error_callback)
 
     def starmap_async(
         self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None,
         callback: Callback | None = None, error_callback: Callback | None = None, *,
-        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None,
+        buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, progress: Show = None,
     ) -> AsyncResult:
         """As `starmap`, at once."""
-        return self._list(
-            func, iterable, chunksize, More(buffersize, timeout, seed), callback, error_callback, call="star")
+        more = More(buffersize, timeout, seed, progress)
+        return self._list(func, iterable, chunksize, more, callback, error_callback, call="star")
 
     # One result after the other.
 
     def imap(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1,
-        buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None,
+        buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None, progress: Show = None,
     ) -> PoolIterator:
         """An iterator over the results of `func(x)`, in their order. `iterable` is read ahead, and may be endless."""
-        return self._iterate(PoolIterator, func, iterable, chunksize, More(buffersize, timeout, seed))
+        return self._iterate(PoolIterator, func, iterable, chunksize, More(buffersize, timeout, seed, progress))
 
     def imap_unordered(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1,
-        buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None,
+        buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None, progress: Show = None,
     ) -> PoolIterator:
         """As `imap`, in the order in which they come."""
-        return self._iterate(PoolIterator, func, iterable, chunksize, More(buffersize, timeout, seed), ordered=False)
+        more = More(buffersize, timeout, seed, progress)
+        return self._iterate(PoolIterator, func, iterable, chunksize, more, ordered=False)
 
     def _list(
         self, func: Any, iterable: Any, chunksize: int | None, more: More, *callbacks: Callback | None,
