@@ -7,8 +7,8 @@
     imap_unordered  -> the same                                       as they arrive
 
 A RESULT has the results of one packet: `cpu_count * chunksize` arguments of the node that it was first
-given to, or one list, where `args` has lists. The options after `secret_key` are keyword-only; `map`'s
-docstring is the table of them for all three.
+given to, or one list, where `args` has lists; with a journal, those of one chunk. The options after
+`secret_key` are keyword-only; `map`'s docstring is the table of them for all three.
 
 Threads: results are loaded, and `callback_error` runs, in the thread that takes; the arguments are
 iterated in the job's feeder. Any number of calls may run at once, in any threads.

@@ -434,14 +434,16 @@ def test_a_progress_that_raises_loses_no_line(path, executor):
     assert len(path.read_bytes().splitlines()) == 4
 
 
-def test_the_memory_of_what_is_there_is_bounded_by_the_window(path, executor):
+@pytest.mark.parametrize(("window_bytes", "most"), [(256 << 20, 150), (200, 20)])
+def test_the_memory_of_what_is_there_is_bounded_by_the_window(path, executor, window_bytes, most, monkeypatch):
     """Results that wait to be taken count with their bytes, as arguments do."""
     packets(achilles.map, range(400), executor=executor, journal=path)
+    monkeypatch.setattr("achilles.controller.results.WINDOW_BYTES", window_bytes)
     read = []
     with achilles.imap(recorded, (read.append(x) or x for x in range(400)), executor=executor, journal=path) as found:
         next(found)
         time.sleep(0.2)
-        assert len(read) < 150
+        assert len(read) < most
         assert len(list(found)) == 399
 
 
