@@ -519,7 +519,7 @@ if __name__ == "__main__":
         print(packet["ARGS_COUNTER"], flush=True)
     print("total", total, flush=True)
 '''
-COUNT = 120
+COUNT = 300
 
 
 @pytest.mark.parametrize("call", ["imap", "imap_unordered"])
