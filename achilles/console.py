@@ -24,8 +24,8 @@ from .config import read_secret_file as read_secret
 from .errors import AchillesError, AuthenticationError, ConfigurationError, ProtocolError
 
 __all__ = [
-    "ExitStatus", "errors_to_exit_status", "keep_freed_memory", "parse", "parser", "read_secret", "redraw", "say",
-    "signal_handlers", "status_table",
+    "ExitStatus", "errors_to_exit_status", "keep_freed_memory", "parse", "parser", "read_secret", "redraw",
+    "resident_bytes", "say", "signal_handlers", "status_table",
 ]
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of server and node; a secret has none, because others can read a command line
@@ -184,3 +184,10 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
         for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
             ctypes.CDLL(None).mallopt(option, KEPT_BYTES)
+
+
+def resident_bytes() -> int | None:
+    """Return the resident bytes of this process, where the system tells."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None

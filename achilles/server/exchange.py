@@ -22,10 +22,8 @@ Ctrl-S) stops that connection alone.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-import os
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -33,6 +31,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
 
+from .. import console
 from ..errors import ProtocolError
 from ..protocol import auth, connect, frames
 from ..protocol.channel import Channel
@@ -59,8 +58,7 @@ class Peer:
         self.id = -1  # until its HELLO
         self.hello: dict[str, Any] = {}
         self.since = 0.0  # wall clock, for people to read
-        # A node's, of its last PING: each chunk's begin (monotonic), the node, the worker's process id, the job.
-        self.long: list[tuple[float, int, int, int]] = []
+        self.long: list[tuple[float, int, int, int]] = []  # a node's chunks: begin (monotonic), node, worker's pid, job
         self.jobs: dict[int, DeclaredJob] = {}  # a controller's: by its own numbers, until END
         self.contexts: dict[str, Letter] = {}  # a controller's: initializer or sources, under the names that it opened
 
@@ -69,9 +67,8 @@ class DeclaredJob(NamedTuple):
     """What the server keeps of a JOB until END: enough to declare it to a node.
 
     :ivar number: the server's.  :ivar owners_number: the controller's.
-    :ivar letters: declaration and function.
-    :ivar shared: initializer and sources, or nothing, each with all nodes that have it, perhaps lost ones.
-    :ivar sources: the name of its set.
+    :ivar letters: declaration and function.  :ivar sources: the name of its set.
+    :ivar shared: initializer and sources, each with all nodes that have it, perhaps lost ones.
     :ivar left_out: lines of output that the controller has not got, by their node.
     """
 
@@ -250,14 +247,13 @@ class Exchange:
         names = batch.declaration["context"], batch.declaration.get("sources")
         shared: list[tuple[Letter, set[int]]] = []
         for name, is_wanted, letter in zip(names, (batch.declaration["initializer"], bool(names[1])), letters[2:]):
-            nodes: set[int] = set()
             letter = letter or peer.contexts.get(name, b"")
             if is_wanted is not bool(letter):
                 raise ProtocolError(f"job {batch.job} and its context do not have the same initializer, or no sources")
             if name is not None:
                 self._open[name] += name not in peer.contexts
-                peer.contexts[name], nodes = letter, self._contexts.setdefault(name, set())
-            shared.append((letter, nodes))
+                peer.contexts[name] = letter
+                shared.append((letter, self._contexts.setdefault(name, set())))
         job = DeclaredJob(next(self._ids["job"]), peer, batch.job, letters[:2], shared, names[1], Counter())
         self._jobs[job.number] = peer.jobs[batch.job] = job
         self._scheduler.declare(job.number, peer.hello["python"])
@@ -269,7 +265,7 @@ class Exchange:
             self._close(job.owner, job.sources)
 
     def _close(self, peer: Peer, name: str) -> None:
-        """The connection has a context or a set open no more. (A caller may be back before its old one is missed.)"""
+        """The connection has a context or a set open no more."""
         del peer.contexts[name]
         self._open[name] -= 1
         if not self._open[name]:
@@ -326,11 +322,5 @@ class Exchange:
             for number, job in self._scheduler.jobs.items()
         ]
         return {"nodes": nodes, "jobs": jobs, "server": {
-            "version": connect.hello()["version"], "uptime": time.monotonic() - self._started, "memory": _memory()}}
-
-
-def _memory() -> int | None:
-    """Resident bytes of this process, where the system tells."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return None
+            "version": connect.hello()["version"], "uptime": time.monotonic() - self._started,
+            "memory": console.resident_bytes()}}

@@ -360,7 +360,7 @@ def test_an_initializer_goes_to_each_node_once_for_its_context(cluster):
         cluster.task(controller, job=job)
     jobs = of_kind(node.channel.take(), Kind.JOB)
     assert [job.letters()[1:] for job in jobs] == [
-        [FUNCTION, INITIALIZER, b""], [FUNCTION, b"", b""], [FUNCTION, b"", b""]]
+        [FUNCTION, INITIALIZER], [FUNCTION, b""], [FUNCTION, b""]]
     late = cluster.node(8)
     cluster.task(controller, job=3, first=1)
     for _ in range(9):
