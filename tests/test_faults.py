@@ -122,12 +122,11 @@ def test_a_worker_killed_in_a_task_costs_one_attempt(pair, oracle, chunksize):
 
 
 def test_a_worker_killed_although_its_child_lives(pair, oracle):
-    """End of file does not come then."""
+    """End of file does not come then. The child ends when the node has seen the death."""
     function = functools.partial(tasks.die_leaving_a_child, oracle.path, 5)
     assert flat(map(function, range(10), **pair.address)) == squares(10)
     (child,) = [pid for index, pid in oracle.runs() if index == -1]
-    assert alive(child)
-    os.kill(child, signal.SIGKILL)
+    wait_until(lambda: not alive(child), "the end of the child")
 
 
 def test_idle_workers_killed_are_replaced(pair):

@@ -14,12 +14,12 @@ import pytest
 from fuzz import targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_exchange import CONTEXT, OTHER_CONTEXT, Cluster, FakeChannel
+from test_exchange import CONTEXT, OTHER_CONTEXT, SET, Cluster, FakeChannel
 from wire import DECLARATION, GOOD, job, letter
 
 from achilles.errors import ProtocolError, ServerUnreachable
 from achilles.protocol import auth, connect, reader
-from achilles.protocol.frames import HEAD, RANGE, TELL, Batch, Gone, Kind, Status
+from achilles.protocol.frames import HEAD, MORE, RANGE, TELL, Batch, Gone, Kind, Status
 from achilles.protocol.kinds import DECLARATION as DECLARATION_FIELDS
 from achilles.protocol.kinds import DIRECTIONS, FLAGS, LETTERS, LINKS, RANGES
 from achilles.server.exchange import Peer
@@ -195,7 +195,8 @@ LETTERS_OF_CHUNKS = [b"", b"ab", b"x" * 1025]
 SAYS = {
     "CS": {Kind.JOB: 16, Kind.TASK: 60, Kind.CANCEL: 6, Kind.END: 6, Kind.STATUS: 4, Kind.KILL: 1, Kind.BYE: 1,
            Kind.PING: 1, Kind.ERROR: 1, Kind.HELLO: 1},
-    "NS": {Kind.RESULT: 40, Kind.RETURNED: 20, Kind.BYE: 2, Kind.PING: 1, Kind.ERROR: 1, Kind.HELLO: 1},
+    "NS": {Kind.RESULT: 40, Kind.RETURNED: 20, Kind.OUTPUT: 10, Kind.BYE: 2, Kind.PING: 1, Kind.ERROR: 1,
+           Kind.HELLO: 1},
 }
 
 
@@ -208,14 +209,19 @@ def body_of(kind, random, jobs, upto):
     attempt, taken = random.randrange(max(upto, 1) + 1), random.choice([0, 9, 9000, 90_000])
     if kind is Kind.JOB:
         has = random.random() < 0.3
-        declaration = {"context": random.choice([CONTEXT, OTHER_CONTEXT]), "initializer": has, "new": "x"}
-        return job(random.randrange(4 if odd else 10**6), declaration, random.choice(FUNCTIONS), b"i" if has else None)
+        sources = random.choice([None, None, SET, "0f" * 16])
+        declaration = {
+            "context": random.choice([CONTEXT, OTHER_CONTEXT]), "initializer": has, "new": "x", "sources": sources}
+        made = b"i" if has else b"", b"modules" if sources and not odd else b""
+        return job(random.randrange(4 if odd else 10**6), declaration, random.choice(FUNCTIONS), *made)
     if kind is Kind.TASK:  # an attempt is its own, but for odd ones
         return Batch.pack(number, random.randrange(9) if odd else upto, some, attempt=attempt if odd else upto,
                           number=taken, flags=random.choice([0, TELL]))
     if kind is Kind.RESULT:
         statuses = bytes(random.choices(list(Status), k=count))
         return Batch.pack(number, first, some, attempt=attempt, number=taken, statuses=statuses)
+    if kind is Kind.OUTPUT:
+        return Batch.pack(number, first, [b"a line"], attempt=attempt, number=taken, flags=random.choice([0, MORE]))
     if kind is Kind.RETURNED:
         return Batch(number, first, count, attempt, 0, random.choice([Gone.RETURNED, Gone.LEFT, Gone.WAITED]))
     if kind is Kind.CANCEL:
@@ -297,6 +303,10 @@ class Fuzzed(Cluster):
         assert jobs.keys() == scheduler.jobs.keys()
         assert sorted(jobs) == sorted(each.number for peer in self.peers for each in peer.jobs.values())
         assert self.exchange._nodes.keys() == scheduler.nodes.keys()
+        opened = Counter(name for peer in self.peers for name in peer.contexts)
+        assert opened == self.exchange._open and opened.keys() == self.exchange._contexts.keys()
+        for peer in self.peers:
+            assert {each.sources for each in peer.jobs.values()} - {None} == peer.contexts.keys() & {SET, "0f" * 16}
         for node in scheduler.nodes.values():
             for (number, attempt), held in node.held.items():
                 assert held.first < held.end

@@ -273,9 +273,8 @@ class Job:
         """Load the answer of one chunk: values, and errors by offset. Raises what the job as a whole failed with."""
         values, errors = outcomes.load_outcomes(self.context, joined(letter), status != Status.VALUES)
         for error in errors.values():
-            node = getattr(error, "node", None)
-            if isinstance(error, ModuleNotFoundError) and error.name and node is not None:
-                error.msg = f"{error} on node {node}: {reason(error.name)}"
+            if isinstance(error, ModuleNotFoundError) and error.name and getattr(error, "node", None) is not None:
+                error.msg = f"{error} on node {vars(error)['node']}: {reason(error.name)}"
         if status == Status.FAILED:
             raise errors[0]
         return values, errors

@@ -84,9 +84,10 @@ class Output:
         self._writing = threading.RLock()  # a handler that raises may leave it held, by the thread that needs it next
 
     def install(self) -> None:
-        """Put Taps in the place of `sys.stdout` and `sys.stderr`, for the life of this process."""
+        """Put Taps in the place of the streams of this process, for its life."""
         streams = [open(os.devnull, "w") if stream is None else stream for stream in (sys.stdout, sys.stderr)]
         sys.stdout, sys.stderr = self._taps = [Tap(self, stream) for stream in streams]
+        sys.__stdout__, sys.__stderr__ = self._taps  # type: ignore[misc, assignment]
 
     def begin(self, batch: Batch) -> None:
         """From now on lines are this batch's."""

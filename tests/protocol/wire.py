@@ -42,10 +42,10 @@ def batch(first, *letters, job=7, **fields):
     return Batch.pack(job, first, [letter(each) for each in letters], **fields)
 
 
-def job(number=7, declaration=DECLARATION, function=b"f", initializer=None):
+def job(number=7, declaration=DECLARATION, function=b"f", initializer=None, sources=None):
     """The body of a JOB."""
     first = declaration if isinstance(declaration, bytes) else json.dumps(declaration, separators=(",", ":")).encode()
-    made = batch(0, *[each for each in (first, function, initializer) if each is not None], job=number)
+    made = batch(0, *[each for each in (first, function, initializer, sources) if each is not None], job=number)
     made.declaration = json.loads(first) if frames.SHORT_LETTER_BYTES >= len(first) else {}
     return made
 
