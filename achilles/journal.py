@@ -35,7 +35,7 @@ it is whole: an input that waits for results of its own call needs chunksize=1.
 
 Limits: what was written and not synced is lost with the machine, though not with the process. Lines are never removed.
 The index of the file is in memory: some 200 bytes a line. Two calls are kept from one journal by flock, which some
-network file systems do not have.
+network file systems do not have. A module's file that changes between its import and the first journal is not noticed.
 
 Threads: the feeder reads, and the thread that takes writes, each by its own file object. `_lock` guards the end.
 """

@@ -12,9 +12,9 @@ compares these digests. Nothing is ever loaded from a canonical form.
     a set                      its items in the order of their digests
     all else                   as pickle takes it apart
 
-A function, class or module is the user's where it is not installed. The code says its instructions, constants and
-names. It says no line numbers and no paths, so that a moved script and a new comment change nothing. Equal texts are
-one text, whatever their identity is.
+A function, class or module is the user's where it is not installed, and is not of this package. The code says its
+instructions, constants and names. It says no line numbers and no paths, so that a moved script and a new comment change
+nothing. Equal texts are one text, whatever their identity is.
 
 Limits: a module that a function imports itself is not looked at, and neither are the versions of what is installed.
 In a function, a value that pickle cannot take apart counts by its type: a lock, an open file. As an argument, such a
