@@ -7,8 +7,8 @@
     imap_unordered  -> the same                                       as they arrive
 
 A RESULT has the results of one packet: `cpu_count * chunksize` arguments of the node that it was first
-given to, or one list, where `args` has lists. The options after `secret_key` are keyword-only; `map`'s
-docstring is the table of them for all three.
+given to, or one list, where `args` has lists; with a journal, those of one chunk. The options after
+`secret_key` are keyword-only; `map`'s docstring is the table of them for all three.
 
 Threads: results are loaded, and `callback_error` runs, in the thread that takes; the arguments are
 iterated in the job's feeder. Any number of calls may run at once, in any threads.
@@ -32,7 +32,7 @@ from .controller.job import Job, Taken
 from .objects import letters
 from .objects.outcomes import mark
 from .objects.sources import own_sources
-from .options import Output, checked, shower
+from .options import JournalPath, Output, Show, checked, keeping, shower, watching
 from .protocol.frames import letter_of
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def map(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
-    executor: Executor | None = None, output: Output = None,
+    executor: Executor | None = None, output: Output = None, progress: Show = None, journal: JournalPath = None,
 ) -> list[list[Any]]:
     """Call `func` with each argument, on all nodes; return the results as an ordered list of lists.
 
@@ -147,6 +147,10 @@ def map(
     :param output: True writes each line that `func` prints to this process's stderr, as "node 1: text". A function is
         called with the line, the index of the argument in `args` and the node's id, in this thread. Lines come before
         the result of their argument; see docs/guide.md.
+    :param progress: True draws a line on stderr: what is done, the workers, the rate, the time that is left. A function
+        is called with `done` and `total` after each delivery, in this thread; `total` is None where nobody knows it.
+    :param journal: path of a file that keeps the results. The same call with the same journal, in another process, is
+        given what is there and runs the rest; see journal.py. A packet is one chunk then.
     :param executor: any `concurrent.futures.Executor` to run on, in the place of a cluster; it stays open.
     :returns: a list for each packet, in the order of `args`; not flattened. [] for no arguments.
     :raises AchillesError: one of `errors.py`; `func`'s own exceptions come as themselves.
@@ -164,7 +168,7 @@ def imap(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
-    executor: Executor | None = None, output: Output = None,
+    executor: Executor | None = None, output: Output = None, progress: Show = None, journal: JournalPath = None,
 ) -> Packets:
     """As `map`, but yield `{'ARGS_COUNTER': index of the first argument, 'RESULT': [...]}` for each packet, in order.
 
@@ -179,7 +183,7 @@ def imap_unordered(
     host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
-    executor: Executor | None = None, output: Output = None,
+    executor: Executor | None = None, output: Output = None, progress: Show = None, journal: JournalPath = None,
 ) -> Packets:
     """As `imap`, but each packet as it arrives: the fastest way to consume results, and the least memory."""
     return _start(False, False, False, **locals())
@@ -226,10 +230,11 @@ def _start(
     callback: Callable[[Any], Any] | None,
     chunksize: int, host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
     callback_error: Callable[[Any], Any] | None, buffersize: int | None, wait_for_nodes: float | None,
-    reconnect_seconds: float, timeout: float | None, executor: Executor | None, output: Output,
+    reconnect_seconds: float, timeout: float | None, executor: Executor | None, output: Output, progress: Show,
+    journal: JournalPath,
 ) -> Packets:
     """Check, dump the function, connect, and begin."""
-    checked(func=func, callback=callback, callback_error=callback_error)
+    checked(func=func, callback=callback, callback_error=callback_error, progress=progress, journal=journal)
     chunksize, buffersize = checked(chunksize=chunksize, buffersize=buffersize)
     wait_for_nodes, reconnect_seconds, timeout = checked(
         wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
@@ -238,25 +243,27 @@ def _start(
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
     context = letters.Context(caller=True)
     function = letter_of(letters.dump_function(context, (func, callback)), letters.name_of(func))
-    controller = connect(
-        host, port, username, secret_key, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
-    try:
+    watchers, recall = keeping(journal, func, callback, min(chunksize, buffersize or chunksize))
+    with contextlib.ExitStack() as undo:  # where it fails
+        for watcher in watchers:
+            undo.callback(watcher.close)
+        controller = connect(
+            host, port, username, secret_key, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
+        undo.callback(controller.close)
         if (settings := controller.settings) is not None:
             tell(f"ALERT: Connection to achilles_server at {settings.host}:{settings.port} "
                  "and authentication successful.\n")
         sources = own_sources() if settings is not None else None
+        watchers += watching(progress, args, controller, lists=True)
         with controller.lock:
             options = {"timeout": timeout, "output": show and True}
-            job = Job(context, secrets.token_bytes(16), function, options=options, sources=sources)
-            controller.start(job)
+            job = controller.start(Job(context, secrets.token_bytes(16), function, options=options, sources=sources))
             call = Call(
                 controller, job, args, chunksize=chunksize, ordered=ordered, eager=eager, buffersize=buffersize,
-                show=show)
+                show=show, watchers=watchers, recall=recall)
         call.start(inline)
-        return Packets(controller, call, callback_error)
-    except BaseException:
-        controller.close()
-        raise
+        undo.pop_all()
+    return Packets(controller, call, callback_error)
 
 
 def connect(

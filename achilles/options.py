@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import numbers
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
+from .controller.call import Recall, Watcher
 from .controller.connection import tell
+from .controller.link import Link
 
-__all__ = ["Output", "Shower", "checked", "shower"]
+__all__ = ["JournalPath", "Output", "Show", "Shower", "checked", "keeping", "shower", "watching"]
 
 # Options of the calls: types, their name, the least value, the limits in words.
 _COUNT = numbers.Integral, "an int", 1, "at least 1"
+_SHOW = (bool, Callable), "True, a function or None", None, ""
 _SECONDS = numbers.Real, "a number of seconds", 0, "a finite number of seconds, more than 0"
 RULES: dict[str, tuple[Any, str, float | None, str]] = {
     "func": (Callable, "callable", None, ""), "callback": (Callable, "callable or None", None, ""),
     "callback_error": (Callable, "callable or None", None, ""), "chunksize": _COUNT, "buffersize": _COUNT,
-    "output": (Callable, "True, a function or None", None, ""),
+    "journal": ((str, os.PathLike), "a path", None, ""), "output": _SHOW, "progress": _SHOW,
     "wait_for_nodes": _SECONDS, "reconnect_seconds": _SECONDS,
     "timeout": (*_SECONDS[:2], 1e-9, _SECONDS[3]),  # the least that a JOB may say
 }
@@ -28,6 +32,8 @@ REQUIRED = ("func", "chunksize")
 
 Shower = Callable[[str, int | None, int], object]  # of a line of output: text, index of its argument, node
 Output = Shower | bool | None
+Show = Callable[[int, int | None], object] | bool | None  # of progress: done, total
+JournalPath = str | os.PathLike[str] | None
 
 
 def checked(**options: Any) -> list[Any]:
@@ -39,7 +45,7 @@ def checked(**options: Any) -> list[Any]:
     for name, value in options.items():
         types, kind, least, limits = RULES[name]
         if value is not None or name in REQUIRED:
-            if not isinstance(value, types) or isinstance(value, bool):
+            if not isinstance(value, types) or (isinstance(value, bool) and least is not None):
                 raise TypeError(f"{name} must be {kind}, not {type(value).__name__}")
             if least is not None and not least <= value < float("inf"):
                 raise ValueError(f"{name} must be {limits}, not {value}")
@@ -51,13 +57,36 @@ def checked(**options: Any) -> list[Any]:
 
 def shower(output: Output, on_executor: bool) -> Shower | None:
     """The function that shows a line of output, if anybody wants it. TypeError or ValueError unless that can be."""
-    if output is True:
-        output = _write_line
-    [show] = checked(output=None if output is False else output)
-    if show is not None and on_executor:
+    checked(output=output)
+    if output and on_executor:
         raise ValueError("output= is of workers of a node: on an executor, functions print where its workers print")
-    return show  # type: ignore[no-any-return]
+    return _write_line if output is True else output or None
 
 
 def _write_line(text: str, index: int | None, node: int) -> None:
     tell(f"node {node}: {text}")
+
+
+def keeping(journal: JournalPath, *call: Any) -> tuple[list[Watcher], Recall | None]:
+    """What keeps the results of a call, if anybody wants it, and what recalls them.
+
+    :param call: what a Journal gets behind its path.
+    """
+    if journal is None:
+        return [], None
+    from .journal import Journal
+
+    kept = Journal(journal, *call)
+    return [kept], kept.recall
+
+
+def watching(progress: Show, args: Any, link: Link, lists: bool = False) -> list[Watcher]:
+    """What shows the progress of a call, if anybody wants it: no other call pays for its import.
+
+    :param lists: whether a list of lists has its arguments in its lists.
+    """
+    if not progress:
+        return []
+    from .progress import Progress, length_of
+
+    return [Progress(progress, length_of(args, lists), link)]

@@ -20,10 +20,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from operator import length_hint
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import DumpError, LetterTooLarge
 from ..objects.letters import dump_chunks
@@ -34,7 +34,7 @@ from .link import Link
 from .results import NOBODY, Results
 from .run import Run
 
-__all__ = ["Call", "NotYet"]
+__all__ = ["Call", "NotYet", "Recall", "Watcher"]
 
 CHUNK_US = 1_000  # of work in a chunk of a call that finds its chunksize: far over the cost of a chunk
 UNKNOWN_LENGTH = 1 << 62  # arguments, of an input that may be endless
@@ -43,9 +43,21 @@ STEP_SECONDS = 0.0005  # of reading and dumping before the chunks go: little aga
 LOOK_SECONDS = 0.1  # how often a feeder without room, or without a node, looks whether the call is over
 JOIN_SECONDS = 0.5  # for a feeder that is inside the caller's iterator: nobody can interrupt it there
 
+Recall = Callable[[int, list[Any]], bytes | None]  # the letter of the results of arguments, from their index on
+
 
 class NotYet(TimeoutError):
     """Nothing to take came in time. A class of its own: a user's function may raise TimeoutError, too."""
+
+
+class Watcher(Protocol):
+    """Is told what the thread that takes has taken. What it raises, the call fails with."""
+
+    def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
+        """These were taken: see Taken."""
+
+    def close(self) -> None:
+        """The call is over. Any thread; perhaps more than once."""
 
 
 class Call:
@@ -62,6 +74,9 @@ class Call:
     :param largest: arguments of a chunk at most, where the call finds `chunksize` itself.
     :param show: is called with each line of output, by the thread that takes: text, index of its argument (None where
         the text counts lines that were left out), node.
+    :param watchers: are told what was taken, in their order.
+    :param recall: gives the results of arguments that need not run. Then each chunk is a packet, and goes when it is
+        whole. The thread that feeds calls it.
     :param ready: is called under the connection's lock when there may be something to take; must not block.
     """
 
@@ -69,12 +84,14 @@ class Call:
         self, link: Link, job: Job, args: Any, *, chunksize: int = 1, ordered: bool = True, flat: bool = False,
         eager: bool = False, buffersize: int | None = None, largest: int | None = None,
         ready: Callable[[], object] | None = None, show: Callable[[str, int | None, int], object] | None = None,
+        watchers: Sequence[Watcher] = (), recall: Recall | None = None,
     ) -> None:
         self.link, self.job, self._buffersize = link, job, buffersize
         self.results = job.sink = Results(
             link.lock, ordered, buffersize is not None and not flat, not flat, ready, job.next)
         self.ended = False  # all is fed
-        self._show = show or NOBODY.hear
+        self.results.single = recall is not None
+        self._show, self._watchers, self._recall = show or NOBODY.hear, watchers, recall
         self._args, self._flat, self._eager, self._largest = args, flat, eager, largest
         self._size = chunksize if flat else min(chunksize, buffersize or chunksize)  # arguments in a chunk
         self._sequence = isinstance(args, (list, tuple, range))
@@ -113,6 +130,8 @@ class Call:
         thread = self._thread
         if error is not None and thread and thread.is_alive() and thread is not threading.current_thread():
             thread.join(JOIN_SECONDS)
+        for watcher in self._watchers:
+            watcher.close()
 
     # The thread that takes.
 
@@ -139,7 +158,12 @@ class Call:
                 self._nudge()
                 if time.monotonic() >= deadline:
                     raise NotYet
-        return None if found is None else self.job.open(found)
+        if found is None:
+            return None
+        taken = self.job.open(found)
+        for watcher in self._watchers:
+            watcher.taken(*taken)
+        return taken
 
     def _nudge(self) -> None:
         """A thread looks for a result and finds none: send what the feeder has, if the feeder is held up."""
@@ -149,7 +173,7 @@ class Call:
             with self._cutting:
                 if self._pulling:  # still
                     self._pulling = now
-                    self._send_open(len(self._open))  # an argument that cannot be dumped ends the call
+                    self._close(more=self._recall is not None)  # an argument that cannot be dumped ends the call
         if held_up or self._full:
             with self.link.lock:
                 self.results.cut(self.job.next, stuck=not held_up)
@@ -243,11 +267,12 @@ class Call:
         self._send_open(len(self._open) - (len(self._open) % self._size if more else 0))
 
     def _send_open(self, count: int) -> None:
-        """Send the first of the arguments that are open."""
+        """Send the first of the arguments that are open; chunk by chunk where results may be recalled."""
         arguments = self._open[:count]
         del self._open[:count]  # behind them, the iterator may add others
-        if arguments:
-            self._send(arguments)
+        size = self._size if self._recall else max(count, 1)
+        for at in range(0, len(arguments), size):
+            self._send(arguments[at : at + size])
 
     def _send_list(self, argument: object) -> None:
         """A list of a list of lists: a packet of its own, in even chunks for the workers of the largest node."""
@@ -263,7 +288,10 @@ class Call:
         """Let chunks go: of args, or of the list at `place`, which is a packet. What cannot be sent whole, is cut."""
         run = Run(self.job.next, self._index if place is None else 0, size or self._size, [b""], len(arguments), place)
         try:
-            if arguments:
+            letter = self._recall(run.index(0), arguments) if self._recall and arguments else None
+            if letter is not None:
+                run.letters = run.answers = [letter]
+            elif arguments:
                 run.letters = self._dump(run, arguments)
         except (DumpError, LetterTooLarge) as e:
             half = len(arguments) // 2

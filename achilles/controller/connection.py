@@ -52,6 +52,7 @@ NOTICE_SECONDS = 5.0  # without a node, before the caller is told how to start o
 LEAST_SECONDS = 0.05  # between two looks whether there are nodes, with a short wait_for_nodes
 PAUSE_SECONDS = 3.0  # where nobody has looked for so long, nobody knows whether there was a node meanwhile
 BREACHES = 3  # of the protocol, after which to connect again is of no use
+LINE_COLUMNS = 79  # of a line on a terminal: it covers a line of progress, which is shorter
 
 log = logging.getLogger(__name__)
 
@@ -293,5 +294,6 @@ class Controller(Link):
 def tell(text: str) -> None:
     """Write a line to stderr, so that stdout stays the caller's."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(text + "\n")
+        columns = LINE_COLUMNS if getattr(sys.stderr, "isatty", bool)() else 0
+        sys.stderr.write(text.ljust(columns) + "\n")
         sys.stderr.flush()

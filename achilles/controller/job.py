@@ -97,10 +97,10 @@ class Job:
     # Sending.
 
     def enter(self, run: Run) -> None:
-        """Queue chunks, which are the next ones of this job. Where no argument can be sent, they are done."""
+        """Queue chunks, which are the next ones of this job. Those with an answer, or without a letter, are done."""
         self.next = run.end
         last = self.waiting[-1] if self.waiting else None
-        if len(run.lost) == run.arguments:
+        if run.answers or len(run.lost) == run.arguments:
             self.sink.put(run)
         elif (last and last.end == run.first and last.size == run.size and last.place == run.place and not last.counts
                 and last.arguments == last.size * len(last.letters) and len(last.letters) < RUN_CHUNKS):

@@ -93,6 +93,7 @@ class Results(Sink):
         self._limit = 0  # of the window, the largest that the feeder has asked for
         self.given = first if packets else ENDLESS
         self._ordered, self._packets = ordered, packets
+        self.single = False  # each chunk that is entered is a packet
         self._done: dict[int, list[Run]] = {}  # deliveries, by their first chunk
         self._units: list[Unit] = []  # that are not complete, in order
         self.lines: deque[Line] = deque()  # printed by workers, and not shown yet
@@ -106,9 +107,9 @@ class Results(Sink):
     # The feeder.
 
     def enter(self, run: Run) -> None:
-        """These chunks are out. Those of a list are a unit of their own."""
+        """These chunks are out. Those of a list are a unit of their own, and so is a single chunk."""
         self._count(run, 1)
-        if run.place is not None:
+        if run.place is not None or self.single:
             self.given = ENDLESS
             self._units.append(Unit(run.first, run.end))
 

@@ -28,7 +28,7 @@ from ..controller.job import Job
 from ..errors import DumpError, LetterTooLarge
 from ..objects.letters import Context, dump_chunk, dump_function, joined, name_of
 from ..objects.sources import own_sources
-from ..options import Output, checked, shower
+from ..options import Output, Show, checked, shower, watching
 from ..protocol.frames import Letter, letter_of
 from .dispatcher import Dispatcher, Singles, Taker
 
@@ -157,17 +157,18 @@ class BasePool:
 
     def _start(
         self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None, buffersize: int | None = None,
-        timeout: float | None = None, seed: int | None = None, output: Output = None, *, call: str = "one",
-        ordered: bool = True, inline: bool = False,
+        timeout: float | None = None, seed: int | None = None, output: Output = None, progress: Show = None, *,
+        call: str = "one", ordered: bool = True, inline: bool = False, iterable: Any = None,
     ) -> None:
         """Begin a mapping call; `taker` takes its results. `inline`: take all of them now.
 
-        :param args: an iterable, or a function that returns one.
+        :param args: an iterable, or a function that returns one.  :param iterable: what that function will return.
         """
-        buffersize, timeout = checked(buffersize=buffersize, timeout=timeout)
+        buffersize, timeout, _ = checked(buffersize=buffersize, timeout=timeout, progress=progress)
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         link = self._controller
+        watchers = watching(progress, iterable if callable(args) else args, link)
         show = shower(output, link.settings is None and not link.in_place)
         options: dict[str, Any] = {"call": call, "timeout": timeout, "output": show and True}
         if seed is not None:
@@ -187,7 +188,7 @@ class BasePool:
                 wanted = CHUNKS_A_WORKER * self._processes
                 largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
             taker.call = Call(self._controller, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered,
-                              flat=True, buffersize=buffersize, largest=largest, show=show)
+                              flat=True, buffersize=buffersize, largest=largest, show=show, watchers=watchers)
             self._dispatcher.open[taker] = self
         try:
             taker.call.start(inline)

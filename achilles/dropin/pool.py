@@ -25,7 +25,7 @@ from typing import Any
 
 from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS
-from ..options import Output
+from ..options import Output, Show
 from .async_results import AsyncResult, Callback, MapResult, PoolIterator
 from .base_pool import RUN, SEQUENCES, BasePool
 
@@ -48,9 +48,10 @@ class Pool(BasePool):
     :raises AchillesError: the cluster cannot be found, or does not let us in.
 
     Connects; blocks until the server has answered. `chunksize=None` finds a good one by itself, and each
-    mapping method takes four more by keyword. `buffersize` is how many chunks may be out and not taken.
-    `timeout` is the seconds of one call. `output` is as of `achilles.map`. With `seed`, an int, `random` is seeded
-    before each call from it and the argument's index, and so is numpy's global generator where numpy is loaded.
+    mapping method takes five more by keyword. `buffersize` is how many chunks may be out and not taken.
+    `timeout` is the seconds of one call. `output` and `progress` are as of `achilles.map`. With `seed`, an int,
+    `random` is seeded before each call from it and the argument's index, and so is numpy's global generator where
+    numpy is loaded.
     """
 
     def __init__(
@@ -87,61 +88,67 @@ class Pool(BasePool):
     def map(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None, *,
         buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, output: Output = None,
+        progress: Show = None,
     ) -> Any:
         """The results of `func(x)` for each x, in their order. Blocks until all is done, then raises the first error.
 
-        :param buffersize, timeout, seed, output: see the class.
+        :param buffersize, timeout, seed, output, progress: see the class.
         """
-        return self._list("one", True, func, iterable, chunksize, buffersize, timeout, seed, output).get()
+        return self._list("one", True, func, iterable, chunksize, buffersize, timeout, seed, output, progress).get()
 
     def starmap(
         self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None, *,
         buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, output: Output = None,
+        progress: Show = None,
     ) -> Any:
         """As `map`, of `func(*x)`."""
-        return self._list("star", True, func, iterable, chunksize, buffersize, timeout, seed, output).get()
+        return self._list("star", True, func, iterable, chunksize, buffersize, timeout, seed, output, progress).get()
 
     def map_async(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None,
         callback: Callback | None = None, error_callback: Callback | None = None, *,
         buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, output: Output = None,
+        progress: Show = None,
     ) -> AsyncResult:
         """As `map`, at once; the callbacks get the whole list, or the first error."""
-        return self._list(
-            "one", False, func, iterable, chunksize, buffersize, timeout, seed, output, callback, error_callback)
+        return self._list("one", False, func, iterable, chunksize, buffersize, timeout, seed, output, progress,
+                          callback, error_callback)
 
     def starmap_async(
         self, func: Callable[..., Any], iterable: Iterable[Iterable[Any]], chunksize: int | None = None,
         callback: Callback | None = None, error_callback: Callback | None = None, *,
         buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, output: Output = None,
+        progress: Show = None,
     ) -> AsyncResult:
         """As `starmap`, at once."""
-        return self._list(
-            "star", False, func, iterable, chunksize, buffersize, timeout, seed, output, callback, error_callback)
+        return self._list("star", False, func, iterable, chunksize, buffersize, timeout, seed, output, progress,
+                          callback, error_callback)
 
     # One result after the other.
 
     def imap(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1,
         buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None, output: Output = None,
+        progress: Show = None,
     ) -> PoolIterator:
         """An iterator over the results of `func(x)`, in their order. `iterable` is read ahead, and may be endless."""
-        return self._iterate(True, func, iterable, chunksize, buffersize, timeout, seed, output)
+        return self._iterate(True, func, iterable, chunksize, buffersize, timeout, seed, output, progress)
 
     def imap_unordered(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1,
         buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None, output: Output = None,
+        progress: Show = None,
     ) -> PoolIterator:
         """As `imap`, in the order in which they come."""
-        return self._iterate(False, func, iterable, chunksize, buffersize, timeout, seed, output)
+        return self._iterate(False, func, iterable, chunksize, buffersize, timeout, seed, output, progress)
 
     def _list(
         self, call: str, inline: bool, func: Any, iterable: Any, chunksize: int | None, buffersize: int | None,
-        timeout: float | None, seed: int | None, output: Output, *callbacks: Callback | None,
+        timeout: float | None, seed: int | None, output: Output, progress: Show, *callbacks: Callback | None,
     ) -> MapResult:
         inline = inline or self._controller.in_place
         result = MapResult(self._begin(not inline), *callbacks)
-        self._start(result, func, _copied(iterable), chunksize, buffersize, timeout, seed, output, call=call,
+        self._start(result, func, _copied(iterable), chunksize, buffersize, timeout, seed, output, progress, call=call,
                     ordered=False, inline=inline)
         result.drain()
         return result
@@ -149,7 +156,7 @@ class Pool(BasePool):
     def _iterate(self, ordered: bool, func: Any, iterable: Any, *more: Any) -> PoolIterator:
         results = PoolIterator(self._begin())
         args = _copied(iterable) if type(iterable) in SEQUENCES else lambda: iterable
-        self._start(results._stream, func, args, *more, ordered=ordered)
+        self._start(results._stream, func, args, *more, ordered=ordered, iterable=iterable)
         return results
 
     def __enter__(self) -> Pool:

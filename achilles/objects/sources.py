@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from ..errors import DumpError
 from .names import MAINS, REMEMBERED, importable
 
-__all__ = ["Sources", "install", "own_sources", "reason"]
+__all__ = ["Sources", "install", "own_files", "own_sources", "reason", "root", "stamp_of"]
 
 MAX_BYTES = 8 << 20  # of all sources: a set that is larger has data in it, or a whole library
 LOOK_SECONDS = 0.1  # how often single calls look at the files
@@ -173,10 +173,10 @@ def _read(path: str) -> bytes:
 
 def _stamps(files: dict[str, str]) -> tuple[tuple[str, str, Any], ...]:
     """The stamps of these modules."""
-    return tuple((name, path, (file_of(sys.modules.get(name)), _stamp(path))) for name, path in files.items())
+    return tuple((name, path, (file_of(sys.modules.get(name)), stamp_of(path))) for name, path in files.items())
 
 
-def _stamp(path: str) -> tuple[int, ...]:
+def stamp_of(path: str) -> tuple[int, ...]:
     """What changes when a file does."""
     try:
         found = os.stat(path)

@@ -123,7 +123,7 @@ def test_single_calls_do_not_look_at_the_files_each_time(folder, monkeypatch):
     importlib.import_module("one")
     own_sources()
     looks = []
-    monkeypatch.setattr(module, "_stamp", lambda path: looks.append(path) or ())
+    monkeypatch.setattr(module, "stamp_of", lambda path: looks.append(path) or ())
     monkeypatch.setattr(module, "LOOK_SECONDS", 60.0)
     own_sources()
     for _ in range(1000):

@@ -1,0 +1,223 @@
+"""A journal: a file that keeps the results of a call, so that the caller's own death costs what was under way alone.
+
+Knows arguments, results and a file. Knows no connection: `controller/call.py` asks for what is there, and says what was
+taken. No call pays for this module that does not ask for it.
+
+::
+
+    first line       {"achilles journal": 1, "the code of work": digest, "the global table": digest, …}
+    each other one   index digest base64(SHA-256 of all else in the line, then the results)
+
+    feeder ─ recall(index, arguments) ─▶ the results, if this index has a line with the digest of these arguments
+    the thread that takes ─ taken(index, results) ─▶ one more line, and only then the user has the results
+
+What a journal promises:
+
+1. A chunk, or a list of a list of lists, that was delivered is in the file. Started again with the same file, it is
+   delivered from there and not run. What was under way is run again.
+2. The digest of a chunk is that of its arguments, in the canonical form of objects/canonical.py. A chunk that has other
+   arguments, or stands at another index, runs. An argument that has no such form runs each time.
+3. The first line says the function, the callback and the size of chunks. Another one of them is a ValueError that names
+   the file and what differs. The cluster, `timeout`, `buffersize` and the order of results may be others each time.
+4. A chunk in which an argument failed is not kept, and runs again. So does a chunk with a result that C pickle cannot
+   dump: a RuntimeWarning says so once.
+5. A line is written whole, with a checksum. A torn or altered line loses its own results, which run again: a line ends
+   at a newline whatever is in it. A full disk is an OSError that names the file, and ends the call.
+6. The file is its owner's alone (0600). Results are loaded from it by pickle, so its writers can run code here. A file
+   that others may write to is a ValueError. So is a file that is no journal, or is in use.
+7. A module beside the script (objects/sources.py) counts by the parts of it that the function names, as this process
+   has imported them. So a comment in it, or a change elsewhere in it, is no other function. But nodes run the file. A
+   file that has changed since the first journal of this process is a ValueError: the digests would be of other code.
+   Its remedy is a new process, which loses nothing.
+
+A packet is one chunk, or one list, in each run: so the packets of a run are those of the run before. A chunk goes when
+it is whole: an input that waits for results of its own call needs chunksize=1.
+
+Limits: what was written and not synced is lost with the machine, though not with the process. Lines are never removed.
+The index of the file is in memory: some 200 bytes a line. Two calls are kept from one journal by flock, which some
+network file systems do not have. A module's file that changes between its import and the first journal is not noticed.
+
+Threads: the feeder reads, and the thread that takes writes, each by its own file object. `_lock` guards the end.
+"""
+
+from __future__ import annotations
+
+import binascii
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shlex
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from .objects.canonical import digest_of, digests_of, dump_values
+from .objects.sources import own_files, root, stamp_of
+
+__all__ = ["Journal"]
+
+NAME, VERSION = "achilles journal", 1
+CHECKSUM_BYTES = 32  # SHA-256
+HEADER_BYTES = 1 << 20  # far more than a first line has: another file may be one line
+THINGS_KEPT = 256  # classes and functions in arguments that have a digest
+
+_seen: dict[str, tuple[Any, Any]] = {}  # modules beside the script, by name: the spec of the last import, and the stamp
+
+
+class Journal:
+    """One open journal.
+
+    :param path: of a file, which is made if it is not there.
+    :param chunksize: arguments in a chunk.
+    :raises ValueError: the file is of another call, or is no journal, or is in use, or others can write to it.
+    :raises OSError: it cannot be opened.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], func: Callable[..., Any], callback: Callable[..., Any] | None,
+        chunksize: int,
+    ) -> None:
+        self.path = os.fspath(path)
+        self._digest = functools.partial(digest_of, of_thing=functools.lru_cache(THINGS_KEPT)(digest_of))
+        self._at: dict[bytes, int] = {}  # where lines begin, by their index and digest
+        self._out: dict[int, bytes] = {}  # the same of chunks that run, by their index
+        self._warned = False
+        self._lock = threading.Lock()
+        check_modules(self.path)
+        of_callback = {} if callback is None else digests_of(callback)
+        facts = {NAME: VERSION, **digests_of(func), "callback": of_callback, "chunksize": chunksize}
+        self._files = contextlib.ExitStack()
+        try:
+            opener = functools.partial(os.open, mode=0o600)
+            self._writer = self._files.enter_context(open(self.path, "ab", buffering=0, opener=opener))
+            self._reader = self._files.enter_context(open(self.path, "rb"))
+            self._check_file()
+            self._read(facts)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """As Watcher says."""
+        with self._lock:
+            self._files.close()
+
+    # The feeder.
+
+    def recall(self, index: int, arguments: list[Any]) -> bytes | None:
+        """The letter of the results of these arguments; None where they have to run."""
+        self._out.pop(index, None)
+        try:
+            key = b"%d %s" % (index, self._digest(arguments).encode())
+        except Exception:  # pickle cannot take an argument apart; perhaps it cannot be sent either
+            return None
+        letter = self._letter(key)
+        if letter is None:
+            self._out[index] = key
+        return letter
+
+    def _letter(self, key: bytes) -> bytes | None:
+        """The results of a line; None where there is no such line, or it is not whole."""
+        if key not in self._at:
+            return None
+        self._reader.seek(self._at[key])
+        try:
+            packed = binascii.a2b_base64(self._reader.readline()[len(key) + 1 :])
+        except binascii.Error:
+            return None
+        letter = packed[CHECKSUM_BYTES:]
+        return letter if packed[:CHECKSUM_BYTES] == checksum_of(key, letter) else None
+
+    # The thread that takes.
+
+    def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
+        """As Watcher says: keep the results of a chunk that has run."""
+        key = self._out.pop(start, None)
+        if key is None or errors:
+            return
+        letter = dump_values(values)
+        if letter is not None:
+            self._write(key + b" " + binascii.b2a_base64(checksum_of(key, letter) + letter))
+        elif not self._warned:
+            self._warned = True
+            text = f"results from argument {start} on cannot be pickled: they are not kept in the journal {self.path}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _write(self, line: bytes) -> None:
+        left = memoryview(line)
+        try:
+            with self._lock:
+                while left:
+                    left = left[self._writer.write(left) :]
+        except OSError as error:
+            error.filename = self.path
+            raise
+
+    # The beginning.
+
+    def _check_file(self) -> None:
+        """The file that is read is ours alone, and nobody else has a lock on it."""
+        if os.name != "posix":
+            return
+        import fcntl
+
+        state = os.fstat(self._reader.fileno())
+        if state.st_mode & 0o022 or state.st_uid != os.geteuid():
+            raise ValueError(f"others can write to the journal {self.path}, which this process would load: make it "
+                             f"yours alone, with chmod 600 {shlex.quote(self.path)}, if it is what you have written")
+        try:
+            fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"the journal {self.path} is in use by another call") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def _read(self, facts: dict[str, Any]) -> None:
+        """Find the lines, and compare the first one."""
+        header = json.dumps(facts).encode() + b"\n"
+        line = self._reader.readline(HEADER_BYTES)
+        if line != header and header.startswith(line):  # empty, or torn when it was made
+            self._writer.truncate(0)
+            self._write(header)
+            return
+        if line != header:
+            raise ValueError(self._difference(line, facts))
+        at = len(header)
+        for line in self._reader:
+            self._at[line.rpartition(b" ")[0]] = at
+            at += len(line)
+        if not line.endswith(b"\n"):  # torn
+            self._write(b"\n")
+
+    def _difference(self, line: bytes, facts: dict[str, Any]) -> str:
+        """Why a first line is none of this call."""
+        try:
+            found = json.loads(line)
+            was_ours = found.get(NAME) == VERSION
+        except (ValueError, AttributeError):
+            was_ours = False
+        if not was_ours:
+            return f"{self.path} is no journal of this version of achilles: give another path"
+        names = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
+        return (f"the journal {self.path} is of another call: {', '.join(names)} differ. Give another path, or remove "
+                "the file to run everything again")
+
+
+def check_modules(path: str) -> None:
+    """Nodes run what this process has imported: no module beside the script has changed since the first journal."""
+    for name, file in own_files(root()).items():
+        spec, stamp = getattr(sys.modules.get(name), "__spec__", None), stamp_of(file)
+        if _seen.setdefault(name, (spec, stamp))[0] is not spec:  # imported again
+            _seen[name] = spec, stamp
+        if _seen[name][1] != stamp:
+            raise ValueError(f"{file} has changed since this process imported it, so that the journal {path} would "
+                             "hold results of other code: start the script again, or reload the module")
+
+
+def checksum_of(key: bytes, letter: bytes) -> bytes:
+    """The checksum of a line."""
+    return hashlib.sha256(key + b" " + letter).digest()
