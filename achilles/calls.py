@@ -146,7 +146,7 @@ def map(
         is a TaskTimeout at its index.
     :param output: True writes each line that `func` prints to this process's stderr, as "node 1: text". A function is
         called with the line, the index of the argument in `args` and the node's id, in this thread. Lines come before
-        the result of their argument; see docs/guide.md.
+        the result of their argument; see docs/running.md.
     :param executor: any `concurrent.futures.Executor` to run on, in the place of a cluster; it stays open.
     :returns: a list for each packet, in the order of `args`; not flattened. [] for no arguments.
     :raises AchillesError: one of `errors.py`; `func`'s own exceptions come as themselves.
