@@ -90,7 +90,7 @@ RUN = [each for each in SHOWN if "kill_cluster" not in each[1]]
 
 
 def test_all_examples_are_found():
-    assert len(RUN) == 16 and len(SHOWN) == 17
+    assert len(RUN) == 17 and len(SHOWN) == 18
     printed = [language for page in PAGES for language, _ in blocks(page) if language.startswith("out")]
     assert len(printed) == len(SHOWN) + 2, "and what the server and the node print"
 
