@@ -146,7 +146,7 @@ def map(
         is a TaskTimeout at its index.
     :param output: True writes each line that `func` prints to this process's stderr, as "node 1: text". A function is
         called with the line, the index of the argument in `args` and the node's id, in this thread. Lines come before
-        the result of their argument; see docs/guide.md.
+        the result of their argument; see docs/running.md.
     :param progress: True draws a line on stderr: what is done, the workers, the rate, the time that is left. A function
         is called with `done` and `total` after each delivery, in this thread; `total` is None where nobody knows it.
     :param journal: path of a file that keeps the results. The same call with the same journal, in another process, is

@@ -20,6 +20,7 @@ from pages import PAGES, ROOT, block, blocks, examples, section
 from ports import free_port
 
 import achilles
+from achilles import console
 
 SCRIPT_SECONDS = 30  # below the test's own limit, so that what hangs is shown
 SHELL_SECONDS = 90  # the same, for scripts that start a cluster, and wait for a server that was killed
@@ -89,7 +90,7 @@ RUN = [each for each in SHOWN if "kill_cluster" not in each[1]]
 
 
 def test_all_examples_are_found():
-    assert len(RUN) == 14 and len(SHOWN) == 15
+    assert len(RUN) == 17 and len(SHOWN) == 18
     printed = [language for page in PAGES for language, _ in blocks(page) if language.startswith("out")]
     assert len(printed) == len(SHOWN) + 2, "and what the server and the node print"
 
@@ -120,7 +121,7 @@ def test_the_status_has_the_fields_of_its_table(cluster):
     found = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1]))
              for row in re.findall(r"^\| (`\w+`) \| (.*) \|$", section("docs/cluster.md", "cluster_status"), re.M)}
     node, = status["nodes"]
-    assert found == {"nodes": node.keys(), "jobs": {"id", "user", "queued", "running", "done"},
+    assert found == {"nodes": node.keys(), "jobs": {*console.TABLES["jobs"]},
                      "server": status["server"].keys()}
 
 

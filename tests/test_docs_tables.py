@@ -41,7 +41,7 @@ def test_the_arguments_of_a_pool_are_its_signature():
     more = {row[0].strip("`") for row in table("docs/dropin.md", "Pool", "argument")}
     assert {"processes", "maxtasksperchild", "context"} <= more
     for method in (achilles.Pool.map, achilles.Pool.imap, achilles.Pool.imap_unordered):
-        assert {"buffersize", "timeout", "seed"} <= inspect.signature(method).parameters.keys()
+        assert {"buffersize", "timeout", "seed", "output", "progress"} <= inspect.signature(method).parameters.keys()
 
 
 def test_the_table_of_settings_is_what_is_looked_up():

@@ -265,15 +265,19 @@ def test_an_altered_letter_is_seen_before_it_is_loaded(node: Node) -> None:
     assert seen == []
 
 
-@pytest.mark.parametrize("which", ["function", "initializer"])
+@pytest.mark.parametrize("which", ["function", "initializer", "sources"])
 def test_an_altered_function_is_not_loaded(node: Node, which: str) -> None:
     bad = node.letter((Loaded(), "x" * 2000))
     assert isinstance(bad, LongLetter)
     seen.clear()  # it was dumped
     bad.digest = bytes(32)
-    function = bad if which == "function" else node.letter((double, None))
-    declaration = {"context": CONTEXT, "initializer": which == "initializer"}
-    node.say(Kind.JOB, Batch.pack(1, 0, [json.dumps(declaration).encode(), function, bad][: 2 + (function is not bad)]))
+    declaration: dict[str, Any] = {"context": CONTEXT, "initializer": which == "initializer"}
+    if which == "sources":
+        declaration["sources"] = "5" * 32
+    place = ("function", "initializer", "sources").index(which) + 1
+    letters = [json.dumps(declaration).encode(), node.letter((double, None)), b"", b""]
+    letters[place] = bad
+    node.say(Kind.JOB, Batch.pack(1, 0, letters[: place + 1]))
     assert node.run([1], [2]) == [(Status.ALTERED, b"")] * 2
     assert seen == []
 
