@@ -45,7 +45,7 @@ PARTS = ("**In tiny.py**", "**What breaks.**", "**Here**", "**Shown by**", "**Ex
 NO_CHAPTERS = ("Contents", "How to read this page")
 WEAKNESSES = re.findall(r"^- ([\w ]+): ", tiny.__doc__, re.MULTILINE)
 ALLOWED = 0.1  # by which a figure of the page may be off, before the table is made anew
-MOMENT_SECONDS = 1.5
+MOMENT_SECONDS = 2.0  # twice what is limited to a second
 pytestmark = [
     pytest.mark.usefixtures("no_leftovers"),
     pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at processes in /proc"),
@@ -421,12 +421,12 @@ def test_exercise_9_a_time_limit_needs_heartbeats(start, monkeypatch):
     node = cluster.start_node()
     node.wait()
     monkeypatch.setattr(channel, "HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr(channel, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(channel, "SILENCE_SECONDS", 1.0)
     ends = [channel.Channel(sock, link) for sock, link in zip(socket.socketpair(), ("SN", "NS"))]
     try:
         for end in ends:
             end.socket.setblocking(False)
-        talk(ends, MOMENT_SECONDS)  # three times the limit
+        talk(ends, MOMENT_SECONDS)
         with pytest.raises(ServerUnreachable, match="no byte came"):
             talk(ends[:1], MOMENT_SECONDS)
     finally:
@@ -530,8 +530,8 @@ def test_exercise_12_with_writers_a_caller_that_does_not_read_stops_nobody(start
     assert next(unread) == bytes(1 << 20)
     threading.Event().wait(STUCK_SECONDS)
     assert list(cluster.imap(tasks.square, range(3))) == squares(3)
-    resident = int(Path(f"/proc/{cluster.server.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    assert resident > 40 << 20
+    statm = Path(f"/proc/{cluster.server.pid}/statm")
+    wait_until(lambda: int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 40 << 20, "a large server")
     assert sum(1 for _ in unread) == 63
 
 
@@ -593,20 +593,24 @@ def test_exercise_16_what_waits_is_dropped_and_what_a_worker_has_runs(start, ora
     assert len(oracle.runs()) <= runs + tiny.WORKERS < 50
 
 
-def test_exercise_17_behind_dill_two_functions_have_two_lists_and_in_a_context_one(start):
-    cluster = start(("import pickle\n", "import dill as pickle\n"))
-    assert list(cluster.imap(lambda number: number + 1, [1, 2])) == [2, 3]
+def test_exercise_17_in_a_context_two_functions_have_one_list_and_behind_dill_two(start):
     script = {"__name__": "a_script"}
     exec("shared = []\ndef add(): shared.append(1)\ndef count(): return len(shared)", script)
     functions = script["add"], script["count"]
-    dill = load(cluster.file).pickle
-    add, count = (dill.loads(dill.dumps(function)) for function in functions)
-    add()
-    assert count() == 0
     here, there = letters.Context(caller=True), letters.Context(caller=False)
     add, count = (there.load(letters.dump_function(here, (function, None)))[0] for function in functions)
     add()
     assert count() == 1 and script["shared"] == []
+    cluster = start(("import pickle\n", "import dill as pickle\n"))
+    dill = load(cluster.file).pickle
+    try:
+        add, count = (dill.loads(dill.dumps(function)) for function in functions)
+    except AttributeError as error:
+        assert "co_lnotab" in str(error)
+        pytest.skip("this dill cannot dump the code objects of this Python")
+    add()
+    assert count() == 0
+    assert list(cluster.imap(lambda number: number + 1, [1, 2])) == [2, 3]
 
 
 RAISED = [("return pickle.dumps((False, repr(error)))", "return pickle.dumps((False, error))"),
@@ -635,7 +639,7 @@ def test_exercise_18_an_exception_that_cannot_be_rebuilt_breaks_tiny_and_not_our
 
 def test_exercise_19_a_limit_for_each_recv_is_none_for_the_handshake(start):
     """tiny.py waits for all 104 bytes: 21 seconds at this rate. A deadline ends both."""
-    cluster = start(("    greeting = struct.pack(\">4sH2x32s\"", "    sock.settimeout(0.5)\n"
+    cluster = start(("    greeting = struct.pack(\">4sH2x32s\"", "    sock.settimeout(1)\n"
                      "    greeting = struct.pack(\">4sH2x32s\""), node=False)
     with socket.create_connection(cluster.address, SECONDS) as stranger:
         drip(stranger, MOMENT_SECONDS)
@@ -649,7 +653,7 @@ def test_exercise_19_a_limit_for_each_recv_is_none_for_the_handshake(start):
         dripping.start()
         began = time.monotonic()
         with pytest.raises(TimeoutError):
-            connect.receive_exactly(other, auth.AUTH_BYTES, began + 0.5)
+            connect.receive_exactly(other, auth.AUTH_BYTES, began + 1)
         assert time.monotonic() - began < MOMENT_SECONDS
         dripping.join(SECONDS)
 
