@@ -32,6 +32,12 @@ class Reading(NamedTuple):
         return self.statements / statements_a_minute + self.words / WORDS_A_MINUTE
 
 
+def in_words(minutes: float) -> str:
+    """A time to the nearest five minutes."""
+    hours, rest = divmod(5 * round(minutes / 5), 60)
+    return f"{hours} h {rest} min" if hours and rest else f"{hours} h" if hours else f"{rest} min"
+
+
 def reading_of(paths: list[Path]) -> Reading:
     """What these modules and pages have together."""
     statements = words = 0
@@ -78,7 +84,7 @@ def main() -> int:
     from pages import section
 
     for name, found in rows(section("docs/tour.md", "Reading the code")):
-        print(f"| {name} | {found.statements:,} | {found.words:,} | {found.minutes() / 60:.1f} h |")
+        print(f"| {name} | {found.statements:,} | {found.words:,} | {in_words(found.minutes())} |")
     return 0
 
 

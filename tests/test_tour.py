@@ -44,6 +44,7 @@ NAMED = re.compile(r"`([\w/.-]+\.py): ([\w.]+)`")
 PARTS = ("**In tiny.py**", "**What breaks.**", "**Here**", "**Shown by**", "**Exercise ")
 NO_CHAPTERS = ("Contents", "How to read this page")
 WEAKNESSES = re.findall(r"^- ([\w ]+): ", tiny.__doc__, re.MULTILINE)
+NUMBERS = "none one two three four five six seven eight nine ten eleven twelve".split()
 ALLOWED = 0.1  # by which a figure of the page may be off, before the table is made anew
 MOMENT_SECONDS = 2.0  # twice what is limited to a second
 pytestmark = [
@@ -139,16 +140,21 @@ def test_the_times_of_reading_are_counted():
     shown = {row[0]: row[1:] for row in table(TOUR, "Reading the code", "step")}
     counted = dict(reading.rows(text))
     assert [*shown] == [*counted]
-    for name, (statements, words, hours) in shown.items():
+    for name, (statements, words, minutes) in shown.items():
         found = counted[name]
         said = reading.Reading(*(int(each.replace(",", "")) for each in (statements, words)))
-        assert hours == f"{said.minutes() / 60:.1f} h"
+        assert minutes == reading.in_words(said.minutes())
         for one, other in zip(said, found):
             assert abs(one - other) <= ALLOWED * other + 5, f"{name}: {one}, not {other}; run python tests/reading.py"
-    assert 1.7 < counted["the ring"].minutes() / 60 < 2.5, "read in two hours"
-    assert 3.0 < counted["the ring"].minutes(reading.CHECKED_A_MINUTE) / 60 < 4.0, "and audited in three and a half"
-    assert 9 < counted["the core"].minutes() / 60 < 11.5, "ten hours"
-    assert "It takes ten hours" in text
+    said = {
+        r"It is read in ([a-z ]+) hours": counted["the ring"].minutes(),
+        r"it is audited in ([a-z ]+): a morning": counted["the ring"].minutes(reading.CHECKED_A_MINUTE),
+        r"It takes ([a-z ]+) hours: a long day": counted["the core"].minutes(),
+    }
+    for pattern, minutes in said.items():
+        word, half, _ = re.search(pattern, text)[1].partition(" and a half")
+        hours = NUMBERS.index(word) + bool(half) / 2
+        assert abs(hours - minutes / 60) < 0.1 * hours + 0.2, f"{pattern}: {minutes / 60:.1f}"
 
 
 def test_statements_are_counted_as_the_budgets_count_them():
