@@ -16,7 +16,7 @@ from test_imports import needed_at_import
 README_LINES, PAGE_LINES, SHORT_LINES = 200, 300, 60
 WORDS_ALIKE = 9  # in a row, on two pages: a sentence that is said twice
 WANTED = {"README.md", *(f"docs/{name}.md" for name in (
-    "guide", "ssh", "cluster", "running", "dropin", "promises", "security", "speed", "tour"))}
+    "guide", "ssh", "cluster", "running", "dropin", "promises", "security", "speed", "tour", "first_version"))}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
