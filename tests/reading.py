@@ -73,7 +73,7 @@ def rows(section: str) -> list[tuple[str, Reading]]:
 
     ring = within("PROTOCOL.md", "errors.py", "protocol/", "server/listen.py")
     core = reading_of([path for path in everything if not path.relative_to(package).as_posix().startswith(
-        ("dropin/", "local", "lineReceiver/", "launch/"))])
+        ("dropin/", "local", "lineReceiver/", "launch/", "journal", "progress", "objects/canonical"))])
     named = [(str(number), reading_of(step)) for number, step in enumerate(found, 1)]
     return [*named, ("the ring", ring), ("the core", core), ("all", reading_of(everything))]
 

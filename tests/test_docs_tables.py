@@ -21,7 +21,7 @@ from achilles.server import listen
 
 COMMANDS = {"server": "achilles.server.__main__", "node": "achilles.node.__main__", "local": "achilles.local"}
 OF_OTHERS = {"--ntasks-per-node", "--cpus-per-task", "--time", "--cpus", "--cpuset-cpus", "--cpu-shares", "--init",
-             "--user"}  # options of Slurm and Docker
+             "--user", "--only"}  # options of Slurm and Docker
 TEST_FILES = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
 ATTACKS = attacks_run.load()
 
