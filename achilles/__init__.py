@@ -1,9 +1,9 @@
 """Distributed computing with the calls of ``multiprocessing.Pool``.
 
 A server, nodes that lend it their cores, and a controller in the caller: `map`, `imap` and
-`imap_unordered` over all of them. README.md begins at the beginning; to read the code, begin with
+`imap_unordered` over all of them. README.md begins at the beginning. To read the code, begin with
 PROTOCOL.md, then errors, protocol/, config, configuring, console, objects/, server/, node/, controller/, calls, local
-and dropin/. README.md has the order of the modules.
+and dropin/. docs/tour.md has the order of the modules.
 
 Nothing happens at import: the public names are loaded when they are first used, so that
 `python -m achilles.node` imports one copy of everything, and none of what it does not need.

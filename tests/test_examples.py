@@ -1,4 +1,7 @@
-"""The examples: word_count's own functions, and each script on a cluster of its own, as its header says."""
+"""The examples: word_count's own functions, and each script on a cluster of its own, as its header says.
+
+Those that need other packages are in ecosystem/test_example_scripts.py, tiny.py in test_tiny.py.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,10 @@ def folder(tmp_path):
     return tmp_path / "site-packages"
 
 
-def run(script, *arguments):
+def run(script, *arguments, nodes=2):
     """Run an example on a cluster of its own; return its status and what it printed."""
-    command = [sys.executable, "-m", "achilles.local", str(EXAMPLES / script), *map(str, arguments)]
+    options = "--nodes", str(nodes)
+    command = [sys.executable, "-m", "achilles.local", *options, str(EXAMPLES / script), *map(str, arguments)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                           timeout=DEADLINE_SECONDS, cwd=EXAMPLES)
     return done.returncode, done.stdout, done.stderr
@@ -111,3 +115,18 @@ def test_sequential_jobs_runs():
     lines = out.splitlines()
     assert lines[0] == "2,262 primes below 20,000, the largest 19,997"
     assert lines[1].endswith("of them have a twin, the largest 19,993") and len(lines) == 6
+
+
+def test_monte_carlo_prints_the_same_digits_on_any_number_of_nodes():
+    header = (EXAMPLES / "monte_carlo.py").read_text(encoding="utf-8")
+    for nodes in (1, 3):
+        status, out, err = run("monte_carlo.py", nodes=nodes)
+        assert status == 0, err
+        assert out.startswith("100,000 paths, seed 1: ") and f"    {out}" in header
+
+
+def test_monte_carlo_takes_a_seed():
+    printed = [run("monte_carlo.py", "--seed", seed, "--paths", 2500)[1] for seed in (7, 7, 8)]
+    assert printed[0].startswith("2,000 paths, seed 7: ")
+    assert printed[0] == printed[1]
+    assert printed[0].split()[4:] != printed[2].split()[4:]

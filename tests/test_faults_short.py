@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import signal
 import socket
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from conftest import wait_until
@@ -19,6 +17,7 @@ from faults.oracle import Oracle
 from faults.proxy import Proxy
 from faults.soak import Round
 from faults.work import note
+from pages import PAGES, section, table
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
@@ -52,18 +51,16 @@ def test_the_short_table_names_cases_that_are_there():
             assert [case for case in CASES if case == name or (name.endswith("_") and case.startswith(name))], name
 
 
-def test_the_readme_quotes_the_short_table():
+def test_the_page_on_promises_quotes_the_short_table():
     """Its figures are those of some machine on some day; its rows and runs are those that the command has."""
-    lines = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").splitlines()
-    start = next(n for n, line in enumerate(lines) if line.startswith("| fault "))
-    cells = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])]
-    assert tuple(cells[0]) == run.HEAD[:-1]
+    heading = "How that was tried"
+    assert "| " + " | ".join(run.HEAD[:-1]) + " |" in section("docs/promises.md", heading)
+    rows = table("docs/promises.md", heading, "fault")
     runs = Counter({run.group_of(case.name): 0 for case in CASES.values()})
     for case in CASES.values():
         runs[run.group_of(case.name)] += case.runs
-    assert [(row[0], int(row[1])) for row in cells[2:]] == [(what, runs[what]) for what in run.GROUPS]
-    assert f"That was {runs.total()} runs of {len(CASES)} cases" in "\n".join(lines)
+    assert [(row[0], int(row[1])) for row in rows] == [(what, runs[what]) for what in run.GROUPS]
+    assert f"That was {runs.total()} runs of {len(CASES)} cases" in PAGES["docs/promises.md"]
 
 
 @pytest.mark.parametrize("limit, values, kept", [

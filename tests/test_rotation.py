@@ -1,4 +1,4 @@
-"""The secret of a running cluster is changed as the README says, while a job runs."""
+"""The secret of a running cluster is changed as docs/cluster.md says, while a job runs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from cluster import Cluster, Oracle
 from conftest import wait_until
+from pages import section
 
 import achilles
 from achilles import config
 from achilles.errors import AuthenticationError
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the server is told by SIGHUP")
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 # It takes its results one by one, and ends with all of them; each call waits until a file says that it may go on.
 JOB = """
@@ -39,8 +38,8 @@ for packet in imap(work, range(80)):
 
 
 def steps():
-    """The commands of the README's walk, in their order."""
-    walk = README.partition("### Changing the secret\n")[2].partition("\n## ")[0]
+    """The commands of the page's walk, in their order."""
+    walk = section("docs/cluster.md", "Changing the secret")
     return [re.sub("^ *", "", text, flags=re.M) for text in re.findall(r"```sh\n(.*?)```", walk, re.S)]
 
 

@@ -40,10 +40,10 @@ METHODS = ("apply", "apply_async", "imap", "imap_unordered", "map", "map_async",
 class Pool(BasePool):
     """A pool of the cluster's workers; all that `multiprocessing.Pool` has, and `with`.
 
-    :param processes: how many chunks of this pool may run at a time; None is the whole cluster, as it grows
+    :param processes: how many batches of this pool may be out at a time; None is the whole cluster, as it grows
         and shrinks.
     :param initializer: called once with `initargs` in each worker that works for this pool, before its first
-        task; what it raises is raised by the calls.
+        chunk; what it raises is raised by the calls.
     :param maxtasksperchild: chunks after which a worker is replaced.
     :param context: for the standard library's sake; nodes choose their own start method.
     :param host, port, username, secret_key, wait_for_nodes, reconnect_seconds, executor: as of `achilles.map`.

@@ -15,7 +15,7 @@ A reader never waits for another connection's writer: it queues.
 `_places_lock` guards the places of connections that are not authenticated yet. Under this lock the server takes no
 other lock, writes no log and waits for nothing.
 
-Not for a network where others may read your data: nothing is encrypted (README, Trust).
+Not for a network where others may read your data: nothing is encrypted (docs/security.md).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Attack(NamedTuple):
     """A row of the table."""
 
     name: str
-    who: str  # of the README's table of attackers
+    who: str  # of the table of attackers in docs/security.md
     what: str  # for people
     run: Callable[[Bench], None]
 

@@ -1,6 +1,6 @@
 """Attacks on what travels: bytes, frames, ends, lengths.
 
-Each backs the README's "alter, replay, reorder, reflect or insert a frame" of who sits on the path, which nobody
+Each backs the page's "alter, replay, reorder, reflect or insert a frame" of who sits on the path, which nobody
 can who does not know the secret.
 """
 

@@ -1,6 +1,6 @@
 """Attacks on the handshake: who does not know the secret is refused, learns nothing, and has nothing loaded.
 
-They back the README's rows "reaches the port", "listens on the network" and "sits on the path": nobody has
+They back the rows of docs/security.md "reaches the port", "listens on the network" and "sits on the path": nobody has
 more read than its claim, gets anything run, or learns whether a username exists; nobody joins, replays or reflects.
 """
 

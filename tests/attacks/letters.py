@@ -2,7 +2,7 @@
 
 A letter of more than 1,024 bytes is not under its frame's tag, but under a digest that is: who opens it looks, and
 the chunk is sent anew. What stands in the place of a letter here is a pickle that makes a folder where it is loaded.
-They back the README's "nothing is unpickled before its signature holds", and its row of `LetterAltered`.
+They back "nothing is unpickled before its signature holds" (docs/security.md), and the row of `LetterAltered`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ HEAD = ("who", "attack", "tries", "refused", "time", "memory", "")
 
 
 def load() -> dict[str, Attack]:
-    """Every attack, in the order of the README's table of attackers."""
+    """Every attack, in the order of the table of attackers in docs/security.md."""
     for name in MODULES:
         importlib.import_module(f".{name}", __package__)
     order = list(WHO)

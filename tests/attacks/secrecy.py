@@ -1,8 +1,8 @@
 """Looking for the secret where it must not be: command lines, environments, logs, tracebacks, reprs.
 
-They back "never a secret on a command line" and the README's section on trust. What a worker that was forked can
-read in its own memory, or in /proc/PID/environ of a node that was given the secret by its environment, it can read:
-who runs code on a node has the secret, says the README, and the table has it as a remark.
+They back "never an argument of a command" and "Where the secret is" of docs/security.md. What a worker that was forked
+can read in its own memory, or in /proc/PID/environ of a node that was given the secret by its environment, it can read:
+code that runs on a node has the secret, says that page, and the table has it as a remark.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables for people and for README.md: figures side by side, ratios, and where the time goes."""
+"""Tables for people and for README.md beside it: figures side by side, ratios, and where the time goes."""
 
 from __future__ import annotations
 

@@ -6,10 +6,9 @@ Run by `tox -e ecosystem`; a package that is not installed is skipped.
 from __future__ import annotations
 
 import random
-import re
-from pathlib import Path
 
 import pytest
+from pages import block, table
 
 from achilles import Executor, LocalCluster, Pool, register_joblib_backend
 
@@ -33,14 +32,9 @@ def pool(where):
         yield made
 
 
-def lines_of_the_readme():
-    """Package -> what the page of one-line changes says for it."""
-    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("| one core | the cluster |")[1]
-    return dict(re.findall(r"^\| (\w+) \| `[^`]+` \| `([^`]+)` \|$", page.split("\n\n")[0], re.MULTILINE))
-
-
-def test_each_line_of_the_readme_works_as_written(pool, where):
-    lines, numpy = lines_of_the_readme(), pytest.importorskip("numpy")
+def test_each_line_of_the_page_works_as_written(pool, where):
+    rows = table("docs/dropin.md", "Packages that take a Pool or an Executor", "package")
+    lines, numpy = {package: line.strip("`") for package, _, line in rows}, pytest.importorskip("numpy")
     assert lines.keys() == {"scipy", "emcee", "dynesty", "DEAP", "adaptive", "tqdm"}
     scipy, emcee = pytest.importorskip("scipy.optimize"), pytest.importorskip("emcee")
     dynesty, adaptive = pytest.importorskip("dynesty"), pytest.importorskip("adaptive")
@@ -66,14 +60,13 @@ def test_each_line_of_the_readme_works_as_written(pool, where):
     assert list(eval(lines["tqdm"], names | {"tqdm": tqdm, "f": abs, "args": [-1, 2], "n": 2})) == [1, 2]
 
 
-def test_the_readmes_lines_for_joblib_work_as_written(where, monkeypatch):
+def test_the_pages_lines_for_joblib_work_as_written(where, monkeypatch):
     pytest.importorskip("joblib")
     search = pytest.importorskip("sklearn.model_selection").GridSearchCV
     from sklearn.datasets import load_iris
     from sklearn.tree import DecisionTreeClassifier
 
-    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    code, = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "parallel_config" in code]
+    code = block("docs/dropin.md", "python", "parallel_config")
     for name in ("host", "port", "username"):
         monkeypatch.setenv(f"ACHILLES_{name.upper()}", str(where[name]))
     monkeypatch.setenv("ACHILLES_SECRET_KEY", where["secret_key"].reveal())

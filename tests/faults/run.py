@@ -1,4 +1,4 @@
-"""The command: runs cases, prints the table of all and a short one for the README, or soaks."""
+"""The command: runs cases, prints the table of all and a short one for docs/promises.md, or soaks."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def _time(seconds: float) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """For people, and for the README."""
+    """For people, and for docs/promises.md."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

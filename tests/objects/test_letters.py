@@ -155,9 +155,9 @@ def test_dill_leaves_its_settings_and_c_pickle_alone() -> None:
 
 
 @pytest.mark.xfail(sys.version_info >= (3, 15), raises=DumpError, strict=True,
-                   reason="dill 0.4.1 reads co_lnotab, which code of 3.15 has no more; the README says so")
+                   reason="dill 0.4.1 reads co_lnotab, which code of 3.15 has no more; docs/guide.md says so")
 def test_a_bare_code_object_comes_back() -> None:
-    """By dill alone. Once this passes on 3.15, the README's line on it goes, and the skip in test_bench.py."""
+    """By dill alone. Once this passes on 3.15, the line on it in docs/guide.md goes, and the skip in test_bench.py."""
     context = letters.Context(caller=True)
     code = context.load(joined(context.dump((lambda x: x + 1).__code__)))
     assert types.FunctionType(code, {})(1) == 2
