@@ -36,33 +36,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     with console.errors_to_exit_status() as status:
         given = (args.host, args.port, args.username, console.read_secret(args.secret_key_file))
         if args.write_config:
-            path = _write_config(*given, env_file=args.env_file)
+            path = _write_config(*given, env_file=args.env_file, encrypt=args.encrypt)
             console.say(f"Saved in {path}\n{configuring.next_step(path)}".rstrip())
         elif args.status:
-            state = ask_status(config.resolve(*given, env_file=args.env_file))
+            state = ask_status(config.resolve(*given, env_file=args.env_file, encrypt=args.encrypt))
             console.say(json.dumps(state, indent=2) if args.json else console.status_table(state))
             status.code = 0 if state["nodes"] else NO_NODES_STATUS
         else:
-            status.code = run_server(*given, bind=args.bind, env_file=args.env_file)
+            status.code = run_server(*given, bind=args.bind, env_file=args.env_file, encrypt=args.encrypt)
     return status.code
 
 
 def _write_config(
-    host: str | None, port: int | None, username: str | None, secret: config.Secret | None, env_file: str | None
+    host: str | None, port: int | None, username: str | None, secret: config.Secret | None, env_file: str | None,
+    encrypt: bool | None,
 ) -> str:
-    """Write a file for `--write-config`. A secret in the old file stays, because nodes may have it."""
+    """Write a file for `--write-config`, with encryption where this Python can do it.
+
+    A secret and the encryption in the old file stay, because nodes may have them.
+    """
     if host in ("0.0.0.0", "::"):
         raise ConfigurationError(f"nobody can connect to {host}: give the address at which nodes reach this machine, "
                                  f"and start the server with --bind {host}")
-    kept, _ = config.of_file(config.env_path(env_file)).get("SECRET_KEY", (None, ""))
-    return configuring.write_config(host, port, username, secret or kept, env_file=env_file)
+    old = config.of_file(config.env_path(env_file))
+    kept, _ = old.get("SECRET_KEY", (None, ""))
+    if encrypt is None:
+        word, _ = old.get("ENCRYPT", ("", ""))
+        encrypt = config.WORDS.get(word, configuring.can_encrypt())
+    return configuring.write_config(host, port, username, secret or kept, env_file=env_file, encrypt=encrypt)
 
 
 def ask_status(settings: config.Settings) -> Any:
     """Return a running server's STATUS. Blocks some seconds at most. Raises ServerUnreachable, AuthenticationError."""
     key = auth.derive_key(settings.username, settings.secret.reveal())
     try:
-        link = connect.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key)
+        link = connect.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key,
+                               encrypt=settings.encrypt)
     except ServerUnreachable as e:
         raise ServerUnreachable(f"{e}. Start a server: python -m {__package__}") from e
     found: dict[Kind, Any] = {}
