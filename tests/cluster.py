@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import START_METHOD, wait_until
+from conftest import ENCRYPT, START_METHOD, wait_until
 from ports import free_port
 
 import achilles
@@ -173,7 +173,7 @@ class Cluster:
     @property
     def address(self) -> dict[str, Any]:
         """What the calls take."""
-        return {"host": "127.0.0.1", "port": self.port, "username": USER, "secret_key": SECRET}
+        return {"host": "127.0.0.1", "port": self.port, "username": USER, "secret_key": SECRET, "encrypt": ENCRYPT}
 
     def start_server(self, *options: str) -> Process:
         """On the same port each time."""
@@ -218,6 +218,7 @@ class Cluster:
 
     def _write_settings(self) -> None:
         text = f"HOST=127.0.0.1\nPORT={self.port}\nUSERNAME={USER}\nSECRET_KEY='{SECRET}'\n"
+        text += "ENCRYPT=yes\n" * ENCRYPT
         with open(os.open(self.env_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
             file.write(text)
 

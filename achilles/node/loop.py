@@ -182,6 +182,7 @@ class Session:
         self._node.selector.register(self._channel.socket, selectors.EVENT_READ, self._on_server)
         self._channel.send(Kind.HELLO, connect.hello(self._node.cpu_count))
         try:
+            self._on_server(selectors.EVENT_READ)  # TLS may have decrypted frames that came with WELCOME
             while not self._end:  # read, do the work that is due, write
                 for key, events in self._node.selector.select(self._workers.look_at - time.monotonic()):
                     key.data(events)

@@ -12,7 +12,8 @@ OpenSSL's object must not be used by two threads at once. So it works on memory 
 buffers, and is held for no system call. Encrypted bytes that the socket did not take belong to the thread that writes.
 
 - *A selector sees the socket alone.* `recv_into` reads only as much as fits into its place when it is decrypted. So no
-  whole record stays in memory, if the place has 64 KiB. All places of a FrameReader have.
+  whole record stays in memory, if the place has 64 KiB. All places of a FrameReader have. Those of the handshake have
+  less, so a loop receives once before it waits.
 - *A write counts when the socket has taken all of it.* Until then `sendmsg` raises BlockingIOError, and the caller
   gives the same bytes again, perhaps with more behind them.
 - *The end*: `shutdown(SHUT_WR)` sends close_notify first. An end without close_notify is an end of file, too. The

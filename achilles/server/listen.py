@@ -106,7 +106,7 @@ class Server:
     # In the thread that calls `run`.
 
     def _use(self, settings: config.Settings) -> None:
-        """Take these settings and their keys for the clients that come now."""
+        """Take these settings, for the next client. A handshake under way has the old keys."""
         self._keys = _derive(settings)
         self._tls_keys = dict(auth.tls_key(settings.username, key) for key in self._keys)
         self.settings = settings
@@ -126,15 +126,15 @@ class Server:
 
     def _read_again(self) -> None:
         """Take the secrets that the file has now. If the file is bad, the old secrets stay good."""
+        before = self.settings
         try:
-            settings = config.read_again(self.settings, "server", self._bind)
+            self._use(config.read_again(before, "server", self._bind))
         except Exception as e:
             log.error("the secrets stay as they were: %s", e)
         else:
-            new = "as it was" if settings.secret == self.settings.secret else "a new one"
-            more = "the previous one good as well" if settings.previous else "no other one good"
-            log.info("%s was read again: the secret is %s, %s", settings.env_file, new, more)
-            self._use(settings)  # for the next client; a handshake under way has the old keys
+            new = "as it was" if self.settings.secret == before.secret else "a new one"
+            more = "the previous one good as well" if self.settings.previous else "no other one good"
+            log.info("%s was read again: the secret is %s, %s", before.env_file, new, more)
 
     def _close_all(self, reason: str) -> None:
         """End every connection, and wait for its threads."""
