@@ -113,7 +113,7 @@ def test_encryption_is_off_unless_argument_environment_or_file_asks_for_it(monke
 def test_encryption_is_yes_or_no_and_nothing_else(monkeypatch, own_file, value):
     """A mistyped word never means that all goes in the clear."""
     monkeypatch.setenv("ACHILLES_ENCRYPT", value)
-    with pytest.raises(ConfigurationError, match="ACHILLES_ENCRYPT must be True or False, and outside Python yes or no"):
+    with pytest.raises(ConfigurationError, match="^ACHILLES_ENCRYPT must be True or False, and outside Python yes"):
         config.resolve(**FULL)
     monkeypatch.delenv("ACHILLES_ENCRYPT")
     with pytest.raises(ConfigurationError, match="^encrypt must be"):
@@ -126,7 +126,7 @@ def test_a_python_that_cannot_encrypt_says_so_and_the_remedy(monkeypatch, own_fi
     write(own_file, f"HOST=h\nUSERNAME=u\nSECRET_KEY='{LONG}'\nENCRYPT={'yes' if place == 'file' else 'no'}\n")
     if place == "environment":
         monkeypatch.setenv("ACHILLES_ENCRYPT", "yes")
-    with pytest.raises(ConfigurationError, match=r"this Python cannot do it: it takes Python 3\.13 .* ENCRYPT=no on every"):
+    with pytest.raises(ConfigurationError, match=r"this Python cannot do it: it takes Python 3\.13 .* ENCRYPT=no on"):
         config.resolve(encrypt=True if place == "argument" else None)
 
 

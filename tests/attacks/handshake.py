@@ -34,7 +34,8 @@ def victim(serve: Callable[[socket.socket], object], port: int = 0) -> Any:
     """A real caller asks a server that is played by `serve`: what it gets, or what it raises."""
     result: list[Any] = []
     listening = raw.listener()
-    address = {"host": "127.0.0.1", "port": listening.getsockname()[1], "username": USER, "secret_key": SECRET, "encrypt": ENCRYPT}
+    address = {"host": "127.0.0.1", "port": listening.getsockname()[1], "username": USER, "secret_key": SECRET,
+               "encrypt": ENCRYPT}
 
     def ask() -> None:
         try:

@@ -161,7 +161,8 @@ def attack_controller(
     values: list[Any] = []
     errors: list[BaseException] = []
     listening = raw.listener()
-    address = {"host": "127.0.0.1", "port": listening.getsockname()[1], "username": USER, "secret_key": SECRET, "encrypt": ENCRYPT}
+    address = {"host": "127.0.0.1", "port": listening.getsockname()[1], "username": USER, "secret_key": SECRET,
+               "encrypt": ENCRYPT}
 
     def call() -> None:
         try:
