@@ -88,7 +88,7 @@ class Tls:
                 self._tls.do_handshake()
                 proved = True
         except ssl.SSLError as e:
-            told = "ALERT" in e.reason and not self._tls.server_side
+            told = "ALERT" in str(e.reason) and not self._tls.server_side
             said = "server refused the username or the secret" if told else "peer does not know the secret"
             raise AuthenticationError(f"the {said} (TLS: {e.reason})") from None
         self.send_handshake()
