@@ -190,7 +190,7 @@ def imap_unordered(
 
 def kill_cluster(
     command_verified: bool = False, host: str | None = None, port: int | None = None, username: str | None = None,
-    secret_key: SecretKey = None, encrypt: bool | None = None,
+    secret_key: SecretKey = None, *, encrypt: bool | None = None,
 ) -> bool:
     """End every node and the server; callers with running jobs raise ClusterKilled.
 
@@ -211,7 +211,7 @@ def kill_cluster(
 
 
 def cluster_status(
-    host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None,
+    host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
     encrypt: bool | None = None,
 ) -> dict[str, Any]:
     """The cluster as plain dicts; blocks for a round trip.

@@ -341,7 +341,7 @@ def status_from_a_server(bench: Bench) -> None:
     def call(state: Any) -> None:
         with telling(state) as port:
             try:
-                answer = achilles.cluster_status("127.0.0.1", port, USER, SECRET, ENCRYPT)
+                answer = achilles.cluster_status("127.0.0.1", port, USER, SECRET, encrypt=ENCRYPT)
             except AchillesError as error:
                 return check_shown(error)
         raise AssertionError(f"taken for a status: {ascii(answer)}")
@@ -351,7 +351,7 @@ def status_from_a_server(bench: Bench) -> None:
             told(port, ("--json",) if bench.rng.random() < 0.5 else (), cluster)
 
     with telling(STATUS) as port:
-        assert achilles.cluster_status("127.0.0.1", port, USER, SECRET, ENCRYPT) == STATUS
+        assert achilles.cluster_status("127.0.0.1", port, USER, SECRET, encrypt=ENCRYPT) == STATUS
     bad = [state for text in UNFIT for state in states(text)]
     bench.each(ask, bench.some(bad, 40))
     bench.each(ask, MALFORMED)
@@ -376,7 +376,7 @@ def status_of_a_peer(bench: Bench) -> None:
                     node.send("HELLO", HELLO | {"cpu_count": 1, name: text})
                     assert [frame.kind for frame in node.rest()] == ["ERROR"]
                 bench.count()
-        state = achilles.cluster_status("127.0.0.1", cluster.port, user, SECRET, ENCRYPT)
+        state = achilles.cluster_status("127.0.0.1", cluster.port, user, SECRET, encrypt=ENCRYPT)
     assert state["nodes"] == [] and [each["user"] for each in state["jobs"]] == [ascii(user)]
     for line in console.status_table(state).split("\n"):
         assert line.isprintable(), ascii(line)
