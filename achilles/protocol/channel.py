@@ -246,24 +246,21 @@ class Channel:
         :raises ProtocolError: the peer sent bytes that are no frame for this link.
         :raises AuthenticationError: a tag is wrong.
         """
+        received: list[Frame] = []
         try:
             count = self.socket.recv_into(self._reader.space())
         except (BlockingIOError, TimeoutError) as e:
-            self._hear(getattr(e, "characters_written", 0), False)  # of a TLS record that is not whole
-            return []
-        if not count:
-            return None
-        received = self._reader.received(count)
-        self._hear(count, bool(received))
+            count = getattr(e, "characters_written", 0)  # of a TLS record that is not whole yet
+        else:
+            if not count:
+                return None
+            received = self._reader.received(count)
+        self._trickled += count
+        if received or self._trickled >= TRICKLE_BYTES:
+            self._trickled, self.last_heard = 0, time.monotonic()
         for frame in received:
             log.debug("%s < %s", self.name, frame)
         return received
-
-    def _hear(self, count: int, whole: bool) -> None:
-        """So many bytes came, and made a frame whole, or did not."""
-        self._trickled += count
-        if whole or self._trickled >= TRICKLE_BYTES:
-            self._trickled, self.last_heard = 0, time.monotonic()
 
     def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = lambda: None) -> Any:
         """Read frames and hand each to `handle` until the connection ends; blocks. The connection is aborted then.

@@ -43,6 +43,7 @@ __all__ = ["Tls", "client", "server"]
 
 HANDSHAKE_BYTES = 8 << 10  # a client of OpenSSL 3.6 says 1,584 before its proof is checked
 RECORD_BYTES = 17 << 10  # more than a record has: 2^14 and 261 (RFC 8446, 5.2)
+ALLOW_NO_DHE_KEX = 0x400  # an option of OpenSSL (ssl.h) that its configuration file may set: no forward secrecy
 WRITE_BYTES = 256 << 10  # encrypted at once: a Channel gathers as much
 
 
@@ -54,6 +55,7 @@ class Tls:
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_side: bool, begun: bytes = b"") -> None:
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
+        context.options &= ~ALLOW_NO_DHE_KEX
         self._sock = sock
         self.fileno, self.close = sock.fileno, sock.close
         self.settimeout, self.setblocking = sock.settimeout, sock.setblocking
