@@ -10,6 +10,8 @@ import random
 import select
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 
@@ -188,6 +190,27 @@ def test_a_server_gives_no_ticket_and_takes_no_session_again(ends):
     server, client = ends
     server.sendall(b"x")
     assert receive(client) == b"x" and not client._tls.session.has_ticket
+
+
+def test_a_configuration_of_openssl_does_not_take_forward_secrecy_away(tmp_path):
+    """It may allow a handshake without (EC)DHE for all programs of a machine. A ClientHello tells."""
+    (tmp_path / "openssl.cnf").write_text(
+        "openssl_conf = all\n[all]\nssl_conf = ssl\n[ssl]\nsystem_default = ours\n[ours]\nOptions = AllowNoDHEKEX\n")
+    code = (
+        "import socket, ssl, time\n"
+        "context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)\n"
+        "from achilles.protocol import tls\n"
+        "print(bool(context.options & tls.ALLOW_NO_DHE_KEX))\n"
+        "ours, theirs = socket.socketpair()\n"
+        "theirs.shutdown(socket.SHUT_WR)\n"
+        "try: tls.client(ours, ('ann:12345678', bytes(32)), time.monotonic() + 10)\n"
+        "except OSError: pass\n"
+        "print(theirs.recv(4096).hex())")
+    env = os.environ | {"OPENSSL_CONF": str(tmp_path / "openssl.cnf")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    allowed, said = done.stdout.split()
+    assert allowed == "True", "the file does what it shall"
+    assert "002d00020101" in said, "psk_key_exchange_modes has psk_dhe_ke alone"
 
 
 # What a selector sees.
