@@ -111,6 +111,7 @@ class Tls:
         """Put decrypted bytes into `place`, and return their number; 0 at the end. One recv at most.
 
         :raises BlockingIOError: no whole record is here; `characters_written` says how many bytes came.
+        :raises AuthenticationError: a record is not the peer's. The connection cannot go on.
         """
         count = self._decrypt(place)
         if count is None:
@@ -138,6 +139,8 @@ class Tls:
                 return count or None
             except ssl.SSLZeroReturnError:  # both sides have sent close_notify
                 pass
+            except ssl.SSLError as e:
+                raise AuthenticationError(f"the connection was altered on its way (TLS: {e.reason})") from None
         return count
 
     def sendall(self, data: bytes) -> None:
