@@ -30,7 +30,7 @@ LONGEST_FUNCTION_LINES, MOST_METHODS = 40, 28
 # Statements (without docstrings) that a folder may have. The second edition's aim stands behind each: what is over it
 # is to come down, and may not grow meanwhile.
 BUDGETS = {
-    "ring": 977, "protocol": 756, "server": 646, "node": 795, "objects": 980, "controller": 1028, "core": 4483,
+    "ring": 974, "protocol": 753, "server": 646, "node": 795, "objects": 980, "controller": 1028, "core": 4483,
     "whole": 5538,
 }
 AIMS = {

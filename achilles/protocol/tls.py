@@ -113,19 +113,14 @@ class Tls:
         :raises BlockingIOError: no whole record is here; `characters_written` says how many bytes came.
         :raises AuthenticationError: a record is not the peer's. The connection cannot go on.
         """
-        count = self._decrypt(place)
-        if count is None:
-            room = len(place) - RECORD_BYTES if len(place) > 2 * RECORD_BYTES else len(place)
-            came = self._sock.recv_into(place, room)
-            if not came:
-                return 0
-            count = self._decrypt(place, came)
-            if count is None:
-                raise BlockingIOError(errno.EAGAIN, "a TLS record is cut", came)
-        return count
+        with contextlib.suppress(BlockingIOError):
+            return self._decrypt(place, 0)
+        room = len(place) - RECORD_BYTES if len(place) > 2 * RECORD_BYTES else len(place)
+        came = self._sock.recv_into(place, room)
+        return self._decrypt(place, came) if came else 0
 
-    def _decrypt(self, place: memoryview, came: int = 0) -> int | None:
-        """Decrypt whole records into `place`. Return how many bytes, 0 at the end, None if no record is whole.
+    def _decrypt(self, place: memoryview, came: int) -> int:
+        """Decrypt whole records into `place`. Raises, and returns, as `recv_into`.
 
         :param came: how many new encrypted bytes `place` begins with.
         """
@@ -136,7 +131,8 @@ class Tls:
                 while count < len(place) and (more := self._tls.read(len(place) - count, place[count:])):
                     count += int(more)
             except ssl.SSLWantReadError:
-                return count or None
+                if not count:
+                    raise BlockingIOError(errno.EAGAIN, "a TLS record is cut", came) from None
             except ssl.SSLZeroReturnError:  # both sides have sent close_notify
                 pass
             except ssl.SSLError as e:
