@@ -29,6 +29,7 @@ from .config import SecretKey, Settings
 from .controller.call import Call, NotYet
 from .controller.connection import RECONNECT_SECONDS, Controller, tell
 from .controller.job import Job, Taken
+from .errors import ConfigurationError
 from .objects import letters
 from .objects.outcomes import mark
 from .objects.sources import own_sources
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Packets", "cluster_status", "connect", "imap", "imap_unordered", "kill_cluster", "map"]
 
-NOWHERE = None, None, None, None  # no host, port, username and secret given
+NOWHERE = None, None, None, None, None  # no host, port, username, secret and encryption given
 
 Args = Iterable[Any] | Callable[[], Iterable[Any]]
 Packet = dict[str, Any]
@@ -122,6 +123,7 @@ def map(
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
     executor: Executor | None = None, output: Output = None, progress: Show = None, journal: JournalPath = None,
+    encrypt: bool | None = None,
 ) -> list[list[Any]]:
     """Call `func` with each argument, on all nodes; return the results as an ordered list of lists.
 
@@ -151,6 +153,8 @@ def map(
         is called with `done` and `total` after each delivery, in this thread; `total` is None where nobody knows it.
     :param journal: path of a file that keeps the results. The same call with the same journal, in another process, is
         given what is there and runs the rest; see journal.py. A packet is one chunk then.
+    :param encrypt: whether the connection is encrypted by TLS; looked for as the host is, and False if nobody says.
+        The server must do the same. Takes Python 3.13 or later.
     :param executor: any `concurrent.futures.Executor` to run on, in the place of a cluster; it stays open.
     :returns: a list for each packet, in the order of `args`; not flattened. [] for no arguments.
     :raises AchillesError: one of `errors.py`; `func`'s own exceptions come as themselves.
@@ -169,6 +173,7 @@ def imap(
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
     executor: Executor | None = None, output: Output = None, progress: Show = None, journal: JournalPath = None,
+    encrypt: bool | None = None,
 ) -> Packets:
     """As `map`, but yield `{'ARGS_COUNTER': index of the first argument, 'RESULT': [...]}` for each packet, in order.
 
@@ -184,6 +189,7 @@ def imap_unordered(
     callback_error: Callable[[Any], Any] | None = None, buffersize: int | None = None,
     wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS, timeout: float | None = None,
     executor: Executor | None = None, output: Output = None, progress: Show = None, journal: JournalPath = None,
+    encrypt: bool | None = None,
 ) -> Packets:
     """As `imap`, but each packet as it arrives: the fastest way to consume results, and the least memory."""
     return _start(False, False, False, **locals())
@@ -191,7 +197,7 @@ def imap_unordered(
 
 def kill_cluster(
     command_verified: bool = False, host: str | None = None, port: int | None = None, username: str | None = None,
-    secret_key: SecretKey = None,
+    secret_key: SecretKey = None, *, encrypt: bool | None = None,
 ) -> bool:
     """End every node and the server; callers with running jobs raise ClusterKilled.
 
@@ -206,13 +212,14 @@ def kill_cluster(
         tell("This ends every node and the server, and all jobs that run. Type YES to go on:")
         if sys.stdin.readline().strip() != "YES":
             return False
-    with contextlib.closing(_controller(host, port, username, secret_key)) as controller:
+    with contextlib.closing(_controller(host, port, username, secret_key, encrypt)) as controller:
         controller.kill()
     return True
 
 
 def cluster_status(
-    host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None
+    host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None, *,
+    encrypt: bool | None = None,
 ) -> dict[str, Any]:
     """The cluster as plain dicts; blocks for a round trip.
 
@@ -221,7 +228,7 @@ def cluster_status(
     longest-running chunk has run, 0 below a second), node and pid (of that chunk, or None). `server`: version,
     uptime (s), memory (resident bytes, None where the system does not tell).
     """
-    with contextlib.closing(_controller(host, port, username, secret_key)) as controller:
+    with contextlib.closing(_controller(host, port, username, secret_key, encrypt)) as controller:
         return controller.status()
 
 
@@ -231,7 +238,7 @@ def _start(
     chunksize: int, host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
     callback_error: Callable[[Any], Any] | None, buffersize: int | None, wait_for_nodes: float | None,
     reconnect_seconds: float, timeout: float | None, executor: Executor | None, output: Output, progress: Show,
-    journal: JournalPath,
+    journal: JournalPath, encrypt: bool | None,
 ) -> Packets:
     """Check, dump the function, connect, and begin."""
     checked(func=func, callback=callback, callback_error=callback_error, progress=progress, journal=journal)
@@ -248,7 +255,7 @@ def _start(
         for watcher in watchers:
             undo.callback(watcher.close)
         controller = connect(
-            host, port, username, secret_key, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
+            host, port, username, secret_key, encrypt, reconnect_seconds, executor, wait_for_nodes=wait_for_nodes)
         undo.callback(controller.close)
         if (settings := controller.settings) is not None:
             tell(f"ALERT: Connection to achilles_server at {settings.host}:{settings.port} "
@@ -267,7 +274,7 @@ def _start(
 
 
 def connect(
-    host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
+    host: str | None, port: int | None, username: str | None, secret_key: SecretKey, encrypt: bool | None,
     reconnect_seconds: float = RECONNECT_SECONDS, executor: Executor | None = None, processes: int | None = None,
     wait_for_nodes: float | None = None,
 ) -> Controller:
@@ -276,7 +283,7 @@ def connect(
     That is an engine, on `executor`, or in a worker that is not told of any cluster: if all workers waited for others,
     none would be left.
     """
-    place = host, port, username, secret_key
+    place = host, port, username, secret_key, encrypt
     if executor is not None or (config.in_worker and place == NOWHERE):
         from .dropin.engine import Engine  # and what its workers need
 
@@ -288,21 +295,27 @@ def connect(
 
 
 def _controller(
-    host: str | None, port: int | None, username: str | None, secret_key: SecretKey, **options: Any
+    host: str | None, port: int | None, username: str | None, secret_key: SecretKey, encrypt: bool | None,
+    **options: Any
 ) -> Controller:
-    controller = Controller(lambda: _resolve(host, port, username, secret_key), **options)
+    controller = Controller(lambda: _resolve(host, port, username, secret_key, encrypt), **options)
     controller.open()
     return controller
 
 
-def _resolve(host: str | None, port: int | None, username: str | None, secret_key: SecretKey) -> Settings:
+def _resolve(
+    host: str | None, port: int | None, username: str | None, secret_key: SecretKey, encrypt: bool | None
+) -> Settings:
     if host == "local":  # a LocalCluster of this process
+        if encrypt:
+            raise ConfigurationError('host="local" is this machine, and does not encrypt: leave encrypt out')
         from .local import embedded
 
         return embedded().settings
     # A reconnection runs in a thread of ours, where nobody can be asked.
     return config.resolve(
-        host, port, username, secret_key, ask=threading.current_thread() is threading.main_thread())
+        host, port, username, secret_key, encrypt=encrypt,
+        ask=threading.current_thread() is threading.main_thread())
 
 
 def _cancel(call: Call, controller: Controller) -> None:

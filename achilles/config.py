@@ -1,16 +1,16 @@
-"""Look up host, port, username and secret: each of the four by itself, in the first place that has it.
+"""Look up host, port, username, secret and encryption: each by itself, in the first place that has it.
 
 ::
 
-    argument        host=             port=            username=            secret_key=
-    environment     ACHILLES_HOST     ACHILLES_PORT    ACHILLES_USERNAME    ACHILLES_SECRET_KEY
-    file            HOST=             PORT=            USERNAME=            SECRET_KEY=
-    prompt          on a terminal: `configuring.py` asks, and saves the answers in the file
-    otherwise       ConfigurationError: the missing names, and every way to give them (the port is 9999)
+    argument      host=           port=           username=           secret_key=           encrypt=
+    environment   ACHILLES_HOST   ACHILLES_PORT   ACHILLES_USERNAME   ACHILLES_SECRET_KEY   ACHILLES_ENCRYPT
+    file          HOST=           PORT=           USERNAME=           SECRET_KEY=           ENCRYPT=
+    prompt        on a terminal: `configuring.py` asks for the first four, and saves the answers in the file
+    otherwise     ConfigurationError: the missing names, and every way to give them (9999 is the port, "no" the last)
 
 The file is `env_file`, else the file that `ACHILLES_ENV_FILE` names, else `.env` beside this module. The file is
-opened only when a setting is still missing. An empty value counts: an empty secret is an error, and the next place
-is not asked.
+opened only when one of the first four is still missing. An empty value counts: an empty secret is an error, and the
+next place is not asked.
 
 A file has one setting a line. Other lines belong to others, and stay as they are::
 
@@ -51,8 +51,9 @@ DEFAULT_PORT = 9999  # the original's
 USERNAME_BYTES = 32  # the width of the user field in the handshake
 SECRET_CHARACTERS = 16  # a recorded handshake lets a shorter secret be guessed
 
-NAMES = ("HOST", "PORT", "USERNAME", "SECRET_KEY")
-REQUIRED = ("HOST", "USERNAME", "SECRET_KEY")  # the port has a default
+NAMES = ("HOST", "PORT", "USERNAME", "SECRET_KEY", "ENCRYPT")
+REQUIRED = ("HOST", "USERNAME", "SECRET_KEY")  # the others have defaults
+WORDS = {"yes": True, "no": False}  # of ENCRYPT
 PREVIOUS = "PREVIOUS_SECRET_KEY"  # a server accepts it too, while a secret is being replaced
 in_worker = False  # this process is a worker of ours, or a child of one: node/worker.py says so
 PACKAGE = __package__  # the package's name in commands that messages show; a renamed copy has its own
@@ -119,6 +120,7 @@ class Settings(NamedTuple):
     :ivar secret: proves that a peer belongs to this cluster.
     :ivar env_file: the file that the *secret* came from; None if the secret came from elsewhere.
     :ivar previous: a second secret that a server accepts; always None for the other roles.
+    :ivar encrypt: whether connections are encrypted by TLS. Both sides must say the same.
     """
 
     host: str
@@ -127,14 +129,15 @@ class Settings(NamedTuple):
     secret: Secret
     env_file: str | None = None
     previous: Secret | None = None
+    encrypt: bool = False
 
 
 def resolve(
     host: str | None = None, port: int | None = None, username: str | None = None,
     secret_key: SecretKey = None, *, env_file: EnvFile = None, ask: bool = True, role: Role = "controller",
-    bind: str | None = None,
+    bind: str | None = None, encrypt: bool | None = None,
 ) -> Settings:
-    """Find the four settings, each by itself, in the order that the head of this module shows.
+    """Find the settings, each by itself, in the order that the head of this module shows.
 
     :param ask: whether a person at a terminal may be asked for missing settings (this blocks, and saves).
     :param role: the process that needs the settings. A server also gets a `previous` secret, if the environment
@@ -143,8 +146,8 @@ def resolve(
     :raises ConfigurationError: a setting is missing, malformed or unsafe.
     """
     path = env_path(env_file)
-    given = of_environment(NAMES) | of_arguments(host, port, username, secret_key)
-    found = given if given.keys() >= set(NAMES) else of_file(path) | given
+    given = of_environment(NAMES) | of_arguments(host, port, username, secret_key, encrypt)
+    found = given if given.keys() >= {*REQUIRED, "PORT"} else of_file(path) | given
     if not found.keys() >= set(REQUIRED):
         from .configuring import ask_missing, missing
 
@@ -158,9 +161,9 @@ def resolve(
         found.pop(PREVIOUS, None)
     if secret_key is None and role == "server":
         found |= of_environment((PREVIOUS,))
-    values = {"PORT": DEFAULT_PORT} | checked(found, bind)
+    values = {"PORT": DEFAULT_PORT, "ENCRYPT": False} | checked(found, bind)
     return Settings(values["HOST"], values["PORT"], values["USERNAME"], values["SECRET_KEY"],
-                    env_file=path if own else None, previous=values.get(PREVIOUS))
+                    env_file=path if own else None, previous=values.get(PREVIOUS), encrypt=values["ENCRYPT"])
 
 
 def read_again(settings: Settings, role: Role, bind: str | None = None) -> Settings:
@@ -173,21 +176,27 @@ def read_again(settings: Settings, role: Role, bind: str | None = None) -> Setti
         raise ConfigurationError("the secret did not come from a configuration file, so there is none to read")
     if "SECRET_KEY" not in read_file(settings.env_file):
         raise ConfigurationError(f"{settings.env_file} has no SECRET_KEY")
-    return resolve(*settings[:3], env_file=settings.env_file, ask=False, role=role, bind=bind)
+    return resolve(*settings[:3], env_file=settings.env_file, ask=False, role=role, bind=bind, encrypt=settings.encrypt)
 
 
 def check(name: str, value: Any, source: str) -> Any:
-    """Return `value`, if it is a good HOST, PORT or USERNAME; a PORT of decimal digits becomes an int.
+    """Return `value`, if it is a good HOST, PORT, USERNAME or ENCRYPT.
 
-    A host is not looked up. An argument (its `source` is "port") must be an int.
+    A PORT of decimal digits becomes an int, and "yes" or "no" a bool; an argument must be one. A host is not looked up.
 
-    :raises ConfigurationError: the value is not good; the message names `source`.
+    :raises ConfigurationError: the value is not good, or this Python cannot encrypt; the message names `source`.
     """
+    if name == "ENCRYPT" and source != "encrypt":
+        value = WORDS.get(value, value)
     if name == "PORT" and source != "port" and re.fullmatch("[0-9]{1,9}", value):
         value = int(value)
     is_good, rule = _RULES[name]
     if not is_good(value):
         raise ConfigurationError(f"{source} must be {rule}, not {value!r}")
+    if name == "ENCRYPT" and value:
+        from .configuring import check_encryption
+
+        check_encryption(source)
     return value
 
 
@@ -208,6 +217,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, str) and not re.search(_UNFIT, value)
         and 1 <= len(value.encode()) <= USERNAME_BYTES,
         f"1 to {USERNAME_BYTES} bytes of UTF-8 without NUL and line breaks"),
+    "ENCRYPT": (lambda value: isinstance(value, bool), "True or False, and outside Python yes or no"),
 }
 
 
@@ -253,7 +263,7 @@ def of_environment(names: Iterable[str]) -> Found:
 
 
 def of_arguments(*values: object) -> Found:
-    """Return the settings that a caller gave: host, port, username, secret; None for the others."""
+    """Return the settings that a caller gave: host, port, username, secret, encrypt; None for the others."""
     return {name: _given(name, value, name.lower())
             for name, value in zip(NAMES, values, strict=True) if value is not None}
 
@@ -265,11 +275,11 @@ def of_file(path: str) -> Found:
 
 
 def _given(name: str, value: object, source: str) -> tuple[Any, str]:
-    return Secret(value) if name in (NAMES[-1], PREVIOUS) else value, source
+    return Secret(value) if name in ("SECRET_KEY", PREVIOUS) else value, source
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return HOST, PORT, USERNAME, SECRET_KEY, PREVIOUS_SECRET_KEY, if the file has them, unchecked.
+    """Return HOST, PORT, USERNAME, SECRET_KEY, ENCRYPT, PREVIOUS_SECRET_KEY, if the file has them, unchecked.
 
     :raises ConfigurationError: the file cannot be read, group or others have a right to it (POSIX modes), or a
         line cannot be understood. The message never shows the line: it may hold a secret.

@@ -17,31 +17,35 @@ import secrets
 import shlex
 import sys
 import tempfile
+from typing import Any
 
 from . import config
 from .config import DEFAULT_HOST, DEFAULT_PORT, EnvFile, Found, Role, Secret, SecretKey
 from .errors import ConfigurationError
 
-__all__ = ["ask_config", "ask_missing", "make_secret", "missing", "next_step", "update_config", "write_config"]
+__all__ = [
+    "ask_config", "ask_missing", "can_encrypt", "check_encryption", "make_secret", "missing", "next_step",
+    "update_config", "write_config",
+]
 
 
 def write_config(
     host: str | None = None, port: int | None = None, username: str | None = None,
-    secret_key: SecretKey = None, *, env_file: EnvFile = None,
+    secret_key: SecretKey = None, *, env_file: EnvFile = None, encrypt: bool | None = None,
 ) -> str:
     """Write a complete configuration over the one in the file; lines with other names stay. Return the file's path.
 
-    None becomes 127.0.0.1, 9999, "achilles" and a new secret.
+    None becomes 127.0.0.1, 9999, "achilles" and a new secret. Without `encrypt`, no ENCRYPT is written.
 
     :raises ConfigurationError: a value is not good, or the file cannot be written. The file stays as it was.
     """
-    defaults = config.of_arguments(DEFAULT_HOST, DEFAULT_PORT, "achilles", make_secret())
-    return _save(defaults | config.of_arguments(host, port, username, secret_key), config.env_path(env_file))
+    defaults = config.of_arguments(DEFAULT_HOST, DEFAULT_PORT, "achilles", make_secret(), None)
+    return _save(defaults | config.of_arguments(host, port, username, secret_key, encrypt), config.env_path(env_file))
 
 
 def update_config(
     host: str | None = None, port: int | None = None, username: str | None = None,
-    secret_key: SecretKey = None, *, env_file: EnvFile = None,
+    secret_key: SecretKey = None, *, env_file: EnvFile = None, encrypt: bool | None = None,
 ) -> str:
     """Write the given settings, and keep the file's other settings, also the previous secret. Return its path.
 
@@ -50,18 +54,19 @@ def update_config(
     :raises ConfigurationError: as :func:`write_config`, or as :func:`achilles.config.read_file`.
     """
     path = config.env_path(env_file)
-    return _save(config.of_file(path) | config.of_arguments(host, port, username, secret_key), path)
+    return _save(config.of_file(path) | config.of_arguments(host, port, username, secret_key, encrypt), path)
 
 
 def ask_config(
     host: str | None = None, port: int | None = None, username: str | None = None,
     secret_key: SecretKey = None, *, env_file: EnvFile = None, role: Role = "server",
+    encrypt: bool | None = None,
 ) -> str:
     """Ask a person for each setting that is None, save all four, say where, return the path. Blocks until answered.
 
     :raises ConfigurationError: as :func:`ask_missing`.
     """
-    return ask_missing(config.of_arguments(host, port, username, secret_key), config.env_path(env_file), role)
+    return ask_missing(config.of_arguments(host, port, username, secret_key, encrypt), config.env_path(env_file), role)
 
 
 def ask_missing(found: Found, path: str, role: Role) -> str:
@@ -125,6 +130,23 @@ def next_step(path: str) -> str:
                if config.is_loopback(host) else ""))
 
 
+def check_encryption(source: str) -> None:
+    """Check that this Python can encrypt, where `source` asks for it. ConfigurationError with the remedies."""
+    if not can_encrypt():
+        raise ConfigurationError(
+            f"{source} asks for encryption, and this Python cannot do it: it takes Python 3.13 or later, with an "
+            "OpenSSL that has TLS 1.3. Run such a Python here, or set ENCRYPT=no on every machine and use a tunnel")
+
+
+def can_encrypt() -> bool:
+    """Whether this Python has TLS 1.3 with pre-shared keys."""
+    try:
+        import ssl
+    except ImportError:  # a Python that was built without OpenSSL
+        return False
+    return ssl.HAS_TLSv1_3 and getattr(ssl, "HAS_PSK", False)
+
+
 def make_secret() -> str:
     """Return a new random secret: 32 bytes from the system, as 43 characters that need no quoting anywhere."""
     return secrets.token_urlsafe(32)  # as many bytes as the keys that are derived from the secret
@@ -132,7 +154,7 @@ def make_secret() -> str:
 
 def _save(found: Found, path: str) -> str:
     """Check the settings, put them into the file in place of its old settings, and return the path."""
-    values = {name: Secret(str(v) if isinstance(v, int) else v) for name, v in config.checked(found).items()}
+    values = {name: Secret(_as_text(value)) for name, value in config.checked(found).items()}
     kept = [line for line in (config.read_lines(path) if os.path.exists(path) else [])
             if not re.fullmatch(config.SETTING, line)]
     text = Secret("\n".join([*kept, *(f"{name}={_quoted(v.reveal())}" for name, v in values.items()), ""]))
@@ -147,6 +169,13 @@ def _save(found: Found, path: str) -> str:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}); "
                                  f"{config.PREFIX}ENV_FILE=FILE names another") from error
     return path
+
+
+def _as_text(value: Any) -> Any:
+    """Return a setting as a file has it: a port in digits, a bool as yes or no. A Secret stays one."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, int) else value
 
 
 def _quoted(text: str) -> str:

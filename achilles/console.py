@@ -33,6 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of server and node; a secret has none,
     "--port": {"type": int, "help": "its port, 9999 by default"},
     "--username": {"help": "1 to 32 bytes"},
     "--secret-key-file": {"metavar": "FILE", "help": "a file with the secret in its first line"},
+    "--encrypt": {
+        "action": argparse.BooleanOptionalAction, "help": "by TLS 1.3, as all of this cluster (Python 3.13 or later)"},
     "--env-file": {"metavar": "FILE", "help": "a configuration file; by default the package's own .env"},
     "--log-level": {
         "choices": ("debug", "info", "warning", "error"), "default": "info", "help": "of the log on stderr"},

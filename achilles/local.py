@@ -190,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment = os.environ | {
             "ACHILLES_HOST": cluster.host, "ACHILLES_PORT": str(cluster.port), "ACHILLES_USERNAME": cluster.username,
             "ACHILLES_SECRET_KEY": cluster.secret_key.reveal(), "PYTHONHASHSEED": cluster.hash_seed,
+            "ACHILLES_ENCRYPT": "no",  # nothing leaves this machine
         }
         with subprocess.Popen([sys.executable, args.script, *args.args], env=environment) as script:
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import START_METHOD, wait_until
+from conftest import ENCRYPT, START_METHOD, wait_until
 from ports import free_port
 
 import achilles
@@ -138,9 +138,11 @@ class Cluster:
     running: list[Cluster] = []  # all that are open; the last things they said are shown where a test fails
 
     def __init__(
-        self, folder: Path, *nodes: int, start_method: str | None = None, paths: tuple[Path, ...] = ()
+        self, folder: Path, *nodes: int, start_method: str | None = None, paths: tuple[Path, ...] = (),
+        encrypt: bool = ENCRYPT,
     ) -> None:
         self.folder = folder
+        self.encrypt = encrypt
         self.env_file = folder / "env"
         self.env = environment(*paths, ACHILLES_ENV_FILE=str(self.env_file))
         self.port = free_port()
@@ -173,7 +175,8 @@ class Cluster:
     @property
     def address(self) -> dict[str, Any]:
         """What the calls take."""
-        return {"host": "127.0.0.1", "port": self.port, "username": USER, "secret_key": SECRET}
+        return {"host": "127.0.0.1", "port": self.port, "username": USER, "secret_key": SECRET,
+                "encrypt": self.encrypt}
 
     def start_server(self, *options: str) -> Process:
         """On the same port each time."""
@@ -218,6 +221,7 @@ class Cluster:
 
     def _write_settings(self) -> None:
         text = f"HOST=127.0.0.1\nPORT={self.port}\nUSERNAME={USER}\nSECRET_KEY='{SECRET}'\n"
+        text += "ENCRYPT=yes\n" * self.encrypt
         with open(os.open(self.env_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
             file.write(text)
 

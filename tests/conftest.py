@@ -32,6 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for w
 # Of the workers of all nodes whose test names no method; unset: the default. tox.ini has a command for each.
 START_METHOD = os.environ.get("START_METHOD")
 NODE_OPTIONS = ("--start-method", START_METHOD) if START_METHOD else ()
+ENCRYPT = os.environ.get("ENCRYPT") == "yes"  # whether clusters of the tests encrypt; tox.ini has a command for it
 SECONDS = 20.0  # tells a hang from a wait
 GONE_SECONDS = 8.0  # for what a test has started: longer than a goodbye and the joins after it
 
@@ -91,7 +92,7 @@ def pytest_configure() -> None:
 
 
 def pytest_report_header() -> str:
-    return f"start method: {START_METHOD or 'the default'}"
+    return f"start method: {START_METHOD or 'the default'}; encryption: {'yes' if ENCRYPT else 'no'}"
 
 
 @pytest.fixture

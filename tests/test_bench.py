@@ -14,6 +14,8 @@ from bench.timing import Meter, Sample, enough
 from bench.waits import ideal_seconds
 from bench.work import Scene
 
+from achilles.configuring import can_encrypt
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 SMALL = argparse.Namespace(small=True, long=False, workers=2, seconds=0.001, times=1, repeats=1, peers="", only="")
 
@@ -27,6 +29,8 @@ def without_address(monkeypatch):
 @pytest.mark.parametrize("peer, some", [
     ("achilles", []), ("achilles.imap_unordered", ["tiny-64", "imap", "anew", "main"]), ("multiprocessing", []),
     ("concurrent.futures", ["tiny-64", "submit"]),
+    pytest.param("achilles.encrypted", ["tiny-64", "submit", "in-out"], marks=pytest.mark.skipif(
+        not can_encrypt(), reason="this Python cannot encrypt")),
 ])
 def test_every_row(peer, some):
     """In one driver; the command starts one for each row."""

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("no_leftovers", "unconfigured")
 CALLS = [map_, imap, imap_unordered]
 ORIGINAL = "func, args, callback=None, chunksize=1, host=None, port=None, username=None, secret_key=None"
 OPTIONS = ["callback_error", "buffersize", "wait_for_nodes", "reconnect_seconds", "timeout", "executor", "output",
-           "progress", "journal"]
+           "progress", "journal", "encrypt"]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""config.py: where the four settings come from, what is refused, and the lines of a file."""
+"""config.py: where the settings come from, what is refused, and the lines of a file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from achilles import config, configuring
 from achilles.config import ConfigurationError, Secret
 
 LONG = "a secret of many characters"
+FOUR = config.NAMES[:4]
 FULL = {"host": "10.0.0.1", "port": 1234, "username": "ann", "secret_key": LONG}
 pytestmark = pytest.mark.usefixtures("nothing_configured")
 posix_only = pytest.mark.skipif(os.name != "posix", reason="file modes and shells are POSIX's")
@@ -67,14 +68,14 @@ def test_each_setting_is_looked_up_by_itself(monkeypatch, own_file):
     assert settings == config.Settings("argument", 2, "file", Secret(LONG), own_file)
 
 
-@pytest.mark.parametrize("name", config.NAMES)
+@pytest.mark.parametrize("name", FOUR)
 def test_argument_then_environment_then_file(monkeypatch, own_file, name):
     values = {n: {"PORT": {"file": "1", "environ": "2", "argument": 3}}.get(n, dict.fromkeys(
-        ("file", "environ", "argument"))) for n in config.NAMES}
-    for n in config.NAMES:
+        ("file", "environ", "argument"))) for n in FOUR}
+    for n in FOUR:
         for place in ("file", "environ", "argument"):
             values[n][place] = values[n][place] or f"{place}-of-enough-characters"
-    write(own_file, "".join(f"{n}={values[n]['file']}\n" for n in config.NAMES))
+    write(own_file, "".join(f"{n}={values[n]['file']}\n" for n in FOUR))
 
     def found(**arguments):
         settings = config.resolve(**arguments)
@@ -84,6 +85,53 @@ def test_argument_then_environment_then_file(monkeypatch, own_file, name):
     monkeypatch.setenv(f"ACHILLES_{name}", values[name]["environ"])
     assert str(found()) == values[name]["environ"]
     assert found(**{name.lower(): values[name]["argument"]}) == values[name]["argument"]
+
+
+@pytest.fixture
+def encrypting(monkeypatch):
+    """A Python that can encrypt, whatever this one can."""
+    monkeypatch.setattr(configuring, "can_encrypt", lambda: True)
+
+
+@pytest.mark.usefixtures("encrypting")
+def test_encryption_is_off_unless_argument_environment_or_file_asks_for_it(monkeypatch, own_file):
+    text = f"HOST=h\nUSERNAME=u\nSECRET_KEY='{LONG}'\n"
+    write(own_file, text)
+    assert config.resolve().encrypt is False
+    write(own_file, f"{text}export ENCRYPT=\"yes\"  # hidden\n")
+    assert config.resolve().encrypt is True
+    monkeypatch.setenv("ACHILLES_ENCRYPT", "no")
+    assert config.resolve().encrypt is False and config.resolve(encrypt=True).encrypt is True
+    monkeypatch.setenv("ACHILLES_ENCRYPT", "yes")
+    assert config.resolve().encrypt is True and config.resolve(encrypt=False).encrypt is False
+    assert config.resolve(**FULL).encrypt is True
+    assert config.read_again(config.resolve(encrypt=False), "node").encrypt is False
+
+
+@pytest.mark.usefixtures("encrypting")
+@pytest.mark.parametrize("value", ["", "on", "Yes", "true", "1"])
+def test_encryption_is_yes_or_no_and_nothing_else(monkeypatch, own_file, value):
+    """A mistyped word never means that all goes in the clear."""
+    monkeypatch.setenv("ACHILLES_ENCRYPT", value)
+    with pytest.raises(ConfigurationError, match="^ACHILLES_ENCRYPT must be True or False, and outside Python yes"):
+        config.resolve(**FULL)
+    monkeypatch.delenv("ACHILLES_ENCRYPT")
+    with pytest.raises(ConfigurationError, match="^encrypt must be"):
+        config.resolve(**FULL, encrypt=value)
+
+
+@pytest.mark.parametrize("place", ["argument", "environment", "file"])
+def test_a_python_that_cannot_encrypt_says_so_and_the_remedy(monkeypatch, own_file, place):
+    monkeypatch.setattr(configuring, "can_encrypt", lambda: False)
+    write(own_file, f"HOST=h\nUSERNAME=u\nSECRET_KEY='{LONG}'\nENCRYPT={'yes' if place == 'file' else 'no'}\n")
+    if place == "environment":
+        monkeypatch.setenv("ACHILLES_ENCRYPT", "yes")
+    with pytest.raises(ConfigurationError, match=r"this Python cannot do it: it takes Python 3\.13 .* ENCRYPT=no on"):
+        config.resolve(encrypt=True if place == "argument" else None)
+
+
+def test_this_python_can_encrypt_since_3_13():
+    assert configuring.can_encrypt() == (sys.version_info >= (3, 13))
 
 
 def test_the_file_is_the_argument_then_the_environments_then_our_own(monkeypatch, tmp_path, own_file):

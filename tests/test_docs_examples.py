@@ -126,9 +126,10 @@ def test_the_status_has_the_fields_of_its_table(cluster):
 
 
 def settings(env_file):
-    """Host, username and secret of a file."""
+    """Host, username, secret and encryption of a file."""
     values = dict(line.split("=", 1) for line in env_file.read_text().splitlines() if "=" in line)
-    return {name.lower(): shlex.split(values[name])[0] for name in ("HOST", "USERNAME", "SECRET_KEY")}
+    found = {name.lower(): shlex.split(values[name])[0] for name in ("HOST", "USERNAME", "SECRET_KEY", "ENCRYPT")}
+    return found | {"encrypt": found["encrypt"] == "yes"}
 
 
 def normal(line):

@@ -174,7 +174,8 @@ class Controller(Link):
     def _connect(self, timeout: float = connect.CONNECT_SECONDS) -> None:
         settings = self.settings
         key = auth.derive_key(settings.username, settings.secret.reveal())
-        channel = connect.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key, timeout)
+        channel = connect.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key, timeout,
+                                  settings.encrypt)
         channel.name = f"server {settings.host}:{settings.port}"
         channel.send(Kind.HELLO, connect.hello())
         with self.lock:

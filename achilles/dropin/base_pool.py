@@ -44,7 +44,7 @@ APPLY = {"call": "apply"}
 class BasePool:
     """What Pool and Executor have in common.
 
-    :param address: host, port, username, secret_key and reconnect_seconds, as of `achilles.map`.
+    :param address: host, port, username, secret_key, encrypt and reconnect_seconds, as of `achilles.map`.
     Connects; blocks until the server has answered.
     """
 
@@ -55,6 +55,7 @@ class BasePool:
         self, processes: int | None, initializer: Callable[..., object] | None, initargs: Iterable[Any],
         maxtasksperchild: int | None, wait_for_nodes: float | None, reconnect_seconds: float,
         executor: Any, host: str | None, port: int | None, username: str | None, secret_key: SecretKey,
+        encrypt: bool | None,
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
@@ -68,7 +69,7 @@ class BasePool:
         self._job = partial(Job, self._context, secrets.token_bytes(16), initializer=letter)
         self._last: tuple[bytes, Letter] = b"", b""  # the function of the last call, which many callers give again
         self._controller = connect(
-            host, port, username, secret_key, reconnect_seconds, executor, processes, wait_for_nodes)
+            host, port, username, secret_key, encrypt, reconnect_seconds, executor, processes, wait_for_nodes)
         self._dispatcher = Dispatcher(self._controller)
         self._state = RUN
 

@@ -86,7 +86,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = (), *,
         max_tasks_per_child: int | None = None, host: str | None = None, port: int | None = None,
         username: str | None = None, secret_key: SecretKey = None, wait_for_nodes: float | None = None,
-        reconnect_seconds: float = RECONNECT_SECONDS,
+        reconnect_seconds: float = RECONNECT_SECONDS, encrypt: bool | None = None,
     ) -> None:
         if max_workers is not None and max_workers < 1:
             raise ValueError("max_workers must be greater than 0")
@@ -95,7 +95,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         if max_tasks_per_child is not None and max_tasks_per_child < 1:
             raise ValueError("max_tasks_per_child must be >= 1")
         super().__init__(max_workers, initializer, initargs, max_tasks_per_child, wait_for_nodes, reconnect_seconds,
-                         None, host, port, username, secret_key)
+                         None, host, port, username, secret_key, encrypt)
         _left_open().add(self)
 
     def wait_for_workers(self) -> int:

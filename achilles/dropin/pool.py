@@ -44,7 +44,7 @@ class Pool(BasePool):
         chunk; what it raises is raised by the calls.
     :param maxtasksperchild: chunks after which a worker is replaced.
     :param context: for the standard library's sake; nodes choose their own start method.
-    :param host, port, username, secret_key, wait_for_nodes, reconnect_seconds, executor: as of `achilles.map`.
+    :param host, port, username, secret_key, wait_for_nodes, reconnect_seconds, executor, encrypt: as of `achilles.map`.
     :raises AchillesError: the cluster cannot be found, or does not let us in.
 
     Connects; blocks until the server has answered. `chunksize=None` finds a good one by itself, and each
@@ -59,7 +59,7 @@ class Pool(BasePool):
         initargs: Iterable[Any] = (), maxtasksperchild: int | None = None, context: object = None, *,
         host: str | None = None, port: int | None = None, username: str | None = None, secret_key: SecretKey = None,
         wait_for_nodes: float | None = None, reconnect_seconds: float = RECONNECT_SECONDS,
-        executor: Executor | None = None,
+        executor: Executor | None = None, encrypt: bool | None = None,
     ) -> None:
         if processes is not None and processes < 1:
             raise ValueError("Number of processes must be at least 1")
@@ -67,7 +67,7 @@ class Pool(BasePool):
         if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0):
             raise ValueError("maxtasksperchild must be a positive int or None")
         super().__init__(processes, initializer, initargs, maxtasksperchild, wait_for_nodes, reconnect_seconds,
-                         executor, host, port, username, secret_key)
+                         executor, host, port, username, secret_key, encrypt)
 
     # One call.
 

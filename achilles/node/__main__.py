@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_node(
             args.host, args.port, args.username, console.read_secret(args.secret_key_file),
             cpu_count=args.cpu_count, start_method=args.start_method, env_file=args.env_file,
+            encrypt=args.encrypt,
         )
     return status.code
 

@@ -47,12 +47,13 @@ def run_node(
     host: str | None = None, port: int | None = None, username: str | None = None,
     secret_key: str | config.Secret | None = None, *,
     cpu_count: int | None = None, start_method: str | None = None, env_file: str | None = None,
+    encrypt: bool | None = None,
 ) -> None:
     """Run a node until the cluster is killed or SIGTERM has drained it. Blocks; ends its workers in any case.
 
     In the main thread it handles SIGTERM, SIGINT and SIGHUP meanwhile; in another one it cannot be drained.
 
-    :param host, port, username, secret_key, env_file: as for `config.resolve`.
+    :param host, port, username, secret_key, env_file, encrypt: as for `config.resolve`.
     :param cpu_count: how many workers, 1 to 65,535; by default the cores that this process may really use.
     :param start_method: "fork", "forkserver" or "spawn"; by default fork, or forkserver beside other threads.
     :raises ConfigurationError: a setting is missing or will not do.
@@ -62,7 +63,7 @@ def run_node(
     count = usable_cores() if cpu_count is None else cpu_count
     if not isinstance(count, int) or not 1 <= count <= U16:
         raise ConfigurationError(f"cpu_count must be an int in 1..{U16}, not {count!r}")
-    settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="node")
+    settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="node", encrypt=encrypt)
     config.remove_from_environment()
     method = start_method or default_start_method(count_threads())
     Node(settings, count, method).run()
@@ -128,8 +129,9 @@ class Node:
         """Why the node ends; an exception if its connection has ended, or there was none."""
         where = self.settings
         try:
-            link = connect.connect(where.host, where.port, auth.NODE, where.username, auth.derive_key(
-                where.username, where.secret.reveal()))
+            link = connect.connect(
+                where.host, where.port, auth.NODE, where.username,
+                auth.derive_key(where.username, where.secret.reveal()), encrypt=where.encrypt)
         except AuthenticationError as e:
             raise AuthenticationError(
                 f"{e}. Copy it to this machine (scp -p), then run: python -m {__package__} --env-file FILE"
@@ -178,6 +180,7 @@ class Session:
         self._node.selector.register(self._channel.socket, selectors.EVENT_READ, self._on_server)
         self._channel.send(Kind.HELLO, connect.hello(self._node.cpu_count))
         try:
+            self._on_server(selectors.EVENT_READ)  # TLS may have decrypted frames that came with WELCOME
             while not self._end:  # read, do the work that is due, write
                 for key, events in self._node.selector.select(self._workers.look_at - time.monotonic()):
                     key.data(events)

@@ -31,21 +31,25 @@ from ..errors import AuthenticationError, ProtocolError
 from .frames import Buffer
 
 __all__ = [
-    "CONTROLLER", "NODE", "Key", "Keys", "Tagger", "accept_claim", "check_answer", "check_user",
-    "claim", "derive_key", "greeting", "read_claim", "read_greeting", "session_keys",
-    "AUTH_BYTES", "GREETING_BYTES", "NONCE_BYTES", "PROOF_BYTES", "REFUSAL",
+    "CONTROLLER", "NODE", "Key", "Keys", "Tagger", "accept_claim", "check_answer", "check_mode", "check_user", "claim",
+    "derive_key", "greeting", "read_claim", "read_greeting", "session_keys", "tls_key",
+    "AUTH_BYTES", "GREETING_BYTES", "NONCE_BYTES", "NO_BINDING", "OPENING_BYTES", "PLAIN", "PROOF_BYTES", "REFUSAL",
+    "TLS",
 ]
 
 CONTROLLER, NODE = b"C", b"N"
 MAGIC = b"ACHL"
 VERSION = 1
 GREETING = struct.Struct(">4sH2x32s")  # magic, version, nonce_s
+OPENING = struct.Struct(">4sH2x")  # the first 8 bytes of a server: M1's, or all that it says in the clear
 CLAIM = struct.Struct(">4sHsx32s32s")  # magic, version, role, nonce_c, user
 NONCE_BYTES = PROOF_BYTES = USER_BYTES = 32
 GREETING_BYTES = GREETING.size
 AUTH_BYTES = CLAIM.size + PROOF_BYTES
 REFUSAL = bytes(PROOF_BYTES)
-BINDING = bytes(32)  # room for the hash of a TLS certificate
+OPENING_BYTES = OPENING.size
+PLAIN, TLS = OPENING.pack(MAGIC, VERSION), OPENING.pack(b"ACHS", VERSION)
+NO_BINDING = bytes(32)  # of a connection without TLS
 LABEL = b"achilles/1 "
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1  # 16 MiB and 40 to 80 ms a guess
 KEPT_KEYS = 8  # derived keys that a process keeps: more secrets than a process uses in turns
@@ -109,15 +113,29 @@ def greeting(nonce: bytes) -> bytes:
     return GREETING.pack(MAGIC, VERSION, nonce)
 
 
-def read_greeting(message: bytes) -> None:
-    """Check that `message` is an M1 of this version, else ProtocolError. All of M1 is signed: nothing is kept."""
-    if len(message) != GREETING_BYTES or message[:4] != MAGIC or message[6:8] != bytes(2):
+def read_greeting(message: bytes, mode: bytes = PLAIN) -> None:
+    """Check M1, or the 8 bytes with which a server begins. All of M1 is signed: nothing is kept.
+
+    :param mode: of this side: PLAIN or TLS.
+    :raises ProtocolError: it is something else. The message has the remedy.
+    """
+    opening = message[:OPENING_BYTES]
+    check_mode(opening, mode)
+    if len(message) not in (OPENING_BYTES, GREETING_BYTES) or opening[:4] != mode[:4] or opening[6:] != bytes(2):
         raise ProtocolError("the program that listens there is not an achilles server: check host and port")
-    if message != greeting(message[8:]):
+    if opening != mode:
         raise ProtocolError(
-            f"the server speaks version {int.from_bytes(message[4:6], 'big')} of the protocol, this is version "
+            f"the server speaks version {int.from_bytes(opening[4:6], 'big')} of the protocol, this is version "
             f"{VERSION}: install the same achilles everywhere"
         )
+
+
+def check_mode(opening: bytes, mode: bytes) -> None:
+    """Check that the first 8 bytes of a peer do not say the other mode, else ProtocolError. For both sides."""
+    if opening == PLAIN != mode:
+        raise ProtocolError("the other side does not encrypt, and this side does: set ENCRYPT=yes there")
+    if opening == TLS != mode:
+        raise ProtocolError("the other side encrypts, and this side does not: set ENCRYPT=yes here, or --encrypt")
 
 
 def claim(role: bytes, username: str, nonce: bytes) -> bytes:
@@ -140,16 +158,29 @@ def read_claim(message: bytes) -> tuple[bytes, bytes]:
     return role, user
 
 
-def session_keys(key: bytes, m1: bytes, signed: bytes) -> Keys:
-    """Return the four keys of one connection from K and the words of both sides (HKDF, RFC 5869)."""
-    prk = Key(hmac.digest(hashlib.sha256(BINDING + m1 + signed).digest(), key, "sha256"))
-    return Keys(*(
-        Key(hmac.digest(prk, LABEL + name.replace("_", " ").encode() + b"\x01", "sha256")) for name in Keys._fields))
+def session_keys(key: bytes, m1: bytes, signed: bytes, binding: bytes = NO_BINDING) -> Keys:
+    """Return the four keys of one connection from K and the words of both sides (HKDF, RFC 5869).
+
+    :param binding: of the TLS connection that carries these words; NO_BINDING in the clear.
+    """
+    prk = Key(hmac.digest(hashlib.sha256(binding + m1 + signed).digest(), key, "sha256"))
+    return Keys(*(_expand(prk, name.replace("_", " ")) for name in Keys._fields))
 
 
-def accept_claim(keys: Sequence[bytes], m1: bytes, m2: bytes) -> Keys | None:
+def tls_key(username: str, key: bytes) -> tuple[str, Key]:
+    """Return the identity and the pre-shared key of TLS for K. The identity is seen on the network."""
+    prk = Key(hmac.digest(bytes(32), key, "sha256"))
+    return f"{username}:{_expand(prk, 'psk id')[:4].hex()}", _expand(prk, "psk")
+
+
+def _expand(prk: bytes, label: str) -> Key:
+    """Return the 32 bytes of one label (HKDF-Expand, RFC 5869)."""
+    return Key(hmac.digest(prk, LABEL + label.encode() + b"\x01", "sha256"))
+
+
+def accept_claim(keys: Sequence[bytes], m1: bytes, m2: bytes, binding: bytes = NO_BINDING) -> Keys | None:
     """Return the session's keys if one of these K made the proof of M2, else None. Each K costs the same work."""
-    sessions = [session_keys(key, m1, m2[: CLAIM.size]) for key in keys]
+    sessions = [session_keys(key, m1, m2[: CLAIM.size], binding) for key in keys]
     matches = [hmac.compare_digest(session.client_proof, m2[CLAIM.size :]) for session in sessions]
     return sessions[matches.index(True)] if any(matches) else None
 

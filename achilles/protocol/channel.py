@@ -30,12 +30,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import AchillesError, ProtocolError, ServerUnreachable
 from . import auth, frames
 from .frames import Batch, Frame, Kind
 from .reader import FrameReader
+
+if TYPE_CHECKING:
+    from .tls import Tls
 
 __all__ = ["GOODBYE_SECONDS", "HEARTBEAT_SECONDS", "SILENCE_SECONDS", "TICK_SECONDS", "Channel"]
 
@@ -51,6 +54,8 @@ OPEN, FINISHING, SHUT, CLOSED = range(4)  # of a Channel: no frame is queued now
 
 log = logging.getLogger(__name__)
 
+Stream = Union[socket.socket, "Tls"]
+
 
 class Channel:
     """One connection after its handshake.
@@ -59,13 +64,14 @@ class Channel:
     :param keys: of this side's tags and of the peer's; None on a worker's link.
     """
 
-    def __init__(self, sock: socket.socket, link: str, keys: tuple[bytes, bytes] | None = None) -> None:
-        self.socket = sock
+    def __init__(self, sock: Stream, link: str, keys: tuple[bytes, bytes] | None = None) -> None:
+        self.socket: Any = sock  # a socket, or what encrypts one
         self.name = ""  # in the log; the role gives it
         self.last_heard = self.last_written = time.monotonic()
         self._writing = threading.Lock()  # held by the thread that writes
         # Windows has no sendmsg.
-        self._sendmsg: Callable[..., int] = getattr(sock, "sendmsg", lambda parts: sock.send(parts[0]))
+        self._sendmsg: Callable[..., int] = getattr(sock, "sendmsg", lambda parts: sock.send(parts[0]))  # type: ignore
+        self._writev: Callable[..., int] = getattr(sock, "writev", lambda parts: os.writev(sock.fileno(), parts))
         self._tagger = auth.Tagger(keys[0]) if keys else None  # with `_writing`
         self._parts: deque[memoryview] = deque()  # tagged and not written yet; with `_writing`
         self._reader = FrameReader(link, auth.Tagger(keys[1]).check if keys else None)  # the reader's own
@@ -100,7 +106,7 @@ class Channel:
         # Otherwise there is nothing to write, or the writer thread is at it, or this is Windows, without writev.
         if self._queue and not self._parts and hasattr(os, "writev") and self._writing.acquire(blocking=False):
             try:
-                self._write_safely(lambda parts: os.writev(self.socket.fileno(), parts), PUSH_BYTES)
+                self._write_safely(self._writev, PUSH_BYTES)
             finally:
                 self._writing.release()
         if self.wants_write:
@@ -240,13 +246,15 @@ class Channel:
         :raises ProtocolError: the peer sent bytes that are no frame for this link.
         :raises AuthenticationError: a tag is wrong.
         """
+        received: list[Frame] = []
         try:
             count = self.socket.recv_into(self._reader.space())
-        except (BlockingIOError, TimeoutError):
-            return []
-        if not count:
-            return None
-        received = self._reader.received(count)
+        except (BlockingIOError, TimeoutError) as e:
+            count = getattr(e, "characters_written", 0)  # of a TLS record that is not whole yet
+        else:
+            if not count:
+                return None
+            received = self._reader.received(count)
         self._trickled += count
         if received or self._trickled >= TRICKLE_BYTES:
             self._trickled, self.last_heard = 0, time.monotonic()

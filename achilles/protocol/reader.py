@@ -46,7 +46,7 @@ class FrameReader:
         self._place = next(self._parser)  # for the next bytes
 
     def space(self) -> memoryview:
-        """Return the place of the next bytes. Release it, or let it go, before `received`."""
+        """Return the place of the next bytes, 64 KiB at least. Release it, or let it go, before `received`."""
         return self._place[:]
 
     def received(self, count: int) -> list[Frame]:
@@ -107,9 +107,10 @@ class FrameReader:
             elif count - filled < DIRECT_BYTES:
                 self._start, self._end = 0, (yield memoryview(self._buffer))
             else:
-                if filled == len(whole):  # little memory for a length alone, then 8 MiB, then twice the bytes
+                if len(whole) - filled < DIRECT_BYTES:
+                    # Little memory for a length alone, then 8 MiB, then twice the bytes.
                     least = LETTER_STEP_BYTES if filled >= DIRECT_BYTES else BUFFER_BYTES
                     old, whole = whole, bytearray(min(count, max(2 * filled, least)))
-                    whole[:filled] = old
+                    whole[:filled] = memoryview(old)[:filled]
                 filled += yield memoryview(whole)[filled:]
         return whole

@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with console.errors_to_exit_status() as status:
         given = (args.host, args.port, args.username, console.read_secret(args.secret_key_file))
         if args.write_config:
-            path = _write_config(*given, env_file=args.env_file)
+            path = _write_config(*given, env_file=args.env_file, encrypt=args.encrypt)
             console.say(f"Saved in {path}\n{configuring.next_step(path)}".rstrip())
         elif args.status:
-            settings = config.resolve(*given, env_file=args.env_file)
+            settings = config.resolve(*given, env_file=args.env_file, encrypt=args.encrypt)
             text_of = json.JSONEncoder(indent=2).encode if args.json else console.status_table
             if args.follow:
                 with contextlib.suppress(KeyboardInterrupt):
@@ -51,19 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console.say(text_of(state))
                 status.code = 0 if state["nodes"] else NO_NODES_STATUS
         else:
-            status.code = run_server(*given, bind=args.bind, env_file=args.env_file)
+            status.code = run_server(*given, bind=args.bind, env_file=args.env_file, encrypt=args.encrypt)
     return status.code
 
 
 def _write_config(
-    host: str | None, port: int | None, username: str | None, secret: config.Secret | None, env_file: str | None
+    host: str | None, port: int | None, username: str | None, secret: config.Secret | None, env_file: str | None,
+    encrypt: bool | None,
 ) -> str:
-    """Write a file for `--write-config`. A secret in the old file stays, because nodes may have it."""
+    """Write a file for `--write-config`, with encryption where this Python can do it.
+
+    A secret and the encryption in the old file stay, because nodes may have them.
+    """
     if host in ("0.0.0.0", "::"):
         raise ConfigurationError(f"nobody can connect to {host}: give the address at which nodes reach this machine, "
                                  f"and start the server with --bind {host}")
-    kept, _ = config.of_file(config.env_path(env_file)).get("SECRET_KEY", (None, ""))
-    return configuring.write_config(host, port, username, secret or kept, env_file=env_file)
+    old = config.of_file(config.env_path(env_file))
+    kept, _ = old.get("SECRET_KEY", (None, ""))
+    if encrypt is None:
+        word, _ = old.get("ENCRYPT", ("", ""))
+        encrypt = config.WORDS.get(word, configuring.can_encrypt())
+    return configuring.write_config(host, port, username, secret or kept, env_file=env_file, encrypt=encrypt)
 
 
 def ask_status(settings: config.Settings, take: Callable[[Any], bool] = lambda state: False) -> Any:
@@ -73,8 +81,9 @@ def ask_status(settings: config.Settings, take: Callable[[Any], bool] = lambda s
         or go.
     """
     try:
-        link = connect.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, auth.derive_key(
-            settings.username, settings.secret.reveal()))
+        key = auth.derive_key(settings.username, settings.secret.reveal())
+        link = connect.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key,
+                               encrypt=settings.encrypt)
     except ServerUnreachable as e:
         raise ServerUnreachable(f"{e}. Start a server: python -m {__package__}") from e
     found: dict[Kind, Any] = {}

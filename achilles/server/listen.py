@@ -15,7 +15,7 @@ A reader never waits for another connection's writer: it queues.
 `_places_lock` guards the places of connections that are not authenticated yet. Under this lock the server takes no
 other lock, writes no log and waits for nothing.
 
-Not for a network where others may read your data: nothing is encrypted (docs/security.md).
+Without ENCRYPT=yes, not for a network where others may read your data (docs/security.md).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from collections import Counter
 from typing import Any
 
 from .. import config, console
-from ..errors import AddressError, ProtocolError
+from ..errors import AddressError, AuthenticationError, ProtocolError
 from ..protocol import auth, channel, connect
 from .exchange import Exchange, Peer
 
@@ -69,9 +69,8 @@ class Server:
     """
 
     def __init__(self, settings: config.Settings, bind: str | None = None) -> None:
-        self.settings = settings
         self._bind = bind
-        self._keys = _derive(settings)
+        self._use(settings)
         self._decoys = [secrets.token_bytes(32), secrets.token_bytes(32)]  # for unknown users: the same work
         self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # to end; a signal handler may put
         self._exchange = Exchange(kill=lambda: self.end("killed"))
@@ -106,6 +105,12 @@ class Server:
 
     # In the thread that calls `run`.
 
+    def _use(self, settings: config.Settings) -> None:
+        """Take these settings, for the next client. A handshake under way has the old keys."""
+        self._keys = _derive(settings)
+        self._tls_keys = dict(auth.tls_key(settings.username, key) for key in self._keys)
+        self.settings = settings
+
     def _wait_for_reason(self, known: str = "", seconds: float = threading.TIMEOUT_MAX) -> str:
         """Return the next reason to end but `known`; return `known` when the time is over."""
         deadline = time.monotonic() + seconds
@@ -121,16 +126,15 @@ class Server:
 
     def _read_again(self) -> None:
         """Take the secrets that the file has now. If the file is bad, the old secrets stay good."""
+        before = self.settings
         try:
-            settings = config.read_again(self.settings, "server", self._bind)
-            self._keys = _derive(settings)  # for the next client; a handshake under way has the old keys
+            self._use(config.read_again(before, "server", self._bind))
         except Exception as e:
             log.error("the secrets stay as they were: %s", e)
         else:
-            new = "as it was" if settings.secret == self.settings.secret else "a new one"
-            more = "the previous one good as well" if settings.previous else "no other one good"
-            log.info("%s was read again: the secret is %s, %s", settings.env_file, new, more)
-            self.settings = settings
+            new = "as it was" if self.settings.secret == before.secret else "a new one"
+            more = "the previous one good as well" if self.settings.previous else "no other one good"
+            log.info("%s was read again: the secret is %s, %s", before.env_file, new, more)
 
     def _close_all(self, reason: str) -> None:
         """End every connection, and wait for its threads."""
@@ -153,20 +157,45 @@ class Server:
         threading.current_thread().name = f"achilles-reader {address}"
         self._readers.add(threading.current_thread())
         try:
+            connect.set_options(sock)
             _, lost = self._places.get(sock, ("", threading.Event()))  # a lost place has ended the socket as well
-            role, user, keys = connect.answer_claim(sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS)
+            deadline = time.monotonic() + HANDSHAKE_SECONDS
+            stream, binding = self._encrypted(sock, lost, deadline)
+            role, user, keys = connect.answer_claim(stream, self._find_keys, deadline, binding)
             if keys is None:
                 log.warning("refused %s as user %r", address, user.decode(errors="replace"))
                 lost.wait(REFUSAL_SECONDS)  # without its place, a client has no right to a thread either
-            sock.sendall(keys.server_proof if keys else auth.REFUSAL)
+            stream.sendall(keys.server_proof if keys else auth.REFUSAL)
             self.dismiss(sock)
             if keys is not None:
-                self._serve_peer(sock, address, role, user, keys)
+                self._serve_peer(stream, address, role, user, keys)
+        except AuthenticationError as e:
+            log.warning("refused %s: %s", address, e)
         except (OSError, ProtocolError) as e:
             log.info("%s did not authenticate: %s", address, e)
         finally:
             self.dismiss(sock)
             self._readers.discard(threading.current_thread())
+
+    def _encrypted(
+        self, sock: socket.socket, lost: threading.Event, deadline: float
+    ) -> tuple[channel.Stream, bytes]:
+        """Return the stream for the handshake, and its binding: the socket itself, where this server does not encrypt.
+
+        A client without the secret fails in TLS, and is told so after a second.
+        """
+        if not self.settings.encrypt:
+            return sock, auth.NO_BINDING
+        from ..protocol.tls import server as begin  # a process that does not encrypt pays for no OpenSSL
+
+        stream = begin(sock, self._tls_keys, deadline)
+        try:
+            stream.handshake(deadline)
+        except AuthenticationError:
+            lost.wait(REFUSAL_SECONDS)
+            stream.send_handshake()
+            raise
+        return stream, stream.binding
 
     def _find_keys(self, user: bytes) -> list[bytes]:
         return self._keys if hmac.compare_digest(user, self.settings.username.encode()) else self._decoys
@@ -185,9 +214,8 @@ class Server:
         with self._places_lock:
             self._places.pop(sock, None)
 
-    def _serve_peer(self, sock: socket.socket, address: str, role: bytes, user: bytes, keys: auth.Keys) -> None:
+    def _serve_peer(self, sock: channel.Stream, address: str, role: bytes, user: bytes, keys: auth.Keys) -> None:
         sock.settimeout(channel.TICK_SECONDS)
-        connect.set_options(sock)
         link = channel.Channel(sock, role.decode() + "S", (keys.server_data, keys.client_data))
         peer = Peer(link, role, user.decode(errors="replace"), address)
         link.start_writer()
@@ -203,6 +231,7 @@ class Server:
 def run_server(
     host: str | None = None, port: int | None = None, username: str | None = None,
     secret_key: config.SecretKey = None, *, bind: str | None = None, env_file: config.EnvFile = None,
+    encrypt: bool | None = None,
 ) -> int:
     """Run a server in this thread until SIGTERM, Ctrl-C, or `kill_cluster`. Return its exit status.
 
@@ -212,12 +241,14 @@ def run_server(
     :param host: nodes and callers reach the server at this address; the server listens there.
     :param port: 0..65535, 9999 by default; 0 takes any free one.
     :param bind: listen at this address instead, such as 0.0.0.0.
+    :param encrypt: by TLS; nodes and callers must do the same.
     A setting that is None is looked for in the environment and the file, then asked for on a terminal.
     Prints two lines when it listens. Signals are handled in the main thread alone.
     :raises ConfigurationError: a setting is missing or malformed.
     :raises AddressError: the server cannot listen there.
     """
-    settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="server", bind=bind)
+    settings = config.resolve(
+        host, port, username, secret_key, env_file=env_file, role="server", bind=bind, encrypt=encrypt)
     server = Server(settings, bind)
     told: list[int] = []
 

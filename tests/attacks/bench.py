@@ -71,6 +71,7 @@ class Watched(Cluster):
     def __init__(self, *args: Any, user: str = USER, **options: Any) -> None:
         super().__init__(*args, **options)
         self.user = user
+        raw.encrypt_for(user.encode(), raw.derive(user.encode(), SECRET))
 
     def _write_settings(self) -> None:
         super()._write_settings()

@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from conftest import ENCRYPT
+
 import achilles
 from achilles.errors import AuthenticationError, ConfigurationError, ProtocolError, ServerUnreachable
 
@@ -32,7 +34,8 @@ def victim(serve: Callable[[socket.socket], object], port: int = 0) -> Any:
     """A real caller asks a server that is played by `serve`: what it gets, or what it raises."""
     result: list[Any] = []
     listening = raw.listener()
-    address = {"host": "127.0.0.1", "port": listening.getsockname()[1], "username": USER, "secret_key": SECRET}
+    address = {"host": "127.0.0.1", "port": listening.getsockname()[1], "username": USER, "secret_key": SECRET,
+               "encrypt": ENCRYPT}
 
     def ask() -> None:
         try:
@@ -43,7 +46,7 @@ def victim(serve: Callable[[socket.socket], object], port: int = 0) -> Any:
     asking = threading.Thread(target=ask, name="victim", daemon=True)
     asking.start()
     try:
-        sock, _ = listening.accept()
+        sock = raw.accepted(listening)
         listening.close()
         with sock, contextlib.suppress(OSError, raw.Ended):
             sock.settimeout(raw.SECONDS)

@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from conftest import ENCRYPT
+
 import achilles
 from achilles import config, console
 from achilles.errors import AchillesError, TaskTimeout, VersionError, WorkerLost
@@ -184,7 +186,7 @@ def pythons_from_a_server(bench: Bench) -> None:
     def call(pythons: Any) -> BaseException:
         with telling(cluster=CLUSTER | {"pythons": pythons}) as port:
             try:
-                achilles.map(abs, [1], host="127.0.0.1", port=port, username=USER, secret_key=SECRET)
+                achilles.map(abs, [1], host="127.0.0.1", port=port, username=USER, secret_key=SECRET, encrypt=ENCRYPT)
             except AchillesError as error:
                 check_shown(error)
                 assert len(str(error)) < 8000, f"an error of {len(str(error))} characters"
@@ -254,7 +256,7 @@ def notes_from_a_server(bench: Bench) -> None:
         with losing(status, note) as port:
             try:
                 achilles.map(abs, ANSWER, chunksize=len(ANSWER), host="127.0.0.1", port=port, username=USER,
-                             secret_key=SECRET)
+                             secret_key=SECRET, encrypt=ENCRYPT)
             except AchillesError as error:
                 check_shown(error)
                 return error
@@ -329,7 +331,7 @@ def status_from_a_server(bench: Bench) -> None:
 
     def ask(state: Any) -> None:
         with telling(state) as port:
-            settings = config.Settings("127.0.0.1", port, USER, config.Secret(SECRET), None)
+            settings = config.Settings("127.0.0.1", port, USER, config.Secret(SECRET), None, encrypt=ENCRYPT)
             try:
                 answer = ask_status(settings)
             except AchillesError as error:
@@ -339,7 +341,7 @@ def status_from_a_server(bench: Bench) -> None:
     def call(state: Any) -> None:
         with telling(state) as port:
             try:
-                answer = achilles.cluster_status("127.0.0.1", port, USER, SECRET)
+                answer = achilles.cluster_status("127.0.0.1", port, USER, SECRET, encrypt=ENCRYPT)
             except AchillesError as error:
                 return check_shown(error)
         raise AssertionError(f"taken for a status: {ascii(answer)}")
@@ -349,7 +351,7 @@ def status_from_a_server(bench: Bench) -> None:
             told(port, ("--json",) if bench.rng.random() < 0.5 else (), cluster)
 
     with telling(STATUS) as port:
-        assert achilles.cluster_status("127.0.0.1", port, USER, SECRET) == STATUS
+        assert achilles.cluster_status("127.0.0.1", port, USER, SECRET, encrypt=ENCRYPT) == STATUS
     bad = [state for text in UNFIT for state in states(text)]
     bench.each(ask, bench.some(bad, 40))
     bench.each(ask, MALFORMED)
@@ -374,7 +376,7 @@ def status_of_a_peer(bench: Bench) -> None:
                     node.send("HELLO", HELLO | {"cpu_count": 1, name: text})
                     assert [frame.kind for frame in node.rest()] == ["ERROR"]
                 bench.count()
-        state = achilles.cluster_status("127.0.0.1", cluster.port, user, SECRET)
+        state = achilles.cluster_status("127.0.0.1", cluster.port, user, SECRET, encrypt=ENCRYPT)
     assert state["nodes"] == [] and [each["user"] for each in state["jobs"]] == [ascii(user)]
     for line in console.status_table(state).split("\n"):
         assert line.isprintable(), ascii(line)

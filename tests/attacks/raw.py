@@ -3,6 +3,9 @@
 Nothing of achilles is imported, so that a mistake of the package is not made here too. What is here can do the
 handshake as node and controller, and as a server; send frames with good, wrong and no tags; and sit between two
 honest ends, where it passes on, alters, keeps, repeats and inserts what it likes.
+
+Where clusters encrypt, its client and its server do, too, by Python's own TLS sockets. Its Middle could pass on bytes
+alone, so an attack that needs the Middle is skipped then: `encryption.py` has those that are left.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ import hmac
 import json
 import os
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+from conftest import ENCRYPT
 
 SECONDS = 20.0  # tells a hang from a wait
 GREETING_BYTES, SIGNED_BYTES, PROOF_BYTES, TAG_BYTES, SHORT_BYTES = 40, 72, 32, 32, 1024
@@ -37,6 +43,10 @@ UP, DOWN = 0, 1  # client to server, and back
 
 class Ended(Exception):
     """The other end closed the connection."""
+
+
+class Unreadable(Exception):
+    """Who sits on the path can read nothing."""
 
 
 class Keys(NamedTuple):
@@ -119,11 +129,87 @@ def derive(user: bytes, secret: str) -> bytes:
 
 
 def session(key: bytes, m1: bytes, signed: bytes) -> Keys:
-    """The proofs and keys of one connection."""
-    prk = hmac.new(hashlib.sha256(bytes(32) + m1 + signed).digest(), key, "sha256").digest()
+    """The proofs and keys of one connection, which is known by its M1."""
+    prk = hmac.new(hashlib.sha256(bindings.get(m1, bytes(32)) + m1 + signed).digest(), key, "sha256").digest()
     made = [hmac.new(prk, b"achilles/1 " + label + b"\x01", "sha256").digest()
             for label in (b"client proof", b"server proof", b"client data", b"server data")]
     return Keys(made[0], made[1], (made[2], made[3]))
+
+
+bindings: dict[bytes, bytes] = {}  # M1 -> the binding of the TLS connection that carried it
+OPENINGS = b"ACHL\0\1\0\0", b"ACHS\0\1\0\0"  # the first 8 bytes: in the clear, encrypted
+_known: list[tuple[str, bytes]] = []  # identity and key of TLS: the last cluster's
+
+
+def tls_key(user: bytes, key: bytes) -> tuple[str, bytes]:
+    """Identity and pre-shared key of TLS for K."""
+    prk = hmac.new(bytes(32), key, "sha256").digest()
+    name, psk = (hmac.new(prk, b"achilles/1 " + label + b"\x01", "sha256").digest() for label in (b"psk id", b"psk"))
+    return f"{user.decode()}:{name[:4].hex()}", psk
+
+
+def encrypt_for(user: bytes, key: bytes) -> None:
+    """From now on, every connection of ours is encrypted for this user's cluster, if clusters encrypt."""
+    _known[:] = [tls_key(user, key)]
+
+
+class Sealed(ssl.SSLSocket):
+    """A TLS socket that fails as a plain one does, has half-closed connections, and knows its M1."""
+
+    @property
+    def binding(self) -> bytes:
+        """Of this connection."""
+        return hashlib.sha256(self.get_channel_binding("tls-unique") or b"").digest()
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """A server's M1 is noted."""
+        if data[:8] == OPENINGS[0] and len(data) == GREETING_BYTES:
+            bindings[bytes(data)] = self.binding
+        try:
+            super().sendall(data, flags)
+        except ssl.SSLError as e:
+            raise ConnectionResetError(str(e)) from e
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """An alert is an end."""
+        try:
+            return super().recv(buflen, flags)
+        except ssl.SSLError as e:
+            raise ConnectionResetError(str(e)) from e
+
+    def shutdown(self, how: int) -> None:
+        """Python's own would read what comes as if it were in the clear."""
+        socket.socket.shutdown(self, how)
+
+
+def context(server: bool, known: tuple[str, bytes] | None) -> Any:
+    """TLS 1.3 with this key, or without one."""
+    made: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    made.sslsocket_class = Sealed
+    made.check_hostname, made.verify_mode = False, ssl.CERT_NONE
+    if known is not None and server:
+        made.set_psk_server_callback(lambda identity: known[1] if identity == known[0] else b"")
+    elif known is not None:
+        made.set_psk_client_callback(lambda hint: known)
+    return made
+
+
+def sealed(sock: socket.socket) -> socket.socket:
+    """A client's end, encrypted where clusters are: as it was dialled, it has heard nothing."""
+    if not ENCRYPT:
+        return sock
+    assert read(sock, 8) == OPENINGS[1], "the server does not encrypt"
+    return context(False, _known[0]).wrap_socket(sock)  # type: ignore[no-any-return]
+
+
+def accepted(listening: socket.socket) -> socket.socket:
+    """The next client of a server that is played, encrypted where clusters are."""
+    sock, _ = listening.accept()
+    sock.settimeout(SECONDS)
+    if not ENCRYPT:
+        return sock
+    sock.sendall(OPENINGS[1])
+    return context(True, _known[0]).wrap_socket(sock, server_side=True)  # type: ignore[no-any-return]
 
 
 def greeting(nonce: bytes, magic: bytes = b"ACHL", version: int = 1) -> bytes:
@@ -284,7 +370,11 @@ def knock(port: int, source: str = "127.0.0.1") -> tuple[socket.socket, bytes]:
     """A connection, and the server's M1."""
     sock = dial(port, source)
     try:
-        return sock, read(sock, GREETING_BYTES)
+        sock = sealed(sock)
+        m1 = read(sock, GREETING_BYTES)
+        if isinstance(sock, Sealed):
+            bindings[m1] = sock.binding
+        return sock, m1
     except BaseException:
         sock.close()
         raise
@@ -335,9 +425,8 @@ def listener(port: int = 0) -> socket.socket:
 
 def accept(listening: socket.socket, key: bytes) -> Link:
     """Be a server that knows the secret, for one client."""
-    sock, _ = listening.accept()
+    sock = accepted(listening)
     try:
-        sock.settimeout(SECONDS)
         m1 = greeting(os.urandom(32))
         sock.sendall(m1)
         auth = read(sock, AUTH_BYTES)
@@ -391,6 +480,8 @@ class Middle:
     """
 
     def __init__(self, target: int, tamper: Tamper = _pass_on, key: bytes | None = None) -> None:
+        if ENCRYPT:
+            raise Unreadable("who sits on the path can read no frame")
         self.target, self.tamper, self.key = target, tamper, key
         self.pairs: list[Pair] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)

@@ -244,7 +244,8 @@ def _things(settings: config.Settings, controller: Controller, cluster: Watched)
 
 def settings_of(port: int, settings: config.Settings) -> config.Settings:
     """The same at another port."""
-    return config.Settings(settings.host, port, settings.username, settings.secret, None, settings.secret)
+    return config.Settings(settings.host, port, settings.username, settings.secret, None, settings.secret,
+                           settings.encrypt)
 
 
 @attack("secret", "a secret on a command line")

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from conftest import wait_until
+from conftest import ENCRYPT, wait_until
 from faults.oracle import Oracle
 from faults.work import Work
 
@@ -161,7 +161,8 @@ def attack_controller(
     values: list[Any] = []
     errors: list[BaseException] = []
     listening = raw.listener()
-    address = {"host": "127.0.0.1", "port": listening.getsockname()[1], "username": USER, "secret_key": SECRET}
+    address = {"host": "127.0.0.1", "port": listening.getsockname()[1], "username": USER, "secret_key": SECRET,
+               "encrypt": ENCRYPT}
 
     def call() -> None:
         try:
@@ -179,7 +180,7 @@ def attack_controller(
     victim.start()
     said: list[Frame] = []
     try:
-        sock, _ = listening.accept()
+        sock = raw.accepted(listening)
         listening.close()
         with sock, contextlib.suppress(raw.Ended, OSError):
             sock.settimeout(raw.SECONDS)
@@ -288,7 +289,7 @@ class NodeVictim:
         """One session: `change` gets M1, M3, HELLO, JOB, TASK, TASK. Returns what the node said after its answer to the
         first TASK, for which it is waited, so that it has joined. Where nothing is changed: its second RESULT.
         """
-        sock, _ = self.listening.accept()
+        sock = raw.accepted(self.listening)
         said: list[Frame] = []
         honest = False
         with sock:

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -204,6 +205,44 @@ class Achilles(Pooled, OnLocalCluster):
             self.executor.shutdown(wait=True)
         Pooled.end(self)
         OnLocalCluster.end(self)
+
+
+class AchillesEncrypted(Achilles):
+    """The same on a server and a node that encrypt: `--peers achilles.encrypted` shows the price of it."""
+
+    name = "achilles.encrypted"
+    statement = "import achilles; assert achilles.configuring.can_encrypt()"
+
+    def start(self) -> None:
+        from types import SimpleNamespace
+
+        from achilles import Pool
+
+        self._parts = {}
+        secret = os.urandom(32).hex()
+        settings = {"ACHILLES_SECRET_KEY": secret, "ACHILLES_USERNAME": "bench", "ACHILLES_HOST": "127.0.0.1"}
+        environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+        def begin(role: str, *options: str) -> Any:
+            command = [sys.executable, "-m", f"achilles.{role}", "--encrypt", "--log-level", "error"]
+            return subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, text=True)
+
+        server = begin("server", "--port", "0")
+        port = server.stdout.readline().rpartition(":")[2].strip()
+        node = begin("node", "--port", port, "--cpu-count", str(self.workers))
+        while "CLIENT_ID" not in node.stdout.readline():
+            pass
+
+        def stop() -> None:
+            for process in (node, server):
+                process.terminate()
+                process.communicate()
+
+        self.cluster = SimpleNamespace(server=server, nodes=[node], stop=stop)
+        self.where = {"host": "127.0.0.1", "port": int(port), "username": "bench", "secret_key": secret,
+                      "encrypt": True}
+        self.pool = Pool(**self.where)
+        self.executor = None
 
 
 class AchillesCalls(OnLocalCluster):

@@ -199,6 +199,11 @@ class Bench:
             if value is not None:
                 values.append(value)  # type: ignore[attr-defined]
 
+    def in_the_clear(self) -> None:
+        """For a run that must find some bytes on the path: skipped where they are encrypted."""
+        if conftest.ENCRYPT:
+            raise Skipped("who is on the path can read nothing; attacks.flipped_records alters what it sees")
+
     def dump(self) -> None:
         """Where everything is, for whoever has to understand a failure: into the run's folder."""
         with open(self.folder / "threads", "w") as file:

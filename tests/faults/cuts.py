@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 from cluster import SECRET, USER, Cluster
-from conftest import wait_until
+from conftest import ENCRYPT, wait_until
 
 from achilles import config
 from achilles.node.loop import Node
@@ -153,7 +153,7 @@ class _Newcomer(Node):
     """A node that leaves as soon as it has joined, before it has started a worker."""
 
     def __init__(self, port: int) -> None:
-        super().__init__(config.Settings("127.0.0.1", port, USER, config.Secret(SECRET)), 1, "fork")
+        super().__init__(config.Settings("127.0.0.1", port, USER, config.Secret(SECRET), encrypt=ENCRYPT), 1, "fork")
         self._until = time.monotonic() + SECONDS
 
     def join(self) -> None:

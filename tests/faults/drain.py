@@ -7,7 +7,7 @@ import time
 
 import tasks
 from cluster import SECRET, USER, Cluster
-from conftest import wait_until
+from conftest import ENCRYPT, wait_until
 
 from achilles import NoNodesError, config
 from achilles.controller.connection import Controller
@@ -151,7 +151,7 @@ def node_stopped_at_once(bench: Bench) -> None:
 
 def _workers(cluster: Cluster) -> int:
     """As a caller is told: those of nodes that drain do not count."""
-    settings = config.Settings("127.0.0.1", cluster.port, USER, config.Secret(SECRET))
+    settings = config.Settings("127.0.0.1", cluster.port, USER, config.Secret(SECRET), encrypt=ENCRYPT)
     controller = Controller(lambda: settings)
     controller.open()
     try:

@@ -11,7 +11,7 @@ import time
 
 import tasks
 from cluster import SECRET, USER, Cluster, Process
-from conftest import descriptors, wait_until
+from conftest import ENCRYPT, descriptors, wait_until
 
 import achilles
 from achilles import config
@@ -30,7 +30,8 @@ os.execv(sys.executable, [sys.executable, '-W', 'error', '-m', 'achilles.server'
 
 
 def _controller(cluster: Cluster) -> Controller:
-    return Controller(lambda: config.Settings("127.0.0.1", cluster.port, USER, config.Secret(SECRET)))
+    settings = config.Settings("127.0.0.1", cluster.port, USER, config.Secret(SECRET), encrypt=ENCRYPT)
+    return Controller(lambda: settings)
 
 
 @fault(12, "150 clients at once", runs=3, short=True, limit=("recover", 2.0))

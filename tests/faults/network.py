@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster import SECRET, USER, Cluster, Process
-from conftest import wait_until
+from conftest import ENCRYPT, wait_until
 
 from achilles import LetterAltered, config
 from achilles.controller.connection import Controller
@@ -50,7 +50,8 @@ class _Watch:
     """A connection from the server's side that sees nodes come and go: a second, quicker `status`."""
 
     def __init__(self, cluster: _FarCluster) -> None:
-        settings = config.Settings(cluster.link.addresses[0], cluster.port, USER, config.Secret(SECRET))
+        settings = config.Settings(
+            cluster.link.addresses[0], cluster.port, USER, config.Secret(SECRET), encrypt=ENCRYPT)
         self._controller = Controller(lambda: settings)
 
     def __enter__(self) -> Callable[[], list[int]]:
@@ -322,6 +323,7 @@ def held(bench: Bench) -> None:
 
 def _altered(bench: Bench, times: int, *, at_node: bool, up: bool) -> Call:
     """One bit of a letter is turned, so often: of an argument, or of what comes back, on either link."""
+    bench.in_the_clear()
     cluster = bench.cluster()
     proxy = bench.proxy(cluster.port)
     cluster.start_node(1, *(["--port", str(proxy.port)] if at_node else []))
@@ -357,6 +359,7 @@ def altered_always(bench: Bench) -> None:
 @fault(6, "one bit of the function is turned", short=True)
 def altered_function(bench: Bench) -> None:
     """The worker that opens it says so twice. Then the caller connects anew, and sends all again."""
+    bench.in_the_clear()
     big = b"mark" * 2000
 
     def work(number: int) -> int:
@@ -384,6 +387,7 @@ def altered_length(bench: Bench) -> None:
 
     On each link and each way at the same time, each with a cluster of its own, whose one task is all that goes there.
     """
+    bench.in_the_clear()
     calls = []
     for at_node, up in ((False, True), (False, False), (True, True), (True, False)):
         cluster, oracle = bench.cluster(), bench.oracle()

@@ -3,13 +3,17 @@
 import contextlib
 import os
 import socket
+import sys
 import threading
+import time
 
 import pytest
 
-from achilles.protocol import channel
+from achilles.protocol import auth, channel, connect
 from achilles.protocol.channel import Channel
 
+KEY = bytes(range(32))  # K
+CAN_ENCRYPT = sys.version_info >= (3, 13)
 DATA_KEYS = b"client to server", b"server to client"
 SECONDS = 10.0  # a generous bound that tells a hang from a wait
 
@@ -28,10 +32,29 @@ def closing_fixture():
     assert descriptors() <= files  # fewer, where what earlier tests left is collected meanwhile
 
 
-def linked(closing, links=("SC", "CS"), keys=DATA_KEYS):
+def tls_pair(closing, key=KEY, known=None):
+    """Both ends of a TLS connection over a socket pair: the server's, and the client's."""
+    from achilles.protocol import tls
+
+    ours, theirs = socket.socketpair()
+    deadline = time.monotonic() + SECONDS
+    identity, psk = auth.tls_key("ann", key)
+
+    def serve():
+        made = tls.server(ours, {identity: psk} if known is None else known, deadline)
+        made.handshake(deadline)
+        return made
+
+    served = in_thread(closing, serve)
+    assert connect.receive_exactly(theirs, auth.OPENING_BYTES, deadline) == auth.TLS
+    client = tls.client(theirs, (identity, psk), deadline)
+    return served(), client
+
+
+def linked(closing, links=("SC", "CS"), keys=DATA_KEYS, encrypt=False):
     """Both ends of one connection, without writer threads."""
-    ends = [Channel(sock, link, own) for sock, link, own in zip(
-        socket.socketpair(), links, (keys, keys and keys[::-1]))]
+    socks = tls_pair(closing) if encrypt else socket.socketpair()
+    ends = [Channel(sock, link, own) for sock, link, own in zip(socks, links, (keys, keys and keys[::-1]))]
     for end in ends:
         end.socket.settimeout(channel.TICK_SECONDS)
         closing.callback(end.close)

@@ -52,6 +52,16 @@ def test_transcript_and_session_keys_of_the_vectors():
     assert auth.session_keys(KEY, m1(), signed()) == KEYS
 
 
+def test_session_keys_of_the_vectors_inside_tls():
+    """The binding of the TLS connection is in them."""
+    assert [key.hex() for key in auth.session_keys(KEY, m1(), signed(), bytes(range(64, 96)))] == [
+        "242108377df92eccaedb44ecbe949b922f321b77eac01209b7e32d199ebfdfb0",
+        "892e48951b67a1df97c46c7adfb748b7c619f12e3c8dfdaa0269f80a3ba63aa1",
+        "4d7636ed2f3813b5879dea5eb3aaa34f70c2ba13042ae8590cdc46a4aac3804d",
+        "0a1e8f3d642e1eb280bf91bb376c4737cc92b64caa8933217cba9012a939eeb1",
+    ]
+
+
 def test_tags_of_the_vectors_are_made_and_checked():
     tagger, checker = auth.Tagger(KEYS.client_data), auth.Tagger(KEYS.client_data)
     for head, envelope, tag in FRAMES:
@@ -116,6 +126,20 @@ def test_a_malformed_claim_is_a_protocol_error(at, value):
     message[at : at + len(value)] = value
     with pytest.raises(ProtocolError):
         auth.read_claim(bytes(message))
+
+
+@pytest.mark.parametrize(("opening", "mode", "why"), [
+    (auth.PLAIN, auth.TLS, "the other side does not encrypt, and this side does: set ENCRYPT=yes there"),
+    (auth.TLS, auth.PLAIN, "the other side encrypts, and this side does not: set ENCRYPT=yes here"),
+    (b"ACHS\0\2\0\0", auth.TLS, "version 2"), (b"ACHL\0\2\0\0", auth.PLAIN, "version 2"),
+    (b"ACHL\0\2\0\0", auth.TLS, "not an achilles server"), (b"ACHS\0\1\0\1", auth.TLS, "not an achilles server"),
+    (b"\x15\x03\x03\0\2\2\x28\0", auth.TLS, "not an achilles server"),
+])
+def test_the_first_8_bytes_of_a_server_tell_whether_it_encrypts(opening, mode, why):
+    """The remedy is never to encrypt less: these bytes are signed by nobody."""
+    with pytest.raises(ProtocolError, match=why):
+        auth.read_greeting(opening, mode)
+    auth.read_greeting(mode, mode)
 
 
 @pytest.mark.parametrize(("at", "value"), [(0, b"SSH-"), (4, b"\0\2"), (6, b"\1")])

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from links import SECONDS, closing_fixture, in_thread, linked, read_all  # noqa: F401
+from links import CAN_ENCRYPT, SECONDS, closing_fixture, in_thread, linked, read_all  # noqa: F401
 from wire import DECLARATION, batch, job
 
 from achilles.errors import ProtocolError, ServerUnreachable
@@ -18,19 +18,27 @@ from achilles.protocol import channel, frames
 from achilles.protocol.frames import Batch, Frame, Kind
 
 
+@pytest.fixture(params=["in the clear", "encrypted"])
+def encrypt(request):
+    """Whether both ends encrypt: a Channel keeps its promises in either mode."""
+    if request.param == "encrypted" and not CAN_ENCRYPT:
+        pytest.skip("this Python cannot encrypt")
+    return request.param == "encrypted"
+
+
 @pytest.fixture
-def pair(closing):
+def pair(closing, encrypt):
     """A controller's and a server's end of one connection, with a writer thread each."""
-    ends = linked(closing)
+    ends = linked(closing, encrypt=encrypt)
     for end in ends:
         end.start_writer()
     return ends
 
 
 @pytest.fixture
-def ends(closing):
+def ends(closing, encrypt):
     """The same without writer threads."""
-    return linked(closing)
+    return linked(closing, encrypt=encrypt)
 
 
 def drain(link, peer):
@@ -251,7 +259,7 @@ def test_a_wrong_tag_closes_without_an_answer(ends):
     peer.socket.sendall(frames.HEAD.pack(Kind.BYE, 0, 0, len(envelope)) + envelope + bytes(32))
     found, why = read_all(link)
     assert found == [] and "wrong tag" in why
-    assert peer.socket.recv(1) == b""
+    assert peer.socket.recv_into(memoryview(bytearray(1))) == 0
 
 
 @pytest.mark.parametrize("by", ["reader", "handler"])

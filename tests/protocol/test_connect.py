@@ -12,18 +12,22 @@ import threading
 import time
 
 import pytest
-from links import SECONDS, closing_fixture, in_thread, read_all  # noqa: F401
+from conftest import wait_until
+from links import CAN_ENCRYPT, SECONDS, closing_fixture, in_thread, read_all  # noqa: F401
 
 import achilles
+from achilles.config import Secret, Settings
 from achilles.errors import AuthenticationError, ProtocolError, ServerUnreachable
 from achilles.protocol import auth, channel
 from achilles.protocol import connect as connecting
 from achilles.protocol.channel import Channel
 from achilles.protocol.connect import PYTHON, answer_claim, connect, hello, receive_exactly
 from achilles.protocol.frames import Frame, Kind
+from achilles.server.listen import Server
 
 KEY = bytes(range(32))
 OTHER_KEY = bytes(32)
+needs_tls = pytest.mark.skipif(not CAN_ENCRYPT, reason="this Python cannot encrypt")
 
 
 # The handshake.
@@ -116,6 +120,86 @@ def test_a_silent_server_is_given_up(listener):
 def test_where_nobody_listens_is_said_at_once(free_port):
     with pytest.raises(ServerUnreachable, match=f"127.0.0.1:{free_port}"):
         connect("127.0.0.1", free_port, auth.CONTROLLER, "ann", KEY, SECONDS)
+
+
+# Encryption.
+
+
+@pytest.fixture
+def encrypted_server(closing):
+    """A real one, which encrypts."""
+    made = Server(Settings("127.0.0.1", 0, "ann", Secret("correct horse battery"), encrypt=True))
+    thread = threading.Thread(target=made.run)
+    thread.start()
+    yield made
+    made.end("restart")
+    thread.join(SECONDS)
+
+
+@needs_tls
+@pytest.mark.parametrize("role", [auth.CONTROLLER, auth.NODE])
+def test_a_client_that_encrypts_gets_in(encrypted_server, closing, role):
+    key = auth.derive_key("ann", "correct horse battery")
+    link = connect("127.0.0.1", encrypted_server.address[1], role, "ann", key, SECONDS, True)
+    closing.callback(link.close)
+    link.send(Kind.HELLO, hello(1))
+    assert link.flush()
+    while not (frames := link.receive()):
+        pass
+    assert frames[0].kind is Kind.HELLO
+
+
+@needs_tls
+def test_two_that_differ_are_told_at_once_on_both_sides(encrypted_server, closing, listener, caplog):
+    caplog.set_level("INFO")
+    began = time.monotonic()
+    with pytest.raises(ProtocolError, match="the other side encrypts, and this side does not: set ENCRYPT=yes here"):
+        connect("127.0.0.1", encrypted_server.address[1], auth.NODE, "ann", KEY, SECONDS)
+    wait_until(lambda: "the other side does not encrypt, and this side does: set ENCRYPT=yes there" in caplog.text)
+
+    def plain_server():
+        sock, _ = listener.accept()
+        with sock, pytest.raises(ProtocolError, match="the other side encrypts, and this side does not"):
+            answer_claim(sock, lambda _: [KEY], time.monotonic() + SECONDS)
+        return True
+
+    served = in_thread(closing, plain_server)
+    with pytest.raises(ProtocolError, match="the other side does not encrypt, and this side does: set ENCRYPT=yes th"):
+        connect(*listener.getsockname(), auth.NODE, "ann", KEY, SECONDS, True)
+    assert served() and time.monotonic() - began < SECONDS / 3
+
+
+@needs_tls
+def test_an_encrypting_client_closed_before_its_welcome_tries_again(encrypted_server, monkeypatch):
+    monkeypatch.setattr(connecting, "RETRY_SECONDS", 0.001)
+    real, calls = connecting._open, []
+
+    def lose_three(sock, *more):
+        calls.append(sock)
+        if len(calls) <= 3:
+            sock.shutdown(socket.SHUT_RDWR)
+        return real(sock, *more)
+
+    monkeypatch.setattr(connecting, "_open", lose_three)
+    key = auth.derive_key("ann", "correct horse battery")
+    connect("127.0.0.1", encrypted_server.address[1], auth.NODE, "ann", key, SECONDS, True).close()
+    assert len(calls) == 4
+
+
+@needs_tls
+def test_a_silent_server_that_encrypts_is_given_up(closing, listener):
+    def begin():
+        sock, _ = listener.accept()
+        sock.sendall(auth.TLS)
+        return sock
+
+    served = in_thread(closing, begin)
+    with pytest.raises(ServerUnreachable, match="no achilles server answers"):
+        connect(*listener.getsockname(), auth.NODE, "ann", KEY, 0.2, True)
+    served().close()
+
+
+# The server's side.
 
 
 def answer(data, seconds=SECONDS, end=True):

@@ -1,7 +1,9 @@
 """PROTOCOL.md held against the code: its tables, its limits, and the session that it shows in hex."""
 
+import hmac
 import json
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,25 @@ def test_the_table_of_statuses_is_the_codes():
 def test_the_note_of_the_page_is_the_codes():
     text = dict((name, letter) for _, name, letter in table(4, 2))["died"]
     assert set(re.findall(r"`(\w+)`", text)) == {*frames.NOTE, *kinds.PHASES}
+
+
+def test_what_the_page_says_of_encryption_is_the_codes():
+    text = section(2).partition("**Encryption.**")[2]
+    assert auth.TLS == b"ACHS" + auth.PLAIN[4:] and '">4sH2x"   "ACHS" version' in text
+    assert auth.PLAIN == auth.greeting(bytes(32))[:8] and len(auth.TLS) == struct.calcsize(">4sH2x")
+    labels = re.findall(r'Y\("([^"]+)"\)', text)
+    assert labels == ["psk", "psk id"]
+    prk = hmac.digest(bytes(32), b"K" * 32, "sha256")
+    psk, name = (hmac.digest(prk, b"achilles/1 " + label.encode() + b"\1", "sha256") for label in labels)
+    assert auth.tls_key("ann", b"K" * 32) == (f"ann:{name[:4].hex()}", psk)
+    assert f"{tls_source('HANDSHAKE_BYTES')} KiB of TLS" in dict(table(9))["before authentication"]
+
+
+def tls_source(name):
+    """A constant of tls.py in KiB: a Python before 3.13 can import that module, too."""
+    from achilles.protocol import tls
+
+    return getattr(tls, name) >> 10
 
 
 def test_the_table_of_limits_is_the_codes():

@@ -23,8 +23,9 @@ from conftest import wait_until
 from fakes import SECONDS, SECRET, Node, address, serving, settings
 
 from achilles import console
-from achilles.calls import kill_cluster
+from achilles.calls import cluster_status, kill_cluster
 from achilles.config import Secret, Settings
+from achilles.configuring import can_encrypt
 from achilles.controller.connection import Controller
 from achilles.errors import AddressError, AuthenticationError, ClusterKilled, ServerUnreachable
 from achilles.protocol import auth, channel
@@ -299,6 +300,50 @@ def test_a_refusal_takes_its_time_keeps_its_place_and_is_32_zero_bytes(running, 
         assert sock.recv(100) == bytes(32) and time.monotonic() - began >= 0.4
         assert sock.recv(1) == b""
     wait_until(lambda: not running._places)
+
+
+@pytest.fixture
+def encrypting():
+    """A server that encrypts."""
+    if not can_encrypt():
+        pytest.skip("this Python cannot encrypt")
+    server = Server(settings()._replace(encrypt=True))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield server
+    server.end("restart")
+    thread.join(SECONDS)
+
+
+def half_handshake(port):
+    """A client that has begun TLS, and says no more."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=SECONDS)
+    assert sock.recv(8, socket.MSG_WAITALL) == auth.TLS
+    sock.sendall(b"\x16\x03\x01\x01\x00\x01\x00\x00\xfc\x03\x03")
+    return sock
+
+
+def test_half_a_handshake_of_tls_has_the_same_deadline_and_places(encrypting, monkeypatch):
+    monkeypatch.setattr(listen, "PLACES", 3)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(half_handshake(encrypting.address[1])) for _ in range(10)]
+        wait_until(lambda: len(encrypting._places) == 3 and len(encrypting._readers) == 3)
+        assert [each.recv(1) for each in clients[:7]] == [b""] * 7
+        assert cluster_status(**address(encrypting.address[1]) | {"encrypt": True})["nodes"] == []
+    monkeypatch.setattr(listen, "HANDSHAKE_SECONDS", 0.1)
+    with half_handshake(encrypting.address[1]) as sock:
+        assert sock.recv(1) == b""
+
+
+def test_a_refusal_in_tls_takes_its_time_and_keeps_its_place(encrypting, monkeypatch):
+    monkeypatch.setattr(listen, "REFUSAL_SECONDS", 0.4)
+    with half_handshake(encrypting.address[1]) as sock:
+        began = time.monotonic()
+        sock.sendall(bytes(300))
+        wait_until(lambda: len(encrypting._places) == 1)
+        assert sock.recv(100)[0] == 0x15 and time.monotonic() - began >= 0.4  # an alert
+        assert sock.recv(1) == b""
+    wait_until(lambda: not encrypting._places)
 
 
 def test_who_loses_its_place_while_it_is_refused_has_no_thread_any_more(running, monkeypatch):

@@ -1,0 +1,208 @@
+"""TLS 1.3 with the cluster's secret as its key: a socket that encrypts, for `channel.py` and `connect.py`.
+
+It knows one TCP socket and one pre-shared key. It knows no certificate, no frame and no role. PROTOCOL.md, section 2,
+is the rule. Python 3.13 or later: `config.py` refuses ENCRYPT=yes elsewhere.
+
+::
+
+    Channel ─sendmsg, writev─▶ encrypt ─▶ outgoing ─▶ socket        the thread that writes: the Channel's `_writing`
+    Channel ◀─── recv_into ─── decrypt ◀─ incoming ◀─ socket        the thread that reads
+
+OpenSSL's object must not be used by two threads at once. So it works on memory alone. `_lock` guards it and both
+buffers, and is held for no system call. Encrypted bytes that the socket did not take belong to the thread that writes.
+
+- *A selector sees the socket alone.* `recv_into` reads only as much as fits into its place when it is decrypted. So no
+  whole record stays in memory, if the place has 64 KiB. All places of a FrameReader have. Those of the handshake have
+  less, so a loop receives once before it waits.
+- *A write counts when the socket has taken all of it.* Until then `sendmsg` raises BlockingIOError, and the caller
+  gives the same bytes again, perhaps with more behind them.
+- *The end*: `shutdown(SHUT_WR)` sends close_notify first. An end without close_notify is an end of file, too. The
+  frames tell whether an end is clean.
+
+Limits: 8 KiB of the peer before it has proved its key. OpenSSL chooses the cipher: ChaCha20-Poly1305.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ..errors import AuthenticationError, ProtocolError
+from . import auth, connect
+from .frames import Buffer
+
+__all__ = ["Tls", "client", "server"]
+
+HANDSHAKE_BYTES = 8 << 10  # a client of OpenSSL 3.6 says 1,584 before its proof is checked
+RECORD_BYTES = 17 << 10  # more than a record has: 2^14 and 261 (RFC 8446, 5.2)
+ALLOW_NO_DHE_KEX = 0x400  # an option of OpenSSL (ssl.h) that its configuration file may set: no forward secrecy
+WRITE_BYTES = 256 << 10  # encrypted at once: a Channel gathers as much
+
+
+class Tls:
+    """A connected socket, encrypted. It has what a Channel asks of a socket.
+
+    :param begun: the bytes of the peer that were read already.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_side: bool, begun: bytes = b"") -> None:
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
+        context.options &= ~ALLOW_NO_DHE_KEX
+        self._sock = sock
+        self.fileno, self.close = sock.fileno, sock.close
+        self.settimeout, self.setblocking = sock.settimeout, sock.setblocking
+        self._unsent = memoryview(b"")  # encrypted bytes that the socket has not taken; the writing thread's own
+        self._written = 0  # bytes that `_unsent` was made of; the writing thread's own
+        self._lock = threading.Lock()  # guards all below
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._incoming.write(begun)
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side)
+
+    # The handshake: one thread.
+
+    def handshake(self, deadline: float) -> None:
+        """Prove the key to the peer, and have it proved, by `deadline` (monotonic). Blocks.
+
+        :raises AuthenticationError: the peer has another key, or none. It is told by `send_handshake`.
+        :raises ProtocolError: the peer says too much.
+        """
+        place = memoryview(bytearray(HANDSHAKE_BYTES))
+        while len(place) and not self._is_proved():
+            count = connect.receive(self._sock, place, deadline)
+            self._incoming.write(place[:count])
+            place = place[count:]
+        if not len(place):
+            raise ProtocolError(f"a TLS handshake of more than {HANDSHAKE_BYTES} bytes")
+
+    def _is_proved(self) -> bool:
+        """Go on with the handshake as far as its bytes have come."""
+        proved = False
+        try:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self._tls.do_handshake()
+                proved = True
+        except ssl.SSLError as e:
+            told = "ALERT" in str(e.reason) and not self._tls.server_side
+            said = "server refused the username or the secret" if told else "peer does not know the secret"
+            raise AuthenticationError(f"the {said} (TLS: {e.reason})") from None
+        self.send_handshake()
+        return proved
+
+    def send_handshake(self) -> None:
+        """Send a step of the handshake, or the alert that ended it. So little never blocks."""
+        self._sock.sendall(self._outgoing.read())
+
+    @property
+    def binding(self) -> bytes:
+        """SHA-256 of tls-unique, which both ends of this connection know. Every other connection has another one."""
+        return hashlib.sha256(self._tls.get_channel_binding("tls-unique") or b"").digest()
+
+    # After it.
+
+    def recv_into(self, place: memoryview) -> int:
+        """Put decrypted bytes into `place`, and return their number; 0 at the end. One recv at most.
+
+        :raises BlockingIOError: no whole record is here; `characters_written` says how many bytes came.
+        :raises AuthenticationError: a record is not the peer's. The connection cannot go on.
+        """
+        with contextlib.suppress(BlockingIOError):
+            return self._decrypt(place, 0)
+        room = len(place) - RECORD_BYTES if len(place) > 2 * RECORD_BYTES else len(place)
+        came = self._sock.recv_into(place, room)
+        return self._decrypt(place, came) if came else 0
+
+    def _decrypt(self, place: memoryview, came: int) -> int:
+        """Decrypt whole records into `place`. Raises, and returns, as `recv_into`.
+
+        :param came: how many new encrypted bytes `place` begins with.
+        """
+        count = 0
+        with self._lock:
+            self._incoming.write(place[:came])
+            try:
+                while count < len(place) and (more := self._tls.read(len(place) - count, place[count:])):
+                    count += int(more)
+            except ssl.SSLWantReadError:
+                if not count:
+                    raise BlockingIOError(errno.EAGAIN, "a TLS record is cut", came) from None
+            except ssl.SSLZeroReturnError:  # both sides have sent close_notify
+                pass
+            except ssl.SSLError as e:
+                raise AuthenticationError(f"the connection was altered on its way (TLS: {e.reason})") from None
+        return count
+
+    def sendall(self, data: bytes) -> None:
+        """Send so little that it never blocks."""
+        self.sendmsg([data])
+
+    def sendmsg(self, parts: Iterable[Buffer], send: Callable[[Buffer], int] | None = None) -> int:
+        """Encrypt up to 256 KiB, and send: blocks as the socket does. The head of this module says more.
+
+        :param send: by this, in place of the socket's own.
+        """
+        if not self._unsent:
+            data = bytearray()
+            for part in parts:
+                data += memoryview(part)[: WRITE_BYTES - len(data)]
+            with self._lock:
+                self._written = self._tls.write(data)
+                self._unsent = memoryview(self._outgoing.read())
+        self._unsent = self._unsent[(send or self._sock.send)(self._unsent) :]
+        if self._unsent:
+            raise BlockingIOError
+        return self._written
+
+    def writev(self, parts: Iterable[Buffer]) -> int:
+        """As `sendmsg`, but never block, whatever timeout the socket has. Not on Windows."""
+        return self.sendmsg(parts, functools.partial(os.write, self.fileno()))
+
+    def shutdown(self, how: int) -> None:
+        """End writing with close_notify (SHUT_WR), or both ways at once."""
+        if how == socket.SHUT_WR:
+            with self._lock:
+                with contextlib.suppress(ssl.SSLError):  # the peer's close_notify is not waited for
+                    self._tls.unwrap()
+                last = self._outgoing.read()
+            with contextlib.suppress(OSError):
+                self._sock.send(last)
+        self._sock.shutdown(how)
+
+
+def client(sock: socket.socket, known: tuple[str, bytes], deadline: float) -> Tls:
+    """Return a client's side after its handshake. Blocks, and raises, as `Tls.handshake`.
+
+    It demands a certificate that nobody can have: it trusts no authority. So a server fails that has certificates,
+    but not the key. Otherwise that server could relay all that follows, and read it.
+
+    :param known: identity and key: `auth.tls_key`.
+    """
+    context: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # without the next line, this allows any certificate
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_psk_client_callback(lambda hint: known)
+    made = Tls(sock, context, False)
+    made.handshake(deadline)
+    return made
+
+
+def server(sock: socket.socket, keys: Mapping[str, bytes], deadline: float) -> Tls:
+    """Say that this server encrypts, and return its side before the handshake. Blocks until the client has begun.
+
+    :param keys: the key of each identity. An unknown one gets a key that nobody has, and fails as a wrong key does.
+    :raises ProtocolError: the client does not encrypt.
+    """
+    sock.sendall(auth.TLS)
+    begun = connect.receive_exactly(sock, auth.OPENING_BYTES, deadline)
+    auth.check_mode(begun, auth.TLS)
+    context: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.num_tickets = 0  # no session is resumed, so there is no early data either
+    context.set_psk_server_callback(lambda identity: keys.get(identity, os.urandom(32)))
+    return Tls(sock, context, True, begun)
