@@ -83,9 +83,10 @@ def slow_first(bench: Bench) -> None:
     """The others are done meanwhile, up to the window, though they become slower, and some wait behind it."""
     cluster, oracle = bench.cluster(2), bench.oracle()
     pulled: list[int] = []
+    count = 1600  # the window may have room for 1,268 chunks of half a millisecond
 
     def arguments() -> Iterator[int]:
-        for number in range(1000):
+        for number in range(count):
             pulled.append(number)
             yield number
 
@@ -93,12 +94,12 @@ def slow_first(bench: Bench) -> None:
     with achilles.imap(work, arguments, **cluster.address) as packets:
         oracle.wait_for(50, "end")
         wait_until(lambda: _still(pulled), "the window to be full")
-        assert len(pulled) < 1000, "everything was pulled"
+        assert len(pulled) < count, "everything was pulled"
         bench.note(remark=f"{len(pulled)} pulled, {len(oracle.counts('end'))} done")
         (victim,) = [pid for pid, index in oracle.running().items() if index == 0]
         tree.kill(victim)
         found = [value for packet in packets for value in packet["RESULT"]]
-    oracle.check(dict(enumerate(found)), 1000, repeats=1 + 2 * 512)
+    oracle.check(dict(enumerate(found)), count, repeats=1 + 2 * 512)
 
 
 def _still(numbers: list[int]) -> bool:
