@@ -27,15 +27,20 @@ What a journal promises:
    that others may write to is a ValueError. So is a file that is no journal, or is in use.
 7. A module beside the script (objects/sources.py) counts by the parts of it that the function names, as this process
    has imported them. So a comment in it, or a change elsewhere in it, is no other function. But nodes run the file. A
-   file that has changed since the first journal of this process is a ValueError: the digests would be of other code.
-   Its remedy is a new process, which loses nothing.
+   file that has changed since its import is a ValueError: the digests would be of other code. Its remedy is a new
+   process, which loses nothing.
 
 A packet is one chunk, or one list, in each run: so the packets of a run are those of the run before. A chunk goes when
 it is whole: an input that waits for results of its own call needs chunksize=1.
 
 Limits: what was written and not synced is lost with the machine, though not with the process. Lines are never removed.
 The index of the file is in memory: some 200 bytes a line. Two calls are kept from one journal by flock, which some
-network file systems do not have. A module's file that changes between its import and the first journal is not noticed.
+network file systems do not have.
+
+When a module was imported is not known. So a change between its import and the first journal is told by two signs. The
+file is younger than the process, and is not the one that Python's cached bytecode is of. Without /proc, or where
+another process has cached the new file, the change is not noticed. Without cached bytecode, a module that this process
+has written and then imported counts as changed.
 
 Threads: the feeder reads, and the thread that takes writes, each by its own file object. `_lock` guards the end.
 """
@@ -49,10 +54,13 @@ import hashlib
 import json
 import os
 import shlex
+import struct
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from importlib.util import MAGIC_NUMBER
 from typing import Any
 
 from .objects.canonical import digest_of, digests_of, dump_values
@@ -63,6 +71,9 @@ __all__ = ["Journal"]
 NAME, VERSION = "achilles journal", 1
 CHECKSUM_BYTES = 32  # SHA-256
 HEADER_BYTES = 1 << 20  # far more than a first line has: another file may be one line
+CLOCK_SECONDS = 0.02  # that the clocks of files and processes are behind; no process imports anything so soon
+CACHE_HEAD = struct.Struct("<4s3I")  # of cached bytecode: magic number, flags, time and size of the source
+M32 = 0xFFFFFFFF
 THINGS_KEPT = 256  # classes and functions in arguments that have a digest
 
 _seen: dict[str, tuple[Any, Any]] = {}  # modules beside the script, by name: the spec of the last import, and the stamp
@@ -208,14 +219,42 @@ class Journal:
 
 
 def check_modules(path: str) -> None:
-    """Nodes run what this process has imported: no module beside the script has changed since the first journal."""
+    """Nodes run what this process has imported: no module beside the script has changed since its import."""
     for name, file in own_files(root()).items():
         spec, stamp = getattr(sys.modules.get(name), "__spec__", None), stamp_of(file)
-        if _seen.setdefault(name, (spec, stamp))[0] is not spec:  # imported again
-            _seen[name] = spec, stamp
+        if name not in _seen or _seen[name][0] is not spec:  # imported, perhaps again
+            _seen[name] = spec, None if is_edited(spec, file) else stamp
         if _seen[name][1] != stamp:
             raise ValueError(f"{file} has changed since this process imported it, so that the journal {path} would "
                              "hold results of other code: start the script again, or reload the module")
+
+
+def is_edited(spec: Any, path: str) -> bool:
+    """Whether a file is younger than this process, and not the one that Python's cached bytecode is of."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return False
+    if state.st_mtime <= began() + CLOCK_SECONDS:
+        return False
+    try:
+        with open(getattr(spec, "cached", None) or os.devnull, "rb") as file:
+            head = CACHE_HEAD.unpack(file.read(CACHE_HEAD.size))
+            is_older = os.fstat(file.fileno()).st_mtime_ns < state.st_mtime_ns
+        return is_older or head != (MAGIC_NUMBER, 0, int(state.st_mtime) & M32, state.st_size & M32)
+    except (OSError, struct.error):
+        return True
+
+
+@functools.cache
+def began() -> float:
+    """When this process began, as files tell the time. Never, where that is not known."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return float("inf")
 
 
 def checksum_of(key: bytes, letter: bytes) -> bytes:

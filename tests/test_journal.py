@@ -12,6 +12,7 @@ import random
 import resource
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -556,6 +557,7 @@ def test_a_module_beside_the_script_counts_by_what_the_function_names_of_it(tmp_
 
 
 def test_a_module_that_is_reloaded_after_a_change_is_looked_at_anew(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # it tells when the module was imported
     helper = tmp_path / "changed_helper.py"
     helper.write_text("def scale(x): return x\n")
     monkeypatch.chdir(tmp_path)
@@ -569,6 +571,43 @@ def test_a_module_that_is_reloaded_after_a_change_is_looked_at_anew(path, tmp_pa
     with pytest.raises(ValueError, match="the code of scale differ"):
         run(path, [[1]], module.scale)
     del sys.modules["changed_helper"]
+
+
+EDITED = """
+import os, pathlib, sys, time
+import edited
+from achilles.journal import Journal
+if __name__ == "__main__":
+    file, old = pathlib.Path(edited.__file__), time.time() - float(sys.argv[2])
+    time.sleep(0.1)
+    if sys.argv[3:]:
+        file.write_text(sys.argv[3])
+        if float(sys.argv[2]):
+            os.utime(file, (old, old))
+    try:
+        Journal(sys.argv[1], edited.scale, None, 1).close()
+        print("taken")
+    except ValueError as e:
+        print(e)
+"""
+
+
+@pytest.mark.parametrize("caches", [True, False])
+@pytest.mark.parametrize(("age", "arguments", "said"), [
+    (0, [], "taken"), (0, ["def scale(x): return x * 3"], "edited.py has changed since this process imported it"),
+    (100, ["def scale(x): return x * 3"], "taken")])  # a file that is older than the process
+def test_a_module_that_was_edited_before_the_first_journal(path, tmp_path, age, arguments, said, caches):
+    """The file is written just before the process starts."""
+    (tmp_path / "script.py").write_text(EDITED)
+    (tmp_path / "edited.py").write_text("def scale(x): return x * 2")
+    flags = [] if caches else ["-B"]
+    command = [sys.executable, *flags, tmp_path / "script.py", path, str(age), *arguments]
+    package = str(Path(achilles.__file__).parent.parent)
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True,
+                              env={**os.environ, "PYTHONPATH": package, "PYTHONDONTWRITEBYTECODE": ""})
+        assert said in done.stdout
+        (tmp_path / "edited.py").write_text("def scale(x): return x * 2")
 
 
 # The caller's own death.
