@@ -20,7 +20,7 @@ What a journal promises:
 3. The first line says the function, the callback and the size of chunks. Another one of them is a ValueError that names
    the file and what differs. The cluster, `timeout`, `buffersize` and the order of results may be others each time.
 4. A chunk in which an argument failed is not kept, and runs again. So does a chunk with a result that C pickle cannot
-   dump: a RuntimeWarning says so once.
+   dump, or cannot load again: a RuntimeWarning says so once.
 5. A line is written whole, with a checksum. A torn or altered line loses its own results, which run again: a line ends
    at a newline whatever is in it. A full disk is an OSError that names the file, and ends the call.
 6. The file is its owner's alone (0600). Results are loaded from it by pickle, so its writers can run code here. A file
@@ -54,6 +54,7 @@ import hashlib
 import json
 import os
 import shlex
+import stat
 import struct
 import sys
 import threading
@@ -63,7 +64,7 @@ from collections.abc import Callable
 from importlib.util import MAGIC_NUMBER
 from typing import Any
 
-from .objects.canonical import digest_of, digests_of, dump_values
+from .objects.canonical import can_load, digest_of, digests_of, dump_values
 from .objects.sources import own_files, root, stamp_of
 
 __all__ = ["Journal"]
@@ -71,6 +72,7 @@ __all__ = ["Journal"]
 NAME, VERSION = "achilles journal", 1
 CHECKSUM_BYTES = 32  # SHA-256
 HEADER_BYTES = 1 << 20  # far more than a first line has: another file may be one line
+LOCK_SECONDS, LOOK_SECONDS = 2.0, 0.02  # for the lock, as long as an iterator takes to close; between two attempts
 CLOCK_SECONDS = 0.02  # that the clocks of files and processes are behind; no process imports anything so soon
 CACHE_HEAD = struct.Struct("<4s3I")  # of cached bytecode: magic number, flags, time and size of the source
 M32 = 0xFFFFFFFF
@@ -103,9 +105,8 @@ class Journal:
         facts = {NAME: VERSION, **digests_of(func), "callback": of_callback, "chunksize": chunksize}
         self._files = contextlib.ExitStack()
         try:
-            opener = functools.partial(os.open, mode=0o600)
-            self._writer = self._files.enter_context(open(self.path, "ab", buffering=0, opener=opener))
-            self._reader = self._files.enter_context(open(self.path, "rb"))
+            self._writer = self._files.enter_context(open(self.path, "ab", buffering=0, opener=opened))
+            self._reader = self._files.enter_context(open(self.path, "rb", opener=opened))
             self._check_file()
             self._read(facts)
         except BaseException:
@@ -127,6 +128,9 @@ class Journal:
         except Exception:  # pickle cannot take an argument apart; perhaps it cannot be sent either
             return None
         letter = self._letter(key)
+        if letter is not None and not can_load(letter):
+            self._warn(f"from argument {index} on cannot be loaded from the journal {self.path}: they run again")
+            letter = None
         if letter is None:
             self._out[index] = key
         return letter
@@ -153,10 +157,13 @@ class Journal:
         letter = dump_values(values)
         if letter is not None:
             self._write(key + b" " + binascii.b2a_base64(checksum_of(key, letter) + letter))
-        elif not self._warned:
+        else:
+            self._warn(f"from argument {start} on cannot be pickled: they are not kept in the journal {self.path}")
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
             self._warned = True
-            text = f"results from argument {start} on cannot be pickled: they are not kept in the journal {self.path}"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            warnings.warn(f"results {text}", RuntimeWarning, stacklevel=3)
 
     def _write(self, line: bytes) -> None:
         left = memoryview(line)
@@ -171,21 +178,31 @@ class Journal:
     # The beginning.
 
     def _check_file(self) -> None:
-        """The file that is read is ours alone, and nobody else has a lock on it."""
+        """The file that is read is ours alone."""
+        state = os.fstat(self._reader.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError(f"{self.path} is no journal: it is no regular file")
         if os.name != "posix":
             return
-        import fcntl
-
-        state = os.fstat(self._reader.fileno())
         if state.st_mode & 0o022 or state.st_uid != os.geteuid():
             raise ValueError(f"others can write to the journal {self.path}, which this process would load: make it "
                              f"yours alone, with chmod 600 {shlex.quote(self.path)}, if it is what you have written")
-        try:
-            fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"the journal {self.path} is in use by another call") from None
-        except OSError:  # a file system without locks
-            pass
+        with contextlib.suppress(OSError):  # a file system without locks
+            self._lock_file()
+
+    def _lock_file(self) -> None:
+        """Nobody else has a lock on the file. An iterator that was dropped gives it back in another thread, soon."""
+        import fcntl
+
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ValueError(f"the journal {self.path} is in use by another call: close the iterator that an "
+                                     "earlier call has given") from None
+            threading.Event().wait(LOOK_SECONDS)
 
     def _read(self, facts: dict[str, Any]) -> None:
         """Find the lines, and compare the first one."""
@@ -216,6 +233,11 @@ class Journal:
         names = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
         return (f"the journal {self.path} is of another call: {', '.join(names)} differ. Give another path, or remove "
                 "the file to run everything again")
+
+
+def opened(path: str, flags: int) -> int:
+    """Open a file, without a wait for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), mode=0o600)
 
 
 def check_modules(path: str) -> None:

@@ -271,6 +271,34 @@ def test_results_that_pickle_cannot_dump_are_not_kept_and_that_is_said_once(path
         assert len(told) == 1
 
 
+class Halting(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+def test_results_that_pickle_cannot_load_run_again_and_that_is_said_once(path):
+    def make(x):
+        return Halting(x, x)
+
+    run(path, [[1], [2]], make)
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=f"from argument 0 on cannot be loaded from the journal {path}") as told:
+            assert run(path, [[1], [2]], make)[0] == [0, 1]
+        assert len(told) == 1
+
+
+def test_a_pipe_is_no_journal(path):
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=str(path)):
+        run(path, CHUNKS)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(ValueError, match=f"{path} is no journal: it is no regular file"):
+            run(path, CHUNKS)
+    finally:
+        os.close(reader)
+
+
 def test_arguments_without_a_digest_run_each_time(path):
     for _ in range(2):
         assert run(path, [[threading.Lock()], [1]], str)[0] in ([0, 1], [0])
@@ -400,6 +428,13 @@ def test_a_call_that_is_dropped_or_that_fails_leaves_the_journal_free(path, exec
             return packets(achilles.map, range(3), executor=executor, journal=path)
 
     assert wait_until(free, "a free journal") == [[[x, x]] for x in range(3)]
+
+
+def test_an_iterator_that_was_left_gives_its_journal_to_the_next_call(path, executor):
+    for _ in range(3):
+        for packet in achilles.imap(recorded, range(9), executor=executor, journal=path):
+            assert packet["ARGS_COUNTER"] == 0
+            break
 
 
 def test_an_input_that_pauses_is_cut_into_the_same_chunks(path, executor):

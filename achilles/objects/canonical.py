@@ -1,7 +1,7 @@
 """The canonical form of an object: a digest that is the same in each process, as long as the object is.
 
 Knows pickle's hooks, and how functions and classes are taken apart. Knows no letters, files or calls. A journal
-compares these digests. Nothing is ever loaded from a canonical form.
+compares these digests. Nothing is ever loaded from a canonical form. Values of a journal are, to see that they can be.
 
 ::
 
@@ -49,7 +49,7 @@ from .loading import PICKLE
 from .names import MAINS, REMEMBERED, codes_of, global_names, is_c_type, is_class, is_global, travels_by_value
 from .sources import PACKAGE, file_of, is_installed
 
-__all__ = ["digest_of", "digests_of", "dump_values"]
+__all__ = ["can_load", "digest_of", "digests_of", "dump_values"]
 
 CODE_PARTS = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount",
               "co_posonlyargcount", "co_kwonlyargcount", "co_flags", "co_exceptiontable")
@@ -164,6 +164,15 @@ def dump_values(values: list[Any]) -> bytes | None:
         return pickle.dumps(values, PICKLE)
     except Exception:
         return None
+
+
+def can_load(letter: bytes) -> bool:
+    """Whether plain values can be loaded: some exceptions can be dumped alone, and a class may be gone."""
+    try:
+        pickle.loads(letter)
+    except Exception:
+        return False
+    return True
 
 
 @functools.lru_cache(REMEMBERED)
