@@ -83,6 +83,8 @@ class Canonical(pickle.Pickler):
         self._of_thing = of_thing
         self._texts: dict[Any, Any] = {}
         self._met = dict(met or {})  # a number, and what has it, by the ids of what is taken apart
+        self._tuples: dict[int, tuple[Any, list[Any]]] = {}  # with the lists in their place, by their ids
+        self._lists: dict[Any, list[Any]] = {}  # the same lists, by what is in them
         self._open: list[Any] = []  # what is to be written
 
     def digest_of(self, value: Any) -> str:
@@ -98,9 +100,9 @@ class Canonical(pickle.Pickler):
         if kind is str or kind is bytes:
             return self._texts.setdefault(thing, thing)
         if kind is tuple:
-            return [*thing]
+            return self._list_of(thing)
         if kind is set or kind is frozenset:
-            return [kind.__name__, sorted(Canonical(self._of_thing, self._met).digest_of(each) for each in thing)]
+            return [kind.__name__, self._sorted(thing)]
         apart = self._way(thing, kind)
         if apart is None:
             return None
@@ -110,6 +112,28 @@ class Canonical(pickle.Pickler):
             self._met[id(thing)] = len(self._met), thing
             self._open.append([kind.__name__, apart(thing)])
         return self._met[id(thing)][0]
+
+    def _sorted(self, items: Any) -> list[str]:
+        """The digests of the items of a set."""
+        return sorted(Canonical(self._of_thing, self._met).digest_of(each) for each in items)
+
+    def _list_of(self, items: tuple[Any, ...]) -> list[Any]:
+        """A list in place of a tuple: one list for all that are equal, so that pickle writes it once."""
+        if id(items) not in self._tuples:
+            key = tuple([self._key(each) for each in items])
+            self._tuples[id(items)] = items, self._lists.setdefault(key, [*items])
+        return self._tuples[id(items)][1]
+
+    def _key(self, item: Any) -> Any:
+        """What two items have in common if they are one for a canonical form."""
+        kind = type(item)
+        if kind is tuple:
+            return kind, id(self._list_of(item))
+        if kind is set or kind is frozenset:
+            return kind, *self._sorted(item)
+        if kind is float or kind is complex:  # 0.0 == -0.0
+            return kind, repr(item)
+        return kind, item if kind in (str, bytes, int, bool) else id(item)
 
     def _way(self, thing: Any, kind: type) -> Callable[[Any], Any] | None:
         """How a thing is taken apart, unless by pickle."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import os
@@ -312,6 +313,21 @@ def test_equal_texts_are_one_text_and_tuples_have_no_identity():
     same = [text, text, pair, pair]
     others = ["some text", "".join(["some", " text"]), (1, "x"), (1, "".join(["x"]))]
     assert digest_of(same, digest_of) == digest_of(others, digest_of)
+
+
+def test_tuples_that_are_shared_are_written_once():
+    def nested(base, depth):
+        for _ in range(depth):
+            base = base, base
+        return base
+
+    for base in ["a"], "a", {1}, 0.5:
+        assert len(digest_of([nested(base, 60)], digest_of)) == 64
+    one, other = nested(("a", 1), 4), ast.literal_eval(repr(nested(("a", 1), 4)))
+    assert digest_of([one, one], digest_of) == digest_of([one, other], digest_of)
+    assert digest_of([(0.0,), (0.0,)], digest_of) != digest_of([(0.0,), (-0.0,)], digest_of)
+    assert digest_of([(1,), (1,)], digest_of) != digest_of([(1,), (True,)], digest_of)
+    assert digest_of([({1},), ({1},)], digest_of) != digest_of([({1},), (frozenset([1]),)], digest_of)
 
 
 def test_what_holds_itself_has_a_digest():
