@@ -282,6 +282,9 @@ def _class(cls: Any) -> Any:
            if name not in OF_CLASSES and (name == FIELDS or not name.startswith(PRIVATE))}
     if "__dataclass_fields__" in own and str(own.get("__doc__")).startswith(f"{cls.__name__}("):
         del own["__doc__"]
+    made = getattr(own.get("__hash__"), "__code__", None)
+    if made is not None and made.co_filename.startswith("<attrs generated"):  # a constant in it has the hash of a text
+        own["__hash__"] = "from the fields"
     return cls.__qualname__, type(cls), cls.__bases__, own
 
 

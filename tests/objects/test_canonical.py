@@ -239,6 +239,12 @@ SAME = {  # what may differ
     "a place": "# {a|a longer one}\nclass C:\n    x: int\n    def f(self): self.b = self.a = 1\ndef work(x): return C",
     "an annotation": "class C:\n    x: {int|str}\ndef work(x: {int|str}) -> {int|str}: return C",
     "the names that are the file's": "def work(x): return __name__, __file__, '{a|a}'",
+    "a hash that attrs made": """
+class C: pass
+code = compile("def __hash__(self): return {1|2}", "<attrs generated hash __main__.C>", "exec")
+exec(code, globals(), made := dict())
+C.__hash__ = made["__hash__"]
+def work(x): return C""",
     "a dataclass's address": """
 import dataclasses
 class C: pass
