@@ -20,22 +20,27 @@ What a journal promises:
 3. The first line says the function, the callback and the size of chunks. Another one of them is a ValueError that names
    the file and what differs. The cluster, `timeout`, `buffersize` and the order of results may be others each time.
 4. A chunk in which an argument failed is not kept, and runs again. So does a chunk with a result that C pickle cannot
-   dump: a RuntimeWarning says so once.
+   dump, or cannot load again: a RuntimeWarning says so once.
 5. A line is written whole, with a checksum. A torn or altered line loses its own results, which run again: a line ends
    at a newline whatever is in it. A full disk is an OSError that names the file, and ends the call.
 6. The file is its owner's alone (0600). Results are loaded from it by pickle, so its writers can run code here. A file
    that others may write to is a ValueError. So is a file that is no journal, or is in use.
 7. A module beside the script (objects/sources.py) counts by the parts of it that the function names, as this process
    has imported them. So a comment in it, or a change elsewhere in it, is no other function. But nodes run the file. A
-   file that has changed since the first journal of this process is a ValueError: the digests would be of other code.
-   Its remedy is a new process, which loses nothing.
+   file that has changed since its import is a ValueError: the digests would be of other code. Its remedy is a new
+   process, which loses nothing.
 
 A packet is one chunk, or one list, in each run: so the packets of a run are those of the run before. A chunk goes when
 it is whole: an input that waits for results of its own call needs chunksize=1.
 
 Limits: what was written and not synced is lost with the machine, though not with the process. Lines are never removed.
 The index of the file is in memory: some 200 bytes a line. Two calls are kept from one journal by flock, which some
-network file systems do not have. A module's file that changes between its import and the first journal is not noticed.
+network file systems do not have.
+
+When a module was imported is not known. So a change between its import and the first journal is told by two signs. The
+file is younger than the process, and is not the one that Python's cached bytecode is of. Without /proc, or where
+another process has cached the new file, the change is not noticed. Without cached bytecode, a module that this process
+has written and then imported counts as changed.
 
 Threads: the feeder reads, and the thread that takes writes, each by its own file object. `_lock` guards the end.
 """
@@ -49,13 +54,17 @@ import hashlib
 import json
 import os
 import shlex
+import stat
+import struct
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from importlib.util import MAGIC_NUMBER
 from typing import Any
 
-from .objects.canonical import digest_of, digests_of, dump_values
+from .objects.canonical import can_load, digest_of, digests_of, dump_values
 from .objects.sources import own_files, root, stamp_of
 
 __all__ = ["Journal"]
@@ -63,6 +72,10 @@ __all__ = ["Journal"]
 NAME, VERSION = "achilles journal", 1
 CHECKSUM_BYTES = 32  # SHA-256
 HEADER_BYTES = 1 << 20  # far more than a first line has: another file may be one line
+LOCK_SECONDS, LOOK_SECONDS = 2.0, 0.02  # for the lock, as long as an iterator takes to close; between two attempts
+CLOCK_SECONDS = 0.02  # that the clocks of files and processes are behind; no process imports anything so soon
+CACHE_HEAD = struct.Struct("<4s3I")  # of cached bytecode: magic number, flags, time and size of the source
+M32 = 0xFFFFFFFF
 THINGS_KEPT = 256  # classes and functions in arguments that have a digest
 
 _seen: dict[str, tuple[Any, Any]] = {}  # modules beside the script, by name: the spec of the last import, and the stamp
@@ -92,9 +105,8 @@ class Journal:
         facts = {NAME: VERSION, **digests_of(func), "callback": of_callback, "chunksize": chunksize}
         self._files = contextlib.ExitStack()
         try:
-            opener = functools.partial(os.open, mode=0o600)
-            self._writer = self._files.enter_context(open(self.path, "ab", buffering=0, opener=opener))
-            self._reader = self._files.enter_context(open(self.path, "rb"))
+            self._writer = self._files.enter_context(open(self.path, "ab", buffering=0, opener=opened))
+            self._reader = self._files.enter_context(open(self.path, "rb", opener=opened))
             self._check_file()
             self._read(facts)
         except BaseException:
@@ -116,6 +128,9 @@ class Journal:
         except Exception:  # pickle cannot take an argument apart; perhaps it cannot be sent either
             return None
         letter = self._letter(key)
+        if letter is not None and not can_load(letter):
+            self._warn(f"from argument {index} on cannot be loaded from the journal {self.path}: they run again")
+            letter = None
         if letter is None:
             self._out[index] = key
         return letter
@@ -142,10 +157,13 @@ class Journal:
         letter = dump_values(values)
         if letter is not None:
             self._write(key + b" " + binascii.b2a_base64(checksum_of(key, letter) + letter))
-        elif not self._warned:
+        else:
+            self._warn(f"from argument {start} on cannot be pickled: they are not kept in the journal {self.path}")
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
             self._warned = True
-            text = f"results from argument {start} on cannot be pickled: they are not kept in the journal {self.path}"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            warnings.warn(f"results {text}", RuntimeWarning, stacklevel=3)
 
     def _write(self, line: bytes) -> None:
         left = memoryview(line)
@@ -160,21 +178,31 @@ class Journal:
     # The beginning.
 
     def _check_file(self) -> None:
-        """The file that is read is ours alone, and nobody else has a lock on it."""
+        """The file that is read is ours alone."""
+        state = os.fstat(self._reader.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError(f"{self.path} is no journal: it is no regular file")
         if os.name != "posix":
             return
-        import fcntl
-
-        state = os.fstat(self._reader.fileno())
         if state.st_mode & 0o022 or state.st_uid != os.geteuid():
             raise ValueError(f"others can write to the journal {self.path}, which this process would load: make it "
                              f"yours alone, with chmod 600 {shlex.quote(self.path)}, if it is what you have written")
-        try:
-            fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"the journal {self.path} is in use by another call") from None
-        except OSError:  # a file system without locks
-            pass
+        with contextlib.suppress(OSError):  # a file system without locks
+            self._lock_file()
+
+    def _lock_file(self) -> None:
+        """Nobody else has a lock on the file. An iterator that was dropped gives it back in another thread, soon."""
+        import fcntl
+
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ValueError(f"the journal {self.path} is in use by another call: close the iterator that an "
+                                     "earlier call has given") from None
+            threading.Event().wait(LOOK_SECONDS)
 
     def _read(self, facts: dict[str, Any]) -> None:
         """Find the lines, and compare the first one."""
@@ -207,15 +235,48 @@ class Journal:
                 "the file to run everything again")
 
 
+def opened(path: str, flags: int) -> int:
+    """Open a file, without a wait for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), mode=0o600)
+
+
 def check_modules(path: str) -> None:
-    """Nodes run what this process has imported: no module beside the script has changed since the first journal."""
+    """Nodes run what this process has imported: no module beside the script has changed since its import."""
     for name, file in own_files(root()).items():
         spec, stamp = getattr(sys.modules.get(name), "__spec__", None), stamp_of(file)
-        if _seen.setdefault(name, (spec, stamp))[0] is not spec:  # imported again
-            _seen[name] = spec, stamp
+        if name not in _seen or _seen[name][0] is not spec:  # imported, perhaps again
+            _seen[name] = spec, None if is_edited(spec, file) else stamp
         if _seen[name][1] != stamp:
             raise ValueError(f"{file} has changed since this process imported it, so that the journal {path} would "
                              "hold results of other code: start the script again, or reload the module")
+
+
+def is_edited(spec: Any, path: str) -> bool:
+    """Whether a file is younger than this process, and not the one that Python's cached bytecode is of."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return False
+    if state.st_mtime <= began() + CLOCK_SECONDS:
+        return False
+    try:
+        with open(getattr(spec, "cached", None) or os.devnull, "rb") as file:
+            head = CACHE_HEAD.unpack(file.read(CACHE_HEAD.size))
+            is_older = os.fstat(file.fileno()).st_mtime_ns < state.st_mtime_ns
+        return is_older or head != (MAGIC_NUMBER, 0, int(state.st_mtime) & M32, state.st_size & M32)
+    except (OSError, struct.error):
+        return True
+
+
+@functools.cache
+def began() -> float:
+    """When this process began, as files tell the time. Never, where that is not known."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return float("inf")
 
 
 def checksum_of(key: bytes, letter: bytes) -> bytes:

@@ -25,6 +25,7 @@ import operator
 import sys
 import time
 from collections import deque
+from collections.abc import Collection
 from typing import Any
 
 from .options import Show
@@ -50,7 +51,9 @@ class Progress:
         self._show, self._link = show, link
         self._done, self._total = 0, total
         self._began = time.monotonic()
-        self._terminal = bool(getattr(sys.stderr, "isatty", bool)())
+        self._terminal = False
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed
+            self._terminal = bool(getattr(sys.stderr, "isatty", bool)())
         self._due = self._began + (0 if self._terminal else LOG_SECONDS)
         self._lines: deque[tuple[float, int]] = deque([(self._began, 0)], LINES_KEPT)  # when, and what was done then
         self._width = 0  # of the line on the terminal
@@ -59,6 +62,8 @@ class Progress:
     def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
         """As Watcher says. What the user's function raises, the call raises."""
         self._done += len(values)
+        if self._total is not None and self._done > self._total:  # its length was another one
+            self._total = None
         if callable(self._show):
             self._show(self._done, self._total)
         elif (now := time.monotonic()) >= self._due:
@@ -98,8 +103,8 @@ def length_of(args: Any, lists: bool) -> int | None:
     """How many arguments there are, with `lists` in the lists of a list of lists. None where nobody knows."""
     if callable(args):
         return None
-    if lists and isinstance(args, list) and args and isinstance(args[0], list):
-        return sum(map(operator.length_hint, args))
+    if lists and isinstance(args, Collection) and isinstance(next(iter(args), None), list):
+        return sum(map(operator.length_hint, args)) if isinstance(args, (list, tuple)) else None
     length = operator.length_hint(args, -1)
     return None if length < 0 else length
 

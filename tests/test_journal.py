@@ -12,6 +12,7 @@ import random
 import resource
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -270,6 +271,34 @@ def test_results_that_pickle_cannot_dump_are_not_kept_and_that_is_said_once(path
         assert len(told) == 1
 
 
+class Halting(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+def test_results_that_pickle_cannot_load_run_again_and_that_is_said_once(path):
+    def make(x):
+        return Halting(x, x)
+
+    run(path, [[1], [2]], make)
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=f"from argument 0 on cannot be loaded from the journal {path}") as told:
+            assert run(path, [[1], [2]], make)[0] == [0, 1]
+        assert len(told) == 1
+
+
+def test_a_pipe_is_no_journal(path):
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=str(path)):
+        run(path, CHUNKS)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(ValueError, match=f"{path} is no journal: it is no regular file"):
+            run(path, CHUNKS)
+    finally:
+        os.close(reader)
+
+
 def test_arguments_without_a_digest_run_each_time(path):
     for _ in range(2):
         assert run(path, [[threading.Lock()], [1]], str)[0] in ([0, 1], [0])
@@ -399,6 +428,13 @@ def test_a_call_that_is_dropped_or_that_fails_leaves_the_journal_free(path, exec
             return packets(achilles.map, range(3), executor=executor, journal=path)
 
     assert wait_until(free, "a free journal") == [[[x, x]] for x in range(3)]
+
+
+def test_an_iterator_that_was_left_gives_its_journal_to_the_next_call(path, executor):
+    for _ in range(3):
+        for packet in achilles.imap(recorded, range(9), executor=executor, journal=path):
+            assert packet["ARGS_COUNTER"] == 0
+            break
 
 
 def test_an_input_that_pauses_is_cut_into_the_same_chunks(path, executor):
@@ -556,6 +592,7 @@ def test_a_module_beside_the_script_counts_by_what_the_function_names_of_it(tmp_
 
 
 def test_a_module_that_is_reloaded_after_a_change_is_looked_at_anew(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # it tells when the module was imported
     helper = tmp_path / "changed_helper.py"
     helper.write_text("def scale(x): return x\n")
     monkeypatch.chdir(tmp_path)
@@ -569,6 +606,43 @@ def test_a_module_that_is_reloaded_after_a_change_is_looked_at_anew(path, tmp_pa
     with pytest.raises(ValueError, match="the code of scale differ"):
         run(path, [[1]], module.scale)
     del sys.modules["changed_helper"]
+
+
+EDITED = """
+import os, pathlib, sys, time
+import edited
+from achilles.journal import Journal
+if __name__ == "__main__":
+    file, old = pathlib.Path(edited.__file__), time.time() - float(sys.argv[2])
+    time.sleep(0.1)
+    if sys.argv[3:]:
+        file.write_text(sys.argv[3])
+        if float(sys.argv[2]):
+            os.utime(file, (old, old))
+    try:
+        Journal(sys.argv[1], edited.scale, None, 1).close()
+        print("taken")
+    except ValueError as e:
+        print(e)
+"""
+
+
+@pytest.mark.parametrize("caches", [True, False])
+@pytest.mark.parametrize(("age", "arguments", "said"), [
+    (0, [], "taken"), (0, ["def scale(x): return x * 3"], "edited.py has changed since this process imported it"),
+    (100, ["def scale(x): return x * 3"], "taken")])  # a file that is older than the process
+def test_a_module_that_was_edited_before_the_first_journal(path, tmp_path, age, arguments, said, caches):
+    """The file is written just before the process starts."""
+    (tmp_path / "script.py").write_text(EDITED)
+    (tmp_path / "edited.py").write_text("def scale(x): return x * 2")
+    flags = [] if caches else ["-B"]
+    command = [sys.executable, *flags, tmp_path / "script.py", path, str(age), *arguments]
+    package = str(Path(achilles.__file__).parent.parent)
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True,
+                              env={**os.environ, "PYTHONPATH": package, "PYTHONDONTWRITEBYTECODE": ""})
+        assert said in done.stdout
+        (tmp_path / "edited.py").write_text("def scale(x): return x * 2")
 
 
 # The caller's own death.

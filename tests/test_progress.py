@@ -6,6 +6,7 @@ import io
 import itertools
 import sys
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -158,7 +159,9 @@ class Sized:
 
 @pytest.mark.parametrize(("args", "lists", "length"), [
     ([1, 2], True, 2), (range(9), True, 9), ((), True, 0), ([[1, 2], [], [3]], True, 3), ([[1, 2], [], [3]], False, 3),
-    ([[1, 2, 3]], False, 1), ([[1, 2, 3]], True, 3), ({1: 2}, True, 1), (Sized(), True, 7), (iter([1, 2, 3]), True, 3),
+    ([[1, 2, 3]], False, 1), ([[1, 2, 3]], True, 3), (([1, 2], [3]), True, 3),
+    (deque([[1, 2]]), True, None), ({1: [2, 3]}.values(), True, None), ({1: 2}, True, 1),
+    (Sized(), True, 7), (iter([1, 2, 3]), True, 3),
     ((x for x in [1]), True, None), (itertools.count(), True, None), (lambda: [1], True, None)])
 def test_how_long_the_input_is(args, lists, length):
     assert length_of(args, lists) == length
@@ -169,8 +172,13 @@ def test_a_stderr_that_is_none_is_no_error(monkeypatch, stream):
     if isinstance(stream, io.StringIO):
         stream.close()
     monkeypatch.setattr(sys, "stderr", stream)
-    if stream is None or not isinstance(stream, io.StringIO):
-        Progress(True, 3, SimpleNamespace(workers=1, processes=1)).close()
+    Progress(True, 3, SimpleNamespace(workers=1, processes=1)).close()
+
+
+def test_a_length_that_was_too_short_is_none(executor):
+    seen = []
+    list(CALLS[0](double, iter([[1, 2], [3]]), executor=executor, progress=lambda *counts: seen.append(counts)))
+    assert seen[-1] == (3, None)
 
 
 # The calls.

@@ -55,7 +55,7 @@ OPTIONS = (  # ssh takes the first value that it gets: a user's options go befor
 LINE = (  # of the hosts; ssh would take a name that begins with "-" for an option
     r"""(?x) \s* (?: (?P<name>[^\s\#\0-][^\s\#\0]*) (?:\s+(?P<cores>[1-9][0-9]{0,3}))?"""
     r"""(?:\s+python=(?P<python>[^\s\0]+))? )? (?:(?:\s+|^)\#.*)? \s*""")
-ALLOCATED = rb"Allocated port (\d+) for remote forward to 127\.0\.0\.1:%d\s"
+ALLOCATED = rb".*Allocated port (\d+) for remote forward to 127\.0\.0\.1:%d\s"
 GREETING = "achilles {version} for Python {python}".format(**hello())  # a node's must be its caller's
 READY = rb"0\s"  # what `local.serve_caller` tells of a node
 LINE_BYTES = 1 << 16  # a longer line is passed on in parts

@@ -1,66 +1,98 @@
 """The canonical form of an object: a digest that is the same in each process, as long as the object is.
 
 Knows pickle's hooks, and how functions and classes are taken apart. Knows no letters, files or calls. A journal
-compares these digests. Nothing is ever loaded from a canonical form.
+compares these digests. Nothing is ever loaded from a canonical form. Values of a journal are, to see that they can be.
 
 ::
 
     a function of the user's   its code, defaults, variables and attributes, and the globals that the code names
-    a class of the user's      its name, bases, functions and plain attributes
-    a module of the user's     the attributes that the code of a function names
+    a class of the user's      its name, metaclass, bases and attributes
+    a module of the user's     the attributes that the code of a function names; all of them where the module is passed
+                               on: as an argument, a default, a variable, an item or an attribute
     what is installed          its name alone: the standard library, and what lies in site-packages
+    what installed code made   its name, and its own parts: a function with variables, a class in a function
     a set                      its items in the order of their digests
     all else                   as pickle takes it apart
 
-A function, class or module is the user's where it is not installed, and is not of this package. The code says its
-instructions, constants and names. It says no line numbers and no paths, so that a moved script and a new comment change
-nothing. Equal texts are one text, whatever their identity is.
+A function, class or module is the user's where it is not installed, and is not of this package. A module without a file
+is the user's, unless Python or an installed package has it. The code says its instructions, constants and names. It
+says no line numbers and no paths, so that a moved script and a new comment change nothing. Equal texts are one text,
+whatever their identity is. A function or class is a number where it stands, and is written behind all that holds it.
 
 Limits: a module that a function imports itself is not looked at, and neither are the versions of what is installed.
-In a function, a value that pickle cannot take apart counts by its type: a lock, an open file. As an argument, such a
-value has no digest. Another Python compiles other instructions.
+Annotations do not count. In a function, a value that pickle cannot take apart counts by its type: a lock, an open file.
+As an argument, such a value has no digest. Another Python compiles other instructions.
 
 Threads: one thread uses a Canonical. Code of the user's, such as a `__reduce__`, runs in the calling thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
+import dis
 import functools
 import hashlib
 import pickle
 import sys
-from collections.abc import Callable
+import typing
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
-from .byvalue import CACHE_TYPE
-from .definitions import CODE, MADE_ANEW, content_of
+from .byvalue import CACHE_TYPE, OPTIONS, STANDS_FOR, evaluated
+from .definitions import MADE_ANEW, content_of
 from .loading import PICKLE
-from .names import MAINS, REMEMBERED, codes_of, global_names, is_class
+from .names import MAINS, REMEMBERED, codes_of, global_names, is_c_type, is_class, is_global, travels_by_value
 from .sources import PACKAGE, file_of, is_installed
 
-__all__ = ["digest_of", "digests_of", "dump_values"]
+__all__ = ["can_load", "digest_of", "digests_of", "dump_values"]
 
 CODE_PARTS = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount",
               "co_posonlyargcount", "co_kwonlyargcount", "co_flags", "co_exceptiontable")
-FIELDS = "__dataclass_fields__", "__attrs_attrs__", "__pydantic_fields__"  # of a class; they have the defaults
-UNSEEN = {*MADE_ANEW, "__annotate__", "__annotate_func__"}  # of a class; the last two know its first line
+ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
+LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_ATTR", "LOAD_METHOD")
+ANNOTATIONS = {"__annotations__", "__annotate__", "__annotate_func__", "__conditional_annotations__"}
+OF_MODULES = {  # the machine's own names in a module
+    "__name__", "__file__", "__builtins__", "__spec__", "__doc__", "__loader__", "__package__", "__cached__",
+    "__path__", "__warningregistry__", *ANNOTATIONS,
+}
+OF_CLASSES = {  # and in a class: line numbers, names in the order of a set
+    *MADE_ANEW, *ANNOTATIONS, "__firstlineno__", "__static_attributes__"} - {"__slots__"}
+PRIVATE, FIELDS = "__pydantic_", "__pydantic_fields__"  # tables of a class, which hold addresses; the fields do not
+VARIABLES = typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR
+VARIABLE_PARTS = "__constraints__", *OPTIONS.values(), *STANDS_FOR.values()
+DICTS: tuple[Any, ...] = {}, OrderedDict()
+VIEWS = [type(getattr(made, name)()) for made in DICTS for name in ("keys", "values", "items")]
 
 
 class Canonical(pickle.Pickler):
     """Writes one canonical form into a digest.
 
-    :param of_thing: gives the digests of functions and classes, of an argument. Without it they are written here, and
-        what cannot be taken apart counts by its type.
+    :param of_thing: gives the digests of functions, classes and modules, of an argument. Without it they are written
+        here, and what cannot be taken apart counts by its type.
+    :param met: by the Canonical that has an item of a set written here.
     """
 
-    def __init__(self, of_thing: Callable[[Any], str] | None) -> None:
+    def __init__(self, of_thing: Callable[[Any], str] | None, met: dict[int, tuple[int, Any]] | None = None) -> None:
         self.digest = hashlib.sha256()
         super().__init__(SimpleNamespace(write=self.digest.update), PICKLE)
         self._of_thing = of_thing
         self._texts: dict[Any, Any] = {}
-        self._met: dict[int, tuple[int, Any]] = {}  # a number, and what has it, by the ids of what was taken apart
+        self._met = dict(met or {})  # a number, and what has it, by the ids of what is taken apart
+        self._tuples: dict[int, tuple[Any, list[Any]]] = {}  # with the lists in their place, by their ids
+        self._lists: dict[Any, list[Any]] = {}  # the same lists, by what is in them
+        self._open: list[Any] = []  # what is to be written
+
+    def digest_of(self, value: Any) -> str:
+        """The digest of one value."""
+        self._open.append(value)
+        for each in self._open:  # grows while it is walked
+            self.dump(each)
+        return self.digest.hexdigest()
 
     def persistent_id(self, thing: Any) -> Any:
         """What is written in place of a thing; None where pickle takes it apart."""
@@ -68,30 +100,65 @@ class Canonical(pickle.Pickler):
         if kind is str or kind is bytes:
             return self._texts.setdefault(thing, thing)
         if kind is tuple:
-            return [*thing]
+            return self._list_of(thing)
         if kind is set or kind is frozenset:
-            return [kind.__name__, sorted(digest_of(each, self._of_thing) for each in thing)]
-        apart = _class if is_class(thing) else APART.get(kind)
+            return [kind.__name__, self._sorted(thing)]
+        apart = self._way(thing, kind)
         if apart is None:
             return None
-        if self._of_thing is not None and apart in (_class, _function):
+        if self._of_thing is not None and apart in (_class, _function, _module):
             return self._of_thing(thing)
-        if id(thing) in self._met:
-            return self._met[id(thing)][0]
-        self._met[id(thing)] = len(self._met), thing
-        return [kind.__name__, apart(thing)]
+        if id(thing) not in self._met:
+            self._met[id(thing)] = len(self._met), thing
+            self._open.append([kind.__name__, apart(thing)])
+        return self._met[id(thing)][0]
+
+    def _sorted(self, items: Any) -> list[str]:
+        """The digests of the items of a set."""
+        return sorted(Canonical(self._of_thing, self._met).digest_of(each) for each in items)
+
+    def _list_of(self, items: tuple[Any, ...]) -> list[Any]:
+        """A list in place of a tuple: one list for all that are equal, so that pickle writes it once."""
+        if id(items) not in self._tuples:
+            key = tuple([self._key(each) for each in items])
+            self._tuples[id(items)] = items, self._lists.setdefault(key, [*items])
+        return self._tuples[id(items)][1]
+
+    def _key(self, item: Any) -> Any:
+        """What two items have in common if they are one for a canonical form."""
+        kind = type(item)
+        if kind is tuple:
+            return kind, id(self._list_of(item))
+        if kind is set or kind is frozenset:
+            return kind, *self._sorted(item)
+        if kind is float or kind is complex:  # 0.0 == -0.0
+            return kind, repr(item)
+        return kind, item if kind in (str, bytes, int, bool) else id(item)
+
+    def _way(self, thing: Any, kind: type) -> Callable[[Any], Any] | None:
+        """How a thing is taken apart, unless by pickle."""
+        if is_class(thing):
+            return _class
+        if issubclass(kind, ModuleType):
+            return _module
+        held = HELD.get(kind) if self._of_thing is None else None
+        return held or APART.get(kind)
 
     def reducer_override(self, thing: Any) -> Any:
         """As pickle takes a thing apart; its type, and its name if it has one, where pickle cannot."""
         kind = type(thing)
-        reduce = copyreg.dispatch_table.get(kind)
+        found: Any = ""
+        module, state = "", None
         try:
-            found: Any = thing.__reduce_ex__(PICKLE) if reduce is None else reduce(thing)
+            reduce = copyreg.dispatch_table.get(kind)
+            found = thing.__reduce_ex__(PICKLE) if reduce is None else reduce(thing)
+            if isinstance(found, str):
+                module = pickle.whichmodule(thing, found)  # type: ignore[attr-defined]
+                state = object.__getstate__(thing) if is_users(kind.__module__) or is_users(module) else None
         except Exception:
             if self._of_thing is not None:
                 raise
-            found = ""
-        return (str, (kind.__module__, kind.__qualname__, found)) if isinstance(found, str) else found
+        return (str, (kind, module, found), state) if isinstance(found, str) else found
 
 
 def digest_of(value: Any, of_thing: Callable[[Any], str] | None = None) -> str:
@@ -100,9 +167,7 @@ def digest_of(value: Any, of_thing: Callable[[Any], str] | None = None) -> str:
     :param of_thing: of an argument; see Canonical.
     :raises Exception: with `of_thing`: what pickle says of a value that it cannot take apart.
     """
-    written = Canonical(of_thing)
-    written.dump(value)
-    return written.digest.hexdigest()
+    return Canonical(of_thing).digest_of(value)
 
 
 def digests_of(function: Any) -> dict[str, str]:
@@ -125,30 +190,77 @@ def dump_values(values: list[Any]) -> bytes | None:
         return None
 
 
+def can_load(letter: bytes) -> bool:
+    """Whether plain values can be loaded: some exceptions can be dumped alone, and a class may be gone."""
+    try:
+        pickle.loads(letter)
+    except Exception:
+        return False
+    return True
+
+
 @functools.lru_cache(REMEMBERED)
 def is_users(module: Any) -> bool:
     """Whether a module, by its name, is none that is installed. One that is not there was made by the user's code."""
     found = sys.modules.get(module)
+    if f"{module}.".startswith(f"{PACKAGE}."):
+        return False
     if module in MAINS or found is None:
         return True
     path = file_of(found) or next(iter(getattr(found, "__path__", ())), "")
-    return bool(path) and not is_installed(path) and not f"{module}.".startswith(f"{PACKAGE}.")
+    if path:
+        return not is_installed(path)
+    if module in sys.builtin_module_names or getattr(getattr(found, "__spec__", None), "origin", None) == "frozen":
+        return False
+    package = module.rpartition(".")[0]
+    return not package or is_users(package)
+
+
+def is_users_module(thing: Any) -> bool:
+    """Whether a value is a module that is not installed, or one that only has the name of what is."""
+    return isinstance(thing, ModuleType) and (
+        is_users(thing.__name__) or sys.modules.get(thing.__name__) is not thing)
+
+
+@functools.lru_cache(REMEMBERED)
+def _passed_on(code: CodeType) -> set[str]:
+    """The globals and attributes of which code does more than to name an attribute."""
+    found = set()
+    for each in codes_of(code):
+        steps = [step for step in dis.get_instructions(each) if step.opname != "EXTENDED_ARG"]
+        found |= {step.argval for step, following in pairwise(steps)
+                  if step.opname in LOADS and following.opname not in ATTRIBUTES}
+    return found
 
 
 def _globals(function: FunctionType) -> dict[str, Any]:
     """The globals that code names, and what it names of the user's modules among them."""
     attributes = dict.fromkeys(name for code in codes_of(function.__code__) for name in code.co_names)
-    names = [name for name in global_names(function.__code__) if not name.startswith("__")]
-    found = [(name, function.__globals__[name]) for name in names if name in function.__globals__]
+    passed_on = _passed_on(function.__code__)
+    found = _named("", function.__globals__, global_names(function.__code__))
     modules = set()
     for at, (way, value) in enumerate(found):  # grows while it is walked
-        if type(value).__name__ == "lazy_import":  # Python 3.15
-            value = value.resolve()
-            found[at] = way, value
-        if type(value) is ModuleType and is_users(value.__name__) and value.__name__ not in modules:
-            modules.add(value.__name__)
-            found += [(f"{way}.{name}", vars(value)[name]) for name in attributes if name in vars(value)]
+        if not is_users_module(value):
+            continue
+        if way.rpartition(".")[2] not in passed_on:
+            found[at] = way, value.__name__
+        if id(value) not in modules:
+            modules.add(id(value))
+            found += _named(f"{way}.", vars(value), attributes)
     return dict(found)
+
+
+def _named(way: str, space: dict[str, Any], names: Iterable[str]) -> list[tuple[str, Any]]:
+    """Values of a module by their names. A lazy import (Python 3.15) happens now."""
+    found = []
+    for name in names:
+        if name in space and name not in OF_MODULES:
+            value = space[name]
+            if type(value).__name__ == "lazy_import":
+                with contextlib.suppress(ImportError):
+                    value = value.resolve()
+            found.append((way + name, value))
+    return found
 
 
 def _code(function: FunctionType) -> list[Any]:
@@ -156,28 +268,54 @@ def _code(function: FunctionType) -> list[Any]:
 
 
 def _function(function: FunctionType) -> Any:
-    if not is_users(function.__module__):
-        return function.__module__, function.__qualname__
-    return _code(function), _globals(function)
+    if is_users(function.__module__) or is_users(function.__globals__.get("__name__")):
+        return _code(function), _globals(function)
+    name = function.__module__, function.__qualname__
+    return name if is_global(function) and not function.__closure__ else (name, _code(function))
 
 
 def _class(cls: Any) -> Any:
-    """Without private tables, such as a validator that pydantic made: they may hold addresses."""
-    if not is_users(cls.__module__):
+    """Without the text that dataclasses made of the signature: it may hold addresses, as private tables do."""
+    if not is_users(cls.__module__) and (is_c_type(cls) or not travels_by_value(cls)):
         return cls.__module__, cls.__qualname__
     own = {name: value for name, value in vars(cls).items()
-           if name in FIELDS or (name not in UNSEEN and (not name.startswith("__") or isinstance(value, CODE)))}
-    return cls.__qualname__, cls.__bases__, own
+           if name not in OF_CLASSES and (name == FIELDS or not name.startswith(PRIVATE))}
+    if "__dataclass_fields__" in own and str(own.get("__doc__")).startswith(f"{cls.__name__}("):
+        del own["__doc__"]
+    made = getattr(own.get("__hash__"), "__code__", None)
+    if made is not None and made.co_filename.startswith("<attrs generated"):  # a constant in it has the hash of a text
+        own["__hash__"] = "from the fields"
+    return cls.__qualname__, type(cls), cls.__bases__, own
+
+
+def _module(module: ModuleType) -> Any:
+    if not is_users_module(module):
+        return module.__name__
+    return module.__name__, dict(_named("", vars(module), list(vars(module))))
+
+
+def _variable(variable: Any) -> Any:
+    name = variable.__module__, variable.__name__
+    return (name, [evaluated(variable, part) for part in VARIABLE_PARTS]) if is_users(variable.__module__) else name
+
+
+def _cache(cache: Any) -> Any:
+    own = {name: value for name, value in vars(cache).items() if not name.startswith("__")}
+    return cache.__wrapped__, cache.cache_parameters(), own
 
 
 APART: dict[type, Callable[[Any], Any]] = {
     FunctionType: _function,
     CodeType: lambda code: [getattr(code, part) for part in CODE_PARTS],
     CellType: content_of,
-    ModuleType: lambda module: module.__name__,
     MappingProxyType: dict,
-    CACHE_TYPE: lambda cache: [cache.__wrapped__, cache.cache_parameters()],
+    CACHE_TYPE: _cache,
     property: lambda made: [made.fget, made.fset, made.fdel],
     functools.partialmethod: lambda made: [made.func, made.args, made.keywords],
     **dict.fromkeys((staticmethod, classmethod), lambda made: made.__func__),
+    **dict.fromkeys(VARIABLES, _variable),
+}
+HELD: dict[type, Callable[[Any], Any]] = {  # where a function holds it; as an argument pickle refuses it
+    **dict.fromkeys(VIEWS, list), weakref.ref: lambda reference: reference(), weakref.WeakSet: frozenset,
+    **dict.fromkeys((weakref.WeakValueDictionary, weakref.WeakKeyDictionary), dict),
 }

@@ -96,6 +96,7 @@ FAKE = """
     if host == "asleep":
         time.sleep(600)
     print("Welcome!\\n0\\nAllocated port 1 for remote forward to 127.0.0.1:1\\r", flush=True)
+    sys.stderr.write("A banner without an end. ")
     sys.stderr.write(f"Allocated port {tunnel.split(':')[-1]} for remote forward to {tunnel[2:]}\\r\\n")
     if host == "shell":  # of a login that runs another program than it was told to
         print("0\\n$ achilles is a host of mine\\nachilles 0.0.1 for Python 3.0", flush=True)
