@@ -76,10 +76,13 @@ def die_once(path: str, index: int, number: int) -> int:
 def die_leaving_a_child(path: str, index: int, number: int) -> int:
     """As die_once, but a child of the worker's, with the index -1, lives on."""
     warnings.simplefilter("ignore", DeprecationWarning)  # a worker has two threads, and forks all the same
-    if number == index and not calls(path, number) and os.fork() == 0:
-        record(path, -1)
-        time.sleep(60)
-        os._exit(0)
+    if number == index and not calls(path, number):
+        if os.fork() == 0:
+            record(path, -1)
+            time.sleep(60)
+            os._exit(0)
+        while not calls(path, -1):
+            time.sleep(0.001)
     return die_once(path, index, number)
 
 

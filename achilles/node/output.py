@@ -202,4 +202,7 @@ def undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        finally:  # once more, where a handler raised before that: another thread had got its signal
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

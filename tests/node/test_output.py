@@ -6,7 +6,7 @@ import contextlib
 import functools
 import io
 import logging
-import signal
+import subprocess
 import sys
 import threading
 import time
@@ -221,45 +221,51 @@ def test_a_very_long_line_costs_no_more_than_its_share(captured: Worker) -> None
     assert 10 < len(captured.lines) < 100
 
 
-@inside
-def test_a_handler_that_raises_leaves_no_lock_and_no_half_frame(captured: Worker) -> None:
-    """A timer that interrupts a printing function, as time limits of users do."""
-    class Late(Exception):
-        pass
+INTERRUPTED = """
+import os, signal, sys, time
+from achilles.node.output import Output
+from achilles.protocol.frames import Batch, Kind
 
-    armed: list[bool] = []
+class Late(Exception):
+    pass
 
-    def raise_late(*_: object) -> None:
-        if armed:
-            armed.clear()
-            raise Late
-
-    def interrupted(act: Callable[[], object]) -> None:
-        armed.append(True)
-        for _ in range(1000):
-            if armed:
-                act()
+def raise_late(*_):
+    if armed:
         armed.clear()
+        raise Late
 
-    before = signal.signal(signal.SIGVTALRM, raise_late)
-    deadline = time.monotonic() + 2
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005, 0.0005)
-    try:
-        while time.monotonic() < deadline:
-            for act in (lambda: print("line\n" * 50), lambda: captured.output.answer(ANSWER)):
-                try:
-                    interrupted(act)
-                except Late:
-                    pass
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
-        signal.signal(signal.SIGVTALRM, before)
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
-    thread = threading.Thread(target=captured.output.answer, args=(ANSWER,), daemon=True)
-    thread.start()
-    thread.join(10)
-    assert not thread.is_alive()
+def interrupted(act):
+    armed.append(True)
+    for _ in range(1000):
+        if armed:
+            act()
+    armed.clear()
+
+armed, frames = [], []
+answer = Batch.pack(7, 40, [b"y"], attempt=1, statuses=b"\\0")
+output = Output([0] * 5, 3, lambda kind, body: frames.append(kind))
+output.install()
+output.begin(Batch.pack(7, 40, [b"x"], attempt=1))
+signal.signal(signal.SIGVTALRM, raise_late)
+signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005, 0.0005)
+deadline = time.monotonic() + 2
+while time.monotonic() < deadline:
+    for act in (lambda: print("line\\n" * 50), lambda: output.answer(answer)):
+        try:
+            interrupted(act)
+        except Late:
+            pass
+signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+output.answer(answer)
+assert frames[-1] is Kind.RESULT and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+os.write(1, b"well")
+"""
+
+
+def test_a_handler_that_raises_leaves_no_lock_and_no_half_frame() -> None:
+    """A timer that interrupts a printing function, as time limits of users do, in a process with one thread."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "well", done.stderr
 
 
 def test_a_thread_that_prints_beside_the_batches_disturbs_nobody(
