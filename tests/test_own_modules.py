@@ -147,6 +147,15 @@ def test_a_worker_is_kept_for_the_next_call_with_the_same_set(cluster, folder):
     """, "other.py") == f"{worker}\n"
 
 
+def test_a_module_is_imported_once_in_a_worker_however_often_its_set_comes(cluster, folder):
+    write(folder, "import itertools\ncalls = itertools.count()\ndef count(x):\n    return next(calls)\n", "mine.py")
+    assert run(cluster, folder, """
+        import mine
+        from achilles import map
+        print([value for _ in range(4) for packet in map(mine.count, [1]) for value in packet])
+    """) == "[0, 1, 2, 3]\n"
+
+
 def test_a_caller_without_the_module_does_not_find_anothers(cluster, folder):
     run(cluster, folder, "import helper, tools.late\nfrom achilles import map\nmap(helper.make, [1])\n")
     out = run(cluster, folder, """

@@ -160,6 +160,20 @@ def test_an_initializer_travels_once_a_context_and_connection():
     assert brought()[-1] == [True, False]
 
 
+def test_the_last_job_of_a_set_closes_it_and_the_next_one_brings_it_again():
+    """As the server has it: a file was edited, and the edit taken back."""
+    link = FakeLink(1)
+    for name in ("a", "b", "a"):
+        job = make_job(link, sources=Sources(name * 32, b"modules"))
+        call = Call(link, job, [1], flat=True)
+        call.start()
+        link.finish()
+        assert values(call) == [1]
+        call.close(name, None)
+    assert [batch.letters()[3] for batch in link.of(Kind.JOB)] == [b"modules"] * 3
+    assert len(link.of(Kind.END)) == 2, "a kept job of another set is ended when a new one begins"
+
+
 def test_sources_travel_once_a_connection_whatever_the_context():
     link = FakeLink(1)
     for context, name in ((1, "a"), (2, "a"), (3, "b"), (4, "a")):

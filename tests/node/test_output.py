@@ -243,7 +243,13 @@ def interrupted(act):
 
 armed, frames = [], []
 answer = Batch.pack(7, 40, [b"y"], attempt=1, statuses=b"\\0")
-output = Output([0] * 5, 3, lambda kind, body: frames.append(kind))
+def write(kind, body):
+    frames.append(None)  # a half one
+    for _ in range(50):
+        len(frames)
+    frames[-1] = kind
+
+output = Output([0] * 5, 3, write)
 output.install()
 output.begin(Batch.pack(7, 40, [b"x"], attempt=1))
 signal.signal(signal.SIGVTALRM, raise_late)
@@ -257,7 +263,7 @@ while time.monotonic() < deadline:
             pass
 signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 output.answer(answer)
-assert frames[-1] is Kind.RESULT and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+assert frames[-1] is Kind.RESULT and None not in frames and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 os.write(1, b"well")
 """
 
