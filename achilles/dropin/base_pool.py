@@ -181,15 +181,15 @@ class BasePool:
             sources = taker.key[1]
         except DumpError as error:
             function, args = b"", partial(_fail, error)
-        with self._controller.lock:
-            job = self._controller.take(taker.key, partial(
+        with link.lock:
+            job = link.take(taker.key, partial(
                 self._job, function, options={**self._options, **options}, sources=sources))
             largest = None
             if chunksize is None:  # of a sequence, what multiprocessing chooses
                 wanted = CHUNKS_A_WORKER * self._processes
                 largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
-            taker.call = Call(self._controller, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered,
-                              flat=True, buffersize=buffersize, largest=largest, show=show, watchers=watchers)
+            taker.call = Call(link, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered, flat=True,
+                              buffersize=buffersize, largest=largest, show=show, watchers=watchers)
             self._dispatcher.open[taker] = self
         try:
             taker.call.start(inline)

@@ -57,7 +57,8 @@ class Look(NamedTuple):
     root: str = ""
     modules: int = -1
     again_at: float = 0.0  # monotonic
-    stamps: tuple[Any, ...] = ()  # of each own module: name, path, and what changes when the file or the module does
+    files: dict[str, str] = {}  # of the own modules, by name
+    stamps: tuple[Any, ...] = ()  # of each of them: what changes when the file or the module does
     found: Sources | None = None
 
 
@@ -75,11 +76,12 @@ def own_sources(at_once: bool = True) -> Sources | None:
     if not at_once and count == last.modules and (not last.stamps or time.monotonic() < last.again_at):
         return last.found
     folder = root()
-    stamps = _stamps({name: path for name, path, _ in last.stamps})
+    files, stamps = last.files, _stamps(last.files)
     if (folder, count, stamps) != (last.root, last.modules, last.stamps):
-        stamps = _stamps(own_files(folder))
-    found = last.found if stamps == last.stamps else collect({name: path for name, path, _ in stamps})
-    _look = Look(folder, count, time.monotonic() + LOOK_SECONDS, stamps, found)
+        files = own_files(folder)
+        stamps = _stamps(files)
+    found = last.found if stamps == last.stamps else collect(files)
+    _look = Look(folder, count, time.monotonic() + LOOK_SECONDS, files, stamps, found)
     return found
 
 
@@ -165,9 +167,7 @@ def collect(files: dict[str, str]) -> Sources | None:
 
 
 def _read(path: str) -> bytes:
-    if not path:
-        return b""
-    with open(path, "rb") as file:
+    with open(path or os.devnull, "rb") as file:  # a namespace package has no source
         return file.read()
 
 

@@ -779,12 +779,18 @@ def test_kill_and_the_goodbye_after_it(cluster):
     cluster.exchange.leave(controller)
 
 
-def test_lines_go_to_the_controller_under_its_own_number_and_in_front_of_the_answer(cluster):
+def with_output(cluster):
+    """A node, a controller, and the TASK that the node was given of the controller's job 3."""
     node, controller = cluster.node(), cluster.controller()
     cluster.declare(controller, job=3, output=True)
     cluster.task(controller, job=3)
     [given] = of_kind(node.channel.take(), Kind.TASK)
     controller.channel.take()
+    return node, controller, given
+
+
+def test_lines_go_to_the_controller_under_its_own_number_and_in_front_of_the_answer(cluster):
+    node, controller, given = with_output(cluster)
     cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"hello"], attempt=2, number=5))
     cluster.say(node, Kind.RESULT, Batch.pack(given.job, 0, [b"r"], attempt=given.attempt, statuses=b"\0"))
     (first, line), (second, _) = controller.channel.take()
@@ -793,11 +799,7 @@ def test_lines_go_to_the_controller_under_its_own_number_and_in_front_of_the_ans
 
 
 def test_lines_for_a_controller_that_does_not_read_are_counted_and_results_are_not_kept_back(cluster):
-    node, controller = cluster.node(), cluster.controller()
-    cluster.declare(controller, job=3, output=True)
-    cluster.task(controller, job=3)
-    [given] = of_kind(node.channel.take(), Kind.TASK)
-    controller.channel.take()
+    node, controller, given = with_output(cluster)
     controller.channel.waiting = exchange.OUTPUT_FRAMES
     for _ in range(3):
         cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"hello"], number=5))
@@ -809,10 +811,7 @@ def test_lines_for_a_controller_that_does_not_read_are_counted_and_results_are_n
 
 
 def test_lines_of_a_job_that_has_ended_lead_nowhere(cluster):
-    node, controller = cluster.node(), cluster.controller()
-    cluster.declare(controller, job=3, output=True)
-    cluster.task(controller, job=3)
-    [given] = of_kind(node.channel.take(), Kind.TASK)
+    node, controller, given = with_output(cluster)
     cluster.say(controller, Kind.END, Batch(3))
     controller.channel.take()
     cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"late"], number=5))
