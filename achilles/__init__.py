@@ -6,7 +6,7 @@ PROTOCOL.md, then errors, protocol/, config, configuring, console, objects/, ser
 and dropin/. docs/tour.md has the order of the modules.
 
 Nothing happens at import: the public names are loaded when they are first used, so that
-`python -m achilles.node` imports one copy of everything, and none of what it does not need.
+`python -m achilles.node` imports one copy of everything, and nothing beyond its needs.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ Packet = dict[str, Any]
 
 
 class Packets(Iterator[Packet], contextlib.AbstractContextManager["Packets"]):
-    """What imap and imap_unordered return: an iterator that cancels its call when it is closed or dropped."""
+    """The iterator of imap and imap_unordered. It cancels its call when it is closed or dropped."""
 
     def __init__(
         self, controller: Controller, call: Call, callback_error: Callable[[Any], Any] | None
@@ -61,7 +61,7 @@ class Packets(Iterator[Packet], contextlib.AbstractContextManager["Packets"]):
     def __next__(self) -> Packet:
         with self._taking:
             if self._packets.gi_running:
-                raise RuntimeError("this iterator is read by what it calls: by its own arguments, or by callback_error")
+                raise RuntimeError("this iterator is being read: by its own arguments, or by callback_error")
             try:
                 return next(self._packets)
             except BaseException:  # the end, too
@@ -69,7 +69,7 @@ class Packets(Iterator[Packet], contextlib.AbstractContextManager["Packets"]):
                 raise
 
     def close(self) -> None:
-        """Cancel what is left of the call and close the connection. Idempotent."""
+        """Cancel the rest of the call and close the connection. Idempotent."""
         if not self._closed.is_set():
             self._closed.set()
             _cancel(self._call, self._controller)
@@ -82,7 +82,7 @@ class Packets(Iterator[Packet], contextlib.AbstractContextManager["Packets"]):
             if not self._closed.is_set():  # collected in any thread, which may hold any lock and must not be kept
                 closer = threading.Thread(
                     target=_cancel, args=(self._call, self._controller), name="achilles-closer", daemon=True)
-                start_new_thread(closer.start, ())  # what joins threads is better one that `threading` knows
+                start_new_thread(closer.start, ())  # `threading` must know a thread that joins others
 
 
 def _packets(
@@ -133,7 +133,7 @@ def map(
     :param callback: applied to each result, in the worker, right after `func`.
     :param chunksize: arguments that are dumped together, at least 1; unused where `args` has lists.
     :param host: name or address of the server, or "local" for a cluster of this process on this machine.
-    :param port: 0..65535. What is None is looked for in ACHILLES_HOST, ACHILLES_PORT, ACHILLES_USERNAME and
+    :param port: 0..65535. Settings that are None are looked for in ACHILLES_HOST, ACHILLES_PORT, ACHILLES_USERNAME and
         ACHILLES_SECRET_KEY, then in the configuration file, then asked for on a terminal.
     :param username: 1 to 32 bytes of UTF-8.
     :param secret_key: the cluster's secret.
@@ -149,10 +149,10 @@ def map(
     :param output: True writes each line that `func` prints to this process's stderr, as "node 1: text". A function is
         called with the line, the index of the argument in `args` and the node's id, in this thread. Lines come before
         the result of their argument; see docs/running.md.
-    :param progress: True draws a line on stderr: what is done, the workers, the rate, the time that is left. A function
+    :param progress: True draws a line on stderr: the arguments done, the workers, the rate, the time left. A function
         is called with `done` and `total` after each delivery, in this thread; `total` is None where nobody knows it.
-    :param journal: path of a file that keeps the results. The same call with the same journal, in another process, is
-        given what is there and runs the rest; see journal.py. A packet is one chunk then.
+    :param journal: path of a file that keeps the results. The same call with the same journal, in another process,
+        takes the results from the file and runs the rest; see journal.py. A packet is one chunk then.
     :param encrypt: whether the connection is encrypted by TLS; looked for as the host is, and False if nobody says.
         The server must do the same. Takes Python 3.13 or later.
     :param executor: any `concurrent.futures.Executor` to run on, in the place of a cluster; it stays open.
@@ -247,7 +247,7 @@ def _start(
         wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
     show = shower(output, executor is not None)
     if not callable(args):
-        iter(args)  # a TypeError here, in the caller's thread, for what is not iterable
+        iter(args)  # a TypeError here, in the caller's thread, if args cannot be iterated
     context = letters.Context(caller=True)
     function = letter_of(letters.dump_function(context, (func, callback)), letters.name_of(func))
     watchers, recall = keeping(journal, func, callback, min(chunksize, buffersize or chunksize))
@@ -278,14 +278,14 @@ def connect(
     reconnect_seconds: float = RECONNECT_SECONDS, executor: Executor | None = None, processes: int | None = None,
     wait_for_nodes: float | None = None,
 ) -> Controller:
-    """A controller of the cluster that these say, or that the settings say; or what takes its place.
+    """A controller of the cluster that these name, or that the settings name; or an Engine.
 
-    That is an engine, on `executor`, or in a worker that is not told of any cluster: if all workers waited for others,
+    It is an Engine on `executor`, or in a worker that is not told of any cluster: if all workers waited for others,
     none would be left.
     """
     place = host, port, username, secret_key, encrypt
     if executor is not None or (config.in_worker and place == NOWHERE):
-        from .dropin.engine import Engine  # and what its workers need
+        from .dropin.engine import Engine  # with all that workers need
 
         if place != NOWHERE:
             raise ValueError("a call runs on a cluster or on an executor: give host and the like, or executor")

@@ -70,7 +70,7 @@ def say(text: str) -> bool:
 
 
 def redraw(text: str) -> bool:
-    """As `say`; on a terminal over what is there, as far as it has room."""
+    """As `say`. On a terminal the lines replace the text that is there, as far as they have room."""
     if os.isatty(1):
         lines = text.splitlines()[: os.get_terminal_size(1).lines - 1]
         text = CLEAR + "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The options that the calls, Pool and Executor share: their limits, and what they mean to the caller.
+"""The options that the calls, Pool and Executor share: their limits, and their effect in the caller.
 
 Knows values; knows no call and no connection. Any thread may call its functions.
 """
@@ -68,9 +68,9 @@ def _write_line(text: str, index: int | None, node: int) -> None:
 
 
 def keeping(journal: JournalPath, *call: Any) -> tuple[list[Watcher], Recall | None]:
-    """What keeps the results of a call, if anybody wants it, and what recalls them.
+    """The Journal of a call, if the user wants one: as a watcher, and as a function that recalls results.
 
-    :param call: what a Journal gets behind its path.
+    :param call: the arguments of a Journal behind its path.
     """
     if journal is None:
         return [], None
@@ -81,7 +81,7 @@ def keeping(journal: JournalPath, *call: Any) -> tuple[list[Watcher], Recall | N
 
 
 def watching(progress: Show, args: Any, link: Link, lists: bool = False) -> list[Watcher]:
-    """What shows the progress of a call, if anybody wants it: no other call pays for its import.
+    """The Progress of a call, if the user wants it. No other call pays for its import.
 
     :param lists: whether a list of lists has its arguments in its lists.
     """

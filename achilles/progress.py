@@ -1,7 +1,7 @@
 """Progress: how far a call is, as a line on stderr or for a function of the user's.
 
-Knows counts, a clock and stderr. Knows no call: `controller/call.py` says what was taken. No call pays for this module
-that does not ask for it. There is no thread: a line is drawn when results are taken, by the thread that takes them.
+Knows counts, a clock and stderr. Knows no call: `controller/call.py` tells of each delivery. Only calls that ask for
+progress import this module. There is no thread: the thread that takes results draws the line.
 
 ::
 
@@ -55,12 +55,12 @@ class Progress:
         with contextlib.suppress(OSError, ValueError):  # stderr is closed
             self._terminal = bool(getattr(sys.stderr, "isatty", bool)())
         self._due = self._began + (0 if self._terminal else LOG_SECONDS)
-        self._lines: deque[tuple[float, int]] = deque([(self._began, 0)], LINES_KEPT)  # when, and what was done then
+        self._lines: deque[tuple[float, int]] = deque([(self._began, 0)], LINES_KEPT)  # moments, and arguments done
         self._width = 0  # of the line on the terminal
         self._closed = False
 
     def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
-        """As Watcher says. What the user's function raises, the call raises."""
+        """As Watcher says. An exception of the user's function ends the call."""
         self._done += len(values)
         if self._total is not None and self._done > self._total:  # its length was another one
             self._total = None

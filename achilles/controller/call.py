@@ -1,7 +1,7 @@
 """One mapping call, from its first argument to its last result: the feeder, and the thread that takes.
 
-Knows the arguments and the window. What becomes of a chunk is the job's, and `results.py` keeps the answers. Nothing
-else runs the caller's iterator, and one thread at a time takes.
+Knows the arguments and the window. The job knows the state of each chunk, and `results.py` keeps the answers. No other
+module runs the caller's iterator. One thread at a time takes.
 
 ::
 
@@ -51,7 +51,7 @@ class NotYet(TimeoutError):
 
 
 class Watcher(Protocol):
-    """Is told what the thread that takes has taken. What it raises, the call fails with."""
+    """Hears of each delivery that was taken, in the thread that takes. Its exceptions end the call."""
 
     def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
         """These were taken: see Taken."""
@@ -74,7 +74,7 @@ class Call:
     :param largest: arguments of a chunk at most, where the call finds `chunksize` itself.
     :param show: is called with each line of output, by the thread that takes: text, index of its argument (None where
         the text counts lines that were left out), node.
-    :param watchers: are told what was taken, in their order.
+    :param watchers: hear of each delivery, in their order.
     :param recall: gives the results of arguments that need not run. Then each chunk is a packet, and goes when it is
         whole. The thread that feeds calls it.
     :param ready: is called under the connection's lock when there may be something to take; must not block.
@@ -138,7 +138,7 @@ class Call:
     def take(self, timeout: float | None = None) -> Taken | None:
         """The next values: the index of the first, and an exception for each that has none. None behind the last.
 
-        Blocks up to `timeout` seconds, then NotYet. Raises what the call as a whole failed with. One thread at a time.
+        Blocks up to `timeout` seconds, then NotYet. Raises the error of the whole call. One thread at a time.
         """
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         while True:
@@ -151,7 +151,7 @@ class Call:
                     left = threading.TIMEOUT_MAX if self.ended else PAUSE_SECONDS
                     again = again or bool(self.results.lines) or self.results.changed.wait(
                         max(0.0, min(left, deadline - time.monotonic())))
-            finally:  # what was printed comes before the result, or the error, of its call
+            finally:  # printed lines come before the result, or the error, of their call
                 for _ in range(len(self.results.lines)):
                     self._show(*self.results.lines.popleft())
             if not again:
@@ -166,7 +166,7 @@ class Call:
         return taken
 
     def _nudge(self) -> None:
-        """A thread looks for a result and finds none: send what the feeder has, if the feeder is held up."""
+        """A thread looks for a result and finds none: send the open chunk, if the feeder is held up."""
         since, now = self._pulling, time.monotonic()
         held_up = bool(since) and now - since >= PAUSE_SECONDS
         if held_up:
@@ -177,7 +177,7 @@ class Call:
         if held_up or self._full:
             with self.link.lock:
                 self.results.cut(self.job.next, stuck=not held_up)
-                self.link.queue(self.job)
+                self.link.fill()
             self.link.push()
 
     # The feeder: its thread, or the thread that takes.
@@ -200,7 +200,7 @@ class Call:
         left = self._left()
         with self.link.lock:
             self.job.left = left / self._size if more else 0
-            self.link.queue(self.job)
+            self.link.fill()
             if error is not None and self._eager:
                 self.results.fail(error)
             if not more:
@@ -244,7 +244,7 @@ class Call:
         try:
             self._open.extend(islice(self._iterator, wanted))
             more = self._left() > 0
-        finally:  # what came before an error of the iterator's is sent, too
+        finally:  # arguments that came before an error of the iterator are sent, too
             with self._cutting:
                 self._pulling = 0.0  # from here on nobody nudges
                 more = more and self._index + len(self._open) == until
@@ -277,15 +277,15 @@ class Call:
     def _send_list(self, argument: object) -> None:
         """A list of a list of lists: a packet of its own, in even chunks for the workers of the largest node."""
         if not isinstance(argument, list):
-            what = f"args[{self._index}] is of type {type(argument).__name__}"
-            raise mark(TypeError(f"{what}: where args[0] is a list, all must be lists"), index=self._index)
+            found = f"args[{self._index}] is of type {type(argument).__name__}"
+            raise mark(TypeError(f"{found}: where args[0] is a list, all must be lists"), index=self._index)
         with self.link.lock:
             while argument and self.results.error is None and not self.link.largest:
                 self.link.changed.wait(LOOK_SECONDS)
         self._send(argument, self._index, -(-len(argument) // (self.link.largest or 1)))
 
     def _send(self, arguments: list[Any], place: int | None = None, size: int = 0) -> None:
-        """Let chunks go: of args, or of the list at `place`, which is a packet. What cannot be sent whole, is cut."""
+        """Let chunks go: of args, or of the list at `place`, which is a packet. Chunks that are too large are cut."""
         run = Run(self.job.next, self._index if place is None else 0, size or self._size, [b""], len(arguments), place)
         try:
             letter = self._recall(run.index(0), arguments) if self._recall and arguments else None

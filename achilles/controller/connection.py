@@ -137,7 +137,7 @@ class Controller(Link):
             self._channel.send(kind, body, wake=False)
 
     def push(self) -> None:
-        """Send what was posted. Without `lock`."""
+        """Send the frames that were posted. Without `lock`."""
         if self._channel is not None:
             self._channel.push()
 
@@ -234,7 +234,7 @@ class Controller(Link):
                     f"lost the server at {self._where()}, and could not connect to it again for {patience:g} s "
                     f"(reconnect_seconds): {why}")
 
-    def _wait_for(self, kind: Kind, what: str, ask: bool = False) -> dict[str, Any]:
+    def _wait_for(self, kind: Kind, word: str, ask: bool = False) -> dict[str, Any]:
         """Block until the server has said this, 10 s at most; `ask` it to say it anew."""
         deadline = time.monotonic() + REPLY_SECONDS
         with self.lock:
@@ -245,7 +245,7 @@ class Controller(Link):
                 super().check_usable()
                 if not self.changed.wait(max(0.0, deadline - time.monotonic())):
                     raise ServerUnreachable(
-                        f"the server at {self._where()} did not send {what} within {REPLY_SECONDS:g} s")
+                        f"the server at {self._where()} did not send {word} within {REPLY_SECONDS:g} s")
             return self._said[kind]
 
     def _learn(self, cluster: dict[str, Any]) -> None:

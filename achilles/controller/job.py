@@ -1,8 +1,7 @@
 """A job in the controller: a function with its options, and the chunks of it that have no result.
 
 Knows which chunks wait and which are out under which attempt, and keeps each letter until its result is taken. Knows no
-connection. How arguments become chunks is `call.py`'s, where answers go is `results.py`'s, and `run.py` counts what
-goes wrong.
+connection. `call.py` cuts arguments into chunks, `results.py` takes the answers, and `run.py` counts deaths and losses.
 
 ::
 
@@ -59,7 +58,7 @@ class Job:
     """A function and its options, under one number on a connection.
 
     :param context: of objects/, in which everything of this job is dumped and loaded.
-    :param context_id: what nodes know it by, 16 bytes.
+    :param context_id: its name at the nodes, 16 bytes.
     :param options: those of a declaration; None values are left out.
     :param sources: the caller's own modules.
     :ivar declaration: the first letter of its JOB, as an object.  :ivar sink: where answers go.
@@ -153,7 +152,7 @@ class Job:
             self._again(run)
 
     def _again(self, run: Run) -> None:
-        """Chunks go to the front of the queue, but for what is given up and what nobody wants any more.
+        """Chunks go to the front of the queue. Those that are given up, or that nobody wants any more, do not.
 
         A doubtful chunk goes by itself.
         """
@@ -178,7 +177,7 @@ class Job:
         run = self._claim(batch)
         if run is None:
             return
-        at = run.first - batch.first  # the server passes on what overlaps
+        at = run.first - batch.first  # the server passes on the whole answer
         found, statuses = found[at : at + len(run.letters)], batch.statuses[at : at + len(run.letters)]
         self.pace.learn(batch.number, run.arguments)
         step = 1 if any(statuses) else len(statuses)  # chunks with an answer out of the ordinary come by themselves
@@ -224,7 +223,7 @@ class Job:
         return run.cut(low, high)
 
     def _answer(self, run: Run, status: int, found: list[Letter]) -> None:
-        """Answers of this status. One that is a note of what went wrong is of one chunk."""
+        """Answers of this status. A note on a death, a time limit or an alteration is of one chunk."""
         if status in (Status.DIED, Status.TIMEOUT):
             note = read_object("the note on a lost chunk", bytes(joined(found[0])), NOTE)
             if note["phase"] == "function":
@@ -248,7 +247,7 @@ class Job:
     # Loading: the caller's thread, without the lock.
 
     def open(self, runs: Sequence[Run]) -> Taken:
-        """Load a delivery: values, with None for each error. Raises what the job as a whole failed with."""
+        """Load a delivery: values, with None for each error. Raises the error of the whole job."""
         values: list[Any] = []
         errors: dict[int, BaseException] = {}
         for run in runs:
@@ -270,7 +269,7 @@ class Job:
         return runs[0].index(0), values, errors
 
     def load(self, status: int, letter: Letter) -> tuple[list[Any], dict[int, BaseException]]:
-        """Load the answer of one chunk: values, and errors by offset. Raises what the job as a whole failed with."""
+        """Load the answer of one chunk: values, and errors by offset. Raises the error of the whole job."""
         values, errors = outcomes.load_outcomes(self.context, joined(letter), status != Status.VALUES)
         for error in errors.values():
             if isinstance(error, ModuleNotFoundError) and error.name and getattr(error, "node", None) is not None:

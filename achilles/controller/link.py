@@ -20,7 +20,7 @@ import operator
 import os
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +39,7 @@ KEPT_JOBS, KEPT_BYTES = 16, 256 << 20  # jobs that owe nothing stay open for the
 
 
 class Link:
-    """Jobs and batches. `processes` is how many batches may be out, None for what the workers can take."""
+    """Jobs and batches. `processes` batches may be out; None means as many as the workers can take."""
 
     connected = True  # whether batches may be posted
     workers = largest = 0  # that can run this caller's functions: of the cluster, and of its largest node
@@ -53,19 +53,18 @@ class Link:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)  # the cluster or the connection has changed
         self.processes = processes or U32
-        self.jobs: dict[int, Job] = {}
+        self.jobs: OrderedDict[int, Job] = OrderedDict()  # the next to send a batch first
         self._numbers = 0
         self._worth_us = 0.0  # of the last batch, of whichever job
-        self._turns: deque[Job] = deque()  # jobs with chunks that wait, and perhaps others
         self._contexts: set[str] = set()  # their initializers, and sets of sources, went over this connection
-        self._kept: dict[Any, Job] = {}  # jobs that owe nothing, by what they are; the longest unused first
+        self._kept: dict[Any, Job] = {}  # jobs that owe nothing, by function and options; the longest unused first
         _of_this_process().add(self)
 
     def post(self, kind: Kind, body: Batch) -> None:
         """Send a frame soon: `push` does. Needs `lock`."""
 
     def push(self) -> None:
-        """Send what was posted. Without `lock`."""
+        """Send the frames that were posted. Without `lock`."""
 
     def look(self) -> None:
         """No result came for `look_seconds`. NoNodesError if there was no node for too long. Any thread."""
@@ -106,7 +105,7 @@ class Link:
             self.end(self._kept.pop(next(iter(self._kept))))
 
     def end(self, job: Job) -> None:
-        """The job is over: what waits is dropped, and what runs is stopped. Idempotent."""
+        """The job is over: chunks that wait are dropped, and chunks that run are stopped. Idempotent."""
         job.spent = True
         if self.jobs.pop(job.number, None) is None:
             return
@@ -141,43 +140,36 @@ class Link:
 
     # Batches, with `lock`.
 
-    def queue(self, job: Job) -> None:
-        """The job has chunks that wait."""
-        if job not in self._turns:
-            self._turns.append(job)
-        self.fill()
-
     def fill(self) -> None:
-        """Make batches, as long as there is room for them.
+        """Make batches of the chunks that wait, as long as there is room for batches. Jobs take turns.
 
         Ctrl-C may end this anywhere, in the caller's thread: no chunk of another call must be lost by that. One that
         was posted and not noted is sent again; an answer to the attempt that nobody knows is ignored.
         """
-        if not self._turns or not self.connected:
+        turns = deque([job for job in self.jobs.values() if job.waiting])
+        if not turns or not self.connected:
             return
         workers = min(self.workers, self.processes)
         most = min(AHEAD * self.workers + 2, self.processes)
         out = sum([len(job.out) for job in self.jobs.values()])
-        while out < most and self._turns:
-            job = self._turns[0]
-            self._turns.rotate(-1)
-            if not job.waiting or job.number not in self.jobs:
-                self._turns.pop()
-                continue
+        while turns and out < most:
+            job = turns.popleft()
             if out >= workers and job.is_little():
-                return  # every worker has something: more chunks join these until one is done
+                continue  # every worker has a batch: more chunks join these until a batch is done
+            self.jobs.move_to_end(job.number)
             self._worth_us = worth_of(self._worth_us, late=out < workers, few=self.processes < U32)
             if not job.declared:
                 self._declare(job)
             job.send_batch(self.post, self._worth_us, workers)
             out += 1
+            if job.waiting:
+                turns.append(job)
 
     def forget_connection(self) -> None:
         """The connection is lost: everything that was out waits again."""
         self._contexts.clear()
         for job in self.jobs.values():
             job.forget_connection()
-        self._turns = deque(self.jobs.values())
 
     def _declare(self, job: Job) -> None:
         """JOB, with the initializer and the sources where the server has not had them."""
@@ -191,7 +183,7 @@ class Link:
                 parts[place] = letter
         self.post(Kind.JOB, Batch.pack(job.number, 0, parts))
 
-    # What came: the reader thread, without `lock`.
+    # Frames that came: the reader thread, without `lock`.
 
     def handle_batch(self, kind: Kind, batch: Batch) -> None:
         """A RESULT, GONE, GIVEN or OUTPUT. Ignored if its job is over."""
@@ -213,7 +205,7 @@ class Link:
                 job.printed(batch)
             else:
                 job.gone(batch)
-            self.queue(job)
+            self.fill()
 
 
 @functools.cache

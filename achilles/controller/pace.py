@@ -10,7 +10,7 @@ from ..protocol.frames import MAX_CHUNKS
 
 __all__ = ["HALF_MS_US", "Pace", "worth_of"]
 
-LEAST_US, MOST_US = 5_000, 50_000  # of work in a batch: far over the cost of a frame, far under what people notice
+LEAST_US, MOST_US = 5_000, 50_000  # of work in a batch: far over the cost of a frame, far under a pause to notice
 FEW_US = 20_000  # where few batches may be out, each must last until the next one is there
 HALF_MS_US = 500  # a batch of less work costs more to send than it gains by running beside others
 QUICKER = 8  # times at most: one answer may be quick by chance

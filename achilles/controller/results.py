@@ -1,4 +1,4 @@
-"""What has come of a call and is not taken yet, and the window that bounds what is out.
+"""The results of a call that are not taken yet, and the window that bounds the chunks that are out.
 
 Knows runs of chunks, by number; knows no socket, no pickle and no clock.
 
@@ -114,7 +114,7 @@ class Results(Sink):
             self._units.append(Unit(run.first, run.end))
 
     def free(self, limit: int, weight: int = 1) -> int:
-        """What the window has left, 0 where that is less than `weight`. An empty window always takes one chunk.
+        """Return the room in the window, or 0 if it is less than `weight`. An empty window always takes one chunk.
 
         A window that was large stays so: else a slow moment would keep the feeder from a window that is half empty.
         """
@@ -185,7 +185,7 @@ class Results(Sink):
             self._tell()
 
     def take(self) -> list[Run] | None:
-        """The next delivery, if there is one. Raises what the call failed with."""
+        """The next delivery, if there is one. Raises the error of the call."""
         if self.error is not None:
             raise fresh(self.error)
         key = self.next if self._ordered else next(iter(self._done), -1)

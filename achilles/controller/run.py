@@ -1,4 +1,4 @@
-"""A run: consecutive chunks of one job, with what went wrong with them and what was answered.
+"""A run: consecutive chunks of one job, with their deaths, losses and answers.
 
 Knows letters, counts and errors; knows no job, no frame and no connection. The connection's lock guards each run.
 
@@ -78,7 +78,7 @@ class Run:
         name = f"argument {self.start + offset}"
         return name if self.place is None else f"{name} of the list args[{self.place}]"
 
-    # What went wrong. A death is of one chunk.
+    # Deaths and losses. A death is of one chunk.
 
     @property
     def has_died(self) -> bool:
@@ -108,15 +108,15 @@ class Run:
             text = f"{ATTEMPTS} workers died under it (phase {note['phase']})"
             self._count(offset, ATTEMPTS, lambda name: worker_lost(f"{name}: {text}", note), charged)
 
-    def charge(self, what: int) -> None:
+    def charge(self, cause: int) -> None:
         """A node was lost with the chunks (LOST), or a chunk or its answer was altered on its way (ALTERED)."""
-        most, error, text = GIVEN_UP[what]
-        self._count(what, most, lambda name: error(name + text), range(self.arguments))
+        most, error, text = GIVEN_UP[cause]
+        self._count(cause, most, lambda name: error(name + text), range(self.arguments))
 
-    def _count(self, what: int, most: int, error: Callable[[str], BaseException], offsets: Iterable[int]) -> None:
+    def _count(self, cause: int, most: int, error: Callable[[str], BaseException], offsets: Iterable[int]) -> None:
         """It happened once more. The `most`-th time, the arguments at these offsets are not tried again."""
-        self.counts = self.counts + Counter([what])
-        if self.counts[what] >= most:
+        self.counts = self.counts + Counter([cause])
+        if self.counts[cause] >= most:
             lost = {offset: mark(error(self.name(offset)), index=self.index(offset)) for offset in offsets}
             self.lost = lost | self.lost
 

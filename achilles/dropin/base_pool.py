@@ -139,7 +139,7 @@ class BasePool:
                 self._dispatcher.singles[key] = job.sink = singles = Singles(self._dispatcher, job, key)
             singles.enter(single, letter)
             self._dispatcher.open[singles] = self
-            link.queue(singles.job)
+            link.fill()
         link.push()
         return single
 

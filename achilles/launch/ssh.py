@@ -57,7 +57,7 @@ LINE = (  # of the hosts; ssh would take a name that begins with "-" for an opti
     r"""(?:\s+python=(?P<python>[^\s\0]+))? )? (?:(?:\s+|^)\#.*)? \s*""")
 ALLOCATED = rb".*Allocated port (\d+) for remote forward to 127\.0\.0\.1:%d\s"
 GREETING = "achilles {version} for Python {python}".format(**hello())  # a node's must be its caller's
-READY = rb"0\s"  # what `local.serve_caller` tells of a node
+READY = rb"0\s"  # the word of `local.serve_caller` on a node
 LINE_BYTES = 1 << 16  # a longer line is passed on in parts
 WORDS = 5  # lines of ssh and the host that an error shows
 REMEDY = (
@@ -112,7 +112,7 @@ class SshNode(subprocess.Popen[bytes]):
         self._reader.join(JOIN_SECONDS)
 
     def _read(self, stdin: Any, stdout: Any, about: dict[str, Any]) -> None:
-        """The thread: hand the secret over, and pass on what comes after the node has joined."""
+        """The thread: hand the secret over, and pass the node's output on after it has joined."""
         with io.BufferedReader(stdout) as pipe:
             lines = iter(lambda: pipe.readline(LINE_BYTES), b"")
             tunnel = self._find(ALLOCATED % about["port"], lines)
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wanted != GREETING:
         raise SystemExit(f"the host has {GREETING}, the caller has {wanted}")
     config.remove_from_environment()
-    console.say(f"\n{GREETING}")  # on a line of its own, after what the shell may have said
+    console.say(f"\n{GREETING}")  # on a line of its own: the shell may have written before
     serve_caller("node")
     return 0
 

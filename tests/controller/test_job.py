@@ -428,7 +428,7 @@ def submit(link, job, argument):
             job.sink = Singles(Dispatcher(link), job, None)
         found, = letters.dump_chunks(job.context, [argument], 1)
         job.sink.enter(entry, letter_of(found))
-        link.queue(job)
+        link.fill()
     return entry
 
 
