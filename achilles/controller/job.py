@@ -43,7 +43,7 @@ from ..protocol.frames import (
     letter_of,
 )
 from ..protocol.kinds import read_object
-from .pace import HALF_MS_US, Pace
+from .pace import LITTLE_US, Pace
 from .results import NOBODY, Sink
 from .run import ALTERED, ATTEMPTS, LOST, Run, worker_lost
 
@@ -111,7 +111,7 @@ class Job:
     def is_little(self) -> bool:
         """Whether the chunks that wait are not worth a batch while all workers are busy. Some wait."""
         first = self.waiting[0]
-        return 0 < self.pace.us * (self.next - first.first) * first.size < HALF_MS_US
+        return 0 < self.pace.us * (self.next - first.first) * first.size < LITTLE_US
 
     def send_batch(self, post: Callable[[Kind, Batch], None], worth_us: float, workers: int) -> None:
         """Cut a batch from the chunks that wait, and post it: then its chunks are out. Some wait.

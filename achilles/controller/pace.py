@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from ..protocol.frames import MAX_CHUNKS
 
-__all__ = ["HALF_MS_US", "Pace", "worth_of"]
+__all__ = ["LITTLE_US", "Pace", "worth_of"]
 
 LEAST_US, MOST_US = 5_000, 50_000  # of work in a batch: far over the cost of a frame, far under a pause to notice
 FEW_US = 20_000  # where few batches may be out, each must last until the next one is there
-HALF_MS_US = 500  # a batch of less work costs more to send than it gains by running beside others
+LITTLE_US = 2_000  # of work, at the least: a batch costs caller, server and node a millisecond together
 QUICKER = 8  # times at most: one answer may be quick by chance
 TINY_US = 0.05  # the quickest argument that is believed: a function in C over a range
 EASE = 0.98  # by how much the worth of a batch falls where enough batches are out
@@ -34,14 +34,16 @@ class Pace:
     def chunks(self, size: int, us: float, left: float, workers: int) -> int:
         """How many chunks of `size` arguments make a batch that is worth `us`.
 
-        :param left: chunks that the call still has to send, infinity where that is not known. A batch is no more than
-            its share for two batches a worker, but for half a millisecond of work.
+        :param left: chunks that the call still has to send, infinity where that is not known. They make two batches a
+            worker, or one a worker, or fewer: so many that each has enough work.
         """
         if not self.us:
             return 1
         chunk_us = self.us * size
-        share = max(left / (2 * workers or 1), HALF_MS_US / chunk_us)
-        return max(1, int(min(us / chunk_us, share, MAX_CHUNKS)))
+        batches = int(min(left * chunk_us / LITTLE_US, 2 * workers))
+        if batches > workers:
+            batches -= batches % workers
+        return max(1, int(min(us / chunk_us, left / (batches or 1), MAX_CHUNKS)))
 
     def window(self, size: int, workers: int) -> int:
         """How many chunks may be out of the caller's hands: so many that quick batches never wait for room."""

@@ -107,13 +107,13 @@ def test_without_a_node_two_batches_are_on_their_way_and_the_others_follow_it(st
 
 
 def test_quick_chunks_travel_together_and_slow_ones_apart():
-    quick = begin_fed(FakeLink(2), range(80), us=10).link
+    quick = begin_fed(FakeLink(2), range(80), us=50).link
     slow = begin_fed(FakeLink(2), range(80), us=60_000_000).link
-    assert quick.batches(1)[0].count == 50 and {batch.count for batch in slow.batches(6)} == {1}
+    assert quick.batches(1)[0].count == 40 and {batch.count for batch in slow.batches(6)} == {1}
 
 
 def test_a_little_waits_for_more_while_every_worker_has_a_batch():
-    link = begin_fed(FakeLink(2), range(200), us=10).link
+    link = begin_fed(FakeLink(2), range(200), us=50).link
     first, *others = link.batches(2)
     more = begin(link, [1], flat=True, us=10)
     assert len(link.batches()) == 1 + len(others)

@@ -60,14 +60,19 @@ def test_a_batch_is_worth_so_many_microseconds():
 
 
 def test_a_batch_is_no_more_than_its_share_for_two_batches_a_worker():
-    assert paced(100).chunks(1, 50_000, 100, 5) == 10
+    assert paced(1000).chunks(1, 50_000, 100, 5) == 10
     assert paced(100).chunks(1, 5_000, 10_000, 5) == 50
 
 
-def test_half_a_millisecond_is_one_batch_whatever_the_share():
-    assert paced(1).chunks(1, 5000, 100, 8) == 500, "a map of 100 instant calls is one batch"
-    assert paced(100).chunks(1, 5000, 20, 8) == 5
-    assert paced(100).chunks(1, 5000, 20, 0) >= 5, "no worker is there yet"
+def test_a_call_without_work_for_two_batches_a_worker_is_one_batch_a_worker():
+    assert paced(200).chunks(4, 5_000, 8, 2) == 4, "32 calls of 0.2 ms, 4 in a chunk"
+    assert paced(1000).chunks(1, 5_000, 20, 8) == 2, "a batch for each worker, and no second one for a few of them"
+
+
+def test_two_milliseconds_are_one_batch_whatever_the_share():
+    assert paced(1).chunks(1, 5000, 100, 8) == 100, "a map of 100 instant calls is one batch"
+    assert paced(100).chunks(1, 5000, 20, 8) == 20
+    assert paced(100).chunks(1, 5000, 20, 0) == 20, "no worker is there yet"
 
 
 def test_the_window_follows_the_pace():
