@@ -1,4 +1,4 @@
-"""A socket that encrypts, over socket pairs: the handshake, what a selector sees, writing, and the end.
+"""A socket that encrypts, over socket pairs: the handshake, what a selector sees, and the end.
 
 Nothing here sleeps. The Channel's own tests run over it as well (`test_channel.py`).
 """
@@ -223,22 +223,14 @@ def test_whatever_has_come_whole_is_given_where_a_selector_sees_nothing_any_more
     sent = got = b""
     while len(sent) < 3 << 20:
         data = os.urandom(rng.choice([1, 40, 5000, 20_000, 150_000]))
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                server.sendmsg([data])
-                sent += data
-                break
-        while is_readable(client):
-            got += receive(client, rng.choice([64 << 10, 100_000, 256 << 10])) or b""
-        if not server._unsent:
-            assert got == sent, "bytes that no selector sees"
-        while server._unsent:
+        unsent = server.encrypt(data)
+        while unsent:
             with contextlib.suppress(BlockingIOError):
-                server.sendmsg([data])
-                sent += data
+                unsent = unsent[server.send(unsent) :]
             while is_readable(client):
-                got += receive(client, 64 << 10) or b""
-    assert got == sent
+                got += receive(client, rng.choice([64 << 10, 100_000, 256 << 10])) or b""
+        sent += data
+        assert got == sent, "bytes that no selector sees"
 
 
 def test_every_place_of_a_reader_has_64_kib():
@@ -285,33 +277,7 @@ def test_a_record_that_is_cut_gives_nothing_but_counts_as_a_sign_of_life(closing
         link.receive()
 
 
-# Writing, and the end.
-
-
-def test_a_write_counts_when_the_socket_has_taken_all_of_it(ends):
-    server, client = ends
-    data = os.urandom(1 << 20)
-    sent = got = b""
-    refused = 0
-    while len(got) < len(data):
-        try:
-            sent += data[len(sent) : len(sent) + server.sendmsg([data[len(sent) :]])]
-        except BlockingIOError:
-            refused += 1
-        while is_readable(client):
-            got += receive(client) or b""
-        assert got.startswith(sent) or sent.startswith(got)
-    assert got == data and refused
-
-
-def test_a_push_does_not_wait_for_a_socket_that_waits(ends):
-    server, _ = ends
-    server.settimeout(SECONDS)
-    began = time.monotonic()
-    with pytest.raises(BlockingIOError):
-        while True:
-            server.writev([bytes(256 << 10)])
-    assert time.monotonic() - began < SECONDS / 2
+# The end.
 
 
 def test_one_that_has_ended_writing_still_reads(ends):
