@@ -1,11 +1,10 @@
 """The handshake and the tag of a frame, as functions over bytes.
 
-This module knows no socket, no file and no thread, and never waits. `connect.py` and `server/listen.py`
-move the bytes. The latter decides when a refusal is sent. PROTOCOL.md, section 2, is the rule. This ladder adds the
-computation of each side::
+This module knows no socket, no file and no thread, and never waits. `connect.py` moves the bytes. PROTOCOL.md,
+section 2, is the rule. This ladder adds the computation of each side::
 
       client                                              server
-        │  ◀──────────── greeting(nonce_s) ────────────────  │  M1
+        │  ◀────────────── PLAIN + nonce_s ────────────────  │  M1
      proves: keys = session_keys(K, M1, M2[0:72])            │
         │  ──── claim(role, user, nonce_c) + proof_c ─────▶  │  M2
         │                 keys for each secret of that user, compared with proof_c
@@ -31,23 +30,21 @@ from ..errors import AuthenticationError, ProtocolError
 from .frames import Buffer
 
 __all__ = [
-    "CONTROLLER", "NODE", "Key", "Keys", "Tagger", "accept_claim", "check_answer", "check_mode", "check_user", "claim",
-    "derive_key", "greeting", "read_claim", "read_greeting", "session_keys", "tls_key",
-    "AUTH_BYTES", "GREETING_BYTES", "NONCE_BYTES", "NO_BINDING", "OPENING_BYTES", "PLAIN", "PROOF_BYTES", "REFUSAL",
-    "TLS",
+    "CONTROLLER", "NODE", "Key", "Keys", "Tagger", "accept_claim", "check_answer", "check_mode", "check_opening",
+    "check_user", "claim", "derive_key", "read_claim", "session_keys", "tls_key",
+    "AUTH_BYTES", "NONCE_BYTES", "NO_BINDING", "OPENING_BYTES", "PLAIN", "PROOF_BYTES", "REFUSAL", "TLS",
 ]
 
 CONTROLLER, NODE = b"C", b"N"
 MAGIC = b"ACHL"
 VERSION = 1
-GREETING = struct.Struct(">4sH2x32s")  # magic, version, nonce_s
-OPENING = struct.Struct(">4sH2x")  # the first 8 bytes of a server: M1's, or all that it says in the clear
+OPENING = struct.Struct(">4sH2x")  # magic, version: the first 8 bytes of a server
 CLAIM = struct.Struct(">4sHsx32s32s")  # magic, version, role, nonce_c, user
 NONCE_BYTES = PROOF_BYTES = USER_BYTES = 32
-GREETING_BYTES = GREETING.size
 AUTH_BYTES = CLAIM.size + PROOF_BYTES
 REFUSAL = bytes(PROOF_BYTES)
 OPENING_BYTES = OPENING.size
+# The modes. M1 is PLAIN and nonce_s. A server that encrypts says TLS in the clear, and M1 inside.
 PLAIN, TLS = OPENING.pack(MAGIC, VERSION), OPENING.pack(b"ACHS", VERSION)
 NO_BINDING = bytes(32)  # of a connection without TLS
 LABEL = b"achilles/1 "
@@ -108,20 +105,13 @@ def check_user(username: str) -> bytes:
     return user
 
 
-def greeting(nonce: bytes) -> bytes:
-    """Return M1, which the server sends first."""
-    return GREETING.pack(MAGIC, VERSION, nonce)
+def check_opening(opening: bytes, mode: bytes) -> None:
+    """Check that the first 8 bytes of a server are this side's mode, PLAIN or TLS.
 
-
-def read_greeting(message: bytes, mode: bytes = PLAIN) -> None:
-    """Check M1, or the 8 bytes with which a server begins. All of M1 is signed: nothing is kept.
-
-    :param mode: of this side: PLAIN or TLS.
-    :raises ProtocolError: it is something else. The message has the remedy.
+    :raises ProtocolError: they are something else. The message has the remedy.
     """
-    opening = message[:OPENING_BYTES]
     check_mode(opening, mode)
-    if len(message) not in (OPENING_BYTES, GREETING_BYTES) or opening[:4] != mode[:4] or opening[6:] != bytes(2):
+    if opening[:4] != mode[:4] or opening[6:] != bytes(2):
         raise ProtocolError("the program that listens there is not an achilles server: check host and port")
     if opening != mode:
         raise ProtocolError(

@@ -30,11 +30,11 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import AuthenticationError, ProtocolError
-from . import auth, connect
+from . import connect
 
 __all__ = ["Tls", "client", "server"]
 
@@ -62,37 +62,37 @@ class Tls:
 
     # The handshake: one thread.
 
-    def handshake(self, deadline: float) -> None:
+    def handshake(self, deadline: float, hold: Callable[[], object] = lambda: None) -> None:
         """Prove the key to the peer, and have it proved, by `deadline` (monotonic). Blocks.
 
-        :raises AuthenticationError: the peer has another key, or none. It is told by `send_handshake`.
+        :param hold: is called before a peer is told that its key is wrong.
+        :raises AuthenticationError: the peer has another key, or none.
         :raises ProtocolError: the peer says too much.
         """
         place = memoryview(bytearray(HANDSHAKE_BYTES))
-        while len(place) and not self._is_proved():
+        while not self._is_proved(hold):
+            if not len(place):
+                raise ProtocolError(f"a TLS handshake of more than {HANDSHAKE_BYTES} bytes")
             count = connect.receive(self._sock, place, deadline)
             self._incoming.write(place[:count])
             place = place[count:]
-        if not len(place):
-            raise ProtocolError(f"a TLS handshake of more than {HANDSHAKE_BYTES} bytes")
 
-    def _is_proved(self) -> bool:
-        """Go on with the handshake as far as its bytes have come."""
-        proved = False
+    def _is_proved(self, hold: Callable[[], object]) -> bool:
+        """Go on with the handshake as far as its bytes have come. So little is sent that it never blocks."""
         try:
-            with contextlib.suppress(ssl.SSLWantReadError):
-                self._tls.do_handshake()
-                proved = True
+            self._tls.do_handshake()
+            proved = True
+        except ssl.SSLWantReadError:
+            proved = False
         except ssl.SSLError as e:
             told = "ALERT" in str(e.reason) and not self._tls.server_side
             said = "server refused the username or the secret" if told else "peer does not know the secret"
+            hold()
+            with contextlib.suppress(OSError):  # the peer may be gone
+                self._sock.sendall(self._outgoing.read())
             raise AuthenticationError(f"the {said} (TLS: {e.reason})") from None
-        self.send_handshake()
-        return proved
-
-    def send_handshake(self) -> None:
-        """Send a step of the handshake, or the alert that ended it. So little never blocks."""
         self._sock.sendall(self._outgoing.read())
+        return proved
 
     @property
     def binding(self) -> bytes:
@@ -172,16 +172,17 @@ def client(sock: socket.socket, known: tuple[str, bytes], deadline: float) -> Tl
     return made
 
 
-def server(sock: socket.socket, keys: Mapping[str, bytes], deadline: float) -> Tls:
-    """Say that this server encrypts, and return its side before the handshake. Blocks until the client has begun.
+def server(
+    sock: socket.socket, keys: Mapping[str, bytes], begun: bytes, deadline: float, hold: Callable[[], object]
+) -> Tls:
+    """Return a server's side after its handshake. Blocks, and raises, as `Tls.handshake`.
 
     :param keys: the key of each identity. An unknown one gets a key that nobody has, and fails as a wrong key does.
-    :raises ProtocolError: the client does not encrypt.
+    :param begun: the bytes of the client that were read already.
     """
-    sock.sendall(auth.TLS)
-    begun = connect.receive_exactly(sock, auth.OPENING_BYTES, deadline)
-    auth.check_mode(begun, auth.TLS)
     context: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0  # no session is resumed, so there is no early data either
     context.set_psk_server_callback(lambda identity: keys.get(identity, os.urandom(32)))
-    return Tls(sock, context, True, begun)
+    made = Tls(sock, context, True, begun)
+    made.handshake(deadline, hold)
+    return made

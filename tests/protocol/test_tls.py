@@ -73,7 +73,7 @@ def test_both_ends_have_one_binding_that_no_other_connection_has(closing):
 
 
 def test_the_binding_is_in_the_proof_so_that_two_connections_cannot_be_joined(closing):
-    m1, signed = auth.greeting(bytes(32)), auth.claim(auth.NODE, "ann", bytes(32))
+    m1, signed = auth.PLAIN + bytes(32), auth.claim(auth.NODE, "ann", bytes(32))
     proof = auth.session_keys(KEY, m1, signed, b"a" * 32).client_proof
     assert auth.accept_claim([KEY], m1, signed + proof, b"a" * 32) is not None
     for other in (b"b" * 32, auth.NO_BINDING):
@@ -88,15 +88,12 @@ def meet(closing, known, client_known):
     deadline = time.monotonic() + SECONDS
 
     def serve():
-        made = tls.server(ours, known, deadline)
         with pytest.raises(AchillesError) as caught:
-            made.handshake(deadline)
-        made.send_handshake()
+            tls.server(ours, known, b"", deadline, bool)
         ours.close()
         return caught.value
 
     served = in_thread(closing, serve)
-    connect.receive_exactly(theirs, 8, deadline)
     with pytest.raises(AchillesError) as caught:
         tls.client(theirs, client_known, deadline)
     return served(), caught.value
@@ -120,7 +117,7 @@ def test_a_client_that_does_not_encrypt_is_named(closing):
     with ours, theirs:
         theirs.sendall(auth.PLAIN)
         with pytest.raises(ProtocolError, match="the other side does not encrypt, and this side does: set ENCRYPT=yes"):
-            tls.server(ours, {}, time.monotonic() + SECONDS)
+            connect.accept(ours, list, time.monotonic() + SECONDS, {})
         assert theirs.recv(100) == auth.TLS == b"ACHS\0\1\0\0"
 
 
@@ -131,9 +128,9 @@ def test_of_a_client_that_has_proved_nothing_8_kib_are_read(first):
     with ours, theirs:
         theirs.sendall((first + bytes(4096 + 5 - len(first))) * 5)
         with pytest.raises(AchillesError):
-            tls.server(ours, dict([ANN]), time.monotonic() + SECONDS).handshake(time.monotonic() + 0.2)
+            tls.server(ours, dict([ANN]), b"", time.monotonic() + 0.2, bool)
         left = len(ours.recv(1 << 20, socket.MSG_DONTWAIT))
-        assert left >= 5 * (4096 + 5) - 8 - tls.HANDSHAKE_BYTES
+        assert left >= 5 * (4096 + 5) - tls.HANDSHAKE_BYTES
 
 
 def hello():
@@ -162,10 +159,8 @@ def test_half_handshakes_and_junk_end_in_an_error_of_ours(data):
     with ours, theirs:
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + SECONDS
         with pytest.raises((AuthenticationError, ProtocolError, ServerUnreachable)):
-            made = tls.server(ours, dict([ANN]), deadline)
-            made.handshake(deadline)
+            connect.accept(ours, list, time.monotonic() + SECONDS, dict([ANN]))
 
 
 def test_the_handshake_has_one_deadline_whatever_arrives(closing):
@@ -181,7 +176,7 @@ def test_the_handshake_has_one_deadline_whatever_arrives(closing):
 
     dripping = in_thread(closing, drip)
     with ours, pytest.raises(TimeoutError):
-        tls.server(ours, dict([ANN]), time.monotonic() + SECONDS).handshake(time.monotonic() + 0.1)
+        tls.server(ours, dict([ANN]), b"", time.monotonic() + 0.1, bool)
     stop.set()
     dripping()
 
