@@ -340,8 +340,7 @@ def test_its_client_and_our_server(secret):
         except ConnectionError:
             assert secret != SECRET
         server.join(SECONDS)
-    assert ended == [(b"N", tiny.USER) if secret == SECRET else f"the username {tiny.USER.decode()!r} or its secret is "
-                     "wrong"]
+    assert ended == [(b"N", tiny.USER) if secret == SECRET else f"the proof as user {tiny.USER.decode()!r} is wrong"]
 
 
 def wait_sent():

@@ -186,13 +186,12 @@ class Channel:
 
     def _write_loop(self) -> None:
         while self._state < SHUT:
+            with self._writing:
+                self._write_safely(self.socket.send)
             with self._lock:
                 ready = self._ready.wait_for(lambda: self._state >= SHUT or self.wants_write, HEARTBEAT_SECONDS)
             if not ready:
                 self.send(Kind.PING, {}, ahead=True)
-            with self._writing:
-                if self._state < SHUT:
-                    self._write_safely(self.socket.send)
 
     def _write_safely(self, send: Callable[[memoryview], int], limit: float = float("inf")) -> None:
         """As `_write`; an error ends writing, so that no frame follows half of one."""
@@ -246,19 +245,16 @@ class Channel:
         :raises ProtocolError: the peer sent bytes that are no frame for this link.
         :raises AuthenticationError: a tag is wrong.
         """
-        received: list[Frame] = []
+        received: list[Frame] | None = []
         try:
             count = self.socket.recv_into(self._reader.space())
+            received = self._reader.received(count) if count else None
         except (BlockingIOError, TimeoutError) as e:
             count = getattr(e, "characters_written", 0)  # of a TLS record that is not whole yet
-        else:
-            if not count:
-                return None
-            received = self._reader.received(count)
         self._trickled += count
         if received or self._trickled >= TRICKLE_BYTES:
             self._trickled, self.last_heard = 0, time.monotonic()
-        for frame in received:
+        for frame in received or ():
             log.debug("%s < %s", self.name, frame)
         return received
 

@@ -90,21 +90,19 @@ def accept(
     :raises ProtocolError: the client has another mode or version, or is none of ours. It gets no answer.
     """
     stream: Stream = sock
-    binding = auth.NO_BINDING
     if tls_keys is not None:
         from .tls import server  # a process that does not encrypt pays for no OpenSSL
 
         begun = _begin(sock, auth.TLS, deadline)
         stream = server(sock, tls_keys, begun, deadline, hold)
-        binding = stream.binding
     m1 = auth.PLAIN + secrets.token_bytes(auth.NONCE_BYTES)
     m2 = _begin(stream, m1, deadline) + receive_exactly(stream, auth.AUTH_BYTES - auth.OPENING_BYTES, deadline)
     role, user = auth.read_claim(m2)
-    keys = auth.accept_claim(find_keys(user), m1, m2, binding)
+    keys = auth.accept_claim(find_keys(user), m1, m2, getattr(stream, "binding", auth.NO_BINDING))
     if keys is None:
         hold()
         stream.sendall(auth.REFUSAL)
-        raise AuthenticationError(f"the username {user.decode(errors='replace')!r} or its secret is wrong")
+        raise AuthenticationError(f"the proof as user {user.decode(errors='replace')!r} is wrong")
     stream.sendall(keys.server_proof)
     stream.settimeout(TICK_SECONDS)
     return Channel(stream, role.decode() + "S", (keys.server_data, keys.client_data)), role, user
@@ -156,7 +154,6 @@ def _connect_once(
     """Connect, and climb the client's side of the ladder."""
     sock = socket.create_connection(address, timeout=max(deadline - time.monotonic(), 0.001))
     stream: Stream = sock
-    binding = auth.NO_BINDING
     try:
         set_options(sock)
         if encrypt:
@@ -164,10 +161,9 @@ def _connect_once(
 
             _read_opening(sock, auth.TLS, deadline)
             stream = client(sock, auth.tls_key(username, key), deadline)
-            binding = stream.binding
         m1 = _read_opening(stream, auth.PLAIN, deadline) + receive_exactly(stream, auth.NONCE_BYTES, deadline)
         signed = auth.claim(role, username, secrets.token_bytes(auth.NONCE_BYTES))
-        keys = auth.session_keys(key, m1, signed, binding)
+        keys = auth.session_keys(key, m1, signed, getattr(stream, "binding", auth.NO_BINDING))
         stream.sendall(signed + keys.client_proof)
         auth.check_answer(keys, receive_exactly(stream, auth.PROOF_BYTES, deadline))
         stream.settimeout(TICK_SECONDS)

@@ -44,8 +44,9 @@ ALLOW_NO_DHE_KEX = 0x400  # an option of OpenSSL (ssl.h) that its configuration 
 
 
 class Tls:
-    """A connected socket, and what encrypts it. It has what a Channel asks of a socket.
+    """A connected socket, and what encrypts it. It has what a Channel asks of a socket, once `handshake` has returned.
 
+    :ivar binding: 32 bytes for `auth.session_keys`.
     :param begun: the bytes of the peer that were read already.
     """
 
@@ -60,46 +61,35 @@ class Tls:
         self._incoming.write(begun)
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side)
 
-    # The handshake: one thread.
-
     def handshake(self, deadline: float, hold: Callable[[], object] = lambda: None) -> None:
-        """Prove the key to the peer, and have it proved, by `deadline` (monotonic). Blocks.
+        """Prove the key to the peer, and have it proved, by `deadline` (monotonic). Blocks. For one thread.
 
         :param hold: is called before a peer is told that its key is wrong.
         :raises AuthenticationError: the peer has another key, or none.
         :raises ProtocolError: the peer says too much.
         """
         place = memoryview(bytearray(HANDSHAKE_BYTES))
-        while not self._is_proved(hold):
+        while True:
+            try:
+                self._tls.do_handshake()
+                # SHA-256 of tls-unique, which both ends know. Every other connection has another one.
+                self.binding = hashlib.sha256(self._tls.get_channel_binding("tls-unique") or b"").digest()
+                return
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as e:
+                hold()
+                told = "ALERT" in str(e.reason) and not self._tls.server_side
+                said = "server refused the username or the secret" if told else "peer does not know the secret"
+                raise AuthenticationError(f"the {said} (TLS: {e.reason})") from None
+            finally:
+                with contextlib.suppress(OSError):  # the peer may be gone: that is seen when it is read
+                    self._sock.sendall(self._outgoing.read())  # a step, or an alert: so little never blocks
             if not len(place):
                 raise ProtocolError(f"a TLS handshake of more than {HANDSHAKE_BYTES} bytes")
             count = connect.receive(self._sock, place, deadline)
             self._incoming.write(place[:count])
             place = place[count:]
-
-    def _is_proved(self, hold: Callable[[], object]) -> bool:
-        """Go on with the handshake as far as its bytes have come. So little is sent that it never blocks."""
-        try:
-            self._tls.do_handshake()
-            proved = True
-        except ssl.SSLWantReadError:
-            proved = False
-        except ssl.SSLError as e:
-            told = "ALERT" in str(e.reason) and not self._tls.server_side
-            said = "server refused the username or the secret" if told else "peer does not know the secret"
-            hold()
-            with contextlib.suppress(OSError):  # the peer may be gone
-                self._sock.sendall(self._outgoing.read())
-            raise AuthenticationError(f"the {said} (TLS: {e.reason})") from None
-        self._sock.sendall(self._outgoing.read())
-        return proved
-
-    @property
-    def binding(self) -> bytes:
-        """SHA-256 of tls-unique, which both ends of this connection know. Every other connection has another one."""
-        return hashlib.sha256(self._tls.get_channel_binding("tls-unique") or b"").digest()
-
-    # After it.
 
     def recv_into(self, place: memoryview) -> int:
         """Put decrypted bytes into `place`, and return their number; 0 at the end. One recv at most.
