@@ -15,13 +15,13 @@ from fuzz import targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_exchange import CONTEXT, OTHER_CONTEXT, SET, Cluster, FakeChannel
-from wire import DECLARATION, GOOD, job, letter
+from wire import DECLARATION, GOOD, LINKS, job, letter
 
 from achilles.errors import AuthenticationError, ProtocolError, ServerUnreachable
 from achilles.protocol import auth, connect, reader
 from achilles.protocol.frames import HEAD, MORE, RANGE, TELL, Batch, Gone, Kind, Status
 from achilles.protocol.kinds import DECLARATION as DECLARATION_FIELDS
-from achilles.protocol.kinds import DIRECTIONS, FLAGS, LETTERS, LINKS, RANGES
+from achilles.protocol.kinds import DIRECTIONS, FLAGS, LETTERS, RANGES
 from achilles.server.exchange import Peer
 
 

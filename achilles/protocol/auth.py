@@ -38,14 +38,17 @@ __all__ = [
 CONTROLLER, NODE = b"C", b"N"
 MAGIC = b"ACHL"
 VERSION = 1
-OPENING = struct.Struct(">4sH2x")  # magic, version: the first 8 bytes of a server
 CLAIM = struct.Struct(">4sHsx32s32s")  # magic, version, role, nonce_c, user
 NONCE_BYTES = PROOF_BYTES = USER_BYTES = 32
 AUTH_BYTES = CLAIM.size + PROOF_BYTES
 REFUSAL = bytes(PROOF_BYTES)
-OPENING_BYTES = OPENING.size
-# The modes. M1 is PLAIN and nonce_s. A server that encrypts says TLS in the clear, and M1 inside.
-PLAIN, TLS = OPENING.pack(MAGIC, VERSION), OPENING.pack(b"ACHS", VERSION)
+# The modes: the first 8 bytes of a server. M1 is PLAIN and nonce_s. One that encrypts says TLS, and M1 inside.
+PLAIN, TLS = struct.pack(">4sH2x", MAGIC, VERSION), struct.pack(">4sH2x", b"ACHS", VERSION)
+OPENING_BYTES = len(PLAIN)
+MISMATCH = {  # what the other side does, with the remedy
+    PLAIN: "does not encrypt, and this side does: set ENCRYPT=yes there",
+    TLS: "encrypts, and this side does not: set ENCRYPT=yes here, or --encrypt",
+}
 NO_BINDING = bytes(32)  # of a connection without TLS
 LABEL = b"achilles/1 "
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1  # 16 MiB and 40 to 80 ms a guess
@@ -122,10 +125,8 @@ def check_opening(opening: bytes, mode: bytes) -> None:
 
 def check_mode(opening: bytes, mode: bytes) -> None:
     """Check that the first 8 bytes of a peer do not say the other mode, else ProtocolError. For both sides."""
-    if opening == PLAIN != mode:
-        raise ProtocolError("the other side does not encrypt, and this side does: set ENCRYPT=yes there")
-    if opening == TLS != mode:
-        raise ProtocolError("the other side encrypts, and this side does not: set ENCRYPT=yes here, or --encrypt")
+    if opening != mode and opening in MISMATCH:
+        raise ProtocolError(f"the other side {MISMATCH[opening]}")
 
 
 def claim(role: bytes, username: str, nonce: bytes) -> bytes:
@@ -134,12 +135,10 @@ def claim(role: bytes, username: str, nonce: bytes) -> bytes:
 
 
 def read_claim(message: bytes) -> tuple[bytes, bytes]:
-    """Return the role and the user that M2 claims: nobody has checked the proof yet.
+    """Return the role and the user that M2, of AUTH_BYTES, claims: nobody has checked the proof yet.
 
     ProtocolError if M2 is malformed: then the client gets no answer.
     """
-    if len(message) != AUTH_BYTES:
-        raise ProtocolError(f"an AUTH has {AUTH_BYTES} bytes, this one has {len(message)}")
     _, _, role, nonce, padded = CLAIM.unpack_from(message)
     user = padded.rstrip(b"\0")
     if not user or b"\0" in user or role not in (CONTROLLER, NODE) or not message.startswith(

@@ -30,15 +30,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any, TypeAlias
 
 from ..errors import AchillesError, ProtocolError, ServerUnreachable
 from . import auth, frames
 from .frames import Batch, Buffer, Frame, Kind
 from .reader import FrameReader
-
-if TYPE_CHECKING:
-    from .tls import Tls
 
 __all__ = ["GOODBYE_SECONDS", "HEARTBEAT_SECONDS", "SILENCE_SECONDS", "TICK_SECONDS", "Channel"]
 
@@ -47,13 +44,14 @@ SILENCE_SECONDS = 20.0  # longer than a garbage collection, a suspended laptop's
 TRICKLE_BYTES = 1024  # fewer bytes than this in SILENCE_SECONDS inside a frame are silence: heartbeats are 168
 GOODBYE_SECONDS = 2.0  # how long a closing side reads on after it has shut down writing
 TICK_SECONDS = 1.0  # how often a blocked thread looks up from its socket
-WRITE_BYTES = 256 << 10  # frames gathered for one send; a long letter is cut into pieces of as much
+WRITE_BYTES = 256 << 10  # small pieces joined for one send: a large one is never copied
+PIECE_BYTES = 1 << 20  # of a letter; TLS takes this memory twice
 PUSH_BYTES = 64 << 10  # a pusher writes at most this: more takes longer than a switch of threads
 OPEN, FINISHING, SHUT, CLOSED = range(4)  # of a Channel: no frame is queued now; writing is shut down; all is over
 
 log = logging.getLogger(__name__)
 
-Stream = Union[socket.socket, "Tls"]
+Stream: TypeAlias = Any  # a socket, or a Tls: that module brings OpenSSL along, so only a process that encrypts has it
 
 
 class Channel:
@@ -64,12 +62,12 @@ class Channel:
     """
 
     def __init__(self, sock: Stream, link: str, keys: tuple[bytes, bytes] | None = None) -> None:
-        self.socket: Any = sock  # a socket, or what encrypts one
+        self.socket = sock
         self.name = ""  # in the log; the role gives it
         self.last_heard = self.last_written = time.monotonic()
         self._writing = threading.Lock()  # held by the thread that writes
         self._tagger = auth.Tagger(keys[0]) if keys else None  # with `_writing`, as the next three
-        self._encrypt: Callable[[bytes], memoryview] = getattr(sock, "encrypt", memoryview)
+        self._encrypt: Callable[[Buffer], memoryview] = getattr(sock, "encrypt", memoryview)
         self._pieces: deque[Buffer] = deque()  # of a tagged frame
         self._unsent = memoryview(b"")  # what the socket shall take next
         self._reader = FrameReader(link, auth.Tagger(keys[1]).check if keys else None)  # the reader's own
@@ -150,11 +148,9 @@ class Channel:
         """Abort, wait for the writer thread (2 s at most), and give the descriptor back. Not from the writer."""
         self.abort()
         self.wait_written(GOODBYE_SECONDS)
-        held = self._writing.acquire(timeout=GOODBYE_SECONDS)  # another connection may get this descriptor's number
-        self.socket.close()
+        with self._writing:  # another connection may get this descriptor's number
+            self.socket.close()
         self._reader.close()
-        if held:
-            self._writing.release()
 
     def _go_on(self, state: int) -> None:
         """Go on to a state, if that is not behind, and wake the writer thread."""
@@ -211,9 +207,11 @@ class Channel:
 
         Nothing is written if there are more than `limit` bytes. When all is written after `finish`, shut down writing.
         """
+        is_last = self._state == FINISHING  # asked first: from then on nothing is queued
         if not self._unsent:
-            self._unsent = self._encrypt(b"".join(self._next_pieces()))
-        if not self._unsent and self._state == FINISHING:
+            pieces = list(self._next_pieces())
+            self._unsent = self._encrypt(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if is_last and not self._unsent:
             self.socket.shutdown(socket.SHUT_WR)
             self._go_on(SHUT)
         elif 0 < len(self._unsent) <= limit:
@@ -222,9 +220,9 @@ class Channel:
                 self.last_written = time.monotonic()
 
     def _next_pieces(self) -> Iterator[Buffer]:
-        """Tag queued frames, and take pieces of them from here, for one send. Needs `_writing`."""
+        """Tag queued frames, and give what is sent next: small pieces together, or a large one. Needs `_writing`."""
         size = 0
-        while size < WRITE_BYTES:
+        while True:
             if not self._pieces:
                 with self._lock:
                     if not self._queue:
@@ -232,8 +230,10 @@ class Channel:
                     frame, signed, letters = self._queue.popleft()
                 log.debug("%s > %s", self.name, frame)
                 self._pieces.append(signed + self._tagger.tag(signed) if self._tagger else signed)
-                self._pieces += [letter[at : at + WRITE_BYTES]
-                                 for letter in letters for at in range(0, len(letter), WRITE_BYTES)]
+                self._pieces += [letter[at : at + PIECE_BYTES]
+                                 for letter in letters for at in range(0, len(letter), PIECE_BYTES)]
+            if size and size + len(self._pieces[0]) > WRITE_BYTES:
+                return
             size += len(self._pieces[0])
             yield self._pieces.popleft()
 

@@ -35,6 +35,7 @@ from typing import Any
 
 from ..errors import AuthenticationError, ProtocolError
 from . import connect
+from .frames import Buffer
 
 __all__ = ["Tls", "client", "server"]
 
@@ -123,7 +124,7 @@ class Tls:
                 raise AuthenticationError(f"the connection was altered on its way (TLS: {e.reason})") from None
         return count
 
-    def encrypt(self, data: bytes) -> memoryview:
+    def encrypt(self, data: Buffer) -> memoryview:
         """Return what the socket shall send for `data`, in this order. Nothing for no data."""
         with self._lock:
             self._tls.write(data)

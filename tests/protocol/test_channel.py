@@ -130,6 +130,20 @@ def test_after_finish_all_is_written_then_nothing_more(pair):
     assert not link.wants_write
 
 
+def test_what_is_queued_while_the_writer_looks_is_written_although_the_end_comes_at_once(ends, monkeypatch):
+    link, peer = ends
+
+    def look():
+        yield from ()  # nothing waits now
+        link.send(Kind.PING, {})
+        link.finish()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "_next_pieces", look)
+        assert not link.flush()
+    assert drain(link, peer) == [Frame(Kind.PING, {})]
+
+
 def test_one_that_finished_still_reads(pair):
     link, peer = pair
     link.finish("leaving")
