@@ -309,7 +309,7 @@ class Fuzzed(Cluster):
         for node in scheduler.nodes.values():
             for (number, attempt), held in node.held.items():
                 assert held.first < held.end
-                assert number not in jobs or scheduler.jobs[number].out[attempt] is held  # or ended, and not returned
+                assert number not in jobs or scheduler.jobs[number].held[attempt] is held  # or ended, and not returned
 
 
 REACHED: Counter[Kind] = Counter()

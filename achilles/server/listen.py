@@ -107,8 +107,7 @@ class Server:
     def _use(self, settings: config.Settings) -> None:
         """Take these settings, for the next client. A handshake under way has the old keys."""
         self._keys = _derive(settings)
-        identities = dict(auth.tls_key(settings.username, key) for key in self._keys)
-        self._tls_keys = identities if settings.encrypt else None
+        self._tls_keys = dict(auth.tls_key(settings.username, key) for key in self._keys) if settings.encrypt else None
         self.settings = settings
 
     def _wait_for_reason(self, known: str = "", seconds: float = threading.TIMEOUT_MAX) -> str:
