@@ -106,7 +106,9 @@ class Server:
 
     def _use(self, settings: config.Settings) -> None:
         """Take these settings, for the next client. A handshake under way has the old keys."""
-        self._keys = _derive(settings)
+        given = [each for each in (settings.secret, settings.previous) if each is not None]
+        keys = [auth.derive_key(settings.username, each.reveal()) for each in given]
+        self._keys = [*keys, secrets.token_bytes(32)][:2]  # the same work, with and without a previous secret
         self._tls_keys = dict(auth.tls_key(settings.username, key) for key in self._keys) if settings.encrypt else None
         self.settings = settings
 
@@ -214,15 +216,14 @@ class Server:
         return self._keys if hmac.compare_digest(user, self.settings.username.encode()) else self._decoys
 
     def _serve_peer(self, peer: Peer) -> None:
-        link = peer.channel
-        link.start_writer()
+        peer.channel.start_writer()
         self._exchange.enter(peer, _most_connections())
         try:
-            why = link.run(lambda frame: self._exchange.handle(peer, frame), self._exchange.push)
+            why = peer.channel.run(lambda frame: self._exchange.handle(peer, frame), self._exchange.push)
         finally:
             self._exchange.leave(peer)
-            link.close()
-        log.info("%s left: %s", link.name, why)
+            peer.channel.close()
+        log.info("%s left: %s", peer.channel.name, why)
 
 
 def run_server(
@@ -284,13 +285,6 @@ def _take_away(sock: socket.socket, lost: threading.Event) -> None:
     lost.set()
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
-
-
-def _derive(settings: config.Settings) -> list[bytes]:
-    """Return K of the secret, and of the previous one. Without a previous one, nobody knows the second K."""
-    given = [each for each in (settings.secret, settings.previous) if each is not None]
-    keys = [auth.derive_key(settings.username, each.reveal()) for each in given]
-    return [*keys, secrets.token_bytes(32)][:2]  # the same work, with and without a previous secret
 
 
 def _most_connections() -> int:

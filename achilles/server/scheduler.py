@@ -67,10 +67,9 @@ class Scheduler:
     def drain(self, number: int) -> None:
         """The node has said BYE. It gets no further batch. Its answers count until it is lost."""
         node = self.nodes[number]
-        if not node.draining:
-            node.draining = True
-            node.group.sizes[node.cpu_count] -= 1
-            node.group.place(node)
+        node.group.sizes[node.cpu_count] -= not node.draining
+        node.draining = True
+        node.group.place(node)
 
     def lose(self, number: int) -> None:
         """The node's connection ended. As many batches as it has workers may have run there, the first ones."""
@@ -124,8 +123,8 @@ class Scheduler:
         for batch in [each for each in job.waiting.values() if each.first < end and first < each.end]:
             del job.waiting[batch.attempt]
             self._tell(Kind.GONE, None, Batch(number, batch.first, batch.count, batch.attempt, flags=Gone.RETURNED))
-        holders = [held.node.number for held in job.held.values() if held.first < end and first < held.end]
-        for node in dict.fromkeys(holders):
+        held = [each for each in job.held.values() if each.first < end and first < each.end]
+        for node in dict.fromkeys(each.node.number for each in held):
             self._tell(Kind.CANCEL, node, Batch(number, first, end - first))
         job.group.line_up(job)
         self._give(job.group)  # the batch that is first now may be quick
@@ -254,8 +253,6 @@ class ServerJob:
 
 class HeldBatch:
     """The interval of a batch that a node has neither answered nor returned: `first` to before `end`."""
-
-    __slots__ = ("attempt", "end", "first", "job", "node")
 
     def __init__(self, node: ScheduledNode, job: ServerJob, batch: Batch) -> None:
         self.node, self.job = node, job
