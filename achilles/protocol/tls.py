@@ -5,8 +5,8 @@ is the rule. Python 3.13 or later: `config.py` refuses ENCRYPT=yes elsewhere.
 
 ::
 
-    Channel ─▶ encrypt ─▶ outgoing ─▶ Channel ─send─▶ socket    the thread that writes: the Channel's `_writing`
-    Channel ◀─ decrypt ◀─ incoming ◀─────── recv_into ◀─ socket    the thread that reads
+    Channel ─▶ encrypt ─▶ outgoing ─▶ Channel ──send──▶ socket    the thread that writes: the Channel's `_writing`
+    Channel ◀─ decrypt ◀─ incoming ◀───── recv_into ◀── socket    the thread that reads
 
 OpenSSL's object must not be used by two threads at once. So it works on memory alone. `_lock` guards it and both
 buffers, and is held for no system call. `send` sends bytes that are encrypted already: the Channel keeps those that the
