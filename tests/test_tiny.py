@@ -27,7 +27,7 @@ from plain_words import findings
 
 from achilles.errors import AuthenticationError
 from achilles.protocol import auth
-from achilles.protocol.connect import answer_claim, connect, receive_exactly
+from achilles.protocol.connect import accept, connect, receive_exactly
 
 pytestmark = [
     pytest.mark.usefixtures("no_leftovers"),
@@ -237,7 +237,7 @@ def test_tasks_wait_for_a_node(empty):
 
 
 def test_the_keys_are_ours():
-    m1, claim = auth.greeting(bytes(range(32))), auth.claim(auth.CONTROLLER, USER, bytes(range(32, 64)))
+    m1, claim = auth.PLAIN + bytes(range(32)), auth.claim(auth.CONTROLLER, USER, bytes(range(32, 64)))
     assert tuple(tiny.session_keys(SECRET, m1, claim)) == auth.session_keys(auth.derive_key(USER, SECRET), m1, claim)
 
 
@@ -260,7 +260,7 @@ def test_its_own_client_with_another_secret_is_refused(empty):
 
 def test_a_client_of_another_version_is_not_answered(empty):
     with socket.create_connection(empty.address, SECONDS) as sock:
-        m1 = receive_exactly(sock, auth.GREETING_BYTES, time.monotonic() + SECONDS)
+        m1 = receive_exactly(sock, len(auth.PLAIN) + auth.NONCE_BYTES, time.monotonic() + SECONDS)
         claim = bytearray(auth.claim(auth.CONTROLLER, USER, os.urandom(32)))
         claim[5] = 2
         keys = auth.session_keys(auth.derive_key(USER, SECRET), m1, claim)
@@ -271,7 +271,7 @@ def test_a_client_of_another_version_is_not_answered(empty):
 def our_client(address):
     """Do the handshake with our own functions; return the socket and the keys."""
     sock = socket.create_connection(address, SECONDS)
-    m1 = receive_exactly(sock, auth.GREETING_BYTES, time.monotonic() + SECONDS)
+    m1 = receive_exactly(sock, len(auth.PLAIN) + auth.NONCE_BYTES, time.monotonic() + SECONDS)
     claim = auth.claim(auth.CONTROLLER, USER, os.urandom(32))
     keys = auth.session_keys(auth.derive_key(USER, SECRET), m1, claim)
     sock.sendall(claim + keys.client_proof)
@@ -316,17 +316,18 @@ def test_its_client_and_our_server(secret):
         def serve():
             sock, _ = listener.accept()
             with sock:
-                role, user, keys = answer_claim(
-                    sock, lambda user: [auth.derive_key(user.decode(), SECRET)], time.monotonic() + SECONDS)
-                sock.sendall(keys.server_proof if keys else auth.REFUSAL)
-                if keys:
-                    signed = frame(TASK, 5, b"task")
-                    sock.sendall(signed + auth.Tagger(keys.server_data).tag(signed))
-                    signed = frame(RESULT, 5, b"result")
-                    assert receive_exactly(sock, len(signed), time.monotonic() + SECONDS) == signed
-                    auth.Tagger(keys.client_data).check(
-                        signed, receive_exactly(sock, 32, time.monotonic() + SECONDS))
-                ended.append((role, user, bool(keys)))
+                try:
+                    link, role, user = accept(
+                        sock, lambda user: [auth.derive_key(user.decode(), SECRET)], time.monotonic() + SECONDS)
+                except AuthenticationError as e:
+                    ended.append(str(e))
+                    return
+                signed = frame(TASK, 5, b"task")
+                sock.sendall(signed + link._tagger.tag(signed))
+                signed = frame(RESULT, 5, b"result")
+                assert receive_exactly(sock, len(signed), time.monotonic() + SECONDS) == signed
+                link._reader._verify(signed, receive_exactly(sock, 32, time.monotonic() + SECONDS))
+                ended.append((role, user))
 
         server = threading.Thread(target=serve)
         server.start()
@@ -339,7 +340,7 @@ def test_its_client_and_our_server(secret):
         except ConnectionError:
             assert secret != SECRET
         server.join(SECONDS)
-    assert ended == [(b"N", tiny.USER, secret == SECRET)]
+    assert ended == [(b"N", tiny.USER) if secret == SECRET else f"the proof as user {tiny.USER.decode()!r} is wrong"]
 
 
 def wait_sent():

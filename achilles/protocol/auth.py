@@ -1,11 +1,10 @@
 """The handshake and the tag of a frame, as functions over bytes.
 
-This module knows no socket, no file and no thread, and never waits. `connect.py` and `server/listen.py`
-move the bytes. The latter decides when a refusal is sent. PROTOCOL.md, section 2, is the rule. This ladder adds the
-computation of each side::
+This module knows no socket, no file and no thread, and never waits. `connect.py` moves the bytes. PROTOCOL.md,
+section 2, is the rule. This ladder adds the computation of each side::
 
       client                                              server
-        │  ◀──────────── greeting(nonce_s) ────────────────  │  M1
+        │  ◀────────────── PLAIN + nonce_s ────────────────  │  M1
      proves: keys = session_keys(K, M1, M2[0:72])            │
         │  ──── claim(role, user, nonce_c) + proof_c ─────▶  │  M2
         │                 keys for each secret of that user, compared with proof_c
@@ -31,24 +30,25 @@ from ..errors import AuthenticationError, ProtocolError
 from .frames import Buffer
 
 __all__ = [
-    "CONTROLLER", "NODE", "Key", "Keys", "Tagger", "accept_claim", "check_answer", "check_mode", "check_user", "claim",
-    "derive_key", "greeting", "read_claim", "read_greeting", "session_keys", "tls_key",
-    "AUTH_BYTES", "GREETING_BYTES", "NONCE_BYTES", "NO_BINDING", "OPENING_BYTES", "PLAIN", "PROOF_BYTES", "REFUSAL",
-    "TLS",
+    "CONTROLLER", "NODE", "Key", "Keys", "Tagger", "accept_claim", "check_answer", "check_mode", "check_opening",
+    "check_user", "claim", "derive_key", "read_claim", "session_keys", "tls_key",
+    "AUTH_BYTES", "NONCE_BYTES", "NO_BINDING", "OPENING_BYTES", "PLAIN", "PROOF_BYTES", "REFUSAL", "TLS",
 ]
 
 CONTROLLER, NODE = b"C", b"N"
 MAGIC = b"ACHL"
 VERSION = 1
-GREETING = struct.Struct(">4sH2x32s")  # magic, version, nonce_s
-OPENING = struct.Struct(">4sH2x")  # the first 8 bytes of a server: M1's, or all that it says in the clear
 CLAIM = struct.Struct(">4sHsx32s32s")  # magic, version, role, nonce_c, user
 NONCE_BYTES = PROOF_BYTES = USER_BYTES = 32
-GREETING_BYTES = GREETING.size
 AUTH_BYTES = CLAIM.size + PROOF_BYTES
 REFUSAL = bytes(PROOF_BYTES)
-OPENING_BYTES = OPENING.size
-PLAIN, TLS = OPENING.pack(MAGIC, VERSION), OPENING.pack(b"ACHS", VERSION)
+# The modes: the first 8 bytes of a server. M1 is PLAIN and nonce_s. One that encrypts says TLS, and M1 inside.
+PLAIN, TLS = struct.pack(">4sH2x", MAGIC, VERSION), struct.pack(">4sH2x", b"ACHS", VERSION)
+OPENING_BYTES = len(PLAIN)
+MISMATCH = {  # what the other side does, with the remedy
+    PLAIN: "does not encrypt, and this side does: set ENCRYPT=yes there",
+    TLS: "encrypts, and this side does not: set ENCRYPT=yes here, or --encrypt",
+}
 NO_BINDING = bytes(32)  # of a connection without TLS
 LABEL = b"achilles/1 "
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1  # 16 MiB and 40 to 80 ms a guess
@@ -108,20 +108,13 @@ def check_user(username: str) -> bytes:
     return user
 
 
-def greeting(nonce: bytes) -> bytes:
-    """Return M1, which the server sends first."""
-    return GREETING.pack(MAGIC, VERSION, nonce)
+def check_opening(opening: bytes, mode: bytes) -> None:
+    """Check that the first 8 bytes of a server are this side's mode, PLAIN or TLS.
 
-
-def read_greeting(message: bytes, mode: bytes = PLAIN) -> None:
-    """Check M1, or the 8 bytes with which a server begins. All of M1 is signed: nothing is kept.
-
-    :param mode: of this side: PLAIN or TLS.
-    :raises ProtocolError: it is something else. The message has the remedy.
+    :raises ProtocolError: they are something else. The message has the remedy.
     """
-    opening = message[:OPENING_BYTES]
     check_mode(opening, mode)
-    if len(message) not in (OPENING_BYTES, GREETING_BYTES) or opening[:4] != mode[:4] or opening[6:] != bytes(2):
+    if opening[:4] != mode[:4] or opening[6:] != bytes(2):
         raise ProtocolError("the program that listens there is not an achilles server: check host and port")
     if opening != mode:
         raise ProtocolError(
@@ -132,10 +125,8 @@ def read_greeting(message: bytes, mode: bytes = PLAIN) -> None:
 
 def check_mode(opening: bytes, mode: bytes) -> None:
     """Check that the first 8 bytes of a peer do not say the other mode, else ProtocolError. For both sides."""
-    if opening == PLAIN != mode:
-        raise ProtocolError("the other side does not encrypt, and this side does: set ENCRYPT=yes there")
-    if opening == TLS != mode:
-        raise ProtocolError("the other side encrypts, and this side does not: set ENCRYPT=yes here, or --encrypt")
+    if opening != mode and opening in MISMATCH:
+        raise ProtocolError(f"the other side {MISMATCH[opening]}")
 
 
 def claim(role: bytes, username: str, nonce: bytes) -> bytes:
@@ -144,12 +135,10 @@ def claim(role: bytes, username: str, nonce: bytes) -> bytes:
 
 
 def read_claim(message: bytes) -> tuple[bytes, bytes]:
-    """Return the role and the user that M2 claims: nobody has checked the proof yet.
+    """Return the role and the user that M2, of AUTH_BYTES, claims: nobody has checked the proof yet.
 
     ProtocolError if M2 is malformed: then the client gets no answer.
     """
-    if len(message) != AUTH_BYTES:
-        raise ProtocolError(f"an AUTH has {AUTH_BYTES} bytes, this one has {len(message)}")
     _, _, role, nonce, padded = CLAIM.unpack_from(message)
     user = padded.rstrip(b"\0")
     if not user or b"\0" in user or role not in (CONTROLLER, NODE) or not message.startswith(

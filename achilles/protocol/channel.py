@@ -5,9 +5,9 @@ The module knows sockets, keys, heartbeats and the order of frames. It knows no 
 ::
 
               any thread                       pusher, writer thread, or the loop's turn
-    send ───▶ encode ─▶ outbox ──────flush──▶ tag ──sendmsg──▶ socket
+    send ───▶ encode ─▶ outbox ───▶ tag ─▶ pieces ─▶ [encrypt] ──send──▶ socket
                                        reader thread, or the loop's turn
-    frames ◀── FrameReader ◀─ check ◀─receive── recv_into ◀──────────┘
+    frames ◀── FrameReader ◀─ check ◀─receive── recv_into ◀─ [decrypt] ◀────┘
 
 - *Threads* (server, controller): `start_writer()`, and one thread calls `run(handle)`. The socket has a timeout of a
   second, so that both threads look up from it. A thread that has queued frames may `push` them: little leaves at once,
@@ -16,7 +16,8 @@ The module knows sockets, keys, heartbeats and the order of frames. It knows no 
   `flush()` when the selector says so, and `tick()`.
 
 Locks: `_lock` guards the outbox and the state, and is held for no system call. `_writing` is held by the
-thread that writes, and guards `_parts`, the tagger and the descriptor; only the writer thread and `close` wait for it.
+thread that writes, and guards the tagger, the pieces, `_unsent` and the descriptor; only the writer thread and `close`
+wait for it.
 """
 
 from __future__ import annotations
@@ -28,17 +29,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Union
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 from ..errors import AchillesError, ProtocolError, ServerUnreachable
 from . import auth, frames
-from .frames import Batch, Frame, Kind
+from .frames import Batch, Buffer, Frame, Kind
 from .reader import FrameReader
-
-if TYPE_CHECKING:
-    from .tls import Tls
 
 __all__ = ["GOODBYE_SECONDS", "HEARTBEAT_SECONDS", "SILENCE_SECONDS", "TICK_SECONDS", "Channel"]
 
@@ -47,14 +44,14 @@ SILENCE_SECONDS = 20.0  # longer than a garbage collection, a suspended laptop's
 TRICKLE_BYTES = 1024  # fewer bytes than this in SILENCE_SECONDS inside a frame are silence: heartbeats are 168
 GOODBYE_SECONDS = 2.0  # how long a closing side reads on after it has shut down writing
 TICK_SECONDS = 1.0  # how often a blocked thread looks up from its socket
-WRITE_BYTES = 256 << 10  # frames gathered for one sendmsg
+WRITE_BYTES = 256 << 10  # small pieces joined for one send: a large one is never copied
+PIECE_BYTES = 1 << 20  # of a letter; TLS takes this memory twice
 PUSH_BYTES = 64 << 10  # a pusher writes at most this: more takes longer than a switch of threads
-WRITE_PARTS = 512  # well under IOV_MAX (1,024 on Linux)
 OPEN, FINISHING, SHUT, CLOSED = range(4)  # of a Channel: no frame is queued now; writing is shut down; all is over
 
 log = logging.getLogger(__name__)
 
-Stream = Union[socket.socket, "Tls"]
+Stream: TypeAlias = Any  # a socket, or a Tls: that module brings OpenSSL along, so only a process that encrypts has it
 
 
 class Channel:
@@ -65,15 +62,14 @@ class Channel:
     """
 
     def __init__(self, sock: Stream, link: str, keys: tuple[bytes, bytes] | None = None) -> None:
-        self.socket: Any = sock  # a socket, or what encrypts one
+        self.socket = sock
         self.name = ""  # in the log; the role gives it
         self.last_heard = self.last_written = time.monotonic()
         self._writing = threading.Lock()  # held by the thread that writes
-        # Windows has no sendmsg.
-        self._sendmsg: Callable[..., int] = getattr(sock, "sendmsg", lambda parts: sock.send(parts[0]))  # type: ignore
-        self._writev: Callable[..., int] = getattr(sock, "writev", lambda parts: os.writev(sock.fileno(), parts))
-        self._tagger = auth.Tagger(keys[0]) if keys else None  # with `_writing`
-        self._parts: deque[memoryview] = deque()  # tagged and not written yet; with `_writing`
+        self._tagger = auth.Tagger(keys[0]) if keys else None  # with `_writing`, as the next three
+        self._encrypt: Callable[[Buffer], memoryview] = getattr(sock, "encrypt", memoryview)
+        self._pieces: deque[Buffer] = deque()  # of a tagged frame
+        self._unsent = memoryview(b"")  # what the socket shall take next
         self._reader = FrameReader(link, auth.Tagger(keys[1]).check if keys else None)  # the reader's own
         self._trickled = 0  # bytes since last_heard; the reader's own
         self._lock = threading.Lock()  # guards all below
@@ -103,10 +99,10 @@ class Channel:
 
         The writer thread writes the rest. Never blocks; a failure is the writer thread's to see. Any thread.
         """
-        # Otherwise there is nothing to write, or the writer thread is at it, or this is Windows, without writev.
-        if self._queue and not self._parts and hasattr(os, "writev") and self._writing.acquire(blocking=False):
+        # Otherwise there is nothing to write, the writer thread is at it, or this is Windows: `write` takes no socket.
+        if self._queue and not self._unsent and os.name == "posix" and self._writing.acquire(blocking=False):
             try:
-                self._write_safely(self._writev, PUSH_BYTES)
+                self._write_safely(lambda data: os.write(self.socket.fileno(), data), PUSH_BYTES)
             finally:
                 self._writing.release()
         if self.wants_write:
@@ -124,7 +120,7 @@ class Channel:
     @property
     def wants_write(self) -> bool:
         """Whether anything waits to be written."""
-        return bool(self._parts or self._queue) or self._state == FINISHING
+        return bool(self._unsent or self._pieces or self._queue) or self._state == FINISHING
 
     @property
     def waiting(self) -> int:
@@ -152,11 +148,9 @@ class Channel:
         """Abort, wait for the writer thread (2 s at most), and give the descriptor back. Not from the writer."""
         self.abort()
         self.wait_written(GOODBYE_SECONDS)
-        held = self._writing.acquire(timeout=GOODBYE_SECONDS)  # another connection may get this descriptor's number
-        self.socket.close()
+        with self._writing:  # another connection may get this descriptor's number
+            self.socket.close()
         self._reader.close()
-        if held:
-            self._writing.release()
 
     def _go_on(self, state: int) -> None:
         """Go on to a state, if that is not behind, and wake the writer thread."""
@@ -172,8 +166,8 @@ class Channel:
         self._writer.start()
 
     def flush(self) -> bool:
-        """Write as much as one sendmsg takes. Return whether nothing is left to write."""
-        self._write(self._sendmsg)
+        """Write as much as one send takes. Return whether nothing is left to write."""
+        self._write(self.socket.send)
         return not self.wants_write
 
     def tick(self) -> None:
@@ -188,18 +182,17 @@ class Channel:
 
     def _write_loop(self) -> None:
         while self._state < SHUT:
+            with self._writing:
+                self._write_safely(self.socket.send)
             with self._lock:
                 ready = self._ready.wait_for(lambda: self._state >= SHUT or self.wants_write, HEARTBEAT_SECONDS)
             if not ready:
                 self.send(Kind.PING, {}, ahead=True)
-            with self._writing:
-                if self._state < SHUT:
-                    self._write_safely(self._sendmsg)
 
-    def _write_safely(self, write: Callable[..., int], limit: float = float("inf")) -> None:
+    def _write_safely(self, send: Callable[[memoryview], int], limit: float = float("inf")) -> None:
         """As `_write`; an error ends writing, so that no frame follows half of one."""
         try:
-            self._write(write, limit)
+            self._write(send, limit)
         except OSError as e:  # the reader's socket ends, too, but first it reads why: an ERROR, a BYE
             log.debug("%s: writing ended: %s", self.name, e)
             self._go_on(SHUT)
@@ -209,34 +202,40 @@ class Channel:
                 raise
             log.exception("%s: writing failed", self.name)
 
-    def _write(self, write: Callable[..., int], limit: float = float("inf")) -> None:
-        """Tag queued frames for one sendmsg, and write as much as `write` takes. Needs `_writing`.
+    def _write(self, send: Callable[[memoryview], int], limit: float = float("inf")) -> None:
+        """Write as much as `send` takes of what waits. Needs `_writing`.
 
         Nothing is written if there are more than `limit` bytes. When all is written after `finish`, shut down writing.
         """
-        size = WRITE_BYTES if self._parts else 0
-        while size < WRITE_BYTES and len(self._parts) < WRITE_PARTS:
-            with self._lock:
-                if not self._queue:
-                    break
-                frame, signed, letters = self._queue.popleft()
-            log.debug("%s > %s", self.name, frame)
-            tag = self._tagger.tag(signed) if self._tagger else b""
-            self._parts.append(memoryview(signed + tag))
-            self._parts += letters
-            size += len(signed) + sum(map(len, letters))
-        parts = list(islice(self._parts, WRITE_PARTS))
-        if not parts and self._state == FINISHING:
+        is_last = self._state == FINISHING  # asked first: from then on nothing is queued
+        if not self._unsent:
+            pieces = list(self._next_pieces())
+            self._unsent = self._encrypt(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if is_last and not self._unsent:
             self.socket.shutdown(socket.SHUT_WR)
             self._go_on(SHUT)
-        elif parts and sum(map(len, parts)) <= limit:
+        elif 0 < len(self._unsent) <= limit:
             with contextlib.suppress(BlockingIOError, TimeoutError):
-                count = write(parts)
+                self._unsent = self._unsent[send(self._unsent) :] or memoryview(b"")  # lets written bytes go
                 self.last_written = time.monotonic()
-                while self._parts and count >= len(self._parts[0]):
-                    count -= len(self._parts.popleft())
-                if count:
-                    self._parts[0] = self._parts[0][count:]
+
+    def _next_pieces(self) -> Iterator[Buffer]:
+        """Tag queued frames, and give what is sent next: small pieces together, or a large one. Needs `_writing`."""
+        size = 0
+        while True:
+            if not self._pieces:
+                with self._lock:
+                    if not self._queue:
+                        return
+                    frame, signed, letters = self._queue.popleft()
+                log.debug("%s > %s", self.name, frame)
+                self._pieces.append(signed + self._tagger.tag(signed) if self._tagger else signed)
+                self._pieces += [letter[at : at + PIECE_BYTES]
+                                 for letter in letters for at in range(0, len(letter), PIECE_BYTES)]
+            if size and size + len(self._pieces[0]) > WRITE_BYTES:
+                return
+            size += len(self._pieces[0])
+            yield self._pieces.popleft()
 
     # The reader.
 
@@ -246,19 +245,16 @@ class Channel:
         :raises ProtocolError: the peer sent bytes that are no frame for this link.
         :raises AuthenticationError: a tag is wrong.
         """
-        received: list[Frame] = []
+        received: list[Frame] | None = []
         try:
             count = self.socket.recv_into(self._reader.space())
+            received = self._reader.received(count) if count else None
         except (BlockingIOError, TimeoutError) as e:
             count = getattr(e, "characters_written", 0)  # of a TLS record that is not whole yet
-        else:
-            if not count:
-                return None
-            received = self._reader.received(count)
         self._trickled += count
         if received or self._trickled >= TRICKLE_BYTES:
             self._trickled, self.last_heard = 0, time.monotonic()
-        for frame in received:
+        for frame in received or ():
             log.debug("%s < %s", self.name, frame)
         return received
 

@@ -2,10 +2,11 @@
 
 ::
 
-    client: connect ─▶ [TLS] ─▶ Channel         server: accept ─▶ [TLS] ─▶ answer_claim ─▶ Channel
+    client: connect ─▶ [TLS] ─▶ M1, M2, M3 ─▶ Channel         server: accept ─▶ [TLS] ─▶ M1, M2, M3 ─▶ Channel
 
 With ENCRYPT=yes on both sides, TLS carries the handshake and all that follows (`tls.py`). A side that is told to
 encrypt never goes on in the clear. Two sides of different modes say so to each other with 8 bytes, and end at once.
+The server decides how long a refusal takes.
 
 The module knows sockets and deadlines. The bytes of the handshake are `auth.py`'s. Every function blocks until its
 deadline at most. Any thread may call it.
@@ -22,14 +23,14 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import AuthenticationError, ProtocolError, ServerUnreachable
 from . import auth
 from .channel import SILENCE_SECONDS, TICK_SECONDS, Channel, Stream
 
-__all__ = ["CONNECT_SECONDS", "PYTHON", "answer_claim", "connect", "hello", "receive", "receive_exactly", "set_options"]
+__all__ = ["CONNECT_SECONDS", "PYTHON", "accept", "connect", "hello", "receive", "receive_exactly", "set_options"]
 
 CONNECT_SECONDS = 10.0  # for the connection and the handshake together
 RETRY_SECONDS = 0.2  # between two tries, with jitter; a server without a place has one again after some ms
@@ -76,21 +77,43 @@ def connect(
         threading.Event().wait(RETRY_SECONDS * (0.5 + random.random()))
 
 
-def answer_claim(
-    sock: Stream, find_keys: Callable[[bytes], Sequence[bytes]], deadline: float, binding: bytes = auth.NO_BINDING,
-) -> tuple[bytes, bytes, auth.Keys | None]:
-    """Send M1 and read M2 by `deadline` (monotonic). The caller sends the answer.
+def accept(
+    sock: socket.socket, find_keys: Callable[[bytes], Sequence[bytes]], deadline: float,
+    tls_keys: Mapping[str, bytes] | None = None, hold: Callable[[], object] = lambda: None,
+) -> tuple[Channel, bytes, bytes]:
+    """Authenticate a client by `deadline` (monotonic). Return the connection, and the client's role and user.
 
     :param find_keys: gives the K of each secret that would do for a user.
-    :returns: the claimed role and user, and the session's keys, or None if no secret proves the claim.
+    :param tls_keys: of each identity, where this server encrypts.
+    :param hold: is called before a refusal is sent.
+    :raises AuthenticationError: the client was refused.
+    :raises ProtocolError: the client has another mode or version, or is none of ours. It gets no answer.
     """
-    m1 = auth.greeting(secrets.token_bytes(auth.NONCE_BYTES))
-    sock.sendall(m1)  # so little never blocks
-    opening = receive_exactly(sock, auth.OPENING_BYTES, deadline)
-    auth.check_mode(opening, auth.PLAIN)
-    m2 = opening + receive_exactly(sock, auth.AUTH_BYTES - auth.OPENING_BYTES, deadline)
+    stream: Stream = sock
+    if tls_keys is not None:
+        from .tls import server  # a process that does not encrypt pays for no OpenSSL
+
+        begun = _begin(sock, auth.TLS, deadline)
+        stream = server(sock, tls_keys, begun, deadline, hold)
+    m1 = auth.PLAIN + secrets.token_bytes(auth.NONCE_BYTES)
+    m2 = _begin(stream, m1, deadline) + receive_exactly(stream, auth.AUTH_BYTES - auth.OPENING_BYTES, deadline)
     role, user = auth.read_claim(m2)
-    return role, user, auth.accept_claim(find_keys(user), m1, m2, binding)
+    keys = auth.accept_claim(find_keys(user), m1, m2, getattr(stream, "binding", auth.NO_BINDING))
+    if keys is None:
+        hold()
+        stream.sendall(auth.REFUSAL)
+        raise AuthenticationError(f"the proof as user {user.decode(errors='replace')!r} is wrong")
+    stream.sendall(keys.server_proof)
+    stream.settimeout(TICK_SECONDS)
+    return Channel(stream, role.decode() + "S", (keys.server_data, keys.client_data)), role, user
+
+
+def _begin(sock: Stream, said: bytes, deadline: float) -> bytes:
+    """Say the first words of a server, which begin with its mode. Return the first 8 bytes of the client."""
+    sock.sendall(said)  # so little never blocks
+    opening = receive_exactly(sock, auth.OPENING_BYTES, deadline)
+    auth.check_mode(opening, said[: auth.OPENING_BYTES])
+    return opening
 
 
 def receive_exactly(sock: Stream, count: int, deadline: float) -> bytes:
@@ -130,13 +153,17 @@ def _connect_once(
 ) -> Channel:
     """Connect, and climb the client's side of the ladder."""
     sock = socket.create_connection(address, timeout=max(deadline - time.monotonic(), 0.001))
+    stream: Stream = sock
     try:
         set_options(sock)
-        stream, binding, opening = _open(sock, username, key, deadline, encrypt)
-        m1 = opening + receive_exactly(stream, auth.GREETING_BYTES - len(opening), deadline)
-        auth.read_greeting(m1)
+        if encrypt:
+            from .tls import client  # a process that does not encrypt pays for no OpenSSL
+
+            _read_opening(sock, auth.TLS, deadline)
+            stream = client(sock, auth.tls_key(username, key), deadline)
+        m1 = _read_opening(stream, auth.PLAIN, deadline) + receive_exactly(stream, auth.NONCE_BYTES, deadline)
         signed = auth.claim(role, username, secrets.token_bytes(auth.NONCE_BYTES))
-        keys = auth.session_keys(key, m1, signed, binding)
+        keys = auth.session_keys(key, m1, signed, getattr(stream, "binding", auth.NO_BINDING))
         stream.sendall(signed + keys.client_proof)
         auth.check_answer(keys, receive_exactly(stream, auth.PROOF_BYTES, deadline))
         stream.settimeout(TICK_SECONDS)
@@ -146,22 +173,14 @@ def _connect_once(
         raise
 
 
-def _open(
-    sock: socket.socket, username: str, key: bytes, deadline: float, encrypt: bool
-) -> tuple[Stream, bytes, bytes]:
-    """Read the mode of a server. Return the stream for the handshake, its binding, and the part of M1 that is read."""
-    mode = auth.TLS if encrypt else auth.PLAIN
+def _read_opening(sock: Stream, mode: bytes, deadline: float) -> bytes:
+    """Read the first 8 bytes of a server, and check that it has this mode. If not, it is told this side's."""
     opening = receive_exactly(sock, auth.OPENING_BYTES, deadline)
     try:
-        auth.read_greeting(opening, mode)
+        auth.check_opening(opening, mode)
     except ProtocolError:
         with contextlib.suppress(OSError):
-            sock.sendall(mode)  # a server of the other mode says so, too
-            sock.recv(auth.GREETING_BYTES)  # the rest of M1: a socket that closes with unread bytes resets
+            sock.sendall(mode)
+            receive(sock, memoryview(bytearray(auth.NONCE_BYTES)), deadline)  # a socket closed with unread bytes resets
         raise
-    if not encrypt:
-        return sock, auth.NO_BINDING, opening
-    from .tls import client  # a process that does not encrypt pays for no OpenSSL
-
-    stream = client(sock, auth.tls_key(username, key), deadline)
-    return stream, stream.binding, b""
+    return opening

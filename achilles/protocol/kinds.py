@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from ..errors import ProtocolError
 
 __all__ = [
-    "CALLS", "CAREFUL", "DECLARATION", "DIRECTIONS", "FIELDS", "FLAGS", "HEX_FORM", "LETTERS", "LINKS", "MAX_CHUNKS",
+    "CALLS", "CAREFUL", "DECLARATION", "DIRECTIONS", "FIELDS", "FLAGS", "HEX_FORM", "LETTERS", "MAX_CHUNKS",
     "MAX_PYTHONS", "MORE", "NAME_CHARS", "NOTE", "PHASES", "RANGES", "RANGE_FIELDS", "SERVER_FIELDS", "TELL",
     "TEXT_CHARS", "U16", "U32", "U64", "Field", "Gone", "Kind", "Status", "check_fields", "read_object",
 ]
@@ -56,7 +56,6 @@ Gone = enum.IntEnum("Gone", {
     "WAITED": 3,  # they waited in the node's queue for too long
 })
 # The links on which a kind may travel. "CS" is a controller that speaks to its server, "WN" a worker to its node.
-LINKS = ("CS", "NS", "SC", "SN", "NW", "WN")
 _TCP, _DOWN = ("CS", "NS", "SC", "SN"), ("CS", "SN", "NW")
 DIRECTIONS: dict[Kind, tuple[str, ...]] = {
     Kind.HELLO: _TCP, Kind.BYE: _TCP, Kind.PING: _TCP, Kind.ERROR: _TCP, Kind.CLUSTER: ("SC",),
@@ -106,7 +105,6 @@ class Field(NamedTuple):
     entry: Field | None = None
 
 
-REASONS = ("leaving", "restart", "killed")  # of a BYE
 PYTHON_FORM = r"[0-9]{1,31}\.[0-9]{1,31}t?"  # "3.14"; "3.14t" is a free-threaded build; NAME_CHARS at most
 CALLS = ("one", "star", "apply")  # how a worker calls a job's function
 PHASES = ("function", "load", "call", "dump")  # at which a worker may die
@@ -120,19 +118,6 @@ DECLARATION: dict[str, Field] = {
     "seed": Field(str, 64, 64, False, form=HEX_FORM), "call": _NAME._replace(required=False, form="|".join(CALLS)),
     "output": Field(bool, required=False),
 }
-# The parts of a STATUS: each node, each job, and the server.
-NODE_STATE: dict[str, Field] = {
-    "id": _U32, "address": _NAME, "python": _PYTHON, "version": _NAME, "cpu_count": _U16,
-    "busy": _U16, "done": _U64, "since": _SECONDS,
-}
-JOB_STATE: dict[str, Field] = {
-    "id": _U32, "user": _TEXT, "queued": _U64, "running": _U64, "done": _U64,
-    "longest": _SECONDS._replace(required=False), "node": _U32._replace(required=False),
-    "pid": _U32._replace(required=False),
-}
-SERVER_STATE: dict[str, Field] = {"version": _NAME, "uptime": _SECONDS, "memory": _U64._replace(required=False)}
-# A chunk that has run long, in a node's PING. A server adds to its seconds, and the sum must fit into a STATUS.
-CHUNK_STATE: dict[str, Field] = {"job": _U32, "seconds": Field((int, float)), "pid": _U32}
 # The letter of a chunk with the status DIED or TIMEOUT.
 NOTE: dict[str, Field] = {
     "offset": Field(int, -1, U32), "phase": _NAME._replace(form="|".join(PHASES)),
@@ -141,8 +126,11 @@ NOTE: dict[str, Field] = {
 # The JSON kinds as clients say them. A kind without fields here may have any: they are ignored.
 FIELDS: dict[Kind, dict[str, Field]] = {
     Kind.HELLO: {"python": _PYTHON, "version": _NAME, "cpu_count": _U16, "pid": _U32},
-    Kind.BYE: {"reason": _NAME._replace(form="|".join(REASONS))},
-    Kind.PING: {"chunks": Field(list, 0, U16, False, inside=CHUNK_STATE)},
+    Kind.BYE: {"reason": _NAME._replace(form="leaving|restart|killed")},
+    # A node's chunks that have run long. A server adds to the seconds, and the sum must fit into a STATUS.
+    Kind.PING: {
+        "chunks": Field(list, 0, U16, False, inside={"job": _U32, "seconds": Field((int, float)), "pid": _U32}),
+    },
     Kind.ERROR: {"code": _NAME, "message": _TEXT},
     Kind.CLUSTER: {
         "nodes": _U32, "workers": _U32, "largest": _U16,
@@ -156,8 +144,18 @@ FIELDS: dict[Kind, dict[str, Field]] = {
 SERVER_FIELDS: dict[Kind, dict[str, Field]] = FIELDS | {
     Kind.HELLO: {"python": _PYTHON, "version": _NAME, "client_id": _U32, "connections": _U32},
     Kind.STATUS: {
-        "nodes": Field(list, inside=NODE_STATE), "jobs": Field(list, inside=JOB_STATE),
-        "server": Field(dict, inside=SERVER_STATE),
+        "nodes": Field(list, inside={
+            "id": _U32, "address": _NAME, "python": _PYTHON, "version": _NAME, "cpu_count": _U16,
+            "busy": _U16, "done": _U64, "since": _SECONDS,
+        }),
+        "jobs": Field(list, inside={
+            "id": _U32, "user": _TEXT, "queued": _U64, "running": _U64, "done": _U64,
+            "longest": _SECONDS._replace(required=False), "node": _U32._replace(required=False),
+            "pid": _U32._replace(required=False),
+        }),
+        "server": Field(dict, inside={
+            "version": _NAME, "uptime": _SECONDS, "memory": _U64._replace(required=False),
+        }),
     },
 }
 

@@ -70,42 +70,30 @@ class FrameReader:
 
     def _read_frame(self) -> Generator[memoryview, int, None]:
         """Find the next frame. Nothing here holds a frame that was given."""
-        head = self._take(HEAD.size)
-        while len(head) < HEAD.size:
-            self._start, self._end = 0, (yield memoryview(self._buffer))
-            head += self._take(HEAD.size - len(head))
+        head = yield from self._read(HEAD.size)
         number, flags, zero, length = HEAD.unpack(head)
         if length > MAX_ENVELOPE_BYTES:
             raise ProtocolError(f"an envelope of {length} bytes; the limit is {MAX_ENVELOPE_BYTES}")
-        count = length + (TAG_BYTES if self._verify else 0)
-        rest = self._take(count)
-        if len(rest) < count:
-            rest = bytes((yield from self._read_on(rest, count)))
-        envelope = rest[:length]
+        envelope = yield from self._read(length)
         if self._verify:
-            self._verify(head + envelope, rest[length:])
+            self._verify(head + envelope, (yield from self._read(TAG_BYTES)))
         kind = _KINDS.get(number)
         if kind is None or zero or self._link not in DIRECTIONS[kind]:
             raise ProtocolError(f"a head of kind {number} and {zero} ({kind!r}) may not travel here ({self._link})")
-        body = frames.decode(kind, flags, envelope, self._fields)
+        body = frames.decode(kind, flags, bytes(envelope), self._fields)
         for long in getattr(body, "longs", ()):
-            long.parts = ((yield from self._read_on(b"", long.length)),)
+            long.parts = ((yield from self._read(long.length)),)
         self._found.append(Frame(kind, body))
 
-    def _take(self, count: int) -> bytes:
-        """Take bytes out of the buffer, as many as there are up to `count`."""
-        start, self._start = self._start, min(self._start + count, self._end)
-        return bytes(memoryview(self._buffer)[start : self._start])
-
-    def _read_on(self, begun: bytes, count: int) -> Generator[memoryview, int, bytearray]:
-        """Return `count` bytes that start with those that have come. Their memory grows as they arrive."""
-        whole, filled = bytearray(begun), len(begun)
+    def _read(self, count: int) -> Generator[memoryview, int, bytearray]:
+        """Return the next `count` bytes. Their memory grows as they arrive."""
+        whole = self._take(count)
+        filled = len(whole)
         while filled < count:
-            if self._start < self._end:
+            if count - filled < DIRECT_BYTES:
+                self._start, self._end = 0, (yield memoryview(self._buffer))
                 whole[filled:] = self._take(count - filled)
                 filled = len(whole)
-            elif count - filled < DIRECT_BYTES:
-                self._start, self._end = 0, (yield memoryview(self._buffer))
             else:
                 if len(whole) - filled < DIRECT_BYTES:
                     # Little memory for a length alone, then 8 MiB, then twice the bytes.
@@ -114,3 +102,8 @@ class FrameReader:
                     whole[:filled] = memoryview(old)[:filled]
                 filled += yield memoryview(whole)[filled:]
         return whole
+
+    def _take(self, count: int) -> bytearray:
+        """Take bytes out of the buffer, as many as there are up to `count`."""
+        start, self._start = self._start, min(self._start + count, self._end)
+        return self._buffer[start : self._start]

@@ -5,17 +5,16 @@ is the rule. Python 3.13 or later: `config.py` refuses ENCRYPT=yes elsewhere.
 
 ::
 
-    Channel ─sendmsg, writev─▶ encrypt ─▶ outgoing ─▶ socket        the thread that writes: the Channel's `_writing`
-    Channel ◀─── recv_into ─── decrypt ◀─ incoming ◀─ socket        the thread that reads
+    Channel ─▶ encrypt ─▶ outgoing ─▶ Channel ──send──▶ socket    the thread that writes: the Channel's `_writing`
+    Channel ◀─ decrypt ◀─ incoming ◀───── recv_into ◀── socket    the thread that reads
 
 OpenSSL's object must not be used by two threads at once. So it works on memory alone. `_lock` guards it and both
-buffers, and is held for no system call. Encrypted bytes that the socket did not take belong to the thread that writes.
+buffers, and is held for no system call. `send` sends bytes that are encrypted already: the Channel keeps those that the
+socket did not take.
 
 - *A selector sees the socket alone.* `recv_into` reads only as much as fits into its place when it is decrypted. So no
   whole record stays in memory, if the place has 64 KiB. All places of a FrameReader have. Those of the handshake have
   less, so a loop receives once before it waits.
-- *A write counts when the socket has taken all of it.* Until then `sendmsg` raises BlockingIOError, and the caller
-  gives the same bytes again, perhaps with more behind them.
 - *The end*: `shutdown(SHUT_WR)` sends close_notify first. An end without close_notify is an end of file, too. The
   frames tell whether an end is clean.
 
@@ -26,17 +25,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import os
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import AuthenticationError, ProtocolError
-from . import auth, connect
+from . import connect
 from .frames import Buffer
 
 __all__ = ["Tls", "client", "server"]
@@ -44,12 +42,12 @@ __all__ = ["Tls", "client", "server"]
 HANDSHAKE_BYTES = 8 << 10  # a client of OpenSSL 3.6 says 1,584 before its proof is checked
 RECORD_BYTES = 17 << 10  # more than a record has: 2^14 and 261 (RFC 8446, 5.2)
 ALLOW_NO_DHE_KEX = 0x400  # an option of OpenSSL (ssl.h) that its configuration file may set: no forward secrecy
-WRITE_BYTES = 256 << 10  # encrypted at once: a Channel gathers as much
 
 
 class Tls:
-    """A connected socket, encrypted. It has what a Channel asks of a socket.
+    """A connected socket, and what encrypts it. It has what a Channel asks of a socket, once `handshake` has returned.
 
+    :ivar binding: 32 bytes for `auth.session_keys`.
     :param begun: the bytes of the peer that were read already.
     """
 
@@ -57,55 +55,42 @@ class Tls:
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
         context.options &= ~ALLOW_NO_DHE_KEX
         self._sock = sock
-        self.fileno, self.close = sock.fileno, sock.close
+        self.fileno, self.close, self.send = sock.fileno, sock.close, sock.send
         self.settimeout, self.setblocking = sock.settimeout, sock.setblocking
-        self._unsent = memoryview(b"")  # encrypted bytes that the socket has not taken; the writing thread's own
-        self._written = 0  # bytes that `_unsent` was made of; the writing thread's own
         self._lock = threading.Lock()  # guards all below
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._incoming.write(begun)
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side)
 
-    # The handshake: one thread.
+    def handshake(self, deadline: float, hold: Callable[[], object] = lambda: None) -> None:
+        """Prove the key to the peer, and have it proved, by `deadline` (monotonic). Blocks. For one thread.
 
-    def handshake(self, deadline: float) -> None:
-        """Prove the key to the peer, and have it proved, by `deadline` (monotonic). Blocks.
-
-        :raises AuthenticationError: the peer has another key, or none. It is told by `send_handshake`.
+        :param hold: is called before a peer is told that its key is wrong.
+        :raises AuthenticationError: the peer has another key, or none.
         :raises ProtocolError: the peer says too much.
         """
         place = memoryview(bytearray(HANDSHAKE_BYTES))
-        while len(place) and not self._is_proved():
+        while True:
+            try:
+                self._tls.do_handshake()
+                # SHA-256 of tls-unique, which both ends know. Every other connection has another one.
+                self.binding = hashlib.sha256(self._tls.get_channel_binding("tls-unique") or b"").digest()
+                return
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as e:
+                hold()
+                told = "ALERT" in str(e.reason) and not self._tls.server_side
+                said = "server refused the username or the secret" if told else "peer does not know the secret"
+                raise AuthenticationError(f"the {said} (TLS: {e.reason})") from None
+            finally:
+                with contextlib.suppress(OSError):  # the peer may be gone: that is seen when it is read
+                    self._sock.sendall(self._outgoing.read())  # a step, or an alert: so little never blocks
+            if not len(place):
+                raise ProtocolError(f"a TLS handshake of more than {HANDSHAKE_BYTES} bytes")
             count = connect.receive(self._sock, place, deadline)
             self._incoming.write(place[:count])
             place = place[count:]
-        if not len(place):
-            raise ProtocolError(f"a TLS handshake of more than {HANDSHAKE_BYTES} bytes")
-
-    def _is_proved(self) -> bool:
-        """Go on with the handshake as far as its bytes have come."""
-        proved = False
-        try:
-            with contextlib.suppress(ssl.SSLWantReadError):
-                self._tls.do_handshake()
-                proved = True
-        except ssl.SSLError as e:
-            told = "ALERT" in str(e.reason) and not self._tls.server_side
-            said = "server refused the username or the secret" if told else "peer does not know the secret"
-            raise AuthenticationError(f"the {said} (TLS: {e.reason})") from None
-        self.send_handshake()
-        return proved
-
-    def send_handshake(self) -> None:
-        """Send a step of the handshake, or the alert that ended it. So little never blocks."""
-        self._sock.sendall(self._outgoing.read())
-
-    @property
-    def binding(self) -> bytes:
-        """SHA-256 of tls-unique, which both ends of this connection know. Every other connection has another one."""
-        return hashlib.sha256(self._tls.get_channel_binding("tls-unique") or b"").digest()
-
-    # After it.
 
     def recv_into(self, place: memoryview) -> int:
         """Put decrypted bytes into `place`, and return their number; 0 at the end. One recv at most.
@@ -139,30 +124,15 @@ class Tls:
                 raise AuthenticationError(f"the connection was altered on its way (TLS: {e.reason})") from None
         return count
 
+    def encrypt(self, data: Buffer) -> memoryview:
+        """Return what the socket shall send for `data`, in this order. Nothing for no data."""
+        with self._lock:
+            self._tls.write(data)
+            return memoryview(self._outgoing.read())
+
     def sendall(self, data: bytes) -> None:
-        """Send so little that it never blocks."""
-        self.sendmsg([data])
-
-    def sendmsg(self, parts: Iterable[Buffer], send: Callable[[Buffer], int] | None = None) -> int:
-        """Encrypt up to 256 KiB, and send: blocks as the socket does. The head of this module says more.
-
-        :param send: by this, in place of the socket's own.
-        """
-        if not self._unsent:
-            data = bytearray()
-            for part in parts:
-                data += memoryview(part)[: WRITE_BYTES - len(data)]
-            with self._lock:
-                self._written = self._tls.write(data)
-                self._unsent = memoryview(self._outgoing.read())
-        self._unsent = self._unsent[(send or self._sock.send)(self._unsent) :]
-        if self._unsent:
-            raise BlockingIOError
-        return self._written
-
-    def writev(self, parts: Iterable[Buffer]) -> int:
-        """As `sendmsg`, but never block, whatever timeout the socket has. Not on Windows."""
-        return self.sendmsg(parts, functools.partial(os.write, self.fileno()))
+        """Encrypt and send so little that it never blocks."""
+        self._sock.sendall(self.encrypt(data))
 
     def shutdown(self, how: int) -> None:
         """End writing with close_notify (SHUT_WR), or both ways at once."""
@@ -193,16 +163,17 @@ def client(sock: socket.socket, known: tuple[str, bytes], deadline: float) -> Tl
     return made
 
 
-def server(sock: socket.socket, keys: Mapping[str, bytes], deadline: float) -> Tls:
-    """Say that this server encrypts, and return its side before the handshake. Blocks until the client has begun.
+def server(
+    sock: socket.socket, keys: Mapping[str, bytes], begun: bytes, deadline: float, hold: Callable[[], object]
+) -> Tls:
+    """Return a server's side after its handshake. Blocks, and raises, as `Tls.handshake`.
 
     :param keys: the key of each identity. An unknown one gets a key that nobody has, and fails as a wrong key does.
-    :raises ProtocolError: the client does not encrypt.
+    :param begun: the bytes of the client that were read already.
     """
-    sock.sendall(auth.TLS)
-    begun = connect.receive_exactly(sock, auth.OPENING_BYTES, deadline)
-    auth.check_mode(begun, auth.TLS)
     context: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0  # no session is resumed, so there is no early data either
     context.set_psk_server_callback(lambda identity: keys.get(identity, os.urandom(32)))
-    return Tls(sock, context, True, begun)
+    made = Tls(sock, context, True, begun)
+    made.handshake(deadline, hold)
+    return made

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with console.errors_to_exit_status() as status:
         given = (args.host, args.port, args.username, console.read_secret(args.secret_key_file))
         if args.write_config:
-            path = _write_config(*given, env_file=args.env_file, encrypt=args.encrypt)
+            path = _write_config(*given, args.env_file, args.encrypt)
             console.say(f"Saved in {path}\n{configuring.next_step(path)}".rstrip())
         elif args.status:
             settings = config.resolve(*given, env_file=args.env_file, encrypt=args.encrypt)
@@ -68,10 +68,9 @@ def _write_config(
                                  f"and start the server with --bind {host}")
     old = config.of_file(config.env_path(env_file))
     kept, _ = old.get("SECRET_KEY", (None, ""))
-    if encrypt is None:
-        word, _ = old.get("ENCRYPT", ("", ""))
-        encrypt = config.WORDS.get(word, configuring.can_encrypt())
-    return configuring.write_config(host, port, username, secret or kept, env_file=env_file, encrypt=encrypt)
+    word, _ = old.get("ENCRYPT", ("", ""))
+    known = config.WORDS.get(word, configuring.can_encrypt()) if encrypt is None else encrypt
+    return configuring.write_config(host, port, username, secret or kept, env_file=env_file, encrypt=known)
 
 
 def ask_status(settings: config.Settings, take: Callable[[Any], bool] = lambda state: False) -> Any:
@@ -81,9 +80,9 @@ def ask_status(settings: config.Settings, take: Callable[[Any], bool] = lambda s
         or go.
     """
     try:
-        key = auth.derive_key(settings.username, settings.secret.reveal())
-        link = connect.connect(settings.host, settings.port, auth.CONTROLLER, settings.username, key,
-                               encrypt=settings.encrypt)
+        link = connect.connect(
+            settings.host, settings.port, auth.CONTROLLER, settings.username,
+            auth.derive_key(settings.username, settings.secret.reveal()), encrypt=settings.encrypt)
     except ServerUnreachable as e:
         raise ServerUnreachable(f"{e}. Start a server: python -m {__package__}") from e
     found: dict[Kind, Any] = {}

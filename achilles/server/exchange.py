@@ -125,10 +125,8 @@ class Exchange:
         with self._lock:
             if peer not in self._peers:
                 raise ProtocolError("the server had no room for this connection")
-            if peer.id < 0:
+            if peer.id < 0 or kind is Kind.HELLO:
                 self._greet(peer, kind, body)
-            elif kind is Kind.HELLO:
-                raise ProtocolError("a second HELLO")
             elif peer.role == auth.NODE:
                 self._handle_node(peer, kind, body)
             else:
@@ -189,8 +187,8 @@ class Exchange:
 
     def _greet(self, peer: Peer, kind: Kind, body: Any) -> None:
         """The first frame, which must be HELLO; now the peer is one of the cluster."""
-        if kind is not Kind.HELLO or (peer.role == auth.NODE and not body.get("cpu_count")):
-            raise ProtocolError("a client begins with HELLO, and a node has workers")
+        if kind is not Kind.HELLO or peer.hello or (peer.role == auth.NODE and not body.get("cpu_count")):
+            raise ProtocolError("a client begins with HELLO and says no second HELLO, and a node has workers")
         peer.hello, peer.since = body, time.time()
         peer.id = next(self._ids[peer.role])
         peer.channel.name = f"{'node' if peer.role == auth.NODE else 'controller'} {peer.id} at {peer.address}"
@@ -284,27 +282,24 @@ class Exchange:
                 self._send(job.owner, Kind.OUTPUT, Batch.pack(
                     job.owners_number, 0, [b""], attempt=min(lines, U32), number=number, flags=frames.MORE))
             self._send(job.owner, kind, batch.renumbered(job.owners_number))
-            return
-        node = self._nodes[node_id]
-        if kind is Kind.JOB:
-            batch = job.declare_to(node_id)
-        elif batch.flags & frames.TELL:
-            self._send(job.owner, Kind.GIVEN, Batch(
-                job.owners_number, batch.first, batch.count, batch.attempt, node.hello["cpu_count"]))
-        self._send(node, kind, batch)
+        else:
+            node = self._nodes[node_id]
+            if batch.flags & frames.TELL:
+                self._send(job.owner, Kind.GIVEN, Batch(
+                    job.owners_number, batch.first, batch.count, batch.attempt, node.hello["cpu_count"]))
+            self._send(node, kind, job.declare_to(node_id) if kind is Kind.JOB else batch)
 
     def _send(self, peer: Peer, kind: Kind, body: Any) -> None:
         self._outbox.append((peer.channel, kind, body))
 
     def _announce(self, now: float) -> None:
         """Tell controllers of the nodes there are, if these have changed: at once, but seldom."""
-        if not self._changed or now < self._announce_after:
-            return
-        self._changed, self._announce_after = False, now + ANNOUNCE_SECONDS
-        cluster = functools.cache(self._scheduler.cluster)  # once for each Python
-        for peer in self._peers:
-            if peer.role == auth.CONTROLLER and peer.hello:
-                self._send(peer, Kind.CLUSTER, cluster(peer.hello["python"]))
+        if self._changed and now >= self._announce_after:
+            self._changed, self._announce_after = False, now + ANNOUNCE_SECONDS
+            cluster = functools.cache(self._scheduler.cluster)  # once for each Python
+            for peer in self._peers:
+                if peer.role == auth.CONTROLLER and peer.hello:
+                    self._send(peer, Kind.CLUSTER, cluster(peer.hello["python"]))
 
     def _status(self) -> dict[str, Any]:
         chunks = sorted((chunk for peer in self._nodes.values() for chunk in peer.long), reverse=True)

@@ -1,4 +1,4 @@
-"""The server: it listens, gives places, authenticates, and reads each connection.
+"""The server: it listens, gives places and threads, has clients authenticate, and reads each connection.
 
 `exchange.py` gives the frames their meaning. The server opens no letter: it imports neither pickle nor dill, and a
 test says so.
@@ -9,9 +9,9 @@ test says so.
     accepter thread  reader thread of the connection ─────────────┘             │
                      writer thread of each connection:  sends ◀──────────────────┘
 
-Threads: the thread that calls `run` waits for the reason to end, and closes all. The accepter is the loop of a
-`socketserver.ThreadingTCPServer`, which gives each connection its reader thread. Each connection has a writer, too.
-A reader never waits for another connection's writer: it queues.
+Threads: the thread that calls `run` waits for the reason to end, and closes all. The accepter gives each connection a
+place, then a reader thread. Each connection has a writer, too. A reader never waits for another connection's writer: it
+queues.
 `_places_lock` guards the places of connections that are not authenticated yet. Under this lock the server takes no
 other lock, writes no log and waits for nothing.
 
@@ -29,7 +29,6 @@ import queue
 import secrets
 import signal
 import socket
-import socketserver
 import threading
 import time
 from collections import Counter
@@ -37,7 +36,7 @@ from typing import Any
 
 from .. import config, console
 from ..errors import AddressError, AuthenticationError, ProtocolError
-from ..protocol import auth, channel, connect
+from ..protocol import auth, connect
 from .exchange import Exchange, Peer
 
 __all__ = ["Server", "run_server"]
@@ -78,22 +77,22 @@ class Server:
         self._places_lock = threading.Lock()
         # Connections before authentication, the oldest first: the address, and an event for the loss of the place.
         self._places: dict[socket.socket, tuple[str, threading.Event]] = {}
-        self._listener = _Listener(bind or settings.host, settings.port, self)
-        self.address = settings.host, self._listener.server_address[1]  # the host as it was given; the port is never 0
+        self._listening = _listen(bind or settings.host, settings.port)
+        self._ended = threading.Event()  # nobody is accepted any more
+        self.address = settings.host, self._listening.getsockname()[1]  # the host as it was given; the port is never 0
 
     def run(self) -> None:
         """Serve until `end` is called; then say BYE to all peers, and close everything. Blocks."""
         console.keep_freed_memory()
-        accepter = threading.Thread(
-            target=self._listener.serve_forever, args=(POLL_SECONDS,), name="achilles-accepter", daemon=True)
+        accepter = threading.Thread(target=self._accept, name="achilles-accepter", daemon=True)
         accepter.start()
         reason = self._wait_for_reason()
         if reason == "killed":
             self._exchange.say_goodbye(reason)
             self._wait_for_reason(reason, KILLED_SECONDS)  # a person may end this process sooner
-        self._listener.shutdown()
+        self._ended.set()
         accepter.join(JOIN_SECONDS)
-        self._listener.server_close()
+        self._listening.close()
         self._close_all(reason)
 
     def end(self, reason: str) -> None:
@@ -107,8 +106,10 @@ class Server:
 
     def _use(self, settings: config.Settings) -> None:
         """Take these settings, for the next client. A handshake under way has the old keys."""
-        self._keys = _derive(settings)
-        self._tls_keys = dict(auth.tls_key(settings.username, key) for key in self._keys)
+        given = [each for each in (settings.secret, settings.previous) if each is not None]
+        keys = [auth.derive_key(settings.username, each.reveal()) for each in given]
+        self._keys = [*keys, secrets.token_bytes(32)][:2]  # the same work, with and without a previous secret
+        self._tls_keys = dict(auth.tls_key(settings.username, key) for key in self._keys) if settings.encrypt else None
         self.settings = settings
 
     def _wait_for_reason(self, known: str = "", seconds: float = threading.TIMEOUT_MAX) -> str:
@@ -149,83 +150,80 @@ class Server:
         for reader in list(self._readers):
             reader.join(max(deadline - time.monotonic(), 0))
 
-    # In a connection's reader thread.
+    # In the accepter's thread.
 
-    def serve(self, sock: socket.socket, client_address: Any, _: object) -> None:
-        """Authenticate a client, then read its frames until it is gone. The listener closes the socket."""
-        address = client_address[0]
-        threading.current_thread().name = f"achilles-reader {address}"
-        self._readers.add(threading.current_thread())
-        try:
-            connect.set_options(sock)
-            _, lost = self._places.get(sock, ("", threading.Event()))  # a lost place has ended the socket as well
-            deadline = time.monotonic() + HANDSHAKE_SECONDS
-            stream, binding = self._encrypted(sock, lost, deadline)
-            role, user, keys = connect.answer_claim(stream, self._find_keys, deadline, binding)
-            if keys is None:
-                log.warning("refused %s as user %r", address, user.decode(errors="replace"))
-                lost.wait(REFUSAL_SECONDS)  # without its place, a client has no right to a thread either
-            stream.sendall(keys.server_proof if keys else auth.REFUSAL)
-            self.dismiss(sock)
-            if keys is not None:
-                self._serve_peer(stream, address, role, user, keys)
-        except AuthenticationError as e:
-            log.warning("refused %s: %s", address, e)
-        except (OSError, ProtocolError) as e:
-            log.info("%s did not authenticate: %s", address, e)
-        finally:
-            self.dismiss(sock)
-            self._readers.discard(threading.current_thread())
+    def _accept(self) -> None:
+        """Accept clients. Where the system has no descriptor or no thread, pause: the next try would come at once."""
+        while not self._ended.is_set():
+            try:
+                self._admit(*self._listening.accept())
+            except TimeoutError:
+                pass
+            except Exception as e:
+                log.error("cannot accept a connection: %s", e)
+                self._ended.wait(NO_ROOM_SECONDS)
 
-    def _encrypted(
-        self, sock: socket.socket, lost: threading.Event, deadline: float
-    ) -> tuple[channel.Stream, bytes]:
-        """Return the stream for the handshake, and its binding: the socket itself, where this server does not encrypt.
-
-        A client without the secret fails in TLS, and is told so after a second.
-        """
-        if not self.settings.encrypt:
-            return sock, auth.NO_BINDING
-        from ..protocol.tls import server as begin  # a process that does not encrypt pays for no OpenSSL
-
-        stream = begin(sock, self._tls_keys, deadline)
-        try:
-            stream.handshake(deadline)
-        except AuthenticationError:
-            lost.wait(REFUSAL_SECONDS)
-            stream.send_handshake()
-            raise
-        return stream, stream.binding
-
-    def _find_keys(self, user: bytes) -> list[bytes]:
-        return self._keys if hmac.compare_digest(user, self.settings.username.encode()) else self._decoys
-
-    def admit(self, sock: socket.socket, address: str) -> None:
-        """The accepter: give a client a place. If there are too many, the address with most loses its oldest one."""
+    def _admit(self, sock: socket.socket, address: Any) -> None:
+        """Give a client a place, then a thread. If there are too many, the address with most loses its oldest place."""
+        lost = threading.Event()
         with self._places_lock:
-            self._places[sock] = address, threading.Event()
+            self._places[sock] = address[0], lost
             if len(self._places) > PLACES:
                 most = Counter(held for held, _ in self._places.values()).most_common(1)[0][0]
                 oldest = next(each for each, (held, _) in self._places.items() if held == most)
                 _take_away(oldest, self._places.pop(oldest)[1])
+        reader = threading.Thread(
+            target=self._serve, args=(sock, address[0], lost), name=f"achilles-reader {address[0]}", daemon=True)
+        try:
+            reader.start()
+        except BaseException:
+            self._dismiss(sock)
+            sock.close()
+            raise
 
-    def dismiss(self, sock: socket.socket) -> None:
-        """A client needs its place no longer, if it has it still."""
+    def _dismiss(self, sock: socket.socket) -> None:
+        """A client needs its place no longer, if it has it still. Any thread."""
         with self._places_lock:
             self._places.pop(sock, None)
 
-    def _serve_peer(self, sock: channel.Stream, address: str, role: bytes, user: bytes, keys: auth.Keys) -> None:
-        sock.settimeout(channel.TICK_SECONDS)
-        link = channel.Channel(sock, role.decode() + "S", (keys.server_data, keys.client_data))
-        peer = Peer(link, role, user.decode(errors="replace"), address)
-        link.start_writer()
+    # In a connection's reader thread.
+
+    def _serve(self, sock: socket.socket, address: str, lost: threading.Event) -> None:
+        """Authenticate a client, then read its frames until it is gone.
+
+        :param lost: is set when the client loses its place. Without it, the client has no right to a thread either.
+        """
+        self._readers.add(threading.current_thread())
+        try:
+            connect.set_options(sock)
+            link, role, user = connect.accept(
+                sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS, self._tls_keys,
+                hold=lambda: lost.wait(REFUSAL_SECONDS))
+            self._dismiss(sock)
+            self._serve_peer(Peer(link, role, user.decode(errors="replace"), address))
+        except AuthenticationError as e:
+            log.warning("refused %s: %s", address, e)
+        except (OSError, ProtocolError) as e:
+            log.info("%s did not authenticate: %s", address, e)
+        except Exception:
+            log.exception("a connection failed: %s", address)
+        finally:
+            self._dismiss(sock)
+            sock.close()
+            self._readers.discard(threading.current_thread())
+
+    def _find_keys(self, user: bytes) -> list[bytes]:
+        return self._keys if hmac.compare_digest(user, self.settings.username.encode()) else self._decoys
+
+    def _serve_peer(self, peer: Peer) -> None:
+        peer.channel.start_writer()
         self._exchange.enter(peer, _most_connections())
         try:
-            why = link.run(lambda frame: self._exchange.handle(peer, frame), self._exchange.push)
+            why = peer.channel.run(lambda frame: self._exchange.handle(peer, frame), self._exchange.push)
         finally:
             self._exchange.leave(peer)
-            link.close()
-        log.info("%s left: %s", link.name, why)
+            peer.channel.close()
+        log.info("%s left: %s", peer.channel.name, why)
 
 
 def run_server(
@@ -265,6 +263,23 @@ def run_server(
     return 130 if signal.SIGINT in told else 0
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, and looks up from that. AddressError, with a remedy, if that fails."""
+    try:
+        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        listening = socket.create_server(
+            address[:2], family=family, backlog=BACKLOG,
+            dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6())
+    except OSError as e:
+        reason = REASONS.get(e.errno or 0, f"{e.strerror or e}; is this an address of this machine? --bind 0.0.0.0 "
+                                           "listens at all of them")
+        error = AddressError(f"the server cannot listen at {host}:{port}: {reason}")
+        error.errno = e.errno
+        raise error from e
+    listening.settimeout(POLL_SECONDS)
+    return listening
+
+
 def _take_away(sock: socket.socket, lost: threading.Event) -> None:
     """End a client's handshake: its reader finds an end of file, and waits no longer."""
     lost.set()
@@ -272,53 +287,7 @@ def _take_away(sock: socket.socket, lost: threading.Event) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def _derive(settings: config.Settings) -> list[bytes]:
-    """Return K of the secret, and of the previous one. Without a previous one, nobody knows the second K."""
-    given = [each for each in (settings.secret, settings.previous) if each is not None]
-    keys = [auth.derive_key(settings.username, each.reveal()) for each in given]
-    return [*keys, secrets.token_bytes(32)][:2]  # the same work, with and without a previous secret
-
-
 def _most_connections() -> int:
     """Return how many peers fit well below this process's limit of open files."""
     limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: no limit, as on Windows
     return CONNECTIONS if limit < 0 else min(CONNECTIONS, max(1, (limit - SPARE_FILES) * 3 // 4))
-
-
-class _Listener(socketserver.ThreadingTCPServer):
-    """Accepts connections. Where the system has no descriptor, it pauses: the listening socket stays readable."""
-
-    allow_reuse_address = os.name == "posix"  # elsewhere that option lets another process take the port over
-    daemon_threads = True  # the server joins its readers itself, with a deadline
-    request_queue_size = BACKLOG
-
-    def __init__(self, host: str, port: int, server: Server) -> None:
-        """Listen. AddressError, with a remedy, if that fails."""
-        self._server = server
-        try:
-            (self.address_family, *_, address), *_ = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            super().__init__(address[:2], server.serve)  # type: ignore[arg-type]
-        except OSError as e:
-            reason = REASONS.get(e.errno or 0, f"{e.strerror or e}; is this an address of this machine? --bind "
-                                               "0.0.0.0 listens at all of them")
-            error = AddressError(f"the server cannot listen at {host}:{port}: {reason}")
-            error.errno = e.errno
-            raise error from e
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """accept(). The connection has a place before it has a thread."""
-        try:
-            sock, address = super().get_request()
-        except OSError as e:
-            log.error("cannot accept a connection: %s", e)
-            threading.Event().wait(NO_ROOM_SECONDS)
-            raise
-        self._server.admit(sock, address[0])
-        return sock, address
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Our own error in a reader thread, or no thread for the reader or the writer: then pause as well."""
-        self._server.dismiss(request)
-        log.exception("a connection failed: %s", client_address[0])
-        threading.Event().wait(NO_ROOM_SECONDS)

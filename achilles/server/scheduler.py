@@ -27,7 +27,7 @@ number of nodes and jobs.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -67,10 +67,9 @@ class Scheduler:
     def drain(self, number: int) -> None:
         """The node has said BYE. It gets no further batch. Its answers count until it is lost."""
         node = self.nodes[number]
-        if not node.draining:
-            node.draining = True
-            node.group.sizes[node.cpu_count] -= 1
-            node.group.place(node)
+        node.group.sizes[node.cpu_count] -= not node.draining
+        node.draining = True
+        node.group.place(node)
 
     def lose(self, number: int) -> None:
         """The node's connection ended. As many batches as it has workers may have run there, the first ones."""
@@ -88,10 +87,9 @@ class Scheduler:
     def add(self, batch: Batch) -> None:
         """A batch of a declared job has come. ProtocolError if its attempt is out, or if no worker can count so far."""
         job = self.jobs[batch.job]
-        if batch.attempt in job.out or batch.end > U64 // 2:
+        if batch.attempt in job.waiting or batch.attempt in job.held or batch.end > U64 // 2:
             raise ProtocolError(f"attempt {batch.attempt} is out already, or chunk {batch.end - 1} is beyond 2^63-2")
-        job.out[batch.attempt] = batch
-        job.waiting.append(batch)
+        job.waiting[batch.attempt] = batch
         job.group.line_up(job)
         self._give(job.group)
 
@@ -110,26 +108,23 @@ class Scheduler:
             held.job.done += end - first
             self._cut(held, first, end)
             self._tell(Kind.RESULT, None, batch)
-        elif batch.flags == Gone.WAITED:
-            if not node.taken:
-                node.paused_until = now + node.pause_seconds
-                node.pause_seconds = min(2 * node.pause_seconds, MAX_PAUSE_SECONDS)
-            node.taken += 1
-            self._give_back(held, first, end, Gone.RETURNED)
         else:
-            self._give_back(held, first, end, batch.flags)
+            if batch.flags == Gone.WAITED:
+                if not node.taken:
+                    node.paused_until = now + node.pause_seconds
+                    node.pause_seconds = min(2 * node.pause_seconds, MAX_PAUSE_SECONDS)
+                node.taken += 1
+            self._give_back(held, first, end, Gone.LEFT if batch.flags == Gone.LEFT else Gone.RETURNED)
         self._give(node.group)
 
     def cancel(self, number: int, first: int, end: int) -> None:
         """Give waiting batches of a job back that overlap the range; tell the nodes that hold a part of it."""
         job = self.jobs[number]
-        overlapping = [each for each in job.out.values() if each.first < end and first < each.end]
-        for each in overlapping:
-            if isinstance(each, Batch):
-                del job.out[each.attempt]
-                self._tell(Kind.GONE, None, Batch(number, each.first, each.count, each.attempt, flags=Gone.RETURNED))
-        job.waiting = deque(batch for batch in job.waiting if batch.attempt in job.out)
-        for node in dict.fromkeys(each.node.number for each in overlapping if isinstance(each, HeldBatch)):
+        for batch in [each for each in job.waiting.values() if each.first < end and first < each.end]:
+            del job.waiting[batch.attempt]
+            self._tell(Kind.GONE, None, Batch(number, batch.first, batch.count, batch.attempt, flags=Gone.RETURNED))
+        held = [each for each in job.held.values() if each.first < end and first < each.end]
+        for node in dict.fromkeys(each.node.number for each in held):
             self._tell(Kind.CANCEL, node, Batch(number, first, end - first))
         job.group.line_up(job)
         self._give(job.group)  # the batch that is first now may be quick
@@ -168,8 +163,8 @@ class Scheduler:
                 node, job = next(iter(group.spare)), next(iter(group.quick))
             else:
                 return
-            batch = job.waiting.popleft()
-            job.out[batch.attempt] = node.held[job.number, batch.attempt] = HeldBatch(node, job, batch)
+            _, batch = job.waiting.popitem(last=False)
+            job.held[batch.attempt] = node.held[job.number, batch.attempt] = HeldBatch(node, job, batch)
             group.place(node, served=True)
             group.line_up(job, served=True)
             if node.number not in job.told:
@@ -189,7 +184,7 @@ class Scheduler:
         else:
             held.end = first
         if held.first == held.end:
-            del held.node.held[held.job.number, held.attempt], held.job.out[held.attempt]
+            del held.node.held[held.job.number, held.attempt], held.job.held[held.attempt]
         held.node.group.place(held.node)
 
 
@@ -221,8 +216,9 @@ class Group:
 
     def line_up(self, job: ServerJob, served: bool = False) -> None:
         """Put a job into the lines where it belongs."""
-        self.turns.put(job, bool(job.waiting), served)
-        self.quick.put(job, bool(job.waiting) and 1 <= job.waiting[0].number <= QUICK_US, served)
+        batch = next(iter(job.waiting.values()), None)
+        self.turns.put(job, batch is not None, served)
+        self.quick.put(job, batch is not None and 1 <= batch.number <= QUICK_US, served)
 
 
 class ScheduledNode:
@@ -242,24 +238,21 @@ class ServerJob:
 
     def __init__(self, number: int, group: Group) -> None:
         self.number, self.group = number, group
-        self.waiting: deque[Batch] = deque()
-        self.out: dict[int, Batch | HeldBatch] = {}  # attempt -> batch that waits or is held
+        self.waiting: OrderedDict[int, Batch] = OrderedDict()  # by their attempt, as they came
+        self.held: dict[int, HeldBatch] = {}  # by their attempt
         self.told: set[int] = set()  # nodes that had a batch of the job; perhaps lost ones
         self.done = 0  # chunks
 
     def counts(self) -> dict[str, int]:
         """Return the counts of chunks that a STATUS has."""
-        held = [each for each in self.out.values() if isinstance(each, HeldBatch)]
         return {
-            "queued": sum(batch.count for batch in self.waiting),
-            "running": sum(each.end - each.first for each in held), "done": self.done,
+            "queued": sum(batch.count for batch in self.waiting.values()),
+            "running": sum(held.end - held.first for held in self.held.values()), "done": self.done,
         }
 
 
 class HeldBatch:
     """The interval of a batch that a node has neither answered nor returned: `first` to before `end`."""
-
-    __slots__ = ("attempt", "end", "first", "job", "node")
 
     def __init__(self, node: ScheduledNode, job: ServerJob, batch: Batch) -> None:
         self.node, self.job = node, job

@@ -62,7 +62,7 @@ def names_before_authentication(bench: Bench) -> None:
     users = [name.encode() for name in NAMES] + list(BROKEN)
     for _ in range(1 if bench.short else 5):
         bench.each(lambda user: raw.claim(cluster.port, raw.proving(b"C", user, WRONG)), users, threads=40)
-    eventually(lambda: cluster.log().count("refused 127.0.0.1 as user") >= bench.tries, "a line a try")
+    eventually(lambda: cluster.log().count("refused 127.0.0.1: the proof as user") >= bench.tries, "a line a try")
     lines = [line for line in check_log(cluster.log()) if "refused" in line]
     assert len(lines) == bench.tries, lines
 

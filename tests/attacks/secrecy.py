@@ -232,9 +232,9 @@ def secret_in_messages(bench: Bench) -> None:
 
 def _things(settings: config.Settings, controller: Controller, cluster: Watched) -> list[object]:
     key = auth.derive_key(USER, SECRET)
-    keys = auth.session_keys(key, auth.greeting(bytes(32)), auth.claim(auth.NODE, USER, bytes(32)))
+    keys = auth.session_keys(key, auth.PLAIN + bytes(32), auth.claim(auth.NODE, USER, bytes(32)))
     made = listen.Server(settings_of(0, settings))
-    made._listener.server_close()
+    made._listening.close()
     pool = achilles.Pool(1, **cluster.address)
     pool.terminate()
     pool.join()

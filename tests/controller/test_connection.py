@@ -109,7 +109,7 @@ def test_an_unreachable_server_is_named_with_the_command_that_starts_one(free_po
     assert f"127.0.0.1:{free_port}" in str(caught.value) and "python -m achilles.server" in str(caught.value)
 
 
-FIRST_WORD = auth.GREETING_BYTES + auth.PROOF_BYTES + 20  # bytes of the server's: within its HELLO
+FIRST_WORD = auth.OPENING_BYTES + auth.NONCE_BYTES + auth.PROOF_BYTES + 20  # bytes of the server's: within its HELLO
 
 
 @pytest.mark.parametrize("reset", [False, True])

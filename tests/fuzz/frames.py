@@ -29,6 +29,7 @@ with atheris.instrument_imports(include=["achilles", "json"]):
 
 import targets
 
+LINKS = sorted({link for links in kinds.DIRECTIONS.values() for link in links})
 # The C scanner cannot be watched: the same grammar in Python lets the fuzzer see how far into it an input came.
 json.decoder.scanstring = json.decoder.py_scanstring  # type: ignore[attr-defined]
 json.decoder.c_scanstring = None  # type: ignore[attr-defined]
@@ -49,7 +50,7 @@ def run_one(data: bytes) -> None:
     if not data:
         return
     mode, low, rest = data[0] & 0xC0, data[0] & 0x3F, data[1:]
-    link, step = kinds.LINKS[low % len(kinds.LINKS)], STEPS[low // len(kinds.LINKS) % len(STEPS)]
+    link, step = LINKS[low % len(LINKS)], STEPS[low // len(LINKS) % len(STEPS)]
     if mode == PAYLOAD:
         targets.check_control(list(Kind)[low % len(Kind)], rest)
     elif mode == HANDSHAKE:
@@ -86,8 +87,8 @@ def seeds() -> list[bytes]:
             numbers = {"nodes": 1} if kind is Kind.CLUSTER else {}
             body = {name: (values | numbers).get(name, 7) for name in fields}
         frame = frames.Frame(kind, body)
-        found += [bytes([kinds.LINKS.index(link)]) + 2 * targets.encoded(frame) for link in links]
-        found.append(bytes([SIGNED | kinds.LINKS.index(links[0])]) + targets.encoded(frame) + bytes(32))
+        found += [bytes([LINKS.index(link)]) + 2 * targets.encoded(frame) for link in links]
+        found.append(bytes([SIGNED | LINKS.index(links[0])]) + targets.encoded(frame) + bytes(32))
         found.append(bytes([PAYLOAD | list(Kind).index(kind)]) + frames.encode(kind, body)[0][frames.HEAD.size :])
     return found
 

@@ -18,7 +18,7 @@ from achilles.protocol.kinds import DIRECTIONS, FIELDS, FLAGS, LETTERS, SERVER_F
 from achilles.protocol.reader import FrameReader
 
 KEY = bytes(range(32))
-GREETING = auth.greeting(bytes(32))
+GREETING = auth.PLAIN + bytes(32)
 
 
 def memory_bytes(reader: FrameReader) -> int:
@@ -150,11 +150,12 @@ def check_note(letter: bytes) -> bool:
 
 
 def check_handshake(message: bytes) -> bool:
-    """M1 and M2 of whoever connects: parsed or refused, and never accepted."""
+    """M1 and M2 of whoever connects: parsed or refused, and never accepted. Of M2, 104 bytes are read, or none."""
     try:
-        auth.read_greeting(message)
+        auth.check_opening(message[:auth.OPENING_BYTES], auth.PLAIN)
     except ProtocolError:
         pass
+    message = message[: auth.AUTH_BYTES].ljust(auth.AUTH_BYTES, b"\0")
     try:
         _, user = auth.read_claim(message)
     except ProtocolError:

@@ -20,13 +20,13 @@ import multiprocess
 import pytest
 from multiprocess import resource_tracker
 
-from achilles.errors import ConfigurationError
+from achilles.errors import AuthenticationError, ConfigurationError
 from achilles.node import loop
 from achilles.objects.letters import Context, dump_chunk
 from achilles.objects.outcomes import load_outcomes
-from achilles.protocol import auth
+from achilles.protocol import auth, connect
 from achilles.protocol.channel import Channel
-from achilles.protocol.connect import PYTHON, answer_claim, hello
+from achilles.protocol.connect import PYTHON, hello
 from achilles.protocol.frames import Batch, Gone, Kind, LongLetter, Status, digest, joined
 
 USER, SECRET = "u", "s" * 20
@@ -49,17 +49,17 @@ class Server:
     def accept(self, client_id: int = 0, secret: str = SECRET, greet: bool = True) -> dict[str, Any]:
         """The handshake and both HELLOs; the node's."""
         sock, _ = self.listener.accept()
-        role, _, keys = answer_claim(sock, lambda _: [auth.derive_key(USER, secret)], time.monotonic() + 5)
-        if keys is None:
-            sock.sendall(auth.REFUSAL)
+        try:
+            link, role, _ = connect.accept(
+                sock, lambda _: [auth.derive_key(USER, secret)], time.monotonic() + 5)
+        except AuthenticationError:
             sock.close()
             return {}
         assert role == auth.NODE
-        sock.sendall(keys.server_proof)
-        sock.settimeout(0.1)
+        link.socket.settimeout(0.1)
         if self.peer:
             self.peer.close()
-        self.peer, self.frames = Channel(sock, "NS", (keys.server_data, keys.client_data)), []
+        self.peer, self.frames = link, []
         body = self.expect(Kind.HELLO)
         if greet:
             self.say(Kind.HELLO, hello() | {"client_id": client_id, "connections": 1})

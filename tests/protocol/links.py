@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from achilles.protocol import auth, channel, connect
+from achilles.protocol import auth, channel
 from achilles.protocol.channel import Channel
 
 KEY = bytes(range(32))  # K
@@ -40,13 +40,7 @@ def tls_pair(closing, key=KEY, known=None):
     deadline = time.monotonic() + SECONDS
     identity, psk = auth.tls_key("ann", key)
 
-    def serve():
-        made = tls.server(ours, {identity: psk} if known is None else known, deadline)
-        made.handshake(deadline)
-        return made
-
-    served = in_thread(closing, serve)
-    assert connect.receive_exactly(theirs, auth.OPENING_BYTES, deadline) == auth.TLS
+    served = in_thread(closing, tls.server, ours, {identity: psk} if known is None else known, b"", deadline, bool)
     client = tls.client(theirs, (identity, psk), deadline)
     return served(), client
 

@@ -18,10 +18,9 @@ from links import CAN_ENCRYPT, SECONDS, closing_fixture, in_thread, read_all  # 
 import achilles
 from achilles.config import Secret, Settings
 from achilles.errors import AuthenticationError, ProtocolError, ServerUnreachable
-from achilles.protocol import auth, channel
+from achilles.protocol import auth
 from achilles.protocol import connect as connecting
-from achilles.protocol.channel import Channel
-from achilles.protocol.connect import PYTHON, answer_claim, connect, hello, receive_exactly
+from achilles.protocol.connect import PYTHON, accept, connect, hello, receive_exactly
 from achilles.protocol.frames import Frame, Kind
 from achilles.server.listen import Server
 
@@ -39,17 +38,15 @@ def listener(closing):
 
 
 def serve(listener, key=KEY, close_first=0):
-    """Accept one client, having closed so many before their WELCOME; its claim and whether it was proved."""
+    """Accept one client, having closed so many before their WELCOME; its claim, and what was read, if it was proved."""
     for _ in range(close_first):
         listener.accept()[0].close()
     sock, _ = listener.accept()
     with sock:
-        *claimed, keys = answer_claim(sock, lambda _: [key], time.monotonic() + SECONDS)
-        sock.sendall(keys.server_proof if keys else auth.REFUSAL)
-        if keys is None:
-            return claimed, None
-        sock.settimeout(channel.TICK_SECONDS)
-        link = Channel(sock, claimed[0].decode() + "S", (keys.server_data, keys.client_data))
+        try:
+            link, *claimed = accept(sock, lambda _: [key], time.monotonic() + SECONDS)
+        except AuthenticationError:
+            return None
         link.send(Kind.PING, {})
         assert link.flush()
         return claimed, read_all(link)
@@ -73,14 +70,14 @@ def test_a_wrong_secret_is_refused(closing, listener):
     served = in_thread(closing, serve, listener)
     with pytest.raises(AuthenticationError, match="refused"):
         connect(*listener.getsockname(), auth.CONTROLLER, "ann", OTHER_KEY, SECONDS)
-    assert served()[1] is None
+    assert served() is None
 
 
 def test_a_server_that_does_not_know_the_secret_is_not_ours(closing, listener):
     def impostor():
         sock, _ = listener.accept()
         with sock:
-            sock.sendall(auth.greeting(bytes(32)))
+            sock.sendall(auth.PLAIN + bytes(32))
             receive_exactly(sock, auth.AUTH_BYTES, time.monotonic() + SECONDS)
             sock.sendall(bytes(range(32)))
 
@@ -160,7 +157,7 @@ def test_two_that_differ_are_told_at_once_on_both_sides(encrypted_server, closin
     def plain_server():
         sock, _ = listener.accept()
         with sock, pytest.raises(ProtocolError, match="the other side encrypts, and this side does not"):
-            answer_claim(sock, lambda _: [KEY], time.monotonic() + SECONDS)
+            accept(sock, lambda _: [KEY], time.monotonic() + SECONDS)
         return True
 
     served = in_thread(closing, plain_server)
@@ -172,18 +169,18 @@ def test_two_that_differ_are_told_at_once_on_both_sides(encrypted_server, closin
 @needs_tls
 def test_an_encrypting_client_closed_before_its_welcome_tries_again(encrypted_server, monkeypatch):
     monkeypatch.setattr(connecting, "RETRY_SECONDS", 0.001)
-    real, calls = connecting._open, []
+    real, calls = connecting._read_opening, []
 
     def lose_three(sock, *more):
         calls.append(sock)
-        if len(calls) <= 3:
+        if len(calls) <= 3:  # in the clear
             sock.shutdown(socket.SHUT_RDWR)
         return real(sock, *more)
 
-    monkeypatch.setattr(connecting, "_open", lose_three)
+    monkeypatch.setattr(connecting, "_read_opening", lose_three)
     key = auth.derive_key("ann", "correct horse battery")
     connect("127.0.0.1", encrypted_server.address[1], auth.NODE, "ann", key, SECONDS, True).close()
-    assert len(calls) == 4
+    assert len(calls) == 5  # the last one is inside TLS
 
 
 @needs_tls
@@ -209,7 +206,7 @@ def answer(data, seconds=SECONDS, end=True):
         theirs.sendall(data)
         if end:
             theirs.shutdown(socket.SHUT_WR)
-        return answer_claim(ours, lambda _: [KEY], time.monotonic() + seconds)
+        return accept(ours, lambda _: [KEY], time.monotonic() + seconds)
 
 
 def test_of_a_claim_104_bytes_are_read():
@@ -217,8 +214,8 @@ def test_of_a_claim_104_bytes_are_read():
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(auth.claim(auth.NODE, "ann", bytes(32)) + bytes(32) + b"x" * 1000)
-        _, user, keys = answer_claim(ours, lambda _: [KEY], time.monotonic() + SECONDS)
-        assert (user, keys) == (b"ann", None)
+        with pytest.raises(AuthenticationError, match="'ann'"):
+            accept(ours, lambda _: [KEY], time.monotonic() + SECONDS)
         assert ours.recv(2000) == b"x" * 1000
 
 

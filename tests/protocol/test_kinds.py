@@ -1,5 +1,7 @@
 """The numbers on the wire, and tables that fit each other."""
 
+from wire import LINKS
+
 from achilles.protocol import auth, frames, kinds
 from achilles.protocol.frames import HEAD, RANGE, Gone, Kind, Status
 
@@ -21,13 +23,14 @@ def test_every_number_on_the_wire_is_pinned():
 
 
 def test_the_texts_that_are_few_are_pinned():
-    assert kinds.REASONS == ("leaving", "restart", "killed")
+    assert kinds.FIELDS[Kind.BYE]["reason"].form == "leaving|restart|killed"
     assert kinds.CALLS == ("one", "star", "apply")
     assert kinds.PHASES == ("function", "load", "call", "dump")
 
 
 def test_every_kind_has_a_direction_and_one_layout():
     assert kinds.DIRECTIONS.keys() == set(Kind)
+    assert {link for links in kinds.DIRECTIONS.values() for link in links} == set(LINKS)
     assert kinds.FIELDS.keys() | kinds.RANGES.keys() == set(Kind)
     assert not kinds.FIELDS.keys() & kinds.RANGES.keys()
     assert kinds.LETTERS < kinds.RANGES.keys()

@@ -7,12 +7,12 @@ import struct
 from pathlib import Path
 
 import pytest
-from wire import ABOUT, CLUSTER, LONG, SERVER_HELLO, batch, encode, job, plain, read
+from wire import ABOUT, CLUSTER, LINKS, LONG, SERVER_HELLO, batch, encode, job, plain, read
 
 import achilles
 from achilles.protocol import auth, channel, frames, kinds, reader
 from achilles.protocol.frames import TELL, Batch, Gone, Kind, Status
-from achilles.protocol.kinds import FIELDS, LETTERS, LINKS, RANGE_FIELDS, RANGES
+from achilles.protocol.kinds import FIELDS, LETTERS, RANGE_FIELDS, RANGES
 from achilles.protocol.reader import FrameReader
 
 PROTOCOL = (Path(achilles.__file__).parent / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -107,7 +107,7 @@ def test_the_note_of_the_page_is_the_codes():
 def test_what_the_page_says_of_encryption_is_the_codes():
     text = section(2).partition("**Encryption.**")[2]
     assert auth.TLS == b"ACHS" + auth.PLAIN[4:] and '">4sH2x"   "ACHS" version' in text
-    assert auth.PLAIN == auth.greeting(bytes(32))[:8] and len(auth.TLS) == struct.calcsize(">4sH2x")
+    assert auth.PLAIN == bytes.fromhex("4143484c00010000") and len(auth.TLS) == struct.calcsize(">4sH2x")
     labels = re.findall(r'Y\("([^"]+)"\)', text)
     assert labels == ["psk", "psk id"]
     prk = hmac.digest(bytes(32), b"K" * 32, "sha256")
@@ -166,15 +166,16 @@ def test_the_table_of_fields_is_the_codes():
     fields_of_a_job = {name: "" if field.required else "?" for name, field in kinds.DECLARATION.items()}
     assert declared | options == fields_of_a_job
     status = dict(re.findall(r"^- (?:each|the) (\w+): (.*)$", section(6), re.M))
-    for name, states in (("node", kinds.NODE_STATE), ("job", kinds.JOB_STATE), ("server", kinds.SERVER_STATE),
-                         ("chunk", kinds.CHUNK_STATE)):
-        marks = {name: "" if field.required else "?" for name, field in states.items()}
+    answer = kinds.SERVER_FIELDS[Kind.STATUS]
+    for name, state in (("node", answer["nodes"]), ("job", answer["jobs"]), ("server", answer["server"]),
+                        ("chunk", FIELDS[Kind.PING]["chunks"])):
+        marks = {name: "" if field.required else "?" for name, field in state.inside.items()}
         assert dict(re.findall(r"`(\w+)`(\??)", status[name])) == marks
 
 
 def test_the_few_texts_of_the_page_are_the_codes():
     cells = dict(table(6))
-    assert tuple(re.findall(r"`(\w+)`", cells["BYE"])[1:]) == kinds.REASONS
+    assert "|".join(re.findall(r"`(\w+)`", cells["BYE"])[1:]) == FIELDS[Kind.BYE]["reason"].form
     ways = section(6).rpartition("`call`?")[2].partition("`seed`")[0]
     assert tuple(re.findall(r'"(\w+)"', ways)) == kinds.CALLS
 
@@ -195,7 +196,7 @@ def bytes_of(line):
 
 def test_the_session_of_section_10_is_one():
     (_, (m1,)), (_, (m2,)), (_, (m3,)), *messages = pieces_of_the_session()
-    auth.read_greeting(m1)
+    assert m1[:8] == auth.PLAIN
     assert auth.read_claim(m2) == (auth.CONTROLLER, b"ann")
     shown = dict(re.findall(r"^(K|key \S+) +([0-9a-f]{64})$", section(10), re.M))
     assert auth.derive_key("ann", "correct horse battery staple").hex() == shown["K"]

@@ -11,6 +11,7 @@ from wire import (
     CLUSTER,
     FRAMES,
     IDS,
+    LINKS,
     LONG,
     SERVER_HELLO,
     STATUS,
@@ -27,7 +28,7 @@ from wire import (
 from achilles.errors import AuthenticationError, ProtocolError
 from achilles.protocol import auth, reader
 from achilles.protocol.frames import HEAD, RANGE, Frame, Kind
-from achilles.protocol.kinds import DIRECTIONS, LINKS
+from achilles.protocol.kinds import DIRECTIONS
 from achilles.protocol.reader import FrameReader
 
 

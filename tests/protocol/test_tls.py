@@ -1,4 +1,4 @@
-"""A socket that encrypts, over socket pairs: the handshake, what a selector sees, writing, and the end.
+"""A socket that encrypts, over socket pairs: the handshake, what a selector sees, and the end.
 
 Nothing here sleeps. The Channel's own tests run over it as well (`test_channel.py`).
 """
@@ -73,7 +73,7 @@ def test_both_ends_have_one_binding_that_no_other_connection_has(closing):
 
 
 def test_the_binding_is_in_the_proof_so_that_two_connections_cannot_be_joined(closing):
-    m1, signed = auth.greeting(bytes(32)), auth.claim(auth.NODE, "ann", bytes(32))
+    m1, signed = auth.PLAIN + bytes(32), auth.claim(auth.NODE, "ann", bytes(32))
     proof = auth.session_keys(KEY, m1, signed, b"a" * 32).client_proof
     assert auth.accept_claim([KEY], m1, signed + proof, b"a" * 32) is not None
     for other in (b"b" * 32, auth.NO_BINDING):
@@ -88,15 +88,12 @@ def meet(closing, known, client_known):
     deadline = time.monotonic() + SECONDS
 
     def serve():
-        made = tls.server(ours, known, deadline)
         with pytest.raises(AchillesError) as caught:
-            made.handshake(deadline)
-        made.send_handshake()
+            tls.server(ours, known, b"", deadline, bool)
         ours.close()
         return caught.value
 
     served = in_thread(closing, serve)
-    connect.receive_exactly(theirs, 8, deadline)
     with pytest.raises(AchillesError) as caught:
         tls.client(theirs, client_known, deadline)
     return served(), caught.value
@@ -120,7 +117,7 @@ def test_a_client_that_does_not_encrypt_is_named(closing):
     with ours, theirs:
         theirs.sendall(auth.PLAIN)
         with pytest.raises(ProtocolError, match="the other side does not encrypt, and this side does: set ENCRYPT=yes"):
-            tls.server(ours, {}, time.monotonic() + SECONDS)
+            connect.accept(ours, list, time.monotonic() + SECONDS, {})
         assert theirs.recv(100) == auth.TLS == b"ACHS\0\1\0\0"
 
 
@@ -131,9 +128,9 @@ def test_of_a_client_that_has_proved_nothing_8_kib_are_read(first):
     with ours, theirs:
         theirs.sendall((first + bytes(4096 + 5 - len(first))) * 5)
         with pytest.raises(AchillesError):
-            tls.server(ours, dict([ANN]), time.monotonic() + SECONDS).handshake(time.monotonic() + 0.2)
+            tls.server(ours, dict([ANN]), b"", time.monotonic() + 0.2, bool)
         left = len(ours.recv(1 << 20, socket.MSG_DONTWAIT))
-        assert left >= 5 * (4096 + 5) - 8 - tls.HANDSHAKE_BYTES
+        assert left >= 5 * (4096 + 5) - tls.HANDSHAKE_BYTES
 
 
 def hello():
@@ -162,10 +159,8 @@ def test_half_handshakes_and_junk_end_in_an_error_of_ours(data):
     with ours, theirs:
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + SECONDS
         with pytest.raises((AuthenticationError, ProtocolError, ServerUnreachable)):
-            made = tls.server(ours, dict([ANN]), deadline)
-            made.handshake(deadline)
+            connect.accept(ours, list, time.monotonic() + SECONDS, dict([ANN]))
 
 
 def test_the_handshake_has_one_deadline_whatever_arrives(closing):
@@ -181,7 +176,7 @@ def test_the_handshake_has_one_deadline_whatever_arrives(closing):
 
     dripping = in_thread(closing, drip)
     with ours, pytest.raises(TimeoutError):
-        tls.server(ours, dict([ANN]), time.monotonic() + SECONDS).handshake(time.monotonic() + 0.1)
+        tls.server(ours, dict([ANN]), b"", time.monotonic() + 0.1, bool)
     stop.set()
     dripping()
 
@@ -223,22 +218,14 @@ def test_whatever_has_come_whole_is_given_where_a_selector_sees_nothing_any_more
     sent = got = b""
     while len(sent) < 3 << 20:
         data = os.urandom(rng.choice([1, 40, 5000, 20_000, 150_000]))
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                server.sendmsg([data])
-                sent += data
-                break
-        while is_readable(client):
-            got += receive(client, rng.choice([64 << 10, 100_000, 256 << 10])) or b""
-        if not server._unsent:
-            assert got == sent, "bytes that no selector sees"
-        while server._unsent:
+        unsent = server.encrypt(data)
+        while unsent:
             with contextlib.suppress(BlockingIOError):
-                server.sendmsg([data])
-                sent += data
+                unsent = unsent[server.send(unsent) :]
             while is_readable(client):
-                got += receive(client, 64 << 10) or b""
-    assert got == sent
+                got += receive(client, rng.choice([64 << 10, 100_000, 256 << 10])) or b""
+        sent += data
+        assert got == sent, "bytes that no selector sees"
 
 
 def test_every_place_of_a_reader_has_64_kib():
@@ -285,33 +272,7 @@ def test_a_record_that_is_cut_gives_nothing_but_counts_as_a_sign_of_life(closing
         link.receive()
 
 
-# Writing, and the end.
-
-
-def test_a_write_counts_when_the_socket_has_taken_all_of_it(ends):
-    server, client = ends
-    data = os.urandom(1 << 20)
-    sent = got = b""
-    refused = 0
-    while len(got) < len(data):
-        try:
-            sent += data[len(sent) : len(sent) + server.sendmsg([data[len(sent) :]])]
-        except BlockingIOError:
-            refused += 1
-        while is_readable(client):
-            got += receive(client) or b""
-        assert got.startswith(sent) or sent.startswith(got)
-    assert got == data and refused
-
-
-def test_a_push_does_not_wait_for_a_socket_that_waits(ends):
-    server, _ = ends
-    server.settimeout(SECONDS)
-    began = time.monotonic()
-    with pytest.raises(BlockingIOError):
-        while True:
-            server.writev([bytes(256 << 10)])
-    assert time.monotonic() - began < SECONDS / 2
+# The end.
 
 
 def test_one_that_has_ended_writing_still_reads(ends):

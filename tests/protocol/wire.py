@@ -6,6 +6,7 @@ from achilles.protocol import frames
 from achilles.protocol.frames import HEAD, TELL, Batch, Gone, Kind, LongLetter, Status
 from achilles.protocol.kinds import FIELDS, LETTERS, RANGES, SERVER_FIELDS
 
+LINKS = ("CS", "NS", "SC", "SN", "NW", "WN")
 LONG = bytes(range(256)) * 5
 LONG_DIGEST = bytes.fromhex("d414b085826eb06778483ba35564dc849e643359f69ed9747878ba6e54985bed")
 HEX64, HEX32 = "0f" * 32, "0f" * 16
