@@ -33,7 +33,7 @@ LONGEST_FUNCTION_LINES, MOST_METHODS = 40, 28
 # Statements (without docstrings) that a folder may have. The second edition's aim stands behind each: what is over it
 # is to come down, and may not grow meanwhile.
 BUDGETS = {
-    "ring": 973, "protocol": 754, "server": 658, "node": 971, "objects": 1036, "controller": 973, "core": 4943,
+    "ring": 973, "protocol": 754, "server": 658, "node": 971, "objects": 1023, "controller": 973, "core": 4943,
     "drop-ins": 948, "launch/beside": 535, "whole": 5891,
 }
 AIMS = {
@@ -45,8 +45,9 @@ THIN_MODULES = {"dropin.joblib_backend": 75, "dropin.engine": 120}  # others' in
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 PICKLING = {
     "objects.letters": "what a letter is made of",
-    "objects.definitions": "what no import finds, by C pickle or by dill; code objects, by marshal",
-    "objects.loading": "the form of a letter; an Unpickler with makers",
+    "objects.byvalue": "a Pickler with hooks",
+    "objects.definitions": "the pickle of all items",
+    "objects.loading": "the form of a letter; an Unpickler with makers; code objects, by marshal",
     "objects.outcomes": "plain values, without a detour",
     "objects.sources": "a dict of texts",
     "objects.canonical": "digests, of which nothing is loaded; plain values for a journal",

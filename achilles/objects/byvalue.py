@@ -16,13 +16,16 @@ Threads: one thread uses a Dumper. That thread has the context's lock, but for a
 from __future__ import annotations
 
 import builtins
+import collections
 import copyreg
 import enum
 import functools
+import gc
 import hashlib
 import importlib.machinery
 import io
 import os
+import pickle
 import struct
 import sys
 import threading
@@ -32,7 +35,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from .loading import EXTEND, MAKERS, PICKLE, PIDS, take_large
+from .loading import EXTEND, MAKERS, PICKLE, PIDS, dump_code, take_large
 from .names import (
     MAINS,
     MISSING,
@@ -51,9 +54,16 @@ from .names import (
     travels_by_value,
 )
 
-__all__ = ["CACHE_TYPE", "Dumper", "arguments_of"]
+__all__ = ["CACHE_TYPE", "VIEWS", "Dumper", "arguments_of"]
 
 CACHE_TYPE = type(functools.lru_cache(lambda: None))
+VIEWS: Any = {  # by the type of a view: what makes it, and a dict to make one of
+    type(make(kind())): (make, kind())
+    for kind in (dict, collections.OrderedDict) for make in (kind.keys, kind.values, kind.items)}
+NAMELESS: Any = {  # classes of C that have no name where they say they have one
+    **{cls: (getattr, (types, name)) for name, cls in vars(types).items() if isinstance(cls, type)},
+    **{kind: (type, (make(made),)) for kind, (make, made) in VIEWS.items()},
+}
 WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
     weakref.ref: lambda reference: reference(), weakref.WeakSet: list, weakref.WeakValueDictionary: dict,
     weakref.WeakKeyDictionary: dict,
@@ -72,8 +82,8 @@ OPTIONS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": 
            "infer_variance": "__infer_variance__", "default": "__default__", "type_params": "__type_params__"}
 
 
-class Dumper:
-    """One attempt to dump by value; mixed in before C pickle's Pickler, and dill's.
+class Dumper(pickle.Pickler):
+    """One attempt to dump by value.
 
     :ivar entry: the entry that is dumped now; None for arguments, results, and functions with their callbacks.
     :param reduced: the reduction of its thing; made here of a value.
@@ -91,15 +101,14 @@ class Dumper:
         self.plain: set[type] = set()  # classes by value: pickle takes their instances apart itself
         self.rest: Any = None  # what fills the thing of the entry, as pickle's reductions have it
         self.file, self.views = io.BytesIO(), list[memoryview]()
-        pickled: Any = super()
-        pickled.__init__(self.file, PICKLE, buffer_callback=functools.partial(take_large, self.views))
+        super().__init__(self.file, PICKLE, buffer_callback=functools.partial(take_large, self.views))
         if entry is None:
-            pickled.dump(value)
+            self.dump(value)
             return
         maker, arguments, *self.rest = reduced or self._apart(value)
-        pickled.dump((maker, arguments))
+        self.dump((maker, arguments))
         self.numbers[id(value)] = OWN
-        pickled.dump(entry)
+        self.dump(entry)
         self.content = (hashlib.sha256(b"".join([self.file.getvalue(), *self.views])).digest(),
                         [each.token for each in self.refs])
 
@@ -132,7 +141,7 @@ class Dumper:
         if reduce is not None:
             return reduce(self, thing)
         if is_class(thing):
-            return self._refer(thing) if is_by_value(thing) else NotImplemented
+            return self._refer(thing) if is_by_value(thing) else NAMELESS.get(thing, NotImplemented)
         if is_stream(thing):  # a notebook's is no file
             return self._stream(thing)
         # An exception's `__init__` may take other arguments than its built-in base. And pickle asks an empty instance
@@ -262,7 +271,7 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, 
     "dataclasses": lambda _, thing: next(  # its marks are compared by identity
         (name for name, mark in vars(sys.modules["dataclasses"]).items() if mark is thing), NotImplemented),
     **dict.fromkeys((Entry, Space, Slot), lambda dumper, item: (MAKERS["itself"], (item.thing,), *dumper.rest)),
-    # Of Python 3.15, or none: the row of `object` follows. dill takes each for a mark of dataclasses.
+    # Of Python 3.15, or none: the row of `object` follows.
     getattr(builtins, "sentinel", object): lambda dumper, mark: dumper._singleton(
         mark, mark.__name__, type(mark), (mark.__name__,), (None, {"__module__": mark.__module__})),
     object: lambda dumper, mark: dumper._one(mark, object, ()) if dumper.shares else NotImplemented,
@@ -290,7 +299,12 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, 
     staticmethod: lambda _, thing: (staticmethod, (thing.__func__,)),
     classmethod: lambda _, thing: (classmethod, (thing.__func__,)),
     types.MappingProxyType: lambda _, thing: (types.MappingProxyType, (dict(thing),)),
-    # A lock arrives as a new one: an RLock that dill loads is held for ever, by nobody.
+    types.CodeType: lambda _, code: (MAKERS["code"], (dump_code(code),)),
+    **dict.fromkeys(VIEWS, lambda _, view: (VIEWS[type(view)][0], tuple(gc.get_referents(view)))),
+    **dict.fromkeys((types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType),
+                    lambda _, made: (MAKERS["descriptor"], (made.__objclass__, made.__name__))),
+    super: lambda _, made: (super, (made.__thisclass__, made.__self__)),
+    # A lock arrives as a new one.
     type(threading.Lock()): lambda _, thing: (threading.Lock, ()),
     type(threading.RLock()): lambda _, thing: (threading.RLock, ()),
 }

@@ -37,16 +37,15 @@ import pickle
 import sys
 import typing
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
-from .byvalue import CACHE_TYPE, OPTIONS, STANDS_FOR, evaluated
+from .byvalue import CACHE_TYPE, OPTIONS, STANDS_FOR, VIEWS, evaluated
 from .definitions import MADE_ANEW, content_of
 from .loading import PICKLE
-from .names import MAINS, REMEMBERED, codes_of, global_names, is_c_type, is_class, is_global, travels_by_value
+from .names import MAINS, REMEMBERED, codes_of, global_names, is_class, is_global, travels_by_value
 from .sources import PACKAGE, file_of, is_installed
 
 __all__ = ["can_load", "digest_of", "digests_of", "dump_values"]
@@ -65,8 +64,6 @@ OF_CLASSES = {  # and in a class: line numbers, names in the order of a set
 PRIVATE, FIELDS = "__pydantic_", "__pydantic_fields__"  # tables of a class, which hold addresses; the fields do not
 VARIABLES = typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR
 VARIABLE_PARTS = "__constraints__", *OPTIONS.values(), *STANDS_FOR.values()
-DICTS: tuple[Any, ...] = {}, OrderedDict()
-VIEWS = [type(getattr(made, name)()) for made in DICTS for name in ("keys", "values", "items")]
 
 
 class Canonical(pickle.Pickler):
@@ -276,7 +273,7 @@ def _function(function: FunctionType) -> Any:
 
 def _class(cls: Any) -> Any:
     """Without the text that dataclasses made of the signature: it may hold addresses, as private tables do."""
-    if not is_users(cls.__module__) and (is_c_type(cls) or not travels_by_value(cls)):
+    if not is_users(cls.__module__) and not travels_by_value(cls):
         return cls.__module__, cls.__qualname__
     own = {name: value for name, value in vars(cls).items()
            if name not in OF_CLASSES and (name == FIELDS or not name.startswith(PRIVATE))}

@@ -28,9 +28,7 @@ import abc
 import enum
 import functools
 import io
-import marshal
 import pickle
-import re
 import sys
 from itertools import islice, repeat
 from types import (
@@ -44,9 +42,8 @@ from types import (
 )
 from typing import Any
 
-from ..errors import VersionError
 from .byvalue import CACHE_TYPE, Dumper, arguments_of
-from .loading import CAME, MAKERS, letter_of
+from .loading import CAME, MAKERS, dump_code, letter_of
 from .names import (
     ATOMS,
     MAINS,
@@ -60,11 +57,8 @@ from .names import (
     travels_by_value,
 )
 
-__all__ = ["Definitions", "dill_pickler", "dumped", "facts_of", "way_to"]
+__all__ = ["Definitions", "facts_of", "way_to"]
 
-DILL_OLDEST = (0, 4, 1)  # the first that knows Python 3.13's code and threads
-DILL_KINDS = {"save_code", "_save_dict_view", "save_super", "save_wrapper_descriptor", "save_singleton", "save_type",
-              "save_slice"}  # what dill does with files and references would open, truncate and delete
 BELONGS: Any = {  # what a function belongs to, or consists of
     FunctionType: lambda _: (), tuple: list, MethodType: lambda method: [method.__self__],
     BuiltinFunctionType: lambda method: [method.__self__],
@@ -73,7 +67,6 @@ BELONGS: Any = {  # what a function belongs to, or consists of
 # In place of a pickle, where the token is enough.
 NAMED: Any = SimpleNamespace(refs={}, views=[], file=io.BytesIO(), content=None)
 DEEPEST, WIDEST = 10, 1000  # of a search for what cannot be dumped
-MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
 CODE = (FunctionType, staticmethod, classmethod)
 CLASS_NAMES = "__classdict__"  # the variable in which annotations look up names (Python 3.14)
 MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself
@@ -169,9 +162,9 @@ class Definitions:
             pieces, reduced = PARTS[item.kind](item, item.thing)
             held = [entry for value, place in pieces if (entry := self.names.hold(value, place, item.named))]
             item.refs = [*item.refs, *held]  # those of the last time stay alive until they are found again
-            dumper = dumped(self.names, item.thing, entry=item, reduced=reduced, only=item.state and item.state[0][1])
+            dumper = Dumper(self.names, item.thing, item, reduced, only=item.state and item.state[0][1])
             if item.state and dumper.content != item.state[0]:  # now tokens stand where those values stood
-                dumper = dumped(self.names, item.thing, entry=item, reduced=reduced)
+                dumper = Dumper(self.names, item.thing, item, reduced)
         except Exception as error:
             where = "the {} {!r} of {}: ".format(*item.place) if item.place else ""
             error.__dict__["way"] = where + way_to(self.names, item.thing)
@@ -204,11 +197,10 @@ def _function(entry: Any, function: Any) -> tuple[list[Any], Any]:
         *_placed(function, "attribute", vars(function)), *_placed(function, "global", slots),
     ]
     modules = [slot.thing.__name__ for slot in slots.values() if isinstance(slot.thing, ModuleType)]
-    # The same bytes each time: references by count are gone after a load.
-    data = marshal.dumps(marshal.loads(marshal.dumps(code, MARSHAL)), MARSHAL)
     annotations = "__annotate__" if getattr(function, "__annotate__", None) else "__annotations__"  # unevaluated
     filled = {key: value for key in (*FILLED, annotations) if (value := getattr(function, key, None))}
-    arguments = function.__globals__, data, function.__name__, function.__closure__, submodules_of(code, modules)
+    arguments = (function.__globals__, dump_code(code), function.__name__, function.__closure__,
+                 submodules_of(code, modules))
     return pieces, (MAKERS["function"], arguments, (dict(vars(function)), filled))
 
 
@@ -262,37 +254,6 @@ def content_of(cell: CellType) -> list[Any]:
     return [] if cell == CellType() else [cell.cell_contents]
 
 
-class _Pickler(Dumper, pickle.Pickler):
-    """The fast way."""
-
-
-@functools.lru_cache(None)
-def dill_pickler() -> Any:
-    """The slow way: dill's table of types, but for those that would touch files or lose what they refer to."""
-    try:
-        import dill
-    except ModuleNotFoundError:
-        raise VersionError("dill is needed here: pip install 'dill>=0.4.1'") from None
-    if tuple(map(int, re.findall(r"\d+", dill.__version__)[:3])) < DILL_OLDEST:
-        raise VersionError(f"dill {dill.__version__} is too old: pip install 'dill>=0.4.1'")
-    stock: Any = pickle._Pickler
-    own = {kind: save for kind, save in dill.Pickler.dispatch.items()
-           if save.__module__ == pickle.__name__ or save.__name__ in DILL_KINDS}
-    table = {**own, dict: stock.save_dict, FunctionType: stock.save_global}
-    return type("_DillPickler", (Dumper, dill.Pickler), {"dispatch": table, "save": stock.save})
-
-
-def dumped(names: Names, value: Any, **options: Any) -> Any:
-    """Dump arguments, or the thing of an entry, by the fast way or by the slow one; with a Dumper of these options."""
-    try:
-        return _Pickler(names, value, **options)
-    except Exception as error:
-        try:
-            return dill_pickler()(names, value, **options)
-        except Exception as second:
-            raise second from error
-
-
 def facts_of(functions: list[Any]) -> list[Any]:
     """All that functions refer to: if each is the very same later, nothing has changed that is no value by itself."""
     found: list[Any] = []
@@ -314,7 +275,7 @@ def way_to(names: Names, value: Any, way: str = "", owner: Any = None, left: int
     """
     for step, child in _children(value).items() if left else ():
         try:
-            dumped(names, child, shares=False)
+            Dumper(names, child, shares=False)
         except Exception:
             return way_to(names, child, way + step, value, left - 1)
     return f"its {way}, held by an object of type {type(owner).__qualname__}: " if way else ""

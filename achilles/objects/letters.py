@@ -4,13 +4,10 @@ Used in the caller and in workers alone: the server never imports this folder, a
 that it forks. Knows which way of dumping is tried. Knows nothing of jobs, frames and peers. The form of a letter is
 loading.py's. How functions and classes travel is definitions.py's and byvalue.py's.
 
-Three ways, each tried when the one before fails::
+Two ways::
 
-    1 plain     C pickle, where it neither fails nor names ``__main__``, which is another module elsewhere
-    2 by value  C pickle with byvalue's hooks: functions, classes and what belongs to them
-    3 dill      the same hooks on dill's Pickler, in Python: views, descriptors and other rarities. dill is imported at
-                the first need. Its import extends the table of pickle's Python Pickler (`dill.extend`), never C
-                pickle's. Nothing else is changed
+    1 plain     C pickle, where it neither fails nor names ``__main__``, which is another module elsewhere; else
+    2 by value  C pickle with byvalue's hooks: functions, classes, what belongs to them, and rarities
 
 A chunk of which arguments are to be skipped is a letter of form 2: the pickle is the set of their offsets, the one
 buffer is the letter of the chunk.
@@ -40,8 +37,9 @@ from collections.abc import Collection, Sequence
 from operator import is_
 from typing import Any
 
-from ..errors import DumpError, VersionError
-from .definitions import Definitions, dumped, facts_of, way_to
+from ..errors import DumpError
+from .byvalue import Dumper
+from .definitions import Definitions, facts_of, way_to
 from .loading import JOINED_BYTES, NOTHING, PICKLE, SKIPPING, Buffer, Loader, define, letter_of, opened, take_large
 from .names import ATOMS, KEPT, UNFOUND, Names
 
@@ -109,15 +107,12 @@ class Context:
         :param what: how to call the object in an error; made from its type by default.
         :param plain: whether C pickle is tried alone first.
         :param copied: whether this is an argument, as a list is: a copy, whatever has a token.
-        :raises DumpError: neither pickle nor dill can dump it.
-        :raises VersionError: dill is needed, and missing or too old.
+        :raises DumpError: neither way can dump it.
         """
         shared = type(value) is not list and self._caller and not copied
         parts = dump_plain(value) if plain and not shared else None
         try:
             return parts or self._dump_by_value(value, shared)
-        except VersionError:
-            raise
         except Exception as error:
             whither, remedy = REMEDIES[self._caller]
             found = error.__dict__.pop("way", "")  # of the definitions
@@ -152,7 +147,7 @@ class Context:
         if shared:
             with self.names.lock:
                 self.definitions.share(value)
-        dumper = dumped(self.names, value, shares=shared)
+        dumper = Dumper(self.names, value, shares=shared)
         roots = [*dumper.refs]
         with self.names.lock:
             is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # else it may change

@@ -33,21 +33,23 @@ import marshal
 import os
 import pickle
 import struct
+import sys
 from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from .names import MISSING, Module, Names, Space, builtin_base
 
 __all__ = ["CAME", "JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PIDS", "SKIPPING", "Buffer", "Loader",
-           "define", "letter_of", "opened", "take_large"]
+           "define", "dump_code", "letter_of", "opened", "take_large"]
 
 Buffer = bytes | bytearray | memoryview
 FORM, SKIPPING = 1, 2  # the first byte of a letter that is not a bare pickle; of a chunk with offsets to skip
 NOTHING = memoryview(b"")  # no definitions
 HEAD = struct.Struct(">BxxxIQ")
 PICKLE = 5  # the protocol: the first with buffers out of band
+MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
 OUT_OF_BAND_BYTES = 16_384  # below, a copy costs less than the parts and a letter kept alive by it
 JOINED_BYTES = 65_536  # a pickle up to this is copied behind its head, so that it is one part
 ALIGNMENT_BYTES = 16  # what numpy's vector loops like
@@ -89,6 +91,11 @@ def opened(letter: memoryview) -> list[memoryview]:
         pieces.append(letter[at : at + size])
         at += size
     return pieces
+
+
+def dump_code(code: CodeType) -> bytes:
+    """Code as bytes, the same each time: references by count are gone after a load."""
+    return marshal.dumps(marshal.loads(marshal.dumps(code, MARSHAL)), MARSHAL)
 
 
 class Loader(pickle.Unpickler):
@@ -311,6 +318,8 @@ MAKERS: dict[str, Any] = {
     "member": lambda cls, name: cls._member_map_[name],
     "partialmethod": lambda function, arguments, options: functools.partialmethod(function, *arguments, **options),
     "cell": CellType,
+    "code": marshal.loads,
+    "descriptor": lambda cls, name: vars(cls)[name],
     "function": _make_function,
     "new_class": Part.new_class,
     "fill_class": Part.fill_class,

@@ -210,6 +210,8 @@ def importable(name: str) -> bool:
 
 def travels_by_value(thing: Any) -> bool:
     """Whether an import on another machine would not find this function, class or cache."""
+    if is_class(thing) and is_c_type(thing):
+        return False
     module = getattr(thing, "__module__", None)
     if module in MAINS or module not in sys.modules or not importable(module):
         return True
@@ -247,7 +249,7 @@ def by_path(found: Any, path: str) -> Any:
 
 def is_by_value(kind: Any) -> bool:
     """Whether this is a class by value."""
-    return is_class(kind) and not is_c_type(kind) and travels_by_value(kind)
+    return is_class(kind) and travels_by_value(kind)
 
 
 def is_c_type(cls: type) -> bool:
