@@ -45,7 +45,7 @@ from typing import Any
 from .byvalue import CACHE_TYPE, OPTIONS, STANDS_FOR, VIEWS, evaluated
 from .definitions import MADE_ANEW, content_of
 from .loading import PICKLE
-from .names import MAINS, REMEMBERED, codes_of, global_names, is_class, is_global, travels_by_value
+from .names import MAINS, REMEMBERED, codes_of, global_names, is_global, travels_by_value
 from .sources import PACKAGE, file_of, is_installed
 
 __all__ = ["can_load", "digest_of", "digests_of", "dump_values"]
@@ -55,6 +55,7 @@ CODE_PARTS = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", 
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
 LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_ATTR", "LOAD_METHOD")
 ANNOTATIONS = {"__annotations__", "__annotate__", "__annotate_func__", "__conditional_annotations__"}
+UNORDERED = set, frozenset
 OF_MODULES = {  # the machine's own names in a module
     "__name__", "__file__", "__builtins__", "__spec__", "__doc__", "__loader__", "__package__", "__cached__",
     "__path__", "__warningregistry__", *ANNOTATIONS,
@@ -78,11 +79,10 @@ class Canonical(pickle.Pickler):
         self.digest = hashlib.sha256()
         super().__init__(SimpleNamespace(write=self.digest.update), PICKLE)
         self._of_thing = of_thing
-        self._texts: dict[Any, Any] = {}
-        self._met = dict(met or {})  # a number, and what has it, by the ids of what is taken apart
-        self._tuples: dict[int, tuple[Any, list[Any]]] = {}  # with the lists in their place, by their ids
-        self._lists: dict[Any, list[Any]] = {}  # the same lists, by what is in them
+        self._met = dict(met or {})  # a number, and what has it, by the ids of functions, classes and modules
         self._open: list[Any] = []  # what is to be written
+        self._ones: dict[Any, Any] = {}  # the texts and lists that are written, by what equal ones have in common
+        self._lists: dict[int, tuple[Any, list[Any]]] = {}  # tuples and sets with the lists in their place, by their ids
 
     def digest_of(self, value: Any) -> str:
         """The digest of one value."""
@@ -95,55 +95,45 @@ class Canonical(pickle.Pickler):
         """What is written in place of a thing; None where pickle takes it apart."""
         kind = type(thing)
         if kind is str or kind is bytes:
-            return self._texts.setdefault(thing, thing)
-        if kind is tuple:
+            return self._ones.setdefault(thing, thing)
+        if kind in UNORDERED or kind is tuple:
             return self._list_of(thing)
-        if kind is set or kind is frozenset:
-            return [kind.__name__, self._sorted(thing)]
-        apart = self._way(thing, kind)
-        if apart is None:
+        if not issubclass(kind, (type, FunctionType, ModuleType)):
             return None
-        if self._of_thing is not None and apart in (_class, _function, _module):
+        if self._of_thing is not None:
             return self._of_thing(thing)
         if id(thing) not in self._met:
             self._met[id(thing)] = len(self._met), thing
+            apart = next(THINGS[base] for base in kind.__mro__ if base in THINGS)
             self._open.append([kind.__name__, apart(thing)])
         return self._met[id(thing)][0]
 
-    def _sorted(self, items: Any) -> list[str]:
-        """The digests of the items of a set."""
-        return sorted(Canonical(self._of_thing, self._met).digest_of(each) for each in items)
-
-    def _list_of(self, items: tuple[Any, ...]) -> list[Any]:
-        """A list in place of a tuple: one list for all that are equal, so that pickle writes it once."""
-        if id(items) not in self._tuples:
-            key = tuple([self._key(each) for each in items])
-            self._tuples[id(items)] = items, self._lists.setdefault(key, [*items])
-        return self._tuples[id(items)][1]
+    def _list_of(self, items: Any) -> list[Any]:
+        """A list in place of a tuple or set: one list for all that are equal, so that pickle writes it once."""
+        kind = type(items)
+        if id(items) not in self._lists:
+            made = [*items]
+            if kind in UNORDERED:
+                made = [kind.__name__, *sorted(Canonical(self._of_thing, self._met).digest_of(each) for each in items)]
+            key = kind, *[self._key(each) for each in made]
+            self._lists[id(items)] = items, self._ones.setdefault(key, made)
+        return self._lists[id(items)][1]
 
     def _key(self, item: Any) -> Any:
         """What two items have in common if they are one for a canonical form."""
         kind = type(item)
-        if kind is tuple:
+        if kind in UNORDERED or kind is tuple:
             return kind, id(self._list_of(item))
-        if kind is set or kind is frozenset:
-            return kind, *self._sorted(item)
         if kind is float or kind is complex:  # 0.0 == -0.0
             return kind, repr(item)
         return kind, item if kind in (str, bytes, int, bool) else id(item)
 
-    def _way(self, thing: Any, kind: type) -> Callable[[Any], Any] | None:
-        """How a thing is taken apart, unless by pickle."""
-        if is_class(thing):
-            return _class
-        if issubclass(kind, ModuleType):
-            return _module
-        held = HELD.get(kind) if self._of_thing is None else None
-        return held or APART.get(kind)
-
     def reducer_override(self, thing: Any) -> Any:
-        """As pickle takes a thing apart; its type, and its name if it has one, where pickle cannot."""
+        """By its parts, or as pickle takes a thing apart; its type, and its name if it has one, where pickle cannot."""
         kind = type(thing)
+        apart = PARTS.get(kind) or (HELD.get(kind) if self._of_thing is None else None)
+        if apart is not None:
+            return str, (kind.__name__,), apart(thing)
         found: Any = ""
         module, state = "", None
         try:
@@ -199,18 +189,14 @@ def can_load(letter: bytes) -> bool:
 @functools.lru_cache(REMEMBERED)
 def is_users(module: Any) -> bool:
     """Whether a module, by its name, is none that is installed. One that is not there was made by the user's code."""
-    found = sys.modules.get(module)
-    if f"{module}.".startswith(f"{PACKAGE}."):
+    name = str(module)
+    if name.partition(".")[0] in sys.stdlib_module_names or f"{name}.".startswith(f"{PACKAGE}."):
         return False
-    if module in MAINS or found is None:
+    if module in MAINS or module not in sys.modules:
         return True
-    path = file_of(found) or next(iter(getattr(found, "__path__", ())), "")
-    if path:
-        return not is_installed(path)
-    if module in sys.builtin_module_names or getattr(getattr(found, "__spec__", None), "origin", None) == "frozen":
-        return False
-    package = module.rpartition(".")[0]
-    return not package or is_users(package)
+    package = name.rpartition(".")[0]
+    path = file_of(sys.modules[module]) or next(iter(getattr(sys.modules[module], "__path__", ())), "")
+    return not is_installed(path) if path else not package or is_users(package)
 
 
 def is_users_module(thing: Any) -> bool:
@@ -301,15 +287,16 @@ def _cache(cache: Any) -> Any:
     return cache.__wrapped__, cache.cache_parameters(), own
 
 
-APART: dict[type, Callable[[Any], Any]] = {
-    FunctionType: _function,
+# How things are taken apart: those that are written behind all that holds them, and those in their place.
+THINGS: dict[type, Callable[[Any], Any]] = {type: _class, FunctionType: _function, ModuleType: _module}
+PARTS: dict[type, Callable[[Any], Any]] = {
     CodeType: lambda code: [getattr(code, part) for part in CODE_PARTS],
     CellType: content_of,
     MappingProxyType: dict,
     CACHE_TYPE: _cache,
     property: lambda made: [made.fget, made.fset, made.fdel],
     functools.partialmethod: lambda made: [made.func, made.args, made.keywords],
-    **dict.fromkeys((staticmethod, classmethod), lambda made: made.__func__),
+    **dict.fromkeys((staticmethod, classmethod), lambda made: [made.__func__]),
     **dict.fromkeys(VARIABLES, _variable),
 }
 HELD: dict[type, Callable[[Any], Any]] = {  # where a function holds it; as an argument pickle refuses it
