@@ -31,6 +31,7 @@ import io
 import pickle
 import sys
 from itertools import islice, repeat
+from operator import is_
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -57,7 +58,7 @@ from .names import (
     travels_by_value,
 )
 
-__all__ = ["Definitions", "facts_of", "way_to"]
+__all__ = ["Definitions", "is_same", "way_to"]
 
 BELONGS: Any = {  # what a function belongs to, or consists of
     FunctionType: lambda _: (), tuple: list, MethodType: lambda method: [method.__self__],
@@ -109,11 +110,11 @@ class Definitions:
             views += dumper.views
         return b"".join(letter_of(pickle.dumps((records, [numbers[root] for root in roots])), views))
 
-    def functions(self, value: tuple[Any, ...]) -> list[Any] | None:
-        """The functions that were dumped last, with this value; None if it is not enough to compare these."""
+    def facts(self, value: tuple[Any, ...]) -> list[tuple[Any, list[Any]]] | None:
+        """The functions that were dumped last, with this value, and their facts; None if these do not tell a change."""
         is_fixed = all(type(each) is FunctionType or by_import(each) for each in value) and all(
             item.kind in ("function", "cell", "slot", "space") for item in self.order)
-        return [item.thing for item in self.order if item.kind == "function"] if is_fixed else None
+        return [(item.thing, item.facts) for item in self.order if item.kind == "function"] if is_fixed else None
 
     def share(self, value: Any) -> None:
         """Give tokens to what a function belongs to, or an initializer gets: a global may be the same thing.
@@ -189,6 +190,7 @@ def _space(space: Any, thing: dict[str, Any]) -> tuple[list[Any], Any]:
 
 
 def _function(entry: Any, function: Any) -> tuple[list[Any], Any]:
+    entry.facts = facts_of(function)  # from before it is taken apart: a later change is told
     code, defaults, slots = function.__code__, function.__defaults__ or (), slots_of(function, entry.names)
     optional = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
     pieces = [
@@ -254,18 +256,22 @@ def content_of(cell: CellType) -> list[Any]:
     return [] if cell == CellType() else [cell.cell_contents]
 
 
-def facts_of(functions: list[Any]) -> list[Any]:
-    """All that functions refer to: if each is the very same later, nothing has changed that is no value by itself."""
-    found: list[Any] = []
-    for function in functions:
-        code = function.__code__
-        found += (code, function.__defaults__, function.__name__, function.__qualname__, function.__module__,
-                  function.__doc__, *map(function.__globals__.get, global_names(code), repeat(MISSING)))
-        for table in filter(None, (function.__kwdefaults__, function.__dict__)):
-            found += (*table, *table.values())
-        for cell in function.__closure__ or ():
-            found += content_of(cell)
+def facts_of(function: Any) -> list[Any]:
+    """What a function refers to: if each is the very same later, nothing has changed that is no value by itself."""
+    code = function.__code__
+    found = [code, function.__defaults__, function.__name__, function.__qualname__, function.__module__,
+             function.__doc__, *map(function.__globals__.get, global_names(code), repeat(MISSING))]
+    for table in filter(None, (function.__kwdefaults__, function.__dict__)):
+        found += (*table, *table.values())
+    for cell in function.__closure__ or ():
+        found += content_of(cell)
     return found
+
+
+def is_same(function: Any, facts: list[Any]) -> bool:
+    """Whether a function refers to the very same things as before."""
+    found = facts_of(function)
+    return len(found) == len(facts) and all(map(is_, found, facts))
 
 
 def way_to(names: Names, value: Any, way: str = "", owner: Any = None, left: int = DEEPEST) -> str:

@@ -34,12 +34,12 @@ import pickle
 import sys
 from collections import deque
 from collections.abc import Collection, Sequence
-from operator import is_
+from itertools import starmap
 from typing import Any
 
 from ..errors import DumpError
 from .byvalue import Dumper
-from .definitions import Definitions, facts_of, way_to
+from .definitions import Definitions, is_same, way_to
 from .loading import JOINED_BYTES, NOTHING, PICKLE, SKIPPING, Buffer, Loader, define, letter_of, opened, take_large
 from .names import ATOMS, KEPT, UNFOUND, Names
 
@@ -59,10 +59,9 @@ REMEDIES = {  # by whether the caller dumps: where a value cannot be sent, and w
     True: ("to a node", "Send what it is made from and make it in the function"),
     False: ("back", "Return what it is made from"),
 }
-# What is known of a function and its callback: the pair, held so that its ids stay its own; the functions it needs,
-# and itself, or None if it needs what may change in its place; what they refer to, from before the letter was dumped;
-# the counts of changed versions and of modules then, or None if that says too little; the letter.
-UNKNOWN: tuple[Any, ...] = (), None, (), None, b""
+# What is known of a function and its callback: both, held so that their ids stay their own; the counts of changed
+# versions and of modules, from before the letter was dumped; the facts of its functions then; the letter.
+UNKNOWN: Any = (), None, (), b""
 
 
 class Context:
@@ -215,7 +214,7 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     """Turn a function and its callback, or an initializer and its arguments, into a letter, in the caller.
 
     Looks anew at all that the function refers to, as `Context.refresh` does. The letter is the same if nothing has
-    changed. From its third dump on, a function that needs constants, imports and other such functions alone is
+    changed. From its second dump on, a function that needs constants, imports and other such functions alone is
     compared by identity instead. Any thread may call it, at every call.
 
     :param what: how to call the value in an error, by default as `name_of` calls the function.
@@ -223,19 +222,17 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     """
     context.refresh()
     key = tuple(map(id, value))
-    _, known, known_facts, known_counts, known_letter = context.known.get(key, UNKNOWN)
-    facts = facts_of(known or [])
+    _, known_counts, known_facts, letter = context.known.get(key, UNKNOWN)
     counts = context.names.changes, len(sys.modules)  # a submodule may be among the modules
-    if known_counts == counts and len(facts) == len(known_facts) and all(map(is_, facts, known_facts)):
-        return bytes(known_letter)
+    if known_counts == counts and all(starmap(is_same, known_facts)):
+        return letter
     with context.names.lock:
         letter = b"".join(context.dump(value, what or name_of(value[0])))
-        functions = context.definitions.functions(value)
-        if len(context.known) >= KEPT:
-            context.known.clear()
-        letter = known_letter if letter == known_letter else letter
-        is_same = functions is not None and functions == known
-        context.known[key] = value, functions, facts, counts if is_same else None, letter
+        facts = context.definitions.facts(value)
+        if facts is not None:
+            if len(context.known) >= KEPT:
+                context.known.clear()
+            context.known[key] = value, counts, facts, letter
     return letter
 
 

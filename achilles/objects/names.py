@@ -53,6 +53,7 @@ class Entry:
     :ivar named: whether letters say the token. Letters do not say the token of a function that is no global, nor those
         of lists that it alone holds. So a lambda that is made again and again has the same letter each time.
     :ivar state: the content as it was dumped last: its digest with the tokens that stood in it, and their versions.
+    :ivar facts: what a function referred to, just before that.
     :ivar refs: the entries that stood in the content, and the globals of a function. They live as long as this one.
     :ivar place: where the thing was found, for errors: ("global", "log", "work") is the global log of the function
         work.
@@ -62,7 +63,7 @@ class Entry:
     def __init__(self, names: Names, token: bytes, thing: Any) -> None:
         self.names, self.token, self.key = names, token, id(thing)
         self.kind = "class" if is_class(thing) else KINDS.get(type(thing), "value")
-        self.version, self.state, self.is_one = 0, None, False
+        self.version, self.state, self.facts, self.is_one = 0, None, None, False
         self.refs: list[Entry] = []
         self.place: tuple[str, str, str] | None = None
         self.is_weak = bool(type(thing).__weakrefoffset__)
