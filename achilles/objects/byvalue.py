@@ -48,7 +48,6 @@ from .names import (
     builtin_base,
     by_import,
     by_path,
-    is_by_value,
     is_class,
     is_stream,
     travels_by_value,
@@ -141,13 +140,13 @@ class Dumper(pickle.Pickler):
         if reduce is not None:
             return reduce(self, thing)
         if is_class(thing):
-            return self._refer(thing) if is_by_value(thing) else NAMELESS.get(thing, NotImplemented)
+            return self._refer(thing) if travels_by_value(thing) else NAMELESS.get(thing, NotImplemented)
         if is_stream(thing):  # a notebook's is no file
             return self._stream(thing)
         # An exception's `__init__` may take other arguments than its built-in base. And pickle asks an empty instance
         # for `__setstate__`: some `__getattr__` never come to an end then.
         special = "__init__" if isinstance(thing, BaseException) else "__getattr__"
-        return self._instance(kind, thing) if is_by_value(kind) or has_own(kind, special) else NotImplemented
+        return self._instance(kind, thing) if travels_by_value(kind) or has_own(kind, special) else NotImplemented
 
     def _instance(self, cls: Any, thing: Any) -> Any:
         """An instance of a class by value; as a fork has it, where it is shared."""
@@ -289,7 +288,7 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, 
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
     **dict.fromkeys((typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR), _by_value(Dumper._variable)),
     type(typing.Generic[typing.TypeVar("T")]): lambda _, alias: (  # type: ignore[index]
-        type(alias), (alias.__origin__, alias.__args__)) if is_by_value(alias.__origin__) else NotImplemented,
+        type(alias), (alias.__origin__, alias.__args__)) if travels_by_value(alias.__origin__) else NotImplemented,
     importlib.machinery.ModuleSpec: lambda _, spec: (importlib.machinery.ModuleSpec, (spec.name, None), {
         "origin": spec.origin, "_set_fileattr": spec.has_location}),
     typing.ForwardRef: lambda _, thing: (typing.ForwardRef, (thing.__forward_arg__,)),

@@ -45,7 +45,7 @@ from typing import Any
 from .byvalue import CACHE_TYPE, OPTIONS, STANDS_FOR, VIEWS, evaluated
 from .definitions import MADE_ANEW, content_of
 from .loading import PICKLE
-from .names import MAINS, REMEMBERED, codes_of, global_names, is_global, travels_by_value
+from .names import MAINS, REMEMBERED, codes_of, global_names, is_global, resolved, travels_by_value
 from .sources import PACKAGE, file_of, is_installed
 
 __all__ = ["can_load", "digest_of", "digests_of", "dump_values"]
@@ -82,7 +82,7 @@ class Canonical(pickle.Pickler):
         self._met = dict(met or {})  # a number, and what has it, by the ids of functions, classes and modules
         self._open: list[Any] = []  # what is to be written
         self._ones: dict[Any, Any] = {}  # the texts and lists that are written, by what equal ones have in common
-        self._lists: dict[int, tuple[Any, list[Any]]] = {}  # tuples and sets with the lists in their place, by their ids
+        self._lists: dict[int, tuple[Any, list[Any]]] = {}  # tuples and sets, and the lists for them, by ids
 
     def digest_of(self, value: Any) -> str:
         """The digest of one value."""
@@ -104,7 +104,7 @@ class Canonical(pickle.Pickler):
             return self._of_thing(thing)
         if id(thing) not in self._met:
             self._met[id(thing)] = len(self._met), thing
-            apart = next(THINGS[base] for base in kind.__mro__ if base in THINGS)
+            apart = next(THINGS[base] for base in type.mro(kind) if base in THINGS)
             self._open.append([kind.__name__, apart(thing)])
         return self._met[id(thing)][0]
 
@@ -234,15 +234,12 @@ def _globals(function: FunctionType) -> dict[str, Any]:
 
 
 def _named(way: str, space: dict[str, Any], names: Iterable[str]) -> list[tuple[str, Any]]:
-    """Values of a module by their names. A lazy import (Python 3.15) happens now."""
+    """Values of a module by their names; not those of a lazy import that fails."""
     found = []
     for name in names:
         if name in space and name not in OF_MODULES:
-            value = space[name]
-            if type(value).__name__ == "lazy_import":
-                with contextlib.suppress(ImportError):
-                    value = value.resolve()
-            found.append((way + name, value))
+            with contextlib.suppress(ImportError):
+                found.append((way + name, resolved(space[name])))
     return found
 
 
@@ -288,7 +285,7 @@ def _cache(cache: Any) -> Any:
 
 
 # How things are taken apart: those that are written behind all that holds them, and those in their place.
-THINGS: dict[type, Callable[[Any], Any]] = {type: _class, FunctionType: _function, ModuleType: _module}
+THINGS: dict[Any, Callable[[Any], Any]] = {type: _class, FunctionType: _function, ModuleType: _module}
 PARTS: dict[type, Callable[[Any], Any]] = {
     CodeType: lambda code: [getattr(code, part) for part in CODE_PARTS],
     CellType: content_of,

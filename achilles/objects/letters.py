@@ -225,7 +225,7 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     _, known_counts, known_facts, letter = context.known.get(key, UNKNOWN)
     counts = context.names.changes, len(sys.modules)  # a submodule may be among the modules
     if known_counts == counts and all(starmap(is_same, known_facts)):
-        return letter
+        return bytes(letter)
     with context.names.lock:
         letter = b"".join(context.dump(value, what or name_of(value[0])))
         facts = context.definitions.facts(value)

@@ -31,8 +31,8 @@ from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleT
 from typing import Any
 
 __all__ = ["ATOMS", "KEPT", "MAINS", "MISSING", "REMEMBERED", "STREAMS", "UNFOUND", "Entry", "Module", "Names", "Slot",
-           "Space", "builtin_base", "by_import", "by_path", "global_names", "importable", "is_by_value", "is_c_type",
-           "is_class", "is_stream", "slots_of", "submodules_of", "travels_by_value"]
+           "Space", "builtin_base", "by_import", "by_path", "global_names", "importable", "is_c_type", "is_class",
+           "is_stream", "resolved", "slots_of", "submodules_of", "travels_by_value"]
 
 ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None), type(...), type(NotImplemented)})
 KINDS = {FunctionType: "function", CellType: "cell"}  # else a class or a value
@@ -108,9 +108,8 @@ class Slot(Entry):
 
     @property
     def thing(self) -> Any:
-        """The value of the global. A lazy import (Python 3.15) happens now."""
-        value = self.space.thing[self.name]
-        return value.resolve() if type(value).__name__ == "lazy_import" else value
+        """The value of the global."""
+        return resolved(self.space.thing[self.name])
 
 
 class Module(ModuleType):
@@ -192,6 +191,11 @@ class Names:
         return self.own(entry)
 
 
+def resolved(value: Any) -> Any:
+    """The value of a global. A lazy import (Python 3.15) happens now."""
+    return value.resolve() if type(value).__name__ == "lazy_import" else value
+
+
 def is_class(thing: Any) -> bool:
     """Whether this is a class, whatever its `__class__` says."""
     return issubclass(type(thing), type)
@@ -246,11 +250,6 @@ def by_path(found: Any, path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name, MISSING)
     return found
-
-
-def is_by_value(kind: Any) -> bool:
-    """Whether this is a class by value."""
-    return is_class(kind) and travels_by_value(kind)
 
 
 def is_c_type(cls: type) -> bool:
