@@ -171,19 +171,17 @@ def dump_values(values: list[Any]) -> bytes | None:
 
     The same script loads it in another process: there its own classes are in `__main__`, too.
     """
-    try:
+    with contextlib.suppress(Exception):
         return pickle.dumps(values, PICKLE)
-    except Exception:
-        return None
+    return None
 
 
 def can_load(letter: bytes) -> bool:
     """Whether plain values can be loaded: some exceptions can be dumped alone, and a class may be gone."""
-    try:
+    with contextlib.suppress(Exception):
         pickle.loads(letter)
-    except Exception:
-        return False
-    return True
+        return True
+    return False
 
 
 @functools.lru_cache(REMEMBERED)
