@@ -45,7 +45,7 @@ THIN_MODULES = {"dropin.joblib_backend": 75, "dropin.engine": 120}  # others' in
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 PICKLING = {
     "objects.letters": "what a letter is made of",
-    "objects.byvalue": "a Pickler with hooks",
+    "objects.byvalue": "a Pickler with hooks; code objects, by marshal",
     "objects.definitions": "the pickle of all items",
     "objects.loading": "the form of a letter; an Unpickler with makers; code objects, by marshal",
     "objects.outcomes": "plain values, without a detour",

@@ -24,6 +24,7 @@ import gc
 import hashlib
 import importlib.machinery
 import io
+import marshal
 import os
 import pickle
 import struct
@@ -35,7 +36,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from .loading import EXTEND, MAKERS, PICKLE, PIDS, dump_code, take_large
+from .loading import EXTEND, MAKERS, PICKLE, PIDS, take_large
 from .names import (
     MAINS,
     MISSING,
@@ -53,7 +54,7 @@ from .names import (
     travels_by_value,
 )
 
-__all__ = ["CACHE_TYPE", "VIEWS", "Dumper", "arguments_of"]
+__all__ = ["CACHE_TYPE", "VARIABLES", "VIEWS", "WEAK", "Dumper", "arguments_of", "parts_of"]
 
 CACHE_TYPE = type(functools.lru_cache(lambda: None))
 VIEWS: Any = {  # by the type of a view: what makes it, and a dict to make one of
@@ -64,7 +65,7 @@ NAMELESS: Any = {  # classes of C that have no name where they say they have one
     **{kind: (type, (make(made),)) for kind, (make, made) in VIEWS.items()},
 }
 WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
-    weakref.ref: lambda reference: reference(), weakref.WeakSet: list, weakref.WeakValueDictionary: dict,
+    weakref.ref: lambda reference: reference(), weakref.WeakSet: set, weakref.WeakValueDictionary: dict,
     weakref.WeakKeyDictionary: dict,
 }
 NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
@@ -76,6 +77,8 @@ OWN = -1  # the number of the thing that is dumped
 STANDS_FOR: Any = {  # a name, where that cannot be evaluated; the first came with Python 3.12
     getattr(typing, "TypeAliasType", typing.NewType): "__value__", typing.NewType: "__supertype__",
 }
+MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
+VARIABLES = typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR
 NO_DEFAULT = getattr(typing, "NoDefault", None)
 OPTIONS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": "__contravariant__",
            "infer_variance": "__infer_variance__", "default": "__default__", "type_params": "__type_params__"}
@@ -201,18 +204,11 @@ class Dumper(pickle.Pickler):
         """A type variable and the like."""
         if reference := self._one(variable):
             return reference
-        kind: Any = type(variable)
-        name = variable.__name__
         if self.rest is not None:
-            raise TypeError(f"cannot pickle the type alias {name}, which refers to itself")
-        options = {option: value for option, attribute in OPTIONS.items()
-                   if (value := evaluated(variable, attribute)) is not None and value is not NO_DEFAULT}
-        arguments = getattr(variable, "__constraints__", ())
-        if kind in STANDS_FOR:
-            value = evaluated(variable, STANDS_FOR[kind])
-            arguments = (typing.ForwardRef(name) if value is None else value,)
+            raise TypeError(f"cannot pickle the type alias {variable.__name__}, which refers to itself")
+        arguments, options = parts_of(variable)
         state = None if "type_params" in options else (None, {"__module__": variable.__module__})
-        return functools.partial(kind, name, *arguments, **options), (), state
+        return functools.partial(*arguments, **options), (), state
 
     def _stream(self, stream: Any) -> Any:
         """A stream of the process goes by its name; in definitions, a file that is open for reading by its path."""
@@ -226,6 +222,11 @@ class Dumper(pickle.Pickler):
         return MAKERS["file"], (os.path.abspath(path), os.fstat(stream.fileno())[1:3], mode, stream.tell(), options)
 
 
+def dump_code(code: types.CodeType) -> bytes:
+    """Code as bytes, the same each time: references by count are gone after a load."""
+    return marshal.dumps(marshal.loads(marshal.dumps(code, MARSHAL)), MARSHAL)
+
+
 def has_own(cls: type, *names: str) -> bool:
     """Whether a class written in Python has one of these methods, and not only what it inherits from C."""
     return any(isinstance(getattr(cls, name, None), types.FunctionType) for name in names)
@@ -236,6 +237,17 @@ def arguments_of(member: Any) -> Any:
     base = builtin_base(type(member))
     maker, arguments, *_ = (NEW, ()) if base is object else base.__reduce_ex__(member, 2)
     return arguments[1:] if maker is NEW else arguments
+
+
+def parts_of(variable: Any) -> tuple[Any, dict[str, Any]]:
+    """The type of a type variable or alias with its arguments, and those by name."""
+    name, kind = variable.__name__, type(variable)
+    options = {option: value for option, attribute in OPTIONS.items()
+               if (value := evaluated(variable, attribute)) is not None and value is not NO_DEFAULT}
+    if kind not in STANDS_FOR:
+        return (kind, name, *getattr(variable, "__constraints__", ())), options
+    value = evaluated(variable, STANDS_FOR[kind])
+    return (kind, name, typing.ForwardRef(name) if value is None else value), options
 
 
 def evaluated(variable: Any, attribute: str) -> Any:
@@ -286,7 +298,7 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, 
     **dict.fromkeys(WEAK, lambda dumper, weak: (  # as an argument it would arrive dead
         MAKERS["weak"], (type(weak), WEAK[type(weak)](weak))) if dumper.shares else NotImplemented),
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
-    **dict.fromkeys((typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR), _by_value(Dumper._variable)),
+    **dict.fromkeys(VARIABLES, _by_value(Dumper._variable)),
     type(typing.Generic[typing.TypeVar("T")]): lambda _, alias: (  # type: ignore[index]
         type(alias), (alias.__origin__, alias.__args__)) if travels_by_value(alias.__origin__) else NotImplemented,
     importlib.machinery.ModuleSpec: lambda _, spec: (importlib.machinery.ModuleSpec, (spec.name, None), {

@@ -35,17 +35,14 @@ import functools
 import hashlib
 import pickle
 import sys
-import typing
-import weakref
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
-from .byvalue import CACHE_TYPE, OPTIONS, STANDS_FOR, VIEWS, evaluated
+from .byvalue import CACHE_TYPE, VARIABLES, VIEWS, WEAK, parts_of
 from .definitions import MADE_ANEW, content_of
 from .loading import PICKLE
-from .names import MAINS, REMEMBERED, codes_of, global_names, is_global, resolved, travels_by_value
+from .names import GLOBAL_LOADS, MAINS, REMEMBERED, codes_of, is_global, resolved, travels_by_value
 from .sources import PACKAGE, file_of, is_installed
 
 __all__ = ["can_load", "digest_of", "digests_of", "dump_values"]
@@ -53,7 +50,6 @@ __all__ = ["can_load", "digest_of", "digests_of", "dump_values"]
 CODE_PARTS = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount",
               "co_posonlyargcount", "co_kwonlyargcount", "co_flags", "co_exceptiontable")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
-LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_ATTR", "LOAD_METHOD")
 ANNOTATIONS = {"__annotations__", "__annotate__", "__annotate_func__", "__conditional_annotations__"}
 UNORDERED = set, frozenset
 OF_MODULES = {  # the machine's own names in a module
@@ -63,8 +59,6 @@ OF_MODULES = {  # the machine's own names in a module
 OF_CLASSES = {  # and in a class: line numbers, names in the order of a set
     *MADE_ANEW, *ANNOTATIONS, "__firstlineno__", "__static_attributes__"} - {"__slots__"}
 PRIVATE, FIELDS = "__pydantic_", "__pydantic_fields__"  # tables of a class, which hold addresses; the fields do not
-VARIABLES = typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR
-VARIABLE_PARTS = "__constraints__", *OPTIONS.values(), *STANDS_FOR.values()
 
 
 class Canonical(pickle.Pickler):
@@ -204,41 +198,43 @@ def is_users_module(thing: Any) -> bool:
 
 
 @functools.lru_cache(REMEMBERED)
-def _passed_on(code: CodeType) -> set[str]:
-    """The globals and attributes of which code does more than to name an attribute."""
-    found = set()
+def _paths(code: CodeType) -> list[str]:
+    """The globals that code names, each with the attributes that it names of it at once: ``helper.sub.deep``."""
+    found = [""]
     for each in codes_of(code):
-        steps = [step for step in dis.get_instructions(each) if step.opname != "EXTENDED_ARG"]
-        found |= {step.argval for step, following in pairwise(steps)
-                  if step.opname in LOADS and following.opname not in ATTRIBUTES}
-    return found
+        for step in dis.get_instructions(each):
+            if step.opname in ATTRIBUTES:
+                found[-1] += f".{step.argval}"
+            elif step.opname != "EXTENDED_ARG":
+                found.append(step.argval if step.opname in GLOBAL_LOADS else "")
+    return [path for path in found if path[:1] not in ("", ".")]
 
 
 def _globals(function: FunctionType) -> dict[str, Any]:
-    """The globals that code names, and what it names of the user's modules among them."""
-    attributes = dict.fromkeys(name for code in codes_of(function.__code__) for name in code.co_names)
-    passed_on = _passed_on(function.__code__)
-    found = _named("", function.__globals__, global_names(function.__code__))
-    modules = set()
-    for at, (way, value) in enumerate(found):  # grows while it is walked
-        if not is_users_module(value):
-            continue
-        if way.rpartition(".")[2] not in passed_on:
-            found[at] = way, value.__name__
-        if id(value) not in modules:
-            modules.add(id(value))
-            found += _named(f"{way}.", vars(value), attributes)
-    return dict(found)
+    """The globals that a function names, and what it names of the user's modules among them."""
+    return _values(function.__globals__, _paths(function.__code__))
 
 
-def _named(way: str, space: dict[str, Any], names: Iterable[str]) -> list[tuple[str, Any]]:
-    """Values of a module by their names; not those of a lazy import that fails."""
-    found = []
-    for name in names:
-        if name in space and name not in OF_MODULES:
-            with contextlib.suppress(ImportError):
-                found.append((way + name, resolved(space[name])))
+def _values(space: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """What paths lead to from a module; not what a lazy import (Python 3.15) fails to give."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(KeyError, ImportError):
+            way, value = _value(space, path)
+            found[way] = value
     return found
+
+
+def _value(space: dict[str, Any], path: str) -> tuple[str, Any]:
+    """What a path leads to through modules of the user's, and that part of the path."""
+    name, _, rest = path.partition(".")
+    if name in OF_MODULES:
+        raise KeyError(name)
+    value = resolved(space[name])
+    if not (rest and is_users_module(value)):
+        return name, value
+    way, value = _value(vars(value), rest)
+    return f"{name}.{way}", value
 
 
 def _code(function: FunctionType) -> list[Any]:
@@ -269,12 +265,12 @@ def _class(cls: Any) -> Any:
 def _module(module: ModuleType) -> Any:
     if not is_users_module(module):
         return module.__name__
-    return module.__name__, dict(_named("", vars(module), list(vars(module))))
+    return module.__name__, _values(vars(module), list(vars(module)))
 
 
 def _variable(variable: Any) -> Any:
     name = variable.__module__, variable.__name__
-    return (name, [evaluated(variable, part) for part in VARIABLE_PARTS]) if is_users(variable.__module__) else name
+    return (name, parts_of(variable)) if is_users(variable.__module__) else name
 
 
 def _cache(cache: Any) -> Any:
@@ -294,7 +290,5 @@ PARTS: dict[type, Callable[[Any], Any]] = {
     **dict.fromkeys((staticmethod, classmethod), lambda made: [made.__func__]),
     **dict.fromkeys(VARIABLES, _variable),
 }
-HELD: dict[type, Callable[[Any], Any]] = {  # where a function holds it; as an argument pickle refuses it
-    **dict.fromkeys(VIEWS, list), weakref.ref: lambda reference: reference(), weakref.WeakSet: frozenset,
-    **dict.fromkeys((weakref.WeakValueDictionary, weakref.WeakKeyDictionary), dict),
-}
+# Where a function holds them; as an argument pickle refuses them.
+HELD: dict[Any, Callable[[Any], Any]] = {**dict.fromkeys(VIEWS, list), **WEAK}

@@ -44,7 +44,7 @@ from types import (
 from typing import Any
 
 from .byvalue import CACHE_TYPE, Dumper, arguments_of
-from .loading import CAME, MAKERS, dump_code, letter_of
+from .loading import CAME, MAKERS, letter_of
 from .names import (
     ATOMS,
     MAINS,
@@ -201,8 +201,7 @@ def _function(entry: Any, function: Any) -> tuple[list[Any], Any]:
     modules = [slot.thing.__name__ for slot in slots.values() if isinstance(slot.thing, ModuleType)]
     annotations = "__annotate__" if getattr(function, "__annotate__", None) else "__annotations__"  # unevaluated
     filled = {key: value for key in (*FILLED, annotations) if (value := getattr(function, key, None))}
-    arguments = (function.__globals__, dump_code(code), function.__name__, function.__closure__,
-                 submodules_of(code, modules))
+    arguments = function.__globals__, code, function.__name__, function.__closure__, submodules_of(code, modules)
     return pieces, (MAKERS["function"], arguments, (dict(vars(function)), filled))
 
 

@@ -9,14 +9,13 @@ A letter::
 
 A letter of form 2, in place of 1, is a chunk with offsets to skip: see letters.py.
 
-The pickle of definitions is a list of items, each with its own pickle: first how it is made, then what fills it.
+The pickle of definitions is a list of items, each with its own pickle: first how it is made, then what fills it. No
+hook of a class runs again, neither `__init_subclass__` nor the metaclass's `__new__` or `__init__`: what they once did
+is in the attributes. A class that came by letter keeps its attributes as they came, under CAME. So an attribute that
+running code has set is told from one that came, and what came ends with its class.
 
-No hook of a class runs again, neither `__init_subclass__` nor the metaclass's `__new__` or `__init__`: what they
-once did is in the attributes. A class that came by letter keeps its attributes as they came, under CAME. So an
-attribute that running code has set is told from one that came, and what came ends with its class.
-
-Knows names.py. A pickle names a maker by a persistent id, never by an import path: the package has another
-name elsewhere. One thread uses a Loader. That thread has the context's lock while it loads definitions.
+Knows names.py. A pickle names a maker by a persistent id, never by an import path: the package has another name
+elsewhere. One thread uses a Loader. That thread has the context's lock while it loads definitions.
 
 Limits: buffers under OUT_OF_BAND_BYTES travel inside the pickle.
 """
@@ -33,7 +32,6 @@ import marshal
 import os
 import pickle
 import struct
-import sys
 from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
 from types import CellType, CodeType, FunctionType
@@ -42,14 +40,13 @@ from typing import Any
 from .names import MISSING, Module, Names, Space, builtin_base
 
 __all__ = ["CAME", "JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PIDS", "SKIPPING", "Buffer", "Loader",
-           "define", "dump_code", "letter_of", "opened", "take_large"]
+           "define", "letter_of", "opened", "take_large"]
 
 Buffer = bytes | bytearray | memoryview
 FORM, SKIPPING = 1, 2  # the first byte of a letter that is not a bare pickle; of a chunk with offsets to skip
 NOTHING = memoryview(b"")  # no definitions
 HEAD = struct.Struct(">BxxxIQ")
 PICKLE = 5  # the protocol: the first with buffers out of band
-MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
 OUT_OF_BAND_BYTES = 16_384  # below, a copy costs less than the parts and a letter kept alive by it
 JOINED_BYTES = 65_536  # a pickle up to this is copied behind its head, so that it is one part
 ALIGNMENT_BYTES = 16  # what numpy's vector loops like
@@ -91,11 +88,6 @@ def opened(letter: memoryview) -> list[memoryview]:
         pieces.append(letter[at : at + size])
         at += size
     return pieces
-
-
-def dump_code(code: CodeType) -> bytes:
-    """Code as bytes, the same each time: references by count are gone after a load."""
-    return marshal.dumps(marshal.loads(marshal.dumps(code, MARSHAL)), MARSHAL)
 
 
 class Loader(pickle.Unpickler):
@@ -271,11 +263,11 @@ def _update_class(cls: type, attributes: dict[str, Any]) -> None:
     type.__setattr__(cls, CAME, attributes)
 
 
-def _make_function(names: dict[str, Any], code: bytes, name: str, cells: Any, submodules: list[str]) -> Any:
+def _make_function(names: dict[str, Any], code: CodeType, name: str, cells: Any, submodules: list[str]) -> Any:
     for module in submodules:
         with contextlib.suppress(ModuleNotFoundError):  # a name that may be no module's: from copy import copy
             importlib.import_module(module)
-    return FunctionType(marshal.loads(code), names, name, None, cells)
+    return FunctionType(code, names, name, None, cells)
 
 
 def _make_plain(cls: Any, *arguments: Any) -> Any:

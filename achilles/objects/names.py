@@ -30,9 +30,10 @@ from collections import deque
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["ATOMS", "KEPT", "MAINS", "MISSING", "REMEMBERED", "STREAMS", "UNFOUND", "Entry", "Module", "Names", "Slot",
-           "Space", "builtin_base", "by_import", "by_path", "global_names", "importable", "is_c_type", "is_class",
-           "is_stream", "resolved", "slots_of", "submodules_of", "travels_by_value"]
+__all__ = ["ATOMS", "GLOBAL_LOADS", "KEPT", "MAINS", "MISSING", "REMEMBERED", "STREAMS", "UNFOUND", "Entry",
+           "Module", "Names", "Slot", "Space", "builtin_base", "by_import", "by_path", "codes_of", "global_names",
+           "importable", "is_class", "is_global", "is_stream", "resolved", "slots_of", "submodules_of",
+           "travels_by_value"]
 
 ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None), type(...), type(NotImplemented)})
 KINDS = {FunctionType: "function", CellType: "cell"}  # else a class or a value
@@ -42,6 +43,7 @@ STREAMS = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")
 KEPT = 64  # in a table: the spaces and things that live longer, letters of definitions, functions that are compared
 OWNED_KEPT = 4096  # entries; beyond, what was used least lately is forgotten: a list of a class may hold the class
 REMEMBERED = 1024  # modules, and code objects with their global names: looking at one takes about 50 us
+GLOBAL_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")  # instructions (dis)
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 # Names in a pickle that are not there, or something else, elsewhere. A copy of a connection would close the original.
 UNFOUND = {b"_main__", b"multiprocessing.connection", b"multiprocess.connection"}
@@ -296,5 +298,5 @@ def codes_of(code: CodeType) -> list[CodeType]:
 def global_names(code: CodeType) -> tuple[str, ...]:
     """The names that a code object, or one nested in it, reads as globals."""
     names = [step.argval for each in codes_of(code) for step in dis.get_instructions(each)
-             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")]
+             if step.opname in GLOBAL_LOADS]
     return tuple(dict.fromkeys(names))
