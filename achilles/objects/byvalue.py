@@ -60,9 +60,9 @@ CACHE_TYPE = type(functools.lru_cache(lambda: None))
 VIEWS: Any = {  # by the type of a view: what makes it, and a dict to make one of
     type(make(kind())): (make, kind())
     for kind in (dict, collections.OrderedDict) for make in (kind.keys, kind.values, kind.items)}
-NAMELESS: Any = {  # classes of C that have no name where they say they have one
-    **{cls: (getattr, (types, name)) for name, cls in vars(types).items() if isinstance(cls, type)},
-    **{kind: (type, (make(made),)) for kind, (make, made) in VIEWS.items()},
+NAMELESS: Any = {  # by their ids, classes of C that have no name where they say they have one
+    **{id(cls): (getattr, (types, name)) for name, cls in vars(types).items() if is_class(cls)},
+    **{id(kind): (type, (make(made),)) for kind, (make, made) in VIEWS.items()},
 }
 WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
     weakref.ref: lambda reference: reference(), weakref.WeakSet: set, weakref.WeakValueDictionary: dict,
@@ -143,7 +143,7 @@ class Dumper(pickle.Pickler):
         if reduce is not None:
             return reduce(self, thing)
         if is_class(thing):
-            return self._refer(thing) if travels_by_value(thing) else NAMELESS.get(thing, NotImplemented)
+            return self._refer(thing) if travels_by_value(thing) else NAMELESS.get(id(thing), NotImplemented)
         if is_stream(thing):  # a notebook's is no file
             return self._stream(thing)
         # An exception's `__init__` may take other arguments than its built-in base. And pickle asks an empty instance

@@ -167,6 +167,15 @@ def test_what_pickle_alone_refuses_comes_back(name: str, is_global: bool) -> Non
         assert list(found) == list(value) if "keys" in name or name in ("values", "items") else found == value
 
 
+def test_a_class_of_an_installed_module_needs_no_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("hashless")
+    exec("class Meta(type):\n    def __eq__(cls, other): return True\nclass Thing(metaclass=Meta): pass", vars(module))
+    monkeypatch.setitem(sys.modules, "hashless", module)
+    context = letters.Context(caller=True)
+    found = context.load(joined(context.dump([vars(module)["Thing"], lambda: 1])))[0]
+    assert found is vars(module)["Thing"]
+
+
 def test_a_view_and_its_dict_are_of_one_piece() -> None:
     table = {1: 2}
     context = letters.Context(caller=True)
