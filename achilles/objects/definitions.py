@@ -108,7 +108,7 @@ class Definitions:
             records.append((
                 kind, *label, [numbers[each] for each in dumper.refs], dumper.file.getvalue(), len(dumper.views)))
             views += dumper.views
-        return b"".join(letter_of(pickle.dumps((records, [numbers[root] for root in roots])), views))
+        return b"".join(letter_of([pickle.dumps((records, [numbers[root] for root in roots])), *views]))
 
     def facts(self, value: tuple[Any, ...]) -> list[tuple[Any, list[Any]]] | None:
         """The functions that were dumped last, with this value, and their facts; None if these do not tell a change."""

@@ -40,7 +40,7 @@ from typing import Any
 from ..errors import DumpError
 from .byvalue import Dumper
 from .definitions import Definitions, is_same, way_to
-from .loading import JOINED_BYTES, NOTHING, PICKLE, SKIPPING, Buffer, Loader, define, letter_of, opened, take_large
+from .loading import NOTHING, PICKLE, SKIPPING, Buffer, Loader, define, letter_of, opened, take_large
 from .names import ATOMS, KEPT, UNFOUND, Names
 
 __all__ = ["PICKLE_START", "Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "dump_plain", "joined",
@@ -48,6 +48,7 @@ __all__ = ["PICKLE_START", "Buffer", "Context", "dump_chunk", "dump_chunks", "du
 
 PICKLE_START = 0x80  # the first byte of a bare pickle, which is a plain letter (PROTO, pickletools)
 GLOBAL_OPCODE = b"\x93"  # without it, a pickle names no module (STACK_GLOBAL, pickletools)
+CHUNK_BYTES = 65_536  # of a first chunk: larger ones may hold arrays, which travel beside the pickle
 FEW_ITEMS = 64  # above, to search the pickle for names is quicker than to ask each item for its type
 REPR_CHARACTERS = 500  # of a value that could not be dumped
 ROOTS_KEPT = 1024  # functions and classes of arguments that live until their results come; nobody else may hold them
@@ -154,7 +155,7 @@ class Context:
             definitions = memoryview(dump(*roots))
             if not shared:
                 self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
-        return letter_of(dumper.file.getbuffer(), [definitions, *dumper.views])
+        return letter_of([dumper.file.getbuffer(), definitions, *dumper.views])
 
 
 def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
@@ -179,7 +180,7 @@ def dump_chunks(context: Context, arguments: list[Any], size: int) -> list[Buffe
     """
     chunks = [arguments[at : at + size] for at in range(0, len(arguments), size)]
     with contextlib.suppress(Exception):  # dump_chunk tells what is wrong, or pickles by value
-        if len(chunks) > 1 and len(pickle.dumps(chunks[0], PICKLE)) <= JOINED_BYTES:
+        if len(chunks) > 1 and len(pickle.dumps(chunks[0], PICKLE)) <= CHUNK_BYTES:
             letters: list[Buffer] = [pickle.dumps(chunk, PICKLE) for chunk in chunks]
             if is_plain(b"".join(letters)):
                 return letters
@@ -196,7 +197,7 @@ def dump_plain(value: Any) -> list[Buffer] | None:
         data = pickle.dumps(value, PICKLE, buffer_callback=functools.partial(take_large, views))
     except Exception:
         return None
-    parts: list[Buffer] = letter_of(data, [NOTHING, *views]) if views else [data]
+    parts: list[Buffer] = letter_of([data, NOTHING, *views]) if views else [data]
     return parts if is_plain(data) else None
 
 
@@ -249,7 +250,7 @@ def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer
     letter = memoryview(joined(parts))
     if letter[0] == SKIPPING:
         letter = opened(letter)[1]
-    return letter_of(pickle.dumps(frozenset(offsets)), [letter], SKIPPING)
+    return letter_of([pickle.dumps(frozenset(offsets)), letter], SKIPPING)
 
 
 def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:
