@@ -155,7 +155,7 @@ class Context:
             definitions = memoryview(dump(*roots))
             if not shared:
                 self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
-        return letter_of([dumper.file.getbuffer(), definitions, *dumper.views])
+        return letter_of([dumper.file.getvalue(), definitions, *dumper.views])
 
 
 def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
