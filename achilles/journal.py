@@ -75,7 +75,7 @@ HEADER_BYTES = 1 << 20  # far more than a first line has: another file may be on
 LOCK_SECONDS, LOOK_SECONDS = 2.0, 0.02  # for the lock, as long as an iterator takes to close; between two attempts
 CLOCK_SECONDS = 0.02  # that the clocks of files and processes are behind; no process imports anything so soon
 CACHE_HEAD = struct.Struct("<4s3I")  # of cached bytecode: magic number, flags, time and size of the source
-M32 = 0xFFFFFFFF
+M32, NANOSECONDS = 0xFFFFFFFF, 1e9
 THINGS_KEPT = 256  # classes and functions in arguments that have a digest
 
 _seen: dict[str, tuple[Any, Any]] = {}  # modules beside the script, by name: the spec of the last import, and the stamp
@@ -103,15 +103,12 @@ class Journal:
         check_modules(self.path)
         of_callback = {} if callback is None else digests_of(callback)
         facts = {NAME: VERSION, **digests_of(func), "callback": of_callback, "chunksize": chunksize}
-        self._files = contextlib.ExitStack()
-        try:
-            self._writer = self._files.enter_context(open(self.path, "ab", buffering=0, opener=opened))
-            self._reader = self._files.enter_context(open(self.path, "rb", opener=opened))
+        with contextlib.ExitStack() as files:
+            self._writer = files.enter_context(open(self.path, "ab", buffering=0, opener=opened))
+            self._reader = files.enter_context(open(self.path, "rb", opener=opened))
             self._check_file()
             self._read(facts)
-        except BaseException:
-            self.close()
-            raise
+            self._files = files.pop_all()
 
     def close(self) -> None:
         """As Watcher says."""
@@ -223,12 +220,10 @@ class Journal:
 
     def _difference(self, line: bytes, facts: dict[str, Any]) -> str:
         """Why a first line is none of this call."""
-        try:
+        found = None
+        with contextlib.suppress(ValueError):
             found = json.loads(line)
-            was_ours = found.get(NAME) == VERSION
-        except (ValueError, AttributeError):
-            was_ours = False
-        if not was_ours:
+        if type(found) is not dict or found.get(NAME) != VERSION:
             return f"{self.path} is no journal of this version of achilles: give another path"
         names = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
         return (f"the journal {self.path} is of another call: {', '.join(names)} differ. Give another path, or remove "
@@ -245,25 +240,21 @@ def check_modules(path: str) -> None:
     for name, file in own_files(root()).items():
         spec, stamp = getattr(sys.modules.get(name), "__spec__", None), stamp_of(file)
         if name not in _seen or _seen[name][0] is not spec:  # imported, perhaps again
-            _seen[name] = spec, None if is_edited(spec, file) else stamp
+            _seen[name] = spec, None if is_edited(spec, stamp) else stamp
         if _seen[name][1] != stamp:
             raise ValueError(f"{file} has changed since this process imported it, so that the journal {path} would "
                              "hold results of other code: start the script again, or reload the module")
 
 
-def is_edited(spec: Any, path: str) -> bool:
+def is_edited(spec: Any, stamp: tuple[int, ...]) -> bool:
     """Whether a file is younger than this process, and not the one that Python's cached bytecode is of."""
-    try:
-        state = os.stat(path)
-    except OSError:
-        return False
-    if state.st_mtime <= began() + CLOCK_SECONDS:
+    if not stamp or stamp[0] <= (began() + CLOCK_SECONDS) * NANOSECONDS:
         return False
     try:
         with open(getattr(spec, "cached", None) or os.devnull, "rb") as file:
             head = CACHE_HEAD.unpack(file.read(CACHE_HEAD.size))
-            is_older = os.fstat(file.fileno()).st_mtime_ns < state.st_mtime_ns
-        return is_older or head != (MAGIC_NUMBER, 0, int(state.st_mtime) & M32, state.st_size & M32)
+            is_older = os.fstat(file.fileno()).st_mtime_ns < stamp[0]
+        return is_older or head != (MAGIC_NUMBER, 0, int(stamp[0] / NANOSECONDS) & M32, stamp[1] & M32)
     except (OSError, struct.error):
         return True
 

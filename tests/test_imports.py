@@ -33,8 +33,8 @@ LONGEST_FUNCTION_LINES, MOST_METHODS = 40, 28
 # Statements (without docstrings) that a folder may have. The second edition's aim stands behind each: what is over it
 # is to come down, and may not grow meanwhile.
 BUDGETS = {
-    "ring": 914, "protocol": 720, "server": 619, "node": 971, "objects": 1036, "controller": 973, "core": 4870,
-    "drop-ins": 948, "launch/beside": 535, "whole": 5818,
+    "ring": 914, "protocol": 720, "server": 619, "node": 971, "objects": 1021, "controller": 969, "core": 4851,
+    "drop-ins": 948, "launch/beside": 508, "whole": 5799,
 }
 AIMS = {
     "ring": 920, "protocol": 720, "server": 620, "node": 750, "objects": 800, "controller": 780, "core": 4270,
@@ -45,8 +45,9 @@ THIN_MODULES = {"dropin.joblib_backend": 75, "dropin.engine": 120}  # others' in
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 PICKLING = {
     "objects.letters": "what a letter is made of",
-    "objects.definitions": "what no import finds, by C pickle or by dill; code objects, by marshal",
-    "objects.loading": "the form of a letter; an Unpickler with makers",
+    "objects.byvalue": "a Pickler with hooks; code objects, by marshal",
+    "objects.definitions": "the pickle of all items",
+    "objects.loading": "the form of a letter; an Unpickler with makers; code objects, by marshal",
     "objects.outcomes": "plain values, without a detour",
     "objects.sources": "a dict of texts",
     "objects.canonical": "digests, of which nothing is loaded; plain values for a journal",

@@ -16,13 +16,17 @@ Threads: one thread uses a Dumper. That thread has the context's lock, but for a
 from __future__ import annotations
 
 import builtins
+import collections
 import copyreg
 import enum
 import functools
+import gc
 import hashlib
 import importlib.machinery
 import io
+import marshal
 import os
+import pickle
 import struct
 import sys
 import threading
@@ -45,17 +49,23 @@ from .names import (
     builtin_base,
     by_import,
     by_path,
-    is_by_value,
     is_class,
     is_stream,
     travels_by_value,
 )
 
-__all__ = ["CACHE_TYPE", "Dumper", "arguments_of"]
+__all__ = ["CACHE_TYPE", "VARIABLES", "VIEWS", "WEAK", "Dumper", "arguments_of", "parts_of"]
 
 CACHE_TYPE = type(functools.lru_cache(lambda: None))
+VIEWS: Any = {  # by the type of a view: what makes it, and a dict to make one of
+    type(make(kind())): (make, kind())
+    for kind in (dict, collections.OrderedDict) for make in (kind.keys, kind.values, kind.items)}
+NAMELESS: Any = {  # by their ids, classes of C that have no name where they say they have one
+    **{id(cls): (getattr, (types, name)) for name, cls in vars(types).items() if is_class(cls)},
+    **{id(kind): (type, (make(made),)) for kind, (make, made) in VIEWS.items()},
+}
 WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
-    weakref.ref: lambda reference: reference(), weakref.WeakSet: list, weakref.WeakValueDictionary: dict,
+    weakref.ref: lambda reference: reference(), weakref.WeakSet: set, weakref.WeakValueDictionary: dict,
     weakref.WeakKeyDictionary: dict,
 }
 NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
@@ -67,13 +77,15 @@ OWN = -1  # the number of the thing that is dumped
 STANDS_FOR: Any = {  # a name, where that cannot be evaluated; the first came with Python 3.12
     getattr(typing, "TypeAliasType", typing.NewType): "__value__", typing.NewType: "__supertype__",
 }
+MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
+VARIABLES = typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR
 NO_DEFAULT = getattr(typing, "NoDefault", None)
 OPTIONS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": "__contravariant__",
            "infer_variance": "__infer_variance__", "default": "__default__", "type_params": "__type_params__"}
 
 
-class Dumper:
-    """One attempt to dump by value; mixed in before C pickle's Pickler, and dill's.
+class Dumper(pickle.Pickler):
+    """One attempt to dump by value.
 
     :ivar entry: the entry that is dumped now; None for arguments, results, and functions with their callbacks.
     :param reduced: the reduction of its thing; made here of a value.
@@ -91,15 +103,14 @@ class Dumper:
         self.plain: set[type] = set()  # classes by value: pickle takes their instances apart itself
         self.rest: Any = None  # what fills the thing of the entry, as pickle's reductions have it
         self.file, self.views = io.BytesIO(), list[memoryview]()
-        pickled: Any = super()
-        pickled.__init__(self.file, PICKLE, buffer_callback=functools.partial(take_large, self.views))
+        super().__init__(self.file, PICKLE, buffer_callback=functools.partial(take_large, self.views))
         if entry is None:
-            pickled.dump(value)
+            self.dump(value)
             return
         maker, arguments, *self.rest = reduced or self._apart(value)
-        pickled.dump((maker, arguments))
+        self.dump((maker, arguments))
         self.numbers[id(value)] = OWN
-        pickled.dump(entry)
+        self.dump(entry)
         self.content = (hashlib.sha256(b"".join([self.file.getvalue(), *self.views])).digest(),
                         [each.token for each in self.refs])
 
@@ -132,13 +143,13 @@ class Dumper:
         if reduce is not None:
             return reduce(self, thing)
         if is_class(thing):
-            return self._refer(thing) if is_by_value(thing) else NotImplemented
+            return self._refer(thing) if travels_by_value(thing) else NAMELESS.get(id(thing), NotImplemented)
         if is_stream(thing):  # a notebook's is no file
             return self._stream(thing)
         # An exception's `__init__` may take other arguments than its built-in base. And pickle asks an empty instance
         # for `__setstate__`: some `__getattr__` never come to an end then.
         special = "__init__" if isinstance(thing, BaseException) else "__getattr__"
-        return self._instance(kind, thing) if is_by_value(kind) or has_own(kind, special) else NotImplemented
+        return self._instance(kind, thing) if travels_by_value(kind) or has_own(kind, special) else NotImplemented
 
     def _instance(self, cls: Any, thing: Any) -> Any:
         """An instance of a class by value; as a fork has it, where it is shared."""
@@ -193,18 +204,11 @@ class Dumper:
         """A type variable and the like."""
         if reference := self._one(variable):
             return reference
-        kind: Any = type(variable)
-        name = variable.__name__
         if self.rest is not None:
-            raise TypeError(f"cannot pickle the type alias {name}, which refers to itself")
-        options = {option: value for option, attribute in OPTIONS.items()
-                   if (value := evaluated(variable, attribute)) is not None and value is not NO_DEFAULT}
-        arguments = getattr(variable, "__constraints__", ())
-        if kind in STANDS_FOR:
-            value = evaluated(variable, STANDS_FOR[kind])
-            arguments = (typing.ForwardRef(name) if value is None else value,)
+            raise TypeError(f"cannot pickle the type alias {variable.__name__}, which refers to itself")
+        arguments, options = parts_of(variable)
         state = None if "type_params" in options else (None, {"__module__": variable.__module__})
-        return functools.partial(kind, name, *arguments, **options), (), state
+        return functools.partial(*arguments, **options), (), state
 
     def _stream(self, stream: Any) -> Any:
         """A stream of the process goes by its name; in definitions, a file that is open for reading by its path."""
@@ -218,6 +222,11 @@ class Dumper:
         return MAKERS["file"], (os.path.abspath(path), os.fstat(stream.fileno())[1:3], mode, stream.tell(), options)
 
 
+def dump_code(code: types.CodeType) -> bytes:
+    """Code as bytes, the same each time: references by count are gone after a load."""
+    return marshal.dumps(marshal.loads(marshal.dumps(code, MARSHAL)), MARSHAL)
+
+
 def has_own(cls: type, *names: str) -> bool:
     """Whether a class written in Python has one of these methods, and not only what it inherits from C."""
     return any(isinstance(getattr(cls, name, None), types.FunctionType) for name in names)
@@ -228,6 +237,17 @@ def arguments_of(member: Any) -> Any:
     base = builtin_base(type(member))
     maker, arguments, *_ = (NEW, ()) if base is object else base.__reduce_ex__(member, 2)
     return arguments[1:] if maker is NEW else arguments
+
+
+def parts_of(variable: Any) -> tuple[Any, dict[str, Any]]:
+    """The type of a type variable or alias with its arguments, and those by name."""
+    name, kind = variable.__name__, type(variable)
+    options = {option: value for option, attribute in OPTIONS.items()
+               if (value := evaluated(variable, attribute)) is not None and value is not NO_DEFAULT}
+    if kind not in STANDS_FOR:
+        return (kind, name, *getattr(variable, "__constraints__", ())), options
+    value = evaluated(variable, STANDS_FOR[kind])
+    return (kind, name, typing.ForwardRef(name) if value is None else value), options
 
 
 def evaluated(variable: Any, attribute: str) -> Any:
@@ -262,7 +282,7 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, 
     "dataclasses": lambda _, thing: next(  # its marks are compared by identity
         (name for name, mark in vars(sys.modules["dataclasses"]).items() if mark is thing), NotImplemented),
     **dict.fromkeys((Entry, Space, Slot), lambda dumper, item: (MAKERS["itself"], (item.thing,), *dumper.rest)),
-    # Of Python 3.15, or none: the row of `object` follows. dill takes each for a mark of dataclasses.
+    # Of Python 3.15, or none: the row of `object` follows.
     getattr(builtins, "sentinel", object): lambda dumper, mark: dumper._singleton(
         mark, mark.__name__, type(mark), (mark.__name__,), (None, {"__module__": mark.__module__})),
     object: lambda dumper, mark: dumper._one(mark, object, ()) if dumper.shares else NotImplemented,
@@ -278,9 +298,9 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, 
     **dict.fromkeys(WEAK, lambda dumper, weak: (  # as an argument it would arrive dead
         MAKERS["weak"], (type(weak), WEAK[type(weak)](weak))) if dumper.shares else NotImplemented),
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
-    **dict.fromkeys((typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR), _by_value(Dumper._variable)),
+    **dict.fromkeys(VARIABLES, _by_value(Dumper._variable)),
     type(typing.Generic[typing.TypeVar("T")]): lambda _, alias: (  # type: ignore[index]
-        type(alias), (alias.__origin__, alias.__args__)) if is_by_value(alias.__origin__) else NotImplemented,
+        type(alias), (alias.__origin__, alias.__args__)) if travels_by_value(alias.__origin__) else NotImplemented,
     importlib.machinery.ModuleSpec: lambda _, spec: (importlib.machinery.ModuleSpec, (spec.name, None), {
         "origin": spec.origin, "_set_fileattr": spec.has_location}),
     typing.ForwardRef: lambda _, thing: (typing.ForwardRef, (thing.__forward_arg__,)),
@@ -290,7 +310,12 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, 
     staticmethod: lambda _, thing: (staticmethod, (thing.__func__,)),
     classmethod: lambda _, thing: (classmethod, (thing.__func__,)),
     types.MappingProxyType: lambda _, thing: (types.MappingProxyType, (dict(thing),)),
-    # A lock arrives as a new one: an RLock that dill loads is held for ever, by nobody.
+    types.CodeType: lambda _, code: (MAKERS["code"], (dump_code(code),)),
+    **dict.fromkeys(VIEWS, lambda _, view: (VIEWS[type(view)][0], tuple(gc.get_referents(view)))),
+    **dict.fromkeys((types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType),
+                    lambda _, made: (MAKERS["descriptor"], (made.__objclass__, made.__name__))),
+    super: lambda _, made: (super, (made.__thisclass__, made.__self__)),
+    # A lock arrives as a new one.
     type(threading.Lock()): lambda _, thing: (threading.Lock, ()),
     type(threading.RLock()): lambda _, thing: (threading.RLock, ()),
 }

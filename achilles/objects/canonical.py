@@ -35,18 +35,14 @@ import functools
 import hashlib
 import pickle
 import sys
-import typing
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
-from .byvalue import CACHE_TYPE, OPTIONS, STANDS_FOR, evaluated
+from .byvalue import CACHE_TYPE, VARIABLES, VIEWS, WEAK, parts_of
 from .definitions import MADE_ANEW, content_of
 from .loading import PICKLE
-from .names import MAINS, REMEMBERED, codes_of, global_names, is_c_type, is_class, is_global, travels_by_value
+from .names import GLOBAL_LOADS, MAINS, REMEMBERED, codes_of, is_global, resolved, travels_by_value
 from .sources import PACKAGE, file_of, is_installed
 
 __all__ = ["can_load", "digest_of", "digests_of", "dump_values"]
@@ -54,8 +50,8 @@ __all__ = ["can_load", "digest_of", "digests_of", "dump_values"]
 CODE_PARTS = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount",
               "co_posonlyargcount", "co_kwonlyargcount", "co_flags", "co_exceptiontable")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
-LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "LOAD_ATTR", "LOAD_METHOD")
 ANNOTATIONS = {"__annotations__", "__annotate__", "__annotate_func__", "__conditional_annotations__"}
+UNORDERED = set, frozenset
 OF_MODULES = {  # the machine's own names in a module
     "__name__", "__file__", "__builtins__", "__spec__", "__doc__", "__loader__", "__package__", "__cached__",
     "__path__", "__warningregistry__", *ANNOTATIONS,
@@ -63,10 +59,6 @@ OF_MODULES = {  # the machine's own names in a module
 OF_CLASSES = {  # and in a class: line numbers, names in the order of a set
     *MADE_ANEW, *ANNOTATIONS, "__firstlineno__", "__static_attributes__"} - {"__slots__"}
 PRIVATE, FIELDS = "__pydantic_", "__pydantic_fields__"  # tables of a class, which hold addresses; the fields do not
-VARIABLES = typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, *STANDS_FOR
-VARIABLE_PARTS = "__constraints__", *OPTIONS.values(), *STANDS_FOR.values()
-DICTS: tuple[Any, ...] = {}, OrderedDict()
-VIEWS = [type(getattr(made, name)()) for made in DICTS for name in ("keys", "values", "items")]
 
 
 class Canonical(pickle.Pickler):
@@ -81,11 +73,10 @@ class Canonical(pickle.Pickler):
         self.digest = hashlib.sha256()
         super().__init__(SimpleNamespace(write=self.digest.update), PICKLE)
         self._of_thing = of_thing
-        self._texts: dict[Any, Any] = {}
-        self._met = dict(met or {})  # a number, and what has it, by the ids of what is taken apart
-        self._tuples: dict[int, tuple[Any, list[Any]]] = {}  # with the lists in their place, by their ids
-        self._lists: dict[Any, list[Any]] = {}  # the same lists, by what is in them
+        self._met = dict(met or {})  # a number, and what has it, by the ids of functions, classes and modules
         self._open: list[Any] = []  # what is to be written
+        self._ones: dict[Any, Any] = {}  # the texts and lists that are written, by what equal ones have in common
+        self._lists: dict[int, tuple[Any, list[Any]]] = {}  # tuples and sets, and the lists for them, by ids
 
     def digest_of(self, value: Any) -> str:
         """The digest of one value."""
@@ -98,55 +89,45 @@ class Canonical(pickle.Pickler):
         """What is written in place of a thing; None where pickle takes it apart."""
         kind = type(thing)
         if kind is str or kind is bytes:
-            return self._texts.setdefault(thing, thing)
-        if kind is tuple:
+            return self._ones.setdefault(thing, thing)
+        if kind in UNORDERED or kind is tuple:
             return self._list_of(thing)
-        if kind is set or kind is frozenset:
-            return [kind.__name__, self._sorted(thing)]
-        apart = self._way(thing, kind)
-        if apart is None:
+        if not issubclass(kind, (type, FunctionType, ModuleType)):
             return None
-        if self._of_thing is not None and apart in (_class, _function, _module):
+        if self._of_thing is not None:
             return self._of_thing(thing)
         if id(thing) not in self._met:
             self._met[id(thing)] = len(self._met), thing
+            apart = next(THINGS[base] for base in type.mro(kind) if base in THINGS)
             self._open.append([kind.__name__, apart(thing)])
         return self._met[id(thing)][0]
 
-    def _sorted(self, items: Any) -> list[str]:
-        """The digests of the items of a set."""
-        return sorted(Canonical(self._of_thing, self._met).digest_of(each) for each in items)
-
-    def _list_of(self, items: tuple[Any, ...]) -> list[Any]:
-        """A list in place of a tuple: one list for all that are equal, so that pickle writes it once."""
-        if id(items) not in self._tuples:
-            key = tuple([self._key(each) for each in items])
-            self._tuples[id(items)] = items, self._lists.setdefault(key, [*items])
-        return self._tuples[id(items)][1]
+    def _list_of(self, items: Any) -> list[Any]:
+        """A list in place of a tuple or set: one list for all that are equal, so that pickle writes it once."""
+        kind = type(items)
+        if id(items) not in self._lists:
+            made = [*items]
+            if kind in UNORDERED:
+                made = [kind.__name__, *sorted(Canonical(self._of_thing, self._met).digest_of(each) for each in items)]
+            key = kind, *[self._key(each) for each in made]
+            self._lists[id(items)] = items, self._ones.setdefault(key, made)
+        return self._lists[id(items)][1]
 
     def _key(self, item: Any) -> Any:
         """What two items have in common if they are one for a canonical form."""
         kind = type(item)
-        if kind is tuple:
+        if kind in UNORDERED or kind is tuple:
             return kind, id(self._list_of(item))
-        if kind is set or kind is frozenset:
-            return kind, *self._sorted(item)
         if kind is float or kind is complex:  # 0.0 == -0.0
             return kind, repr(item)
         return kind, item if kind in (str, bytes, int, bool) else id(item)
 
-    def _way(self, thing: Any, kind: type) -> Callable[[Any], Any] | None:
-        """How a thing is taken apart, unless by pickle."""
-        if is_class(thing):
-            return _class
-        if issubclass(kind, ModuleType):
-            return _module
-        held = HELD.get(kind) if self._of_thing is None else None
-        return held or APART.get(kind)
-
     def reducer_override(self, thing: Any) -> Any:
-        """As pickle takes a thing apart; its type, and its name if it has one, where pickle cannot."""
+        """By its parts, or as pickle takes a thing apart; its type, and its name if it has one, where pickle cannot."""
         kind = type(thing)
+        apart = PARTS.get(kind) or (HELD.get(kind) if self._of_thing is None else None)
+        if apart is not None:
+            return str, (kind.__name__,), apart(thing)
         found: Any = ""
         module, state = "", None
         try:
@@ -184,36 +165,30 @@ def dump_values(values: list[Any]) -> bytes | None:
 
     The same script loads it in another process: there its own classes are in `__main__`, too.
     """
-    try:
+    with contextlib.suppress(Exception):
         return pickle.dumps(values, PICKLE)
-    except Exception:
-        return None
+    return None
 
 
 def can_load(letter: bytes) -> bool:
     """Whether plain values can be loaded: some exceptions can be dumped alone, and a class may be gone."""
-    try:
+    with contextlib.suppress(Exception):
         pickle.loads(letter)
-    except Exception:
-        return False
-    return True
+        return True
+    return False
 
 
 @functools.lru_cache(REMEMBERED)
 def is_users(module: Any) -> bool:
     """Whether a module, by its name, is none that is installed. One that is not there was made by the user's code."""
-    found = sys.modules.get(module)
-    if f"{module}.".startswith(f"{PACKAGE}."):
+    name = str(module)
+    if name.partition(".")[0] in sys.stdlib_module_names or f"{name}.".startswith(f"{PACKAGE}."):
         return False
-    if module in MAINS or found is None:
+    if module in MAINS or module not in sys.modules:
         return True
-    path = file_of(found) or next(iter(getattr(found, "__path__", ())), "")
-    if path:
-        return not is_installed(path)
-    if module in sys.builtin_module_names or getattr(getattr(found, "__spec__", None), "origin", None) == "frozen":
-        return False
-    package = module.rpartition(".")[0]
-    return not package or is_users(package)
+    package = name.rpartition(".")[0]
+    path = file_of(sys.modules[module]) or next(iter(getattr(sys.modules[module], "__path__", ())), "")
+    return not is_installed(path) if path else not package or is_users(package)
 
 
 def is_users_module(thing: Any) -> bool:
@@ -223,44 +198,43 @@ def is_users_module(thing: Any) -> bool:
 
 
 @functools.lru_cache(REMEMBERED)
-def _passed_on(code: CodeType) -> set[str]:
-    """The globals and attributes of which code does more than to name an attribute."""
-    found = set()
+def _paths(code: CodeType) -> list[str]:
+    """The globals that code names, each with the attributes that it names of it at once: ``helper.sub.deep``."""
+    found = [""]
     for each in codes_of(code):
-        steps = [step for step in dis.get_instructions(each) if step.opname != "EXTENDED_ARG"]
-        found |= {step.argval for step, following in pairwise(steps)
-                  if step.opname in LOADS and following.opname not in ATTRIBUTES}
-    return found
+        for step in dis.get_instructions(each):
+            if step.opname in ATTRIBUTES:
+                found[-1] += f".{step.argval}"
+            elif step.opname != "EXTENDED_ARG":
+                found.append(step.argval if step.opname in GLOBAL_LOADS else "")
+    return [path for path in found if path[:1] not in ("", ".")]
 
 
 def _globals(function: FunctionType) -> dict[str, Any]:
-    """The globals that code names, and what it names of the user's modules among them."""
-    attributes = dict.fromkeys(name for code in codes_of(function.__code__) for name in code.co_names)
-    passed_on = _passed_on(function.__code__)
-    found = _named("", function.__globals__, global_names(function.__code__))
-    modules = set()
-    for at, (way, value) in enumerate(found):  # grows while it is walked
-        if not is_users_module(value):
-            continue
-        if way.rpartition(".")[2] not in passed_on:
-            found[at] = way, value.__name__
-        if id(value) not in modules:
-            modules.add(id(value))
-            found += _named(f"{way}.", vars(value), attributes)
-    return dict(found)
+    """The globals that a function names, and what it names of the user's modules among them."""
+    return _values(function.__globals__, _paths(function.__code__))
 
 
-def _named(way: str, space: dict[str, Any], names: Iterable[str]) -> list[tuple[str, Any]]:
-    """Values of a module by their names. A lazy import (Python 3.15) happens now."""
-    found = []
-    for name in names:
-        if name in space and name not in OF_MODULES:
-            value = space[name]
-            if type(value).__name__ == "lazy_import":
-                with contextlib.suppress(ImportError):
-                    value = value.resolve()
-            found.append((way + name, value))
+def _values(space: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """What paths lead to from a module; not what a lazy import (Python 3.15) fails to give."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(KeyError, ImportError):
+            way, value = _value(space, path)
+            found[way] = value
     return found
+
+
+def _value(space: dict[str, Any], path: str) -> tuple[str, Any]:
+    """What a path leads to through modules of the user's, and that part of the path."""
+    name, _, rest = path.partition(".")
+    if name in OF_MODULES:
+        raise KeyError(name)
+    value = resolved(space[name])
+    if not (rest and is_users_module(value)):
+        return name, value
+    way, value = _value(vars(value), rest)
+    return f"{name}.{way}", value
 
 
 def _code(function: FunctionType) -> list[Any]:
@@ -276,7 +250,7 @@ def _function(function: FunctionType) -> Any:
 
 def _class(cls: Any) -> Any:
     """Without the text that dataclasses made of the signature: it may hold addresses, as private tables do."""
-    if not is_users(cls.__module__) and (is_c_type(cls) or not travels_by_value(cls)):
+    if not is_users(cls.__module__) and not travels_by_value(cls):
         return cls.__module__, cls.__qualname__
     own = {name: value for name, value in vars(cls).items()
            if name not in OF_CLASSES and (name == FIELDS or not name.startswith(PRIVATE))}
@@ -291,12 +265,12 @@ def _class(cls: Any) -> Any:
 def _module(module: ModuleType) -> Any:
     if not is_users_module(module):
         return module.__name__
-    return module.__name__, dict(_named("", vars(module), list(vars(module))))
+    return module.__name__, _values(vars(module), list(vars(module)))
 
 
 def _variable(variable: Any) -> Any:
     name = variable.__module__, variable.__name__
-    return (name, [evaluated(variable, part) for part in VARIABLE_PARTS]) if is_users(variable.__module__) else name
+    return (name, parts_of(variable)) if is_users(variable.__module__) else name
 
 
 def _cache(cache: Any) -> Any:
@@ -304,18 +278,17 @@ def _cache(cache: Any) -> Any:
     return cache.__wrapped__, cache.cache_parameters(), own
 
 
-APART: dict[type, Callable[[Any], Any]] = {
-    FunctionType: _function,
+# How things are taken apart: those that are written behind all that holds them, and those in their place.
+THINGS: dict[Any, Callable[[Any], Any]] = {type: _class, FunctionType: _function, ModuleType: _module}
+PARTS: dict[type, Callable[[Any], Any]] = {
     CodeType: lambda code: [getattr(code, part) for part in CODE_PARTS],
     CellType: content_of,
     MappingProxyType: dict,
     CACHE_TYPE: _cache,
     property: lambda made: [made.fget, made.fset, made.fdel],
     functools.partialmethod: lambda made: [made.func, made.args, made.keywords],
-    **dict.fromkeys((staticmethod, classmethod), lambda made: made.__func__),
+    **dict.fromkeys((staticmethod, classmethod), lambda made: [made.__func__]),
     **dict.fromkeys(VARIABLES, _variable),
 }
-HELD: dict[type, Callable[[Any], Any]] = {  # where a function holds it; as an argument pickle refuses it
-    **dict.fromkeys(VIEWS, list), weakref.ref: lambda reference: reference(), weakref.WeakSet: frozenset,
-    **dict.fromkeys((weakref.WeakValueDictionary, weakref.WeakKeyDictionary), dict),
-}
+# Where a function holds them; as an argument pickle refuses them.
+HELD: dict[Any, Callable[[Any], Any]] = {**dict.fromkeys(VIEWS, list), **WEAK}

@@ -28,11 +28,10 @@ import abc
 import enum
 import functools
 import io
-import marshal
 import pickle
-import re
 import sys
 from itertools import islice, repeat
+from operator import is_
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -44,7 +43,6 @@ from types import (
 )
 from typing import Any
 
-from ..errors import VersionError
 from .byvalue import CACHE_TYPE, Dumper, arguments_of
 from .loading import CAME, MAKERS, letter_of
 from .names import (
@@ -60,11 +58,8 @@ from .names import (
     travels_by_value,
 )
 
-__all__ = ["Definitions", "dill_pickler", "dumped", "facts_of", "way_to"]
+__all__ = ["Definitions", "is_same", "way_to"]
 
-DILL_OLDEST = (0, 4, 1)  # the first that knows Python 3.13's code and threads
-DILL_KINDS = {"save_code", "_save_dict_view", "save_super", "save_wrapper_descriptor", "save_singleton", "save_type",
-              "save_slice"}  # what dill does with files and references would open, truncate and delete
 BELONGS: Any = {  # what a function belongs to, or consists of
     FunctionType: lambda _: (), tuple: list, MethodType: lambda method: [method.__self__],
     BuiltinFunctionType: lambda method: [method.__self__],
@@ -73,7 +68,6 @@ BELONGS: Any = {  # what a function belongs to, or consists of
 # In place of a pickle, where the token is enough.
 NAMED: Any = SimpleNamespace(refs={}, views=[], file=io.BytesIO(), content=None)
 DEEPEST, WIDEST = 10, 1000  # of a search for what cannot be dumped
-MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
 CODE = (FunctionType, staticmethod, classmethod)
 CLASS_NAMES = "__classdict__"  # the variable in which annotations look up names (Python 3.14)
 MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself
@@ -114,13 +108,13 @@ class Definitions:
             records.append((
                 kind, *label, [numbers[each] for each in dumper.refs], dumper.file.getvalue(), len(dumper.views)))
             views += dumper.views
-        return b"".join(letter_of(pickle.dumps((records, [numbers[root] for root in roots])), views))
+        return b"".join(letter_of([pickle.dumps((records, [numbers[root] for root in roots])), *views]))
 
-    def functions(self, value: tuple[Any, ...]) -> list[Any] | None:
-        """The functions that were dumped last, with this value; None if it is not enough to compare these."""
+    def facts(self, value: tuple[Any, ...]) -> list[tuple[Any, list[Any]]] | None:
+        """The functions that were dumped last, with this value, and their facts; None if these do not tell a change."""
         is_fixed = all(type(each) is FunctionType or by_import(each) for each in value) and all(
             item.kind in ("function", "cell", "slot", "space") for item in self.order)
-        return [item.thing for item in self.order if item.kind == "function"] if is_fixed else None
+        return [(item.thing, item.facts) for item in self.order if item.kind == "function"] if is_fixed else None
 
     def share(self, value: Any) -> None:
         """Give tokens to what a function belongs to, or an initializer gets: a global may be the same thing.
@@ -169,9 +163,9 @@ class Definitions:
             pieces, reduced = PARTS[item.kind](item, item.thing)
             held = [entry for value, place in pieces if (entry := self.names.hold(value, place, item.named))]
             item.refs = [*item.refs, *held]  # those of the last time stay alive until they are found again
-            dumper = dumped(self.names, item.thing, entry=item, reduced=reduced, only=item.state and item.state[0][1])
+            dumper = Dumper(self.names, item.thing, item, reduced, only=item.state and item.state[0][1])
             if item.state and dumper.content != item.state[0]:  # now tokens stand where those values stood
-                dumper = dumped(self.names, item.thing, entry=item, reduced=reduced)
+                dumper = Dumper(self.names, item.thing, item, reduced)
         except Exception as error:
             where = "the {} {!r} of {}: ".format(*item.place) if item.place else ""
             error.__dict__["way"] = where + way_to(self.names, item.thing)
@@ -196,6 +190,7 @@ def _space(space: Any, thing: dict[str, Any]) -> tuple[list[Any], Any]:
 
 
 def _function(entry: Any, function: Any) -> tuple[list[Any], Any]:
+    entry.facts = facts_of(function)  # from before it is taken apart: a later change is told
     code, defaults, slots = function.__code__, function.__defaults__ or (), slots_of(function, entry.names)
     optional = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
     pieces = [
@@ -204,11 +199,9 @@ def _function(entry: Any, function: Any) -> tuple[list[Any], Any]:
         *_placed(function, "attribute", vars(function)), *_placed(function, "global", slots),
     ]
     modules = [slot.thing.__name__ for slot in slots.values() if isinstance(slot.thing, ModuleType)]
-    # The same bytes each time: references by count are gone after a load.
-    data = marshal.dumps(marshal.loads(marshal.dumps(code, MARSHAL)), MARSHAL)
     annotations = "__annotate__" if getattr(function, "__annotate__", None) else "__annotations__"  # unevaluated
     filled = {key: value for key in (*FILLED, annotations) if (value := getattr(function, key, None))}
-    arguments = function.__globals__, data, function.__name__, function.__closure__, submodules_of(code, modules)
+    arguments = function.__globals__, code, function.__name__, function.__closure__, submodules_of(code, modules)
     return pieces, (MAKERS["function"], arguments, (dict(vars(function)), filled))
 
 
@@ -262,49 +255,22 @@ def content_of(cell: CellType) -> list[Any]:
     return [] if cell == CellType() else [cell.cell_contents]
 
 
-class _Pickler(Dumper, pickle.Pickler):
-    """The fast way."""
-
-
-@functools.lru_cache(None)
-def dill_pickler() -> Any:
-    """The slow way: dill's table of types, but for those that would touch files or lose what they refer to."""
-    try:
-        import dill
-    except ModuleNotFoundError:
-        raise VersionError("dill is needed here: pip install 'dill>=0.4.1'") from None
-    if tuple(map(int, re.findall(r"\d+", dill.__version__)[:3])) < DILL_OLDEST:
-        raise VersionError(f"dill {dill.__version__} is too old: pip install 'dill>=0.4.1'")
-    stock: Any = pickle._Pickler
-    own = {kind: save for kind, save in dill.Pickler.dispatch.items()
-           if save.__module__ == pickle.__name__ or save.__name__ in DILL_KINDS}
-    table = {**own, dict: stock.save_dict, FunctionType: stock.save_global}
-    return type("_DillPickler", (Dumper, dill.Pickler), {"dispatch": table, "save": stock.save})
-
-
-def dumped(names: Names, value: Any, **options: Any) -> Any:
-    """Dump arguments, or the thing of an entry, by the fast way or by the slow one; with a Dumper of these options."""
-    try:
-        return _Pickler(names, value, **options)
-    except Exception as error:
-        try:
-            return dill_pickler()(names, value, **options)
-        except Exception as second:
-            raise second from error
-
-
-def facts_of(functions: list[Any]) -> list[Any]:
-    """All that functions refer to: if each is the very same later, nothing has changed that is no value by itself."""
-    found: list[Any] = []
-    for function in functions:
-        code = function.__code__
-        found += (code, function.__defaults__, function.__name__, function.__qualname__, function.__module__,
-                  function.__doc__, *map(function.__globals__.get, global_names(code), repeat(MISSING)))
-        for table in filter(None, (function.__kwdefaults__, function.__dict__)):
-            found += (*table, *table.values())
-        for cell in function.__closure__ or ():
-            found += content_of(cell)
+def facts_of(function: Any) -> list[Any]:
+    """What a function refers to: if each is the very same later, nothing has changed that is no value by itself."""
+    code = function.__code__
+    found = [code, function.__defaults__, function.__name__, function.__qualname__, function.__module__,
+             function.__doc__, *map(function.__globals__.get, global_names(code), repeat(MISSING))]
+    for table in filter(None, (function.__kwdefaults__, function.__dict__)):
+        found += (*table, *table.values())
+    for cell in function.__closure__ or ():
+        found += content_of(cell)
     return found
+
+
+def is_same(function: Any, facts: list[Any]) -> bool:
+    """Whether a function refers to the very same things as before."""
+    found = facts_of(function)
+    return len(found) == len(facts) and all(map(is_, found, facts))
 
 
 def way_to(names: Names, value: Any, way: str = "", owner: Any = None, left: int = DEEPEST) -> str:
@@ -314,7 +280,7 @@ def way_to(names: Names, value: Any, way: str = "", owner: Any = None, left: int
     """
     for step, child in _children(value).items() if left else ():
         try:
-            dumped(names, child, shares=False)
+            Dumper(names, child, shares=False)
         except Exception:
             return way_to(names, child, way + step, value, left - 1)
     return f"its {way}, held by an object of type {type(owner).__qualname__}: " if way else ""

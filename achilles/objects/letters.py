@@ -4,13 +4,10 @@ Used in the caller and in workers alone: the server never imports this folder, a
 that it forks. Knows which way of dumping is tried. Knows nothing of jobs, frames and peers. The form of a letter is
 loading.py's. How functions and classes travel is definitions.py's and byvalue.py's.
 
-Three ways, each tried when the one before fails::
+Two ways::
 
-    1 plain     C pickle, where it neither fails nor names ``__main__``, which is another module elsewhere
-    2 by value  C pickle with byvalue's hooks: functions, classes and what belongs to them
-    3 dill      the same hooks on dill's Pickler, in Python: views, descriptors and other rarities. dill is imported at
-                the first need. Its import extends the table of pickle's Python Pickler (`dill.extend`), never C
-                pickle's. Nothing else is changed
+    1 plain     C pickle, where it neither fails nor names ``__main__``, which is another module elsewhere; else
+    2 by value  C pickle with byvalue's hooks: functions, classes, what belongs to them, and rarities
 
 A chunk of which arguments are to be skipped is a letter of form 2: the pickle is the set of their offsets, the one
 buffer is the letter of the chunk.
@@ -37,12 +34,13 @@ import pickle
 import sys
 from collections import deque
 from collections.abc import Collection, Sequence
-from operator import is_
+from itertools import starmap
 from typing import Any
 
-from ..errors import DumpError, VersionError
-from .definitions import Definitions, dumped, facts_of, way_to
-from .loading import JOINED_BYTES, NOTHING, PICKLE, SKIPPING, Buffer, Loader, define, letter_of, opened, take_large
+from ..errors import DumpError
+from .byvalue import Dumper
+from .definitions import Definitions, is_same, way_to
+from .loading import NOTHING, PICKLE, SKIPPING, Buffer, Loader, define, letter_of, opened, take_large
 from .names import ATOMS, KEPT, UNFOUND, Names
 
 __all__ = ["PICKLE_START", "Buffer", "Context", "dump_chunk", "dump_chunks", "dump_function", "dump_plain", "joined",
@@ -50,6 +48,7 @@ __all__ = ["PICKLE_START", "Buffer", "Context", "dump_chunk", "dump_chunks", "du
 
 PICKLE_START = 0x80  # the first byte of a bare pickle, which is a plain letter (PROTO, pickletools)
 GLOBAL_OPCODE = b"\x93"  # without it, a pickle names no module (STACK_GLOBAL, pickletools)
+CHUNK_BYTES = 65_536  # of a first chunk: larger ones may hold arrays, which travel beside the pickle
 FEW_ITEMS = 64  # above, to search the pickle for names is quicker than to ask each item for its type
 REPR_CHARACTERS = 500  # of a value that could not be dumped
 ROOTS_KEPT = 1024  # functions and classes of arguments that live until their results come; nobody else may hold them
@@ -61,10 +60,9 @@ REMEDIES = {  # by whether the caller dumps: where a value cannot be sent, and w
     True: ("to a node", "Send what it is made from and make it in the function"),
     False: ("back", "Return what it is made from"),
 }
-# What is known of a function and its callback: the pair, held so that its ids stay its own; the functions it needs,
-# and itself, or None if it needs what may change in its place; what they refer to, from before the letter was dumped;
-# the counts of changed versions and of modules then, or None if that says too little; the letter.
-UNKNOWN: tuple[Any, ...] = (), None, (), None, b""
+# What is known of a function and its callback: both, held so that their ids stay their own; the counts of changed
+# versions and of modules, from before the letter was dumped; the facts of its functions then; the letter.
+UNKNOWN: Any = (), None, (), b""
 
 
 class Context:
@@ -109,15 +107,12 @@ class Context:
         :param what: how to call the object in an error; made from its type by default.
         :param plain: whether C pickle is tried alone first.
         :param copied: whether this is an argument, as a list is: a copy, whatever has a token.
-        :raises DumpError: neither pickle nor dill can dump it.
-        :raises VersionError: dill is needed, and missing or too old.
+        :raises DumpError: neither way can dump it.
         """
         shared = type(value) is not list and self._caller and not copied
         parts = dump_plain(value) if plain and not shared else None
         try:
             return parts or self._dump_by_value(value, shared)
-        except VersionError:
-            raise
         except Exception as error:
             whither, remedy = REMEDIES[self._caller]
             found = error.__dict__.pop("way", "")  # of the definitions
@@ -152,7 +147,7 @@ class Context:
         if shared:
             with self.names.lock:
                 self.definitions.share(value)
-        dumper = dumped(self.names, value, shares=shared)
+        dumper = Dumper(self.names, value, shares=shared)
         roots = [*dumper.refs]
         with self.names.lock:
             is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # else it may change
@@ -160,7 +155,7 @@ class Context:
             definitions = memoryview(dump(*roots))
             if not shared:
                 self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
-        return letter_of(dumper.file.getbuffer(), [definitions, *dumper.views])
+        return letter_of([dumper.file.getvalue(), definitions, *dumper.views])
 
 
 def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
@@ -185,7 +180,7 @@ def dump_chunks(context: Context, arguments: list[Any], size: int) -> list[Buffe
     """
     chunks = [arguments[at : at + size] for at in range(0, len(arguments), size)]
     with contextlib.suppress(Exception):  # dump_chunk tells what is wrong, or pickles by value
-        if len(chunks) > 1 and len(pickle.dumps(chunks[0], PICKLE)) <= JOINED_BYTES:
+        if len(chunks) > 1 and len(pickle.dumps(chunks[0], PICKLE)) <= CHUNK_BYTES:
             letters: list[Buffer] = [pickle.dumps(chunk, PICKLE) for chunk in chunks]
             if is_plain(b"".join(letters)):
                 return letters
@@ -202,7 +197,7 @@ def dump_plain(value: Any) -> list[Buffer] | None:
         data = pickle.dumps(value, PICKLE, buffer_callback=functools.partial(take_large, views))
     except Exception:
         return None
-    parts: list[Buffer] = letter_of(data, [NOTHING, *views]) if views else [data]
+    parts: list[Buffer] = letter_of([data, NOTHING, *views]) if views else [data]
     return parts if is_plain(data) else None
 
 
@@ -220,7 +215,7 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     """Turn a function and its callback, or an initializer and its arguments, into a letter, in the caller.
 
     Looks anew at all that the function refers to, as `Context.refresh` does. The letter is the same if nothing has
-    changed. From its third dump on, a function that needs constants, imports and other such functions alone is
+    changed. From its second dump on, a function that needs constants, imports and other such functions alone is
     compared by identity instead. Any thread may call it, at every call.
 
     :param what: how to call the value in an error, by default as `name_of` calls the function.
@@ -228,19 +223,17 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     """
     context.refresh()
     key = tuple(map(id, value))
-    _, known, known_facts, known_counts, known_letter = context.known.get(key, UNKNOWN)
-    facts = facts_of(known or [])
+    _, known_counts, known_facts, letter = context.known.get(key, UNKNOWN)
     counts = context.names.changes, len(sys.modules)  # a submodule may be among the modules
-    if known_counts == counts and len(facts) == len(known_facts) and all(map(is_, facts, known_facts)):
-        return bytes(known_letter)
+    if known_counts == counts and all(starmap(is_same, known_facts)):
+        return bytes(letter)
     with context.names.lock:
         letter = b"".join(context.dump(value, what or name_of(value[0])))
-        functions = context.definitions.functions(value)
-        if len(context.known) >= KEPT:
-            context.known.clear()
-        letter = known_letter if letter == known_letter else letter
-        is_same = functions is not None and functions == known
-        context.known[key] = value, functions, facts, counts if is_same else None, letter
+        facts = context.definitions.facts(value)
+        if facts is not None:
+            if len(context.known) >= KEPT:
+                context.known.clear()
+            context.known[key] = value, counts, facts, letter
     return letter
 
 
@@ -257,7 +250,7 @@ def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer
     letter = memoryview(joined(parts))
     if letter[0] == SKIPPING:
         letter = opened(letter)[1]
-    return letter_of(pickle.dumps(frozenset(offsets)), [letter], SKIPPING)
+    return letter_of([pickle.dumps(frozenset(offsets)), letter], SKIPPING)
 
 
 def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:

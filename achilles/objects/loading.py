@@ -2,21 +2,19 @@
 
 A letter::
 
-    pickle, which begins with 0x80                      plain, without large buffers
-    1 | 3 zero | count u32 | length u64                 big-endian; else
-    count lengths u64 | pickle | count buffers          each buffer begins at a multiple of 16 bytes
-    the first buffer is empty, or has the definitions   it is a letter itself
+    pickle, which begins with 0x80                            plain, without large buffers; else
+    1 | 3 zero | count u32 | count lengths u64 | the pieces   big-endian; each piece begins at a multiple of 16 bytes
 
-A letter of form 2, in place of 1, is a chunk with offsets to skip: see letters.py.
+The pieces are the pickle, the definitions, which are a letter themselves or nothing, and the buffers. A letter of form
+2, in place of 1, is a chunk with offsets to skip: see letters.py.
 
-The pickle of definitions is a list of items, each with its own pickle: first how it is made, then what fills it.
+The pickle of definitions is a list of items, each with its own pickle: first how it is made, then what fills it. No
+hook of a class runs again, neither `__init_subclass__` nor the metaclass's `__new__` or `__init__`: what they once did
+is in the attributes. A class that came by letter keeps its attributes as they came, under CAME. So an attribute that
+running code has set is told from one that came, and what came ends with its class.
 
-No hook of a class runs again, neither `__init_subclass__` nor the metaclass's `__new__` or `__init__`: what they
-once did is in the attributes. A class that came by letter keeps its attributes as they came, under CAME. So an
-attribute that running code has set is told from one that came, and what came ends with its class.
-
-Knows names.py. A pickle names a maker by a persistent id, never by an import path: the package has another
-name elsewhere. One thread uses a Loader. That thread has the context's lock while it loads definitions.
+Knows names.py. A pickle names a maker by a persistent id, never by an import path: the package has another name
+elsewhere. One thread uses a Loader. That thread has the context's lock while it loads definitions.
 
 Limits: buffers under OUT_OF_BAND_BYTES travel inside the pickle.
 """
@@ -35,21 +33,20 @@ import pickle
 import struct
 from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from .names import MISSING, Module, Names, Space, builtin_base
 
-__all__ = ["CAME", "JOINED_BYTES", "MAKERS", "NOTHING", "PICKLE", "PIDS", "SKIPPING", "Buffer", "Loader",
+__all__ = ["CAME", "MAKERS", "NOTHING", "PICKLE", "PIDS", "SKIPPING", "Buffer", "Loader",
            "define", "letter_of", "opened", "take_large"]
 
 Buffer = bytes | bytearray | memoryview
 FORM, SKIPPING = 1, 2  # the first byte of a letter that is not a bare pickle; of a chunk with offsets to skip
 NOTHING = memoryview(b"")  # no definitions
-HEAD = struct.Struct(">BxxxIQ")
+HEAD = struct.Struct(">BxxxI")
 PICKLE = 5  # the protocol: the first with buffers out of band
 OUT_OF_BAND_BYTES = 16_384  # below, a copy costs less than the parts and a letter kept alive by it
-JOINED_BYTES = 65_536  # a pickle up to this is copied behind its head, so that it is one part
 ALIGNMENT_BYTES = 16  # what numpy's vector loops like
 EXTEND: Any = {list: list.extend, dict: dict.update}
 HOOK = "<stop>"  # the attribute that ends type.__new__ before any hook
@@ -66,26 +63,24 @@ def take_large(views: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
     return False
 
 
-def letter_of(data: Buffer, buffers: Sequence[memoryview], form: int = FORM) -> list[Buffer]:
+def letter_of(pieces: Sequence[Buffer], form: int = FORM) -> list[Buffer]:
     """The parts of a letter."""
-    lengths = [view.nbytes for view in buffers]
-    head = HEAD.pack(form, len(buffers), len(data)) + struct.pack(f">{len(buffers)}Q", *lengths)
-    parts: list[Buffer] = [head + data] if len(data) <= JOINED_BYTES else [head, data]
-    at = len(head) + len(data)
-    for view in buffers:
-        padding = -at % ALIGNMENT_BYTES
-        parts += [bytes(padding), view] if padding else [view]
-        at += padding + view.nbytes
-    return parts
+    lengths = [len(piece) for piece in pieces]
+    parts: list[Buffer] = [HEAD.pack(form, len(pieces)) + struct.pack(f">{len(pieces)}Q", *lengths)]
+    at = len(parts[0])
+    for piece, length in zip(pieces, lengths):
+        parts += [bytes(-at % ALIGNMENT_BYTES), piece]
+        at += -at % ALIGNMENT_BYTES + length
+    return [part for part in parts if part]
 
 
 def opened(letter: memoryview) -> list[memoryview]:
-    """The pickle of a letter and its buffers."""
-    _, count, length = HEAD.unpack_from(letter)
+    """The pieces of a letter."""
+    _, count = HEAD.unpack_from(letter)
     at = HEAD.size + 8 * count
     pieces: list[memoryview] = []
-    for size in (length, *struct.unpack_from(f">{count}Q", letter, HEAD.size)):
-        at += -at % ALIGNMENT_BYTES if pieces else 0
+    for size in struct.unpack_from(f">{count}Q", letter, HEAD.size):
+        at += -at % ALIGNMENT_BYTES
         pieces.append(letter[at : at + size])
         at += size
     return pieces
@@ -264,11 +259,11 @@ def _update_class(cls: type, attributes: dict[str, Any]) -> None:
     type.__setattr__(cls, CAME, attributes)
 
 
-def _make_function(names: dict[str, Any], code: bytes, name: str, cells: Any, submodules: list[str]) -> Any:
+def _make_function(names: dict[str, Any], code: CodeType, name: str, cells: Any, submodules: list[str]) -> Any:
     for module in submodules:
         with contextlib.suppress(ModuleNotFoundError):  # a name that may be no module's: from copy import copy
             importlib.import_module(module)
-    return FunctionType(marshal.loads(code), names, name, None, cells)
+    return FunctionType(code, names, name, None, cells)
 
 
 def _make_plain(cls: Any, *arguments: Any) -> Any:
@@ -311,6 +306,8 @@ MAKERS: dict[str, Any] = {
     "member": lambda cls, name: cls._member_map_[name],
     "partialmethod": lambda function, arguments, options: functools.partialmethod(function, *arguments, **options),
     "cell": CellType,
+    "code": marshal.loads,
+    "descriptor": lambda cls, name: vars(cls)[name],
     "function": _make_function,
     "new_class": Part.new_class,
     "fill_class": Part.fill_class,

@@ -30,9 +30,10 @@ from collections import deque
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["ATOMS", "KEPT", "MAINS", "MISSING", "REMEMBERED", "STREAMS", "UNFOUND", "Entry", "Module", "Names", "Slot",
-           "Space", "builtin_base", "by_import", "by_path", "global_names", "importable", "is_by_value", "is_c_type",
-           "is_class", "is_stream", "slots_of", "submodules_of", "travels_by_value"]
+__all__ = ["ATOMS", "GLOBAL_LOADS", "KEPT", "MAINS", "MISSING", "REMEMBERED", "STREAMS", "UNFOUND", "Entry",
+           "Module", "Names", "Slot", "Space", "builtin_base", "by_import", "by_path", "codes_of", "global_names",
+           "importable", "is_class", "is_global", "is_stream", "resolved", "slots_of", "submodules_of",
+           "travels_by_value"]
 
 ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None), type(...), type(NotImplemented)})
 KINDS = {FunctionType: "function", CellType: "cell"}  # else a class or a value
@@ -42,6 +43,7 @@ STREAMS = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")
 KEPT = 64  # in a table: the spaces and things that live longer, letters of definitions, functions that are compared
 OWNED_KEPT = 4096  # entries; beyond, what was used least lately is forgotten: a list of a class may hold the class
 REMEMBERED = 1024  # modules, and code objects with their global names: looking at one takes about 50 us
+GLOBAL_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")  # instructions (dis)
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
 # Names in a pickle that are not there, or something else, elsewhere. A copy of a connection would close the original.
 UNFOUND = {b"_main__", b"multiprocessing.connection", b"multiprocess.connection"}
@@ -53,6 +55,7 @@ class Entry:
     :ivar named: whether letters say the token. Letters do not say the token of a function that is no global, nor those
         of lists that it alone holds. So a lambda that is made again and again has the same letter each time.
     :ivar state: the content as it was dumped last: its digest with the tokens that stood in it, and their versions.
+    :ivar facts: what a function referred to, just before that.
     :ivar refs: the entries that stood in the content, and the globals of a function. They live as long as this one.
     :ivar place: where the thing was found, for errors: ("global", "log", "work") is the global log of the function
         work.
@@ -62,7 +65,7 @@ class Entry:
     def __init__(self, names: Names, token: bytes, thing: Any) -> None:
         self.names, self.token, self.key = names, token, id(thing)
         self.kind = "class" if is_class(thing) else KINDS.get(type(thing), "value")
-        self.version, self.state, self.is_one = 0, None, False
+        self.version, self.state, self.facts, self.is_one = 0, None, None, False
         self.refs: list[Entry] = []
         self.place: tuple[str, str, str] | None = None
         self.is_weak = bool(type(thing).__weakrefoffset__)
@@ -107,9 +110,8 @@ class Slot(Entry):
 
     @property
     def thing(self) -> Any:
-        """The value of the global. A lazy import (Python 3.15) happens now."""
-        value = self.space.thing[self.name]
-        return value.resolve() if type(value).__name__ == "lazy_import" else value
+        """The value of the global."""
+        return resolved(self.space.thing[self.name])
 
 
 class Module(ModuleType):
@@ -191,6 +193,11 @@ class Names:
         return self.own(entry)
 
 
+def resolved(value: Any) -> Any:
+    """The value of a global. A lazy import (Python 3.15) happens now."""
+    return value.resolve() if type(value).__name__ == "lazy_import" else value
+
+
 def is_class(thing: Any) -> bool:
     """Whether this is a class, whatever its `__class__` says."""
     return issubclass(type(thing), type)
@@ -210,6 +217,8 @@ def importable(name: str) -> bool:
 
 def travels_by_value(thing: Any) -> bool:
     """Whether an import on another machine would not find this function, class or cache."""
+    if is_class(thing) and is_c_type(thing):
+        return False
     module = getattr(thing, "__module__", None)
     if module in MAINS or module not in sys.modules or not importable(module):
         return True
@@ -243,11 +252,6 @@ def by_path(found: Any, path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name, MISSING)
     return found
-
-
-def is_by_value(kind: Any) -> bool:
-    """Whether this is a class by value."""
-    return is_class(kind) and not is_c_type(kind) and travels_by_value(kind)
 
 
 def is_c_type(cls: type) -> bool:
@@ -294,5 +298,5 @@ def codes_of(code: CodeType) -> list[CodeType]:
 def global_names(code: CodeType) -> tuple[str, ...]:
     """The names that a code object, or one nested in it, reads as globals."""
     names = [step.argval for each in codes_of(code) for step in dis.get_instructions(each)
-             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")]
+             if step.opname in GLOBAL_LOADS]
     return tuple(dict.fromkeys(names))

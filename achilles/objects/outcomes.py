@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import AchillesError, DumpError, RemoteError, VersionError
+from ..errors import AchillesError, DumpError, RemoteError
 from .letters import PICKLE_START, Buffer, Context, dump_plain, text_of
 
 __all__ = ["dump_outcomes", "encoding_error", "fresh", "load_outcomes", "load_values", "mark", "own_error"]
@@ -30,13 +30,13 @@ def dump_outcomes(context: Context, values: list[Any],
     if not errors:
         try:
             return False, dump_plain(values) or context.dump(values, plain=False)
-        except (DumpError, VersionError):
+        except DumpError:
             pass
     outcomes: list[Any] = []
     for offset, value in enumerate(values):
         try:
             found = _error_entry(context, errors[offset]) if offset in errors else b"".join(context.dump(value))
-        except (DumpError, VersionError) as error:
+        except DumpError as error:
             found = *_error_entry(context, encoding_error(own_error(error), value))[:2], ""  # no code of the user's
         outcomes.append(found)
     return True, context.dump([outcomes, context.node])
@@ -85,7 +85,7 @@ def own_error(error: Any) -> Any:
     in it the thing is."""
     if not isinstance(error, DumpError) or error.where or error.__cause__ is None:
         return error
-    return error.__cause__.__cause__ or error.__cause__  # the first is that of C pickle, before dill tried
+    return error.__cause__
 
 
 def _error_entry(context: Context, error: BaseException) -> tuple[bytes | None, str, str]:

@@ -154,7 +154,8 @@ def collect(files: dict[str, str]) -> Sources | None:
     modules: dict[str, Module] = {}
     for name, path in files.items():
         with contextlib.suppress(OSError):  # it is gone since the look, and the next look sees that
-            modules[name] = path, not path or os.path.basename(path) == "__init__.py", _read(path)
+            with open(path or os.devnull, "rb") as file:  # a namespace package has no source
+                modules[name] = path, not path or os.path.basename(path) == "__init__.py", file.read()
     size = sum(len(source) for _, _, source in modules.values())
     if size > MAX_BYTES:
         largest = max(modules, key=lambda name: len(modules[name][2]))
@@ -164,11 +165,6 @@ def collect(files: dict[str, str]) -> Sources | None:
             "in files of another kind")
     letter = pickle.dumps(modules, 5)
     return Sources(hashlib.sha256(letter).hexdigest()[:32], letter) if modules else None
-
-
-def _read(path: str) -> bytes:
-    with open(path or os.devnull, "rb") as file:  # a namespace package has no source
-        return file.read()
 
 
 def _stamps(files: dict[str, str]) -> tuple[tuple[str, str, Any], ...]:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from achilles.errors import DumpError, RemoteError
-from achilles.objects import definitions, letters, outcomes
+from achilles.objects import letters, outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "payload_cases"
@@ -127,46 +127,67 @@ def test_dump_error_names_the_argument() -> None:
         letters.dump_chunk(letters.Context(caller=True), [1, (x for x in ())])
 
 
-def test_import_takes_neither_dill_nor_multiprocess() -> None:
+def test_letters_take_neither_dill_nor_multiprocess() -> None:
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import achilles.objects.letters as p; import pickle;"
-            "c = p.Context(True); c.dump(lambda: 1); c.dump([1]); assert not {'dill', 'multiprocess',"
-            "'multiprocessing.pool'} & set(sys.modules), sys.modules")
+            "c = p.Context(True); c.dump(lambda: 1); c.dump([1]); c.dump({}.keys()); assert not {'dill',"
+            "'multiprocess','multiprocessing.pool'} & set(sys.modules), sys.modules")
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(ROOT)], check=True, timeout=30)
 
 
-def test_old_dill_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dill
-    definitions.dill_pickler.cache_clear()
-    monkeypatch.setattr(dill, "__version__", "0.3.9")
-    with pytest.raises(RuntimeError, match="0.3.9 is too old: pip install"):
-        letters.Context(caller=True).dump({1: 2}.keys())
-    definitions.dill_pickler.cache_clear()
+RARE = {
+    "keys": {1: 2}.keys(), "values": {1: 2}.values(), "items": {1: 2}.items(),
+    "ordered keys": collections.OrderedDict(a=1).keys(), "a proxy's keys": types.MappingProxyType({1: 2}).keys(),
+    "code": (lambda x: x + 1).__code__, "super": super(bool, True), "a class's super": super(bool, bool),
+    "a descriptor": vars(types.FunctionType)["__code__"], "a member": vars(types.FunctionType)["__closure__"],
+    "a method of a class": vars(dict)["fromkeys"],
+    "a type": types.FunctionType, "a type of views": type({}.keys()), "a type of code": types.CodeType,
+    "a type of methods": types.MethodType,
+}
 
 
-def test_dill_leaves_its_settings_and_c_pickle_alone() -> None:
-    import copyreg
+@pytest.mark.parametrize("name", RARE)
+@pytest.mark.parametrize("is_global", [True, False])
+def test_what_pickle_alone_refuses_comes_back(name: str, is_global: bool) -> None:
+    """What dill could dump, and pickle cannot: as an argument, and as a global of a function."""
+    value = RARE[name]
+    if "super" not in name:  # from Python 3.14 on, pickle takes it
+        with pytest.raises((TypeError, ValueError, pickle.PicklingError)):
+            pickle.dumps(value)
+    context, worker = letters.Context(caller=True), letters.Context(caller=False)
+    if is_global:
+        space = {"__name__": "__main__", "value": value}
+        exec("def function(): return value", space)
+        found = worker.load(joined(context.dump((space["function"], None))))[0]()
+    else:
+        found = worker.load(joined(context.dump([value])))[0]
+    assert type(found) is type(value)
+    if "super" in name:
+        assert (found.__thisclass__, found.__self__) == (value.__thisclass__, value.__self__)
+    else:
+        assert list(found) == list(value) if "keys" in name or name in ("values", "items") else found == value
 
-    import dill
-    settings, table, own = dict(dill.settings), dict(copyreg.dispatch_table), dict(dill.Pickler.dispatch)
+
+def test_a_class_of_an_installed_module_needs_no_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("hashless")
+    exec("class Meta(type):\n    def __eq__(cls, other): return True\nclass Thing(metaclass=Meta): pass", vars(module))
+    monkeypatch.setitem(sys.modules, "hashless", module)
     context = letters.Context(caller=True)
-    assert list(context.load(joined(context.dump({1: 2}.keys())))) == [1]
-    assert settings == dict(dill.settings) and table == copyreg.dispatch_table
-    assert own == dict(dill.Pickler.dispatch)
+    found = context.load(joined(context.dump([vars(module)["Thing"], lambda: 1])))[0]
+    assert found is vars(module)["Thing"]
 
 
-@pytest.mark.xfail(sys.version_info >= (3, 15), raises=DumpError, strict=True,
-                   reason="dill 0.4.1 reads co_lnotab, which code of 3.15 has no more; docs/guide.md says so")
-def test_a_bare_code_object_comes_back() -> None:
-    """By dill alone. Once this passes on 3.15, the line on it in docs/guide.md goes, and the skip in test_bench.py."""
+def test_a_view_and_its_dict_are_of_one_piece() -> None:
+    table = {1: 2}
     context = letters.Context(caller=True)
-    code = context.load(joined(context.dump((lambda x: x + 1).__code__)))
-    assert types.FunctionType(code, {})(1) == 2
+    held, keys = context.load(joined(context.dump([table, table.keys()])))
+    held[3] = 4
+    assert list(keys) == [1, 3]
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize("arguments", [
     [], [1, "a", b"b", None, 2.5], [[1], {"a": (2,)}], [collections.OrderedDict(a=1), 3], ["__main__"] * 4,
-    [test_old_dill_is_refused, 1],
+    [json.loads, 1],
 ])
 def test_chunks_are_the_letters_of_their_arguments(arguments: list[object], size: int) -> None:
     context, worker = letters.Context(caller=True), letters.Context(caller=False)
