@@ -20,14 +20,14 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
+from ..controller.job import Taken
 from ..objects.outcomes import own_error
 from .dispatcher import Answer, Dispatcher, Taker, open_answer
 
 __all__ = ["AsyncResult", "Callback", "MapResult", "PoolIterator", "ResultTimeout"]
-
-MOMENT_SECONDS = 0.001  # between two looks of a thread at a result that another thread is loading
 
 Callback = Callable[[Any], object]
 
@@ -49,7 +49,8 @@ def _timeout_class(theirs: type[Exception]) -> type[ResultTimeout]:
 class AsyncResult:
     """The result of an `_async` method; any thread may use it. As `multiprocessing.pool.AsyncResult`."""
 
-    _ended = _settled = False  # the answer is there; the answer is loaded
+    _ended = False  # the call has ended: the answer is there, or what was loaded of it
+    _answer: Answer | None = None  # not loaded yet
 
     def __init__(
         self, dispatcher: Dispatcher, callback: Callback | None = None, error_callback: Callback | None = None
@@ -58,6 +59,7 @@ class AsyncResult:
         self._callbacks = callback, error_callback
         self._ending = threading.Lock()  # held until the call has ended; Ctrl-C in `wait` may leave it held
         self._ending.acquire()
+        self._taking = threading.RLock()  # held by the thread that loads the answer
 
     def ready(self) -> bool:
         """Whether the call has ended."""
@@ -67,7 +69,7 @@ class AsyncResult:
         """Whether it ended without an exception; ValueError if it has not ended."""
         if not self._ended:
             raise ValueError(f"{self!r} not ready")
-        self._load_answer()
+        self._load()
         return self._error is None
 
     def wait(self, timeout: float | None = None) -> None:
@@ -85,24 +87,23 @@ class AsyncResult:
         self.wait(timeout)
         if not self._ended:
             raise _timeout()
-        self._load_answer()
+        self._load()
         if self._error is not None:
             raise self._error
         return self._value
 
-    def _load_answer(self) -> None:
-        """Load the answer, in the first thread that asks for it. Others wait for that thread."""
-        if not self._settled and (answer := self.__dict__.pop("_answer", None)) is not None:
-            self.settle(*open_answer(*answer))
-        while not self._settled:
-            threading.Event().wait(MOMENT_SECONDS)
+    def answer(self, answer: Answer) -> None:
+        """The answer is here. The dispatcher loads it for a callback, else the first thread that asks for it."""
+        self._answer = answer
+        if any(self._callbacks):
+            self._dispatcher.work.put(self._load)
+        else:
+            self._end()
 
-    def keep(self, answer: Answer) -> bool:
-        """The answer is here. Return whether it is kept: without callbacks, the thread that asks for it loads it."""
-        if not any(self._callbacks):
-            self._answer, self._ended = answer, True
-            self._ending.release()
-        return self._ended
+    def _load(self) -> None:
+        with self._taking:
+            if self._answer is not None:
+                self.settle(*open_answer(*self._answer))
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """This is the result, or the exception. Callbacks run before any thread is woken, as in the standard library.
@@ -110,7 +111,10 @@ class AsyncResult:
         callback = self._callbacks[error is not None]
         if callback is not None:
             self._dispatcher.do(callback, value if error is None else error)
-        self._value, self._error, self._settled = value, error, True
+        self._value, self._error, self._answer = value, error, None
+        self._end()
+
+    def _end(self) -> None:
         if not self._ended:
             self._ended = True
             self._ending.release()
@@ -118,26 +122,24 @@ class AsyncResult:
     __class_getitem__: Any = classmethod(types.GenericAlias)
 
 
-class MapResult(Taker, AsyncResult):
+class MapResult(AsyncResult, Taker):
     """The list of results of a mapping method."""
 
     def __init__(self, dispatcher: Dispatcher, *callbacks: Callback | None) -> None:
-        AsyncResult.__init__(self, dispatcher, *callbacks)
         Taker.__init__(self, dispatcher)
-        self._parts: dict[int, list[Any]] = {}  # by their start
-        self._first: tuple[float, BaseException | None] = float("inf"), None  # the error with the lowest index
+        AsyncResult.__init__(self, dispatcher, *callbacks)
+        self._taken: list[Taken] = []
 
-    def add(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
+    def add(self, *taken: Any) -> None:
         """As Taker says."""
-        self._parts[start] = values
-        if errors:
-            self._first = min(self._first, (start + min(errors), errors[min(errors)]))
+        self._taken.append(taken)
 
     def finish(self, error: BaseException | None) -> None:
-        """As Taker says."""
-        parts, self._parts = self._parts, {}
-        values = [*chain.from_iterable(parts[start] for start in sorted(parts))]
-        self.settle(values, own_error(error or self._first[1]))
+        """As Taker says. Of several errors, that with the lowest index is the result."""
+        taken, self._taken = sorted(self._taken, key=itemgetter(0)), []
+        if error is None:
+            error = next((errors[min(errors)] for _, _, errors in taken if errors), None)
+        self.settle([*chain.from_iterable(values for _, values, _ in taken)], own_error(error))
 
 
 class Stream(Taker):

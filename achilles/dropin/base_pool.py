@@ -8,7 +8,7 @@ Knows how a call becomes a job, a chunk or a range of chunks. It does not know w
     submit    a chunk in the job of its function: an entry of Singles
     start     a Call: a range of chunks in a job of its own, which is kept for the next call
 
-Any thread may call any method. `_last` and `_state` need no lock.
+Any thread may call any method. `_state` needs no lock.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from __future__ import annotations
 import hashlib
 import operator
 import secrets
-from _thread import start_new_thread
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from ..calls import connect
@@ -67,7 +66,7 @@ class BasePool:
         letter = None if initializer is None else letter_of(
             dump_function(self._context, (initializer, tuple(initargs)), "the initializer"), "the initializer")
         self._job = partial(Job, self._context, secrets.token_bytes(16), initializer=letter)
-        self._last: tuple[bytes, Letter] = b"", b""  # the function of the last call, which many callers give again
+        self._letter_of = lru_cache(1)(letter_of)  # the function of the last call, which many callers give again
         self._controller = connect(
             host, port, username, secret_key, encrypt, reconnect_seconds, executor, processes, wait_for_nodes)
         self._dispatcher = Dispatcher(self._controller)
@@ -99,26 +98,17 @@ class BasePool:
         self._dispatcher.wait()
         self._dispatcher.stop()
 
-    def __del__(self, terminate: str = TERMINATE, start_thread: Callable[..., object] = start_new_thread) -> None:
-        """Close the connection, in a thread: this takes no lock, and runs in any thread at any moment."""
-        if self._state != terminate and not self._controller.forked:  # what a module holds may be gone by now
+    def __del__(self, terminate: str = TERMINATE) -> None:
+        """Let the dispatcher close the connection: this takes no lock, and runs in any thread at any moment."""
+        if self._state != terminate:  # what a module holds may be gone by now
             self._dispatcher.work.put(None)
-            try:
-                start_thread(self._dispatcher.start, ())
-            except RuntimeError:  # the interpreter ends
-                pass
 
-    def _begin(self, thread: object = True) -> Dispatcher:
-        """The dispatcher of a call that begins. `thread`: the dispatcher will be given work, and runs.
-
-        Raises why no call may begin.
-        """
+    def _begin(self) -> Dispatcher:
+        """The dispatcher of a call that begins. Raises why no call may begin."""
         if self._controller.forked:
             self._controller.check_usable()
         if self._state != RUN:
             raise self._refusal[0](self._refusal[1])
-        if thread:
-            self._dispatcher.start()
         return self._dispatcher
 
     # How a call begins.
@@ -130,7 +120,7 @@ class BasePool:
             key, function = self._function(func, APPLY)
             letter = letter_of(joined(dump_chunk(self._context, [(args, kwds)])), "the arguments")
         except (DumpError, LetterTooLarge) as error:
-            self._dispatcher.settle([(single, (None, 0, None, error))])
+            single.answer((None, 0, None, error))
             return single
         with link.lock:
             singles = self._dispatcher.singles.get(key)
@@ -149,12 +139,9 @@ class BasePool:
         The function is looked at anew at each call, since what it refers to may have changed.
         """
         dumped = dump_function(self._context, (func, None))
-        letter, last = self._last
-        if dumped is not letter:
-            self._last = dumped, last = dumped, letter_of(dumped, name_of(func))
         on_cluster = self._controller.settings is not None
         sources = own_sources(at_once=options is not APPLY) if on_cluster else None
-        return (dumped, sources, *options.values()), last
+        return (dumped, sources, *options.values()), self._letter_of(dumped, name_of(func))
 
     def _start(
         self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None, buffersize: int | None = None,
@@ -175,15 +162,14 @@ class BasePool:
         if seed is not None:
             args = (lambda given=args: enumerate(given())) if callable(args) else [*enumerate(args)]
             options["seed"] = hashlib.sha256(b"%x" % operator.index(seed)).hexdigest()
-        sources = None
         try:
             taker.key, function = self._function(func, options)
-            sources = taker.key[1]
         except DumpError as error:
-            function, args = b"", partial(_fail, error)
+            taker.answer((None, 0, None, error))
+            return
         with link.lock:
             job = link.take(taker.key, partial(
-                self._job, function, options={**self._options, **options}, sources=sources))
+                self._job, function, options={**self._options, **options}, sources=taker.key[1]))
             largest = None
             if chunksize is None:  # of a sequence, what multiprocessing chooses
                 wanted = CHUNKS_A_WORKER * self._processes
@@ -198,8 +184,3 @@ class BasePool:
         except BaseException as error:
             taker.cancel(error)
             raise
-
-
-def _fail(error: BaseException) -> None:
-    """Raise this in the place of giving arguments: the function of a call cannot be sent."""
-    raise error

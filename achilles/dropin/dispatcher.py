@@ -6,8 +6,8 @@ Knows calls and their answers; what a result is to the caller is `async_results.
 
     reader thread: drain, answer ─▶ Dispatcher.work ─▶ dispatcher thread: take, load ─▶ callbacks
 
-Threads: the dispatcher, one a pool, takes results and runs callbacks, one at a time. It begins with the first call that
-needs it, and refers to no Pool but those of open calls, so that a dropped pool is collected.
+Threads: the dispatcher, one a pool, takes results and runs callbacks, one at a time. It refers to no Pool but those of
+open calls, so that a dropped pool is collected.
 Locks: that of the connection guards `open` and `singles`; `_taking` of a Taker is held by the thread that takes.
 """
 
@@ -44,13 +44,7 @@ class Dispatcher:
         self.open: dict[Any, Any] = {}  # Singles with entries, and Takers; the pool of each lives until then
         self.singles: dict[Any, Singles] = {}  # by what their job is kept under
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
-
-    def start(self) -> None:
-        """Begin the thread, if it has not begun."""
-        if self._thread.ident is None:
-            with self.link.lock:
-                if self._thread.ident is None:
-                    self._thread.start()
+        self._thread.start()
 
     def forget(self, call: object) -> bool:
         """A call is over: its results are there, or `work` has what brings them. Return whether that is news.
@@ -89,8 +83,7 @@ class Dispatcher:
         """Close the connection when all of `work` is done; idempotent. Joins the thread."""
         self.drain()
         self.work.put(None)
-        self.start()
-        if self._thread.ident != threading.get_ident():
+        if self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self) -> None:
@@ -99,16 +92,6 @@ class Dispatcher:
         self.link.close()
         while not self.work.empty():  # a call that began meanwhile has failed
             self.do(self.work.get() or bool)
-
-    def settle(self, answered: list[tuple[Any, Answer]]) -> None:
-        """Give single calls their answers. Those that do not keep them get them from the thread, loaded."""
-        later = [(single, answer) for single, answer in answered if not single.keep(answer)]
-        if later:
-            self.work.put(partial(self._load, later))
-
-    def _load(self, answered: list[tuple[Any, Answer]]) -> None:
-        for single, answer in answered:
-            self.do(single.settle, *open_answer(*answer))
 
     def do(self, call: Callable[..., object], *args: Any) -> None:
         """Call it. What a callback raises is told, and the next one is called all the same."""
@@ -156,21 +139,24 @@ class Singles(Sink):
     def put(self, run: Run) -> None:
         """As Sink says."""
         error = mark(run.lost[0], index=0) if run.lost else None  # of a chunk by itself, which has one argument
-        self._end([(self.entries.pop(number), (self.job, run.status, letter, error))
-                   for number, letter in enumerate(run.answers or [None], run.first) if number in self.entries])
+        for number, letter in enumerate(run.answers or [None], run.first):
+            if number in self.entries:
+                self.entries.pop(number).answer((self.job, run.status, letter, error))
+        self._look()
 
     def leave(self, number: int) -> None:
         """Nobody waits for this chunk any more."""
         del self.entries[number]
-        self._end([])
+        self._look()
 
     def fail(self, error: BaseException) -> None:
         """As Sink says; each entry has an exception of its own."""
-        entries, self.entries = self.entries, {}
-        self._end([(entry, (None, 0, None, fresh(error))) for entry in entries.values()])
+        for number in [*self.entries]:
+            self.entries.pop(number).answer((None, 0, None, fresh(error)))
+        self._look()
 
-    def _end(self, answered: list[tuple[Any, Answer]]) -> None:
-        self._dispatcher.settle(answered)  # before the pool may go, which ends the dispatcher
+    def _look(self) -> None:
+        """Without an entry the pool may go, and end the dispatcher: it has what it needs for each answer by now."""
         if not self.entries and self._dispatcher.forget(self):
             if self._dispatcher.singles.get(self.key) is self:
                 del self._dispatcher.singles[self.key]
@@ -243,6 +229,10 @@ class Taker:
             with self._dispatcher.link.lock:
                 call.results.fail(error)
             self.take_all()
+
+    def answer(self, answer: Answer) -> None:
+        """The call cannot begin."""
+        self.finish(answer[-1])
 
     def add(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
         """Results from `start` on. Needs `_taking`. Subclasses keep them."""

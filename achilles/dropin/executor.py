@@ -27,7 +27,7 @@ from ..controller.connection import RECONNECT_SECONDS, tell
 from ..errors import AchillesError
 from .async_results import PoolIterator
 from .base_pool import SEQUENCES, BasePool
-from .dispatcher import Answer, Dispatcher, Singles
+from .dispatcher import Answer, Dispatcher, Singles, open_answer
 
 __all__ = ["Executor", "Future"]
 
@@ -64,12 +64,12 @@ class Future(concurrent.futures.Future[Any]):
         self.set_running_or_notify_cancel()
         return True
 
-    def keep(self, answer: Answer) -> bool:
-        """The answer is here, and is not kept: the dispatcher loads it."""
-        return False
+    def answer(self, answer: Answer) -> None:
+        """The answer is here: the dispatcher loads it."""
+        self._dispatcher.work.put(partial(self._load, answer))
 
-    def settle(self, value: Any, error: BaseException | None) -> None:
-        """This is the result, or the exception."""
+    def _load(self, answer: Answer) -> None:
+        value, error = open_answer(*answer)
         if error is not None:
             self.set_exception(error)
         else:
