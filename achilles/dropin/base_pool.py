@@ -123,12 +123,12 @@ class BasePool:
             single.answer((None, 0, None, error))
             return single
         with link.lock:
-            singles = self._dispatcher.singles.get(key)
-            if singles is None or singles.job.spent:
+            singles, _ = self._dispatcher.open.get(key, (None, self))
+            if singles is None:
                 job = link.take(key, partial(self._job, function, options={**self._options, **APPLY}, sources=key[1]))
-                self._dispatcher.singles[key] = job.sink = singles = Singles(self._dispatcher, job, key)
+                singles = Singles(self._dispatcher, job, key)
             singles.enter(single, letter)
-            self._dispatcher.open[singles] = self
+            self._dispatcher.open[key] = singles, self
             link.queue(singles.job)
         link.push()
         return single
@@ -176,7 +176,7 @@ class BasePool:
                 largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
             taker.call = Call(link, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered, flat=True,
                               buffersize=buffersize, largest=largest, show=show, watchers=watchers)
-            self._dispatcher.open[taker] = self
+            self._dispatcher.open[taker] = taker, self
         try:
             taker.call.start(inline)
             if inline:

@@ -8,7 +8,7 @@ Knows calls and their answers; what a result is to the caller is `async_results.
 
 Threads: the dispatcher, one a pool, takes results and runs callbacks, one at a time. It refers to no Pool but those of
 open calls, so that a dropped pool is collected.
-Locks: that of the connection guards `open` and `singles`; `_taking` of a Taker is held by the thread that takes.
+Locks: that of the connection guards `open`; `_taking` of a Taker is held by the thread that takes.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class Dispatcher:
     def __init__(self, link: Controller) -> None:
         self.link = link
         self.work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # to be called; None ends it
-        self.changed = threading.Condition(link.lock)  # its lock guards `open`, and the start of the thread
-        self.open: dict[Any, Any] = {}  # Singles with entries, and Takers; the pool of each lives until then
-        self.singles: dict[Any, Singles] = {}  # by what their job is kept under
+        self.changed = threading.Condition(link.lock)  # its lock guards `open`
+        # Singles with entries, by the key of their job, and Takers, by themselves. The pool of each lives until then.
+        self.open: dict[Any, tuple[Any, object]] = {}
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
         self._thread.start()
 
-    def forget(self, call: object) -> bool:
+    def forget(self, key: object) -> bool:
         """A call is over: its results are there, or `work` has what brings them. Return whether that is news.
 
         Needs the connection's lock.
         """
         self.changed.notify_all()
-        return self.open.pop(call, None) is not None
+        return self.open.pop(key, None) is not None
 
     def wait_for(self, wait: Callable[[float], object], timeout: float | None = None) -> bool:
         """Call `wait` with some seconds until it returns something true; False after `timeout` seconds.
@@ -76,7 +76,7 @@ class Dispatcher:
 
     def drain(self) -> None:
         """Let the thread take what is left of all calls: nobody else may ever do it."""
-        for call in [*self.open]:
+        for call, _ in [*self.open.values()]:
             call.drain()
 
     def stop(self) -> None:
@@ -123,6 +123,7 @@ class Singles(Sink):
 
     def __init__(self, dispatcher: Dispatcher, job: Job, key: Any) -> None:
         self.job, self.key = job, key
+        job.sink = self
         self.entries: dict[int, Any] = {}  # by chunk
         self._dispatcher = dispatcher
 
@@ -157,9 +158,7 @@ class Singles(Sink):
 
     def _look(self) -> None:
         """Without an entry the pool may go, and end the dispatcher: it has what it needs for each answer by now."""
-        if not self.entries and self._dispatcher.forget(self):
-            if self._dispatcher.singles.get(self.key) is self:
-                del self._dispatcher.singles[self.key]
+        if not self.entries and self._dispatcher.forget(self.key):
             self._dispatcher.link.keep(self.key, self.job)
 
     def drain(self) -> None:

@@ -17,6 +17,7 @@ that executor's locks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import threading
@@ -24,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import Any, cast
+from typing import Any
 
 from ..controller.job import Job
 from ..controller.link import Link
@@ -33,9 +34,7 @@ from ..protocol.frames import CAREFUL, TELL, U32, Batch, Gone, Kind, joined, let
 
 __all__ = ["Engine"]
 
-CONTEXTS_KEPT = 8  # in a process that is not ours: nobody tells it which are closed
-
-_alone = threading.local()  # `runner` and `contexts`, of each thread that `run_batch` is called in
+CONTEXTS_KEPT = 8  # in a thread of a process that is not ours: nobody tells it which are closed
 
 
 class Engine(Link):
@@ -140,7 +139,7 @@ def run_batch(
     :param letters: of the function and of the initializer, if there is one.
     :returns: µs that it took, statuses, and the letters of the answers.
     """
-    runner = _lone_runner(declaration["context"])
+    runner = _alone.runner_of(declaration["context"])
     runner.declare(number, declaration, letters[0], letters[1] if len(letters) > 1 else b"")
     began = time.monotonic_ns()
     answers = [(status, b"".join(parts)) for status, parts in runner.run(number, first, chunks, careful)]
@@ -149,12 +148,14 @@ def run_batch(
             [letter for _, letter in answers])
 
 
-def _lone_runner(context: str) -> Runner:
-    """This thread's, with room for this context; some engines run batches in several threads of a process."""
-    if not hasattr(_alone, "contexts") or len(_alone.contexts | {context}) > CONTEXTS_KEPT:
-        _alone.runner, _alone.contexts = Runner(), set()
-    _alone.contexts.add(context)
-    return cast(Runner, _alone.runner)
+class _Alone(threading.local):
+    """The Runners of this thread, one a context: some engines run batches in several threads of a process."""
+
+    def __init__(self) -> None:
+        self.runner_of = functools.lru_cache(CONTEXTS_KEPT)(lambda context: Runner())
+
+
+_alone = _Alone()
 
 
 def _count_workers(executor: Any) -> int:

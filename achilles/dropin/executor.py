@@ -151,7 +151,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         self.close()
         _left_open().discard(self)
         if cancel_futures:
-            for call in [*self._dispatcher.open]:
+            for call, _ in [*self._dispatcher.open.values()]:
                 call.cancel(concurrent.futures.CancelledError())
         if wait:
             self.join()
