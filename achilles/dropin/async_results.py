@@ -130,8 +130,8 @@ class MapResult(AsyncResult, Taker):
         AsyncResult.__init__(self, dispatcher, *callbacks)
         self._taken: list[Taken] = []
 
-    def add(self, *taken: Any) -> None:
-        """As Taker says."""
+    def taken(self, *taken: Any) -> None:
+        """As Watcher says."""
         self._taken.append(taken)
 
     def finish(self, error: BaseException | None) -> None:
@@ -149,8 +149,8 @@ class Stream(Taker):
         super().__init__(dispatcher)
         self.values: deque[tuple[Any, BaseException | None]] = deque()  # taken, not returned yet
 
-    def add(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
-        """As Taker says."""
+    def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
+        """As Watcher says."""
         self.values.extend(zip(values, map(errors.get, range(len(values)))))
 
     def look(self, timeout: float) -> object:

@@ -175,7 +175,7 @@ class BasePool:
                 wanted = CHUNKS_A_WORKER * self._processes
                 largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
             taker.call = Call(link, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered, flat=True,
-                              buffersize=buffersize, largest=largest, show=show, watchers=watchers)
+                              buffersize=buffersize, largest=largest, show=show, watchers=[taker, *watchers])
             self._dispatcher.open[taker] = taker, self
         try:
             taker.call.start(inline)

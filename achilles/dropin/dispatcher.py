@@ -171,7 +171,7 @@ class Singles(Sink):
 
 
 class Taker:
-    """Takes the results of one mapping call."""
+    """Takes the results of one mapping call, and watches what it takes."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.call: Call | None = None  # from its beginning until it is over
@@ -197,17 +197,15 @@ class Taker:
             call = self.call
             if call is None:
                 return True
-            taken = error = None
+            error = None
             try:
-                taken = call.take(timeout)
+                call.take(timeout)
+                if not call.results.over:
+                    return True
             except NotYet:
                 return False
             except BaseException as e:  # of the iterable, or of the call as a whole
                 error = e
-            if taken is not None:
-                self.add(*taken)
-                if not call.results.over:
-                    return True
             self.call = None
             try:
                 call.close(self.key, error)
@@ -233,8 +231,11 @@ class Taker:
         """The call cannot begin."""
         self.finish(answer[-1])
 
-    def add(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
-        """Results from `start` on. Needs `_taking`. Subclasses keep them."""
+    def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
+        """As Watcher says. Needs `_taking`. Subclasses keep the results."""
+
+    def close(self) -> None:
+        """As Watcher says."""
 
     def finish(self, error: BaseException | None) -> None:
         """There are no more. Subclasses tell."""
