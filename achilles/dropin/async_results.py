@@ -134,12 +134,12 @@ class MapResult(AsyncResult, Taker):
         """As Watcher says."""
         self._taken.append(taken)
 
-    def finish(self, error: BaseException | None) -> None:
-        """As Taker says. Of several errors, that with the lowest index is the result."""
+    def close(self) -> None:
+        """As Watcher says. Of several errors, that with the lowest index is the result."""
         taken, self._taken = sorted(self._taken, key=itemgetter(0)), []
-        if error is None:
-            error = next((errors[min(errors)] for _, _, errors in taken if errors), None)
-        self.settle([*chain.from_iterable(values for _, values, _ in taken)], own_error(error))
+        errors = (errors[min(errors)] for _, _, errors in taken if errors)
+        self.settle([*chain.from_iterable(values for _, values, _ in taken)],
+                    own_error(self.failure or next(errors, None)))
 
 
 class Stream(Taker):
@@ -157,10 +157,10 @@ class Stream(Taker):
         """As `take`; also true where the dispatcher, or another thread, has taken some results meanwhile."""
         return self.values or self.take(timeout)
 
-    def finish(self, error: BaseException | None) -> None:
-        """As Taker says; the error comes in its place."""
-        if error is not None:
-            self.values.append((None, error))
+    def close(self) -> None:
+        """As Watcher says; the failure comes in its place."""
+        if self.failure is not None:
+            self.values.append((None, self.failure))
 
 
 class PoolIterator(Iterator[Any]):

@@ -105,10 +105,9 @@ class BasePool:
 
     def _begin(self) -> Dispatcher:
         """The dispatcher of a call that begins. Raises why no call may begin."""
-        if self._controller.forked:
-            self._controller.check_usable()
         if self._state != RUN:
             raise self._refusal[0](self._refusal[1])
+        self._controller.check_usable()
         return self._dispatcher
 
     # How a call begins.
@@ -120,7 +119,7 @@ class BasePool:
             key, function = self._function(func, APPLY)
             letter = letter_of(joined(dump_chunk(self._context, [(args, kwds)])), "the arguments")
         except (DumpError, LetterTooLarge) as error:
-            single.answer((None, 0, None, error))
+            single.answer((None, 0, error))
             return single
         with link.lock:
             singles, _ = self._dispatcher.open.get(key, (None, self))
@@ -165,7 +164,7 @@ class BasePool:
         try:
             taker.key, function = self._function(func, options)
         except DumpError as error:
-            taker.answer((None, 0, None, error))
+            taker.answer((None, 0, error))
             return
         with link.lock:
             job = link.take(taker.key, partial(
@@ -175,7 +174,7 @@ class BasePool:
                 wanted = CHUNKS_A_WORKER * self._processes
                 largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
             taker.call = Call(link, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered, flat=True,
-                              buffersize=buffersize, largest=largest, show=show, watchers=[taker, *watchers])
+                              buffersize=buffersize, largest=largest, show=show, watchers=[*watchers, taker])
             self._dispatcher.open[taker] = taker, self
         try:
             taker.call.start(inline)

@@ -31,7 +31,7 @@ from ..protocol.frames import Letter
 
 __all__ = ["Answer", "Dispatcher", "Singles", "Taker", "open_answer"]
 
-Answer = tuple[Any, int, Any, BaseException | None]  # job, status and letter, or why there is none
+Answer = tuple[Job | None, int, Any]  # job, status and letter; or None, 0 and why there is none
 
 
 class Dispatcher:
@@ -101,18 +101,15 @@ class Dispatcher:
             threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
 
 
-def open_answer(
-    job: Job | None, status: int, letter: Letter | None, error: BaseException | None
-) -> tuple[Any, BaseException | None]:
+def open_answer(job: Job | None, status: int, found: Any) -> tuple[Any, BaseException | None]:
     """Load an answer: the value, or the exception. Not under the connection's lock: that may run the user's code."""
-    value = None
-    if error is None:
-        try:
-            values, errors = job.load(status, letter)  # type: ignore[union-attr, arg-type]
-            value, error = values[0], errors.get(0)
-        except BaseException as e:  # of the call, or of loading what it returned
-            error = e
-    return value, own_error(error)
+    if job is None:
+        return None, own_error(found)
+    try:
+        values, errors = job.load(status, found)
+        return values[0], own_error(errors.get(0))
+    except BaseException as error:  # of the call, or of loading what it returned
+        return None, own_error(error)
 
 
 class Singles(Sink):
@@ -139,10 +136,12 @@ class Singles(Sink):
 
     def put(self, run: Run) -> None:
         """As Sink says."""
-        error = mark(run.lost[0], index=0) if run.lost else None  # of a chunk by itself, which has one argument
-        for number, letter in enumerate(run.answers or [None], run.first):
+        # A chunk that is lost comes by itself. It has one argument.
+        answers: Any = [(self.job, run.status, letter) for letter in run.answers] or [
+            (None, 0, mark(run.lost[0], index=0))]
+        for number, answer in enumerate(answers, run.first):
             if number in self.entries:
-                self.entries.pop(number).answer((self.job, run.status, letter, error))
+                self.entries.pop(number).answer(answer)
         self._look()
 
     def leave(self, number: int) -> None:
@@ -153,7 +152,7 @@ class Singles(Sink):
     def fail(self, error: BaseException) -> None:
         """As Sink says; each entry has an exception of its own."""
         for number in [*self.entries]:
-            self.entries.pop(number).answer((None, 0, None, fresh(error)))
+            self.entries.pop(number).answer((None, 0, fresh(error)))
         self._look()
 
     def _look(self) -> None:
@@ -176,6 +175,7 @@ class Taker:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.call: Call | None = None  # from its beginning until it is over
         self.key: Any = None  # under which its job is kept for the next call
+        self.failure: BaseException | None = None  # of the call as a whole
         self._dispatcher = dispatcher
         # Guards `call`, and is held while results are taken. A generator that reads its own results in a worker, where
         # the thread that takes feeds as well, has an error of its own and does not wait for itself.
@@ -197,19 +197,17 @@ class Taker:
             call = self.call
             if call is None:
                 return True
-            error = None
             try:
                 call.take(timeout)
                 if not call.results.over:
                     return True
             except NotYet:
                 return False
-            except BaseException as e:  # of the iterable, or of the call as a whole
-                error = e
+            except BaseException as error:  # of the iterable, or of the call as a whole
+                self.failure = error
             self.call = None
             try:
-                call.close(self.key, error)
-                self.finish(error)
+                call.close(self.key, self.failure)
             finally:  # however it ended, `join` waits for this call no longer
                 with self._dispatcher.link.lock:
                     self._dispatcher.forget(self)
@@ -229,13 +227,11 @@ class Taker:
 
     def answer(self, answer: Answer) -> None:
         """The call cannot begin."""
-        self.finish(answer[-1])
+        self.failure = answer[-1]
+        self.close()
 
     def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
         """As Watcher says. Needs `_taking`. Subclasses keep the results."""
 
     def close(self) -> None:
-        """As Watcher says."""
-
-    def finish(self, error: BaseException | None) -> None:
-        """There are no more. Subclasses tell."""
+        """As Watcher says: there are no more. Subclasses tell."""

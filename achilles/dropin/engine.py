@@ -69,10 +69,8 @@ class Engine(Link):
 
     def post(self, kind: Kind, body: Batch) -> None:
         """As Link says: the engine thread carries it out. Each batch brings what a JOB says."""
-        if kind is Kind.TASK:
-            self._events.put((self._submit, body, None))
-        elif kind is not Kind.JOB:
-            self._events.put((self._cancel, body, body.end if kind is Kind.CANCEL else float("inf")))
+        if kind is not Kind.JOB:
+            self._events.put((self._submit if kind is Kind.TASK else self._cancel, body, kind))
 
     def push(self) -> None:
         """As Link says: in place, run what was posted."""
@@ -96,7 +94,7 @@ class Engine(Link):
             if self.in_place and not isinstance(error, Exception):
                 raise
 
-    def _submit(self, batch: Batch, _: None) -> None:
+    def _submit(self, batch: Batch, _: Kind) -> None:
         job = self.jobs.get(batch.job)
         if job is None:
             return
@@ -125,9 +123,10 @@ class Engine(Link):
         self.handle_batch(Kind.RESULT, Batch.pack(
             batch.job, batch.first, [*map(letter_of, letters)], attempt=batch.attempt, number=us, statuses=statuses))
 
-    def _cancel(self, chunks: Batch, end: float) -> None:
+    def _cancel(self, chunks: Batch, kind: Kind) -> None:
         for future, batch in list(self._submitted.items()):
-            if batch.job == chunks.job and batch.first < end and chunks.first < batch.end:
+            overlap = batch.first < chunks.end and chunks.first < batch.end
+            if batch.job == chunks.job and (kind is Kind.END or overlap):
                 future.cancel()
 
 
