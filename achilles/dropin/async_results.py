@@ -1,13 +1,13 @@
 """What a pool's methods return: AsyncResult and PoolIterator, by the names that `multiprocessing.pool` gives them.
 
-Knows what the dispatcher takes, and what the caller asks for; knows no arguments.
+Knows how results are taken and loaded, and what the caller asks for. How a call begins is `base_pool.py`'s.
 
 ::
 
     dispatcher thread: take, load ─▶ callbacks ─▶ AsyncResult.get
     caller's thread: PoolIterator.next, Pool.map ─▶ take;  AsyncResult.get of one call ─▶ load
 
-Any thread may use them.
+Any thread may use them. `_taking` is held by the thread that takes or loads.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..controller.job import Taken
+from ..controller.call import Call, NotYet
+from ..controller.job import Job, Taken
 from ..objects.outcomes import own_error
-from .dispatcher import Answer, Dispatcher, Taker, open_answer
 
-__all__ = ["AsyncResult", "Callback", "MapResult", "PoolIterator", "ResultTimeout"]
+if TYPE_CHECKING:
+    from .base_pool import Dispatcher
+
+__all__ = ["Answer", "AsyncResult", "Callback", "MapResult", "PoolIterator", "ResultTimeout", "Taker", "open_answer"]
 
 Callback = Callable[[Any], object]
+Answer = tuple[Job | None, int, Any]  # job, status and letter; or None, 0 and why there is none
 
 
 class ResultTimeout(multiprocessing.TimeoutError, TimeoutError):
@@ -44,6 +48,17 @@ def _timeout() -> ResultTimeout:
 @functools.cache
 def _timeout_class(theirs: type[Exception]) -> type[ResultTimeout]:
     return type("ResultTimeout", (ResultTimeout, theirs), {"__module__": __name__})
+
+
+def open_answer(job: Job | None, status: int, found: Any) -> tuple[Any, BaseException | None]:
+    """Load an answer: the value, or the exception. Not under the connection's lock: that may run the user's code."""
+    if job is None:
+        return None, own_error(found)
+    try:
+        values, errors = job.load(status, found)
+        return values[0], own_error(errors.get(0))
+    except BaseException as error:  # of the call, or of loading what it returned
+        return None, own_error(error)
 
 
 class AsyncResult:
@@ -120,6 +135,74 @@ class AsyncResult:
             self._ending.release()
 
     __class_getitem__: Any = classmethod(types.GenericAlias)
+
+
+class Taker:
+    """Takes the results of one mapping call, and watches what it takes."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.call: Call | None = None  # from its beginning until it is over
+        self.key: Any = None  # under which its job is kept for the next call
+        self.failure: BaseException | None = None  # of the call as a whole
+        self._dispatcher = dispatcher
+        # Guards `call`, and is held while results are taken. A generator that reads its own results in a worker, where
+        # the thread that takes feeds as well, has an error of its own and does not wait for itself.
+        self._taking = threading.RLock()
+
+    def drain(self) -> None:
+        """Let the dispatcher take what is there, and all that comes. Takes no lock: `__del__` of iterators calls it."""
+        if (call := self.call) is not None:
+            call.results.ready = self.drain
+            self._dispatcher.work.put(self._dispatch)
+
+    def _dispatch(self) -> None:
+        while self.call is not None and self.take(0.0):
+            pass
+
+    def take(self, timeout: float) -> bool:
+        """Take some results; False if there are none after `timeout` seconds. The call may be over then."""
+        with self._taking:
+            call = self.call
+            if call is None:
+                return True
+            try:
+                call.take(timeout)
+                if not call.results.over:
+                    return True
+            except NotYet:
+                return False
+            except BaseException as error:  # of the iterable, or of the call as a whole
+                self.failure = error
+            self.call = None
+            try:
+                call.close(self.key, self.failure)
+            finally:  # however it ended, `join` waits for this call no longer
+                with self._dispatcher.link.lock:
+                    self._dispatcher.forget(self)
+            return True
+
+    def take_all(self) -> None:
+        """Take everything. Raises NoNodesError."""
+        while self.call is not None:
+            self._dispatcher.wait_for(self.take)
+
+    def cancel(self, error: BaseException) -> None:
+        """End the call with this error, unless it is over."""
+        if (call := self.call) is not None:
+            with self._dispatcher.link.lock:
+                call.results.fail(error)
+            self.take_all()
+
+    def answer(self, answer: Answer) -> None:
+        """The call cannot begin."""
+        self.failure = answer[-1]
+        self.close()
+
+    def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
+        """As Watcher says. Needs `_taking`. Subclasses keep the results."""
+
+    def close(self) -> None:
+        """As Watcher says: there are no more. Subclasses tell."""
 
 
 class MapResult(AsyncResult, Taker):

@@ -25,9 +25,8 @@ from typing import Any
 from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS, tell
 from ..errors import AchillesError
-from .async_results import PoolIterator
-from .base_pool import SEQUENCES, BasePool
-from .dispatcher import Answer, Dispatcher, Singles, open_answer
+from .async_results import Answer, PoolIterator, open_answer
+from .base_pool import SEQUENCES, BasePool, Dispatcher, Singles
 
 __all__ = ["Executor", "Future"]
 

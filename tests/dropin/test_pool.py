@@ -547,7 +547,7 @@ def test_ctrl_c_in_the_taking_of_the_lock_of_a_connection_leaves_it_free(make, m
 
     def interrupted(condition):
         enter(condition)
-        if condition is pool._dispatcher.changed or condition is pool._controller.changed:
+        if condition is pool._controller.changed:
             raise KeyboardInterrupt
         return True
 
