@@ -12,13 +12,13 @@ Any thread may use them. `_taking` is held by the thread that takes or loads.
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import sys
 import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ def _timeout() -> ResultTimeout:
     return _timeout_class(getattr(sys.modules.get("multiprocess"), "TimeoutError", TimeoutError))()
 
 
-@functools.cache
+@cache
 def _timeout_class(theirs: type[Exception]) -> type[ResultTimeout]:
     return type("ResultTimeout", (ResultTimeout, theirs), {"__module__": __name__})
 
@@ -149,15 +149,11 @@ class Taker:
         # the thread that takes feeds as well, has an error of its own and does not wait for itself.
         self._taking = threading.RLock()
 
-    def drain(self) -> None:
+    def drain(self, later: Callable[..., Callable[[], object]] = partial) -> None:
         """Let the dispatcher take what is there, and all that comes. Takes no lock: `__del__` of iterators calls it."""
         if (call := self.call) is not None:
             call.results.ready = self.drain
-            self._dispatcher.work.put(self._dispatch)
-
-    def _dispatch(self) -> None:
-        while self.call is not None and self.take(0.0):
-            pass
+            self._dispatcher.work.put(later(self.take_all, 0.0))
 
     def take(self, timeout: float) -> bool:
         """Take some results; False if there are none after `timeout` seconds. The call may be over then."""
@@ -181,10 +177,10 @@ class Taker:
                     self._dispatcher.forget(self)
             return True
 
-    def take_all(self) -> None:
-        """Take everything. Raises NoNodesError."""
-        while self.call is not None:
-            self._dispatcher.wait_for(self.take)
+    def take_all(self, timeout: float | None = None) -> None:
+        """Take everything, or as much as comes, each within `timeout` seconds. Raises NoNodesError."""
+        while self.call is not None and self._dispatcher.wait_for(self.take, timeout):
+            pass
 
     def cancel(self, error: BaseException) -> None:
         """End the call with this error, unless it is over."""

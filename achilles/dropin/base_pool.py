@@ -193,8 +193,6 @@ class BasePool:
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        wait_for_nodes, reconnect_seconds = checked(
-            wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
         self._given = processes
         self._options = {"maxtasksperchild": maxtasksperchild}
         self._context = Context(caller=True)
