@@ -242,8 +242,7 @@ def _start(
 ) -> Packets:
     """Check, dump the function, connect, and begin."""
     checked(func=func, callback=callback, callback_error=callback_error, progress=progress, journal=journal)
-    chunksize, buffersize = checked(chunksize=chunksize, buffersize=buffersize)
-    timeout, = checked(timeout=timeout)
+    chunksize, buffersize, timeout = checked(chunksize=chunksize, buffersize=buffersize, timeout=timeout)
     show = shower(output, executor is not None)
     if not callable(args):
         iter(args)  # a TypeError here, in the caller's thread, for what is not iterable

@@ -725,6 +725,31 @@ def test_a_result_is_gone_when_the_caller_lets_go_of_it(make):
     wait_until(lambda: gc.collect() is not None and not any(ref() for ref in seen), "the end of the results")
 
 
+loads: list[int] = []
+
+
+class SlowToLoad:
+    """A result that takes its time where it is loaded."""
+
+    def __reduce__(self):
+        return load_slowly, ()
+
+
+def load_slowly():
+    loads.append(threading.get_ident())
+    return after(0.3, SlowToLoad())
+
+
+def test_a_result_is_loaded_once_and_threads_wait_for_it_together(make):
+    result, found = make().apply_async(SlowToLoad), []
+    threads = [threading.Thread(target=lambda: found.append(result.get(SECONDS))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert len(found) == 5 and len({*map(id, found)}) == len(loads) == 1 and result.successful()
+
+
 def test_many_threads_may_use_one_pool(make):
     pool, found = make(), []
     threads = [threading.Thread(target=lambda n=n: found.append(pool.map(square, range(n)))) for n in range(20)]
