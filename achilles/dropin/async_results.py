@@ -23,7 +23,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from ..controller.call import Call, NotYet
+from ..controller.call import Call, NotYet, Watcher
 from ..controller.job import Job, Taken
 from ..objects.outcomes import own_error
 
@@ -137,8 +137,8 @@ class AsyncResult:
     __class_getitem__: Any = classmethod(types.GenericAlias)
 
 
-class Taker:
-    """Takes the results of one mapping call, and watches what it takes."""
+class Taker(Watcher):
+    """Takes the results of one mapping call. Subclasses keep what they watch it take, under `_taking`."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.call: Call | None = None  # from its beginning until it is over
@@ -193,12 +193,6 @@ class Taker:
         """The call cannot begin."""
         self.failure = answer[-1]
         self.close()
-
-    def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
-        """As Watcher says. Needs `_taking`. Subclasses keep the results."""
-
-    def close(self) -> None:
-        """As Watcher says: there are no more. Subclasses tell."""
 
 
 class MapResult(AsyncResult, Taker):
@@ -265,8 +259,7 @@ class PoolIterator(Iterator[Any]):
             raise own_error(error)
         return value
 
-    def __next__(self) -> Any:
-        return self.next()
+    __next__ = next
 
     def cancel(self) -> None:
         """Stop the work: nothing follows, not even the results that were taken. Beyond the standard library."""

@@ -177,8 +177,7 @@ def _left_open() -> weakref.WeakSet[Executor]:
     At the end, threads are still there only for functions that `threading` itself calls: concurrent.futures does so.
     """
     executors: weakref.WeakSet[Executor] = weakref.WeakSet()
-    register = getattr(threading, "_register_atexit", atexit.register)
-    register(_finish, executors)
+    getattr(threading, "_register_atexit", atexit.register)(_finish, executors)
     return executors
 
 

@@ -13,21 +13,20 @@ from .executor import Executor, Future
 
 __all__ = ["register_joblib_backend"]
 
+_Joblibs: Any = object  # in the place of joblib's classes, which a backend gets where joblib is loaded
 JOBLIBS_OWN = {"max_nbytes", "temp_folder", "mmap_mode", "prefer", "require", "verbose", "context"}  # for its own pools
 
 
-class _Batches:
-    """What is ours of the backend: each batch of calls is a future."""
+class _Batches(_Joblibs):  # type: ignore[misc]
+    """What is ours of the backend: each batch of calls is a future.
+
+    joblib's part keeps the options: `backend_kwargs` say how to reach the cluster, and are arguments of Executor.
+    """
 
     supports_retrieve_callback = supports_inner_max_num_threads = True
     default_n_jobs = -1
     executor: Executor | None = None
     bound: int | None = None  # how many batches may run at a time; None is the whole cluster
-    backends: Any  # the module with joblib's own
-    backend_kwargs: dict[str, Any]  # how to reach the cluster, and other arguments of Executor
-    nesting_level: int | None
-    inner_max_num_threads: int | None
-    MAX_NUM_THREADS_VARS: list[str]
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **more: Any) -> int:
         self.backend_kwargs |= {name: value for name, value in more.items() if name not in JOBLIBS_OWN}
@@ -69,7 +68,7 @@ class _Batches:
     retrieve_result_callback = staticmethod(Future.result)
 
     def terminate(self, ensure_ready: bool = True) -> None:
-        self.reset_batch_stats()  # type: ignore[attr-defined]
+        self.reset_batch_stats()
         executor, self.executor = self.executor, None
         if executor is not None:
             executor.terminate()
