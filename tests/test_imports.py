@@ -34,7 +34,7 @@ LONGEST_FUNCTION_LINES, MOST_METHODS = 40, 28
 # is to come down, and may not grow meanwhile.
 BUDGETS = {
     "ring": 973, "protocol": 754, "server": 658, "node": 971, "objects": 1036, "controller": 973, "core": 4943,
-    "drop-ins": 907, "launch/beside": 535, "whole": 5850,
+    "drop-ins": 896, "launch/beside": 535, "whole": 5839,
 }
 AIMS = {
     "ring": 920, "protocol": 720, "server": 620, "node": 750, "objects": 800, "controller": 780, "core": 4270,

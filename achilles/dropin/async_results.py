@@ -144,6 +144,7 @@ class Taker(Watcher):
         self.call: Call | None = None  # from its beginning until it is over
         self.key: Any = None  # under which its job is kept for the next call
         self.failure: BaseException | None = None  # of the call as a whole
+        self.values: deque[Any] = deque()  # taken, not returned yet
         self._dispatcher = dispatcher
         # Guards `call`, and is held while results are taken. A generator that reads its own results in a worker, where
         # the thread that takes feeds as well, has an error of its own and does not wait for itself.
@@ -201,26 +202,22 @@ class MapResult(AsyncResult, Taker):
     def __init__(self, dispatcher: Dispatcher, *callbacks: Callback | None) -> None:
         Taker.__init__(self, dispatcher)
         AsyncResult.__init__(self, dispatcher, *callbacks)
-        self._taken: list[Taken] = []
 
     def taken(self, *taken: Any) -> None:
         """As Watcher says."""
-        self._taken.append(taken)
+        self.values.append(taken)
 
     def close(self) -> None:
         """As Watcher says. Of several errors, that with the lowest index is the result."""
-        taken, self._taken = sorted(self._taken, key=itemgetter(0)), []
+        taken: list[Taken] = sorted(self.values, key=itemgetter(0))
+        self.values.clear()
         errors = (errors[min(errors)] for _, _, errors in taken if errors)
         self.settle([*chain.from_iterable(values for _, values, _ in taken)],
                     own_error(self.failure or next(errors, None)))
 
 
 class Stream(Taker):
-    """The results of an imap, in the order in which they are to be returned."""
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        super().__init__(dispatcher)
-        self.values: deque[tuple[Any, BaseException | None]] = deque()  # taken, not returned yet
+    """The results of an imap, in the order in which they are to be returned: pairs of a value and an error or None."""
 
     def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
         """As Watcher says."""

@@ -8,7 +8,7 @@ Knows futures and a BasePool, as Pool does; a call is a chunk in the job of its 
                 │ cancel(): never sent                  │ cancel(kill=True): stopped where it runs
 
 A future is running from when its batch was made. Any thread may call any method. Callbacks of futures run in the
-dispatcher thread. The connection's lock guards all state.
+dispatcher thread. The connection's lock guards all state; `running` looks without it, as of a moment.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ class Future(concurrent.futures.Future[Any]):
 
     def running(self) -> bool:
         """Whether the call was sent, and is not done."""
-        with self._dispatcher.link.lock:
-            waits = self.singles and any(run.first <= self.number < run.end for run in self.singles.job.waiting)
+        waits = self.singles and any(run.first <= self.number < run.end for run in [*self.singles.job.waiting])
         return not waits and not self.done()
 
     def cancel(self, kill: bool = False) -> bool:
