@@ -242,9 +242,7 @@ def _start(
 ) -> Packets:
     """Check, dump the function, connect, and begin."""
     checked(func=func, callback=callback, callback_error=callback_error, progress=progress, journal=journal)
-    chunksize, buffersize = checked(chunksize=chunksize, buffersize=buffersize)
-    wait_for_nodes, reconnect_seconds, timeout = checked(
-        wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds, timeout=timeout)
+    chunksize, buffersize, timeout = checked(chunksize=chunksize, buffersize=buffersize, timeout=timeout)
     show = shower(output, executor is not None)
     if not callable(args):
         iter(args)  # a TypeError here, in the caller's thread, if args cannot be iterated
@@ -284,6 +282,7 @@ def connect(
     none would be left.
     """
     place = host, port, username, secret_key, encrypt
+    wait_for_nodes, reconnect_seconds = checked(wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
     if executor is not None or (config.in_worker and place == NOWHERE):
         from .dropin.engine import Engine  # with all that workers need
 

@@ -114,10 +114,10 @@ class LocalCluster:
             self.nodes = [_spawn("node", self.hash_seed) for _ in range(self._count)]
             key = auth.derive_key(self.username, self.secret_key.reveal())  # while the children import their roles
             about = {"secret": self.secret_key, "key": key.hex(), "cpu_count": self._cpu_count, "nodes": self._count}
-            _hand_over(self.server, about | {"port": 0})
+            _hand_over(self.server.stdin, about | {"port": 0})
             self.port = _wait_ready(self.server)
             for index, node in enumerate(self.nodes):
-                _hand_over(node, about | {"port": self.port, "index": index})
+                _hand_over(node.stdin, about | {"port": self.port, "index": index})
             importlib.import_module(".controller.connection", __package__)  # the calls need it; there is time now
             for node in self.nodes:
                 _wait_ready(node)
@@ -137,9 +137,8 @@ class LocalCluster:
 
         A call that is open raises ClusterKilled. No thread is started: the interpreter may be at its end.
         """
-        for process in self._processes():
-            if process.stdin is not None:
-                process.stdin.close()
+        for pipe in filter(None, [process.stdin for process in self._processes()]):
+            pipe.close()
         deadline = time.monotonic() + STOP_SECONDS
         for process in self._processes():
             with process:  # it closes the pipes
@@ -216,10 +215,9 @@ def _spawn(role: str, hash_seed: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _hand_over(process: subprocess.Popen[bytes], about: dict[str, Any]) -> None:
-    if process.stdin is not None:
-        with contextlib.suppress(BrokenPipeError):  # the child died: _wait_ready says so
-            process.stdin.write(json.dumps(about, default=Secret.reveal).encode() + b"\n")
+def _hand_over(stdin: Any, about: dict[str, Any]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the child died: _wait_ready says so
+        stdin.write(json.dumps(about, default=Secret.reveal).encode() + b"\n")
 
 
 def _wait_ready(process: subprocess.Popen[bytes]) -> int:

@@ -1,35 +1,39 @@
 """What a pool's methods return: AsyncResult and PoolIterator, by the names that `multiprocessing.pool` gives them.
 
-Knows what the dispatcher takes, and what the caller asks for; knows no arguments.
+Knows how results are taken and loaded, and what the caller asks for. How a call begins is `base_pool.py`'s.
 
 ::
 
     dispatcher thread: take, load ─▶ callbacks ─▶ AsyncResult.get
     caller's thread: PoolIterator.next, Pool.map ─▶ take;  AsyncResult.get of one call ─▶ load
 
-Any thread may use them.
+Any thread may use them. `_taking` is held by the thread that takes or loads.
 """
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import sys
 import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import chain
-from typing import Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
+from ..controller.call import Call, NotYet, Watcher
+from ..controller.job import Job, Taken
 from ..objects.outcomes import own_error
-from .dispatcher import Answer, Dispatcher, Taker, open_answer
 
-__all__ = ["AsyncResult", "Callback", "MapResult", "PoolIterator", "ResultTimeout"]
+if TYPE_CHECKING:
+    from .base_pool import Dispatcher
 
-MOMENT_SECONDS = 0.001  # between two looks of a thread at a result that another thread is loading
+__all__ = ["Answer", "AsyncResult", "Callback", "MapResult", "PoolIterator", "ResultTimeout", "Taker", "open_answer"]
 
 Callback = Callable[[Any], object]
+Answer = tuple[Job | None, int, Any]  # job, status and letter; or None, 0 and why there is none
 
 
 class ResultTimeout(multiprocessing.TimeoutError, TimeoutError):
@@ -41,15 +45,27 @@ def _timeout() -> ResultTimeout:
     return _timeout_class(getattr(sys.modules.get("multiprocess"), "TimeoutError", TimeoutError))()
 
 
-@functools.cache
+@cache
 def _timeout_class(theirs: type[Exception]) -> type[ResultTimeout]:
     return type("ResultTimeout", (ResultTimeout, theirs), {"__module__": __name__})
+
+
+def open_answer(job: Job | None, status: int, found: Any) -> tuple[Any, BaseException | None]:
+    """Load an answer: the value, or the exception. Not under the connection's lock: that may run the user's code."""
+    if job is None:
+        return None, own_error(found)
+    try:
+        values, errors = job.load(status, found)
+        return values[0], own_error(errors.get(0))
+    except BaseException as error:  # of the call, or of loading what it returned
+        return None, own_error(error)
 
 
 class AsyncResult:
     """The result of an `_async` method; any thread may use it. As `multiprocessing.pool.AsyncResult`."""
 
-    _ended = _settled = False  # the answer is there; the answer is loaded
+    _ended = False  # the call has ended: the answer is there, or what was loaded of it
+    _answer: Answer | None = None  # not loaded yet
 
     def __init__(
         self, dispatcher: Dispatcher, callback: Callback | None = None, error_callback: Callback | None = None
@@ -58,6 +74,7 @@ class AsyncResult:
         self._callbacks = callback, error_callback
         self._ending = threading.Lock()  # held until the call has ended; Ctrl-C in `wait` may leave it held
         self._ending.acquire()
+        self._taking = threading.RLock()  # held by the thread that loads the answer
 
     def ready(self) -> bool:
         """Whether the call has ended."""
@@ -67,7 +84,7 @@ class AsyncResult:
         """Whether it ended without an exception; ValueError if it has not ended."""
         if not self._ended:
             raise ValueError(f"{self!r} not ready")
-        self._load_answer()
+        self._load()
         return self._error is None
 
     def wait(self, timeout: float | None = None) -> None:
@@ -85,24 +102,23 @@ class AsyncResult:
         self.wait(timeout)
         if not self._ended:
             raise _timeout()
-        self._load_answer()
+        self._load()
         if self._error is not None:
             raise self._error
         return self._value
 
-    def _load_answer(self) -> None:
-        """Load the answer, in the first thread that asks for it. Others wait for that thread."""
-        if not self._settled and (answer := self.__dict__.pop("_answer", None)) is not None:
-            self.settle(*open_answer(*answer))
-        while not self._settled:
-            threading.Event().wait(MOMENT_SECONDS)
+    def answer(self, answer: Answer) -> None:
+        """The answer is here. The dispatcher loads it for a callback, else the first thread that asks for it."""
+        self._answer = answer
+        if any(self._callbacks):
+            self._dispatcher.work.put(self._load)
+        else:
+            self._end()
 
-    def keep(self, answer: Answer) -> bool:
-        """The answer is here. Return whether it is kept: without callbacks, the thread that asks for it loads it."""
-        if not any(self._callbacks):
-            self._answer, self._ended = answer, True
-            self._ending.release()
-        return self._ended
+    def _load(self) -> None:
+        with self._taking:
+            if self._answer is not None:
+                self.settle(*open_answer(*self._answer))
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """This is the result, or the exception. Callbacks run before any thread is woken, as in the standard library.
@@ -110,7 +126,10 @@ class AsyncResult:
         callback = self._callbacks[error is not None]
         if callback is not None:
             self._dispatcher.do(callback, value if error is None else error)
-        self._value, self._error, self._settled = value, error, True
+        self._value, self._error, self._answer = value, error, None
+        self._end()
+
+    def _end(self) -> None:
         if not self._ended:
             self._ended = True
             self._ending.release()
@@ -118,47 +137,100 @@ class AsyncResult:
     __class_getitem__: Any = classmethod(types.GenericAlias)
 
 
-class MapResult(Taker, AsyncResult):
+class Taker(Watcher):
+    """Takes the results of one mapping call. Subclasses keep what they watch it take, under `_taking`."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.call: Call | None = None  # from its beginning until it is over
+        self.key: Any = None  # under which its job is kept for the next call
+        self.failure: BaseException | None = None  # of the call as a whole
+        self.values: deque[Any] = deque()  # taken, not returned yet
+        self._dispatcher = dispatcher
+        # Guards `call`, and is held while results are taken. A generator that reads its own results in a worker, where
+        # the thread that takes feeds as well, has an error of its own and does not wait for itself.
+        self._taking = threading.RLock()
+
+    def drain(self, later: Callable[..., Callable[[], object]] = partial) -> None:
+        """Let the dispatcher take what is there, and all that comes. Takes no lock: `__del__` of iterators calls it."""
+        if (call := self.call) is not None:
+            call.results.ready = self.drain
+            self._dispatcher.work.put(later(self.take_all, 0.0))
+
+    def take(self, timeout: float) -> bool:
+        """Take some results; False if there are none after `timeout` seconds. The call may be over then."""
+        with self._taking:
+            call = self.call
+            if call is None:
+                return True
+            try:
+                call.take(timeout)
+                if not call.results.over:
+                    return True
+            except NotYet:
+                return False
+            except BaseException as error:  # of the iterable, or of the call as a whole
+                self.failure = error
+            self.call = None
+            try:
+                call.close(self.key, self.failure)
+            finally:  # however it ended, `join` waits for this call no longer
+                with self._dispatcher.link.lock:
+                    self._dispatcher.forget(self)
+            return True
+
+    def take_all(self, timeout: float | None = None) -> None:
+        """Take everything, or as much as comes, each within `timeout` seconds. Raises NoNodesError."""
+        while self.call is not None and self._dispatcher.wait_for(self.take, timeout):
+            pass
+
+    def cancel(self, error: BaseException) -> None:
+        """End the call with this error, unless it is over."""
+        if (call := self.call) is not None:
+            with self._dispatcher.link.lock:
+                call.results.fail(error)
+            self.take_all()
+
+    def answer(self, answer: Answer) -> None:
+        """The call cannot begin."""
+        self.failure = answer[-1]
+        self.close()
+
+
+class MapResult(AsyncResult, Taker):
     """The list of results of a mapping method."""
 
     def __init__(self, dispatcher: Dispatcher, *callbacks: Callback | None) -> None:
-        AsyncResult.__init__(self, dispatcher, *callbacks)
         Taker.__init__(self, dispatcher)
-        self._parts: dict[int, list[Any]] = {}  # by their start
-        self._first: tuple[float, BaseException | None] = float("inf"), None  # the error with the lowest index
+        AsyncResult.__init__(self, dispatcher, *callbacks)
 
-    def add(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
-        """As Taker says."""
-        self._parts[start] = values
-        if errors:
-            self._first = min(self._first, (start + min(errors), errors[min(errors)]))
+    def taken(self, *taken: Any) -> None:
+        """As Watcher says."""
+        self.values.append(taken)
 
-    def finish(self, error: BaseException | None) -> None:
-        """As Taker says."""
-        parts, self._parts = self._parts, {}
-        values = [*chain.from_iterable(parts[start] for start in sorted(parts))]
-        self.settle(values, own_error(error or self._first[1]))
+    def close(self) -> None:
+        """As Watcher says. Of several errors, that with the lowest index is the result."""
+        taken: list[Taken] = sorted(self.values, key=itemgetter(0))
+        self.values.clear()
+        errors = (errors[min(errors)] for _, _, errors in taken if errors)
+        self.settle([*chain.from_iterable(values for _, values, _ in taken)],
+                    own_error(self.failure or next(errors, None)))
 
 
 class Stream(Taker):
-    """The results of an imap, in the order in which they are to be returned."""
+    """The results of an imap, in the order in which they are to be returned: pairs of a value and an error or None."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        super().__init__(dispatcher)
-        self.values: deque[tuple[Any, BaseException | None]] = deque()  # taken, not returned yet
-
-    def add(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
-        """As Taker says."""
+    def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
+        """As Watcher says."""
         self.values.extend(zip(values, map(errors.get, range(len(values)))))
 
     def look(self, timeout: float) -> object:
         """As `take`; also true where the dispatcher, or another thread, has taken some results meanwhile."""
         return self.values or self.take(timeout)
 
-    def finish(self, error: BaseException | None) -> None:
-        """As Taker says; the error comes in its place."""
-        if error is not None:
-            self.values.append((None, error))
+    def close(self) -> None:
+        """As Watcher says; the failure comes in its place."""
+        if self.failure is not None:
+            self.values.append((None, self.failure))
 
 
 class PoolIterator(Iterator[Any]):
@@ -184,8 +256,7 @@ class PoolIterator(Iterator[Any]):
             raise own_error(error)
         return value
 
-    def __next__(self) -> Any:
-        return self.next()
+    __next__ = next
 
     def cancel(self) -> None:
         """Stop the work: nothing follows, not even the results that were taken. Beyond the standard library."""

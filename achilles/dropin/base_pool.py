@@ -1,44 +1,178 @@
 """BasePool: a connection with a context, and the calls that a Pool or an Executor makes on it.
 
-Knows how a call becomes a job, a chunk or a range of chunks. It does not know what a result is to the caller:
-`async_results.py` and `executor.py` do.
+Knows how a call becomes a job, a chunk or a range of chunks, and which calls are not over. It does not know what a
+result is to the caller: `async_results.py` and `executor.py` do.
 
 ::
 
     submit    a chunk in the job of its function: an entry of Singles
     start     a Call: a range of chunks in a job of its own, which is kept for the next call
 
-Any thread may call any method. `_last` and `_state` need no lock.
+    reader thread: drain, answer ─▶ Dispatcher.work ─▶ dispatcher thread: take, load ─▶ callbacks
+
+Threads: the dispatcher, one a pool, takes results that nobody else takes and runs callbacks, one at a time. It refers
+to no Pool but those of open calls, so that a dropped pool is collected. Any thread may call any method.
+Locks: that of the connection guards `open` and `entries`. `_state` needs none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import operator
+import queue
 import secrets
-from _thread import start_new_thread
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from ..calls import connect
 from ..config import SecretKey
 from ..controller.call import Call
+from ..controller.connection import Controller
 from ..controller.job import Job
+from ..controller.results import Sink
+from ..controller.run import Run
 from ..errors import DumpError, LetterTooLarge
 from ..objects.letters import Context, dump_chunk, dump_function, joined, name_of
+from ..objects.outcomes import fresh, mark
 from ..objects.sources import own_sources
 from ..options import Output, Show, checked, shower, watching
 from ..protocol.frames import Letter, letter_of
-from .dispatcher import Dispatcher, Singles, Taker
+from .async_results import Taker
 
-__all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool"]
+__all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool", "Dispatcher", "Singles"]
 
 RUN, CLOSE, TERMINATE = "RUN", "CLOSE", "TERMINATE"
 LARGEST_CHUNK = 1 << 16  # arguments, of an endless input
 CHUNKS_A_WORKER = 4  # chunks of a sequence for each worker, at the least: multiprocessing's own choice
 SEQUENCES = list, tuple, range  # cut without an iterator
 APPLY = {"call": "apply"}
+
+
+class Dispatcher:
+    """The calls of a pool that are not over, and the thread that takes the results that nobody else takes."""
+
+    def __init__(self, link: Controller) -> None:
+        self.link = link
+        self.work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # to be called; None ends it
+        # Singles with entries, by the key of their job, and Takers, by themselves. The pool of each lives until then.
+        self.open: dict[Any, tuple[Any, object]] = {}
+        self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
+        self._thread.start()
+
+    def forget(self, key: object) -> bool:
+        """A call is over: its results are there, or `work` has what brings them. Return whether that is news.
+
+        Needs the connection's lock.
+        """
+        self.link.changed.notify_all()
+        return self.open.pop(key, None) is not None
+
+    def wait_for(self, wait: Callable[[float], object], timeout: float | None = None) -> bool:
+        """Call `wait` with some seconds until it returns something true; False after `timeout` seconds.
+
+        Raises NoNodesError if there is no node for too long, and ServerUnreachable in a child of the caller.
+        """
+        if self.link.forked:  # nothing will ever come
+            self.link.check_usable()
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        while not wait(max(0.0, min(self.link.look_seconds, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                return False
+            self.link.look()
+        return True
+
+    def wait(self) -> None:
+        """Block until all calls are over. Iterators keep the results that they have not given yet."""
+        self.drain()
+        with self.link.lock:
+            self.wait_for(partial(self.link.changed.wait_for, lambda: not self.open))
+
+    def drain(self) -> None:
+        """Let the thread take what is left of all calls: nobody else may ever do it."""
+        for call, _ in [*self.open.values()]:
+            call.drain()
+
+    def stop(self) -> None:
+        """Close the connection when all of `work` is done; idempotent. Joins the thread."""
+        self.drain()
+        self.work.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (call := self.work.get()) is not None:
+            self.do(call)
+        self.link.close()
+        while not self.work.empty():  # a call that began meanwhile has failed
+            self.do(self.work.get() or bool)
+
+    def do(self, call: Callable[..., object], *args: Any) -> None:
+        """Call it. What a callback raises is told, and the next one is called all the same."""
+        try:
+            call(*args)
+        except BaseException:
+            threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
+
+
+class Singles(Sink):
+    """The entries of a job in which each chunk is a call of its own (apply, submit): an AsyncResult or a Future.
+
+    :param key: under which the job is kept when there is no entry any more.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, job: Job, key: Any) -> None:
+        self.job, self.key = job, key
+        job.sink = self
+        self.entries: dict[int, Any] = {}  # by chunk
+        self._dispatcher = dispatcher
+
+    def enter(self, single: Any, letter: Letter) -> None:
+        """Put a call into the job. It is waited for when this returns, and not before: Ctrl-C may come anywhere."""
+        single.singles, single.number = self, self.job.next
+        self.job.enter(Run(single.number, 0, 1, [letter], 1))
+        self.entries[single.number] = single
+
+    def wants(self, number: int) -> bool:
+        """As Sink says."""
+        return number in self.entries
+
+    def put(self, run: Run) -> None:
+        """As Sink says."""
+        # A chunk that is lost comes by itself. It has one argument.
+        answers: Any = [(self.job, run.status, letter) for letter in run.answers] or [
+            (None, 0, mark(run.lost[0], index=0))]
+        for number, answer in enumerate(answers, run.first):
+            if number in self.entries:
+                self.entries.pop(number).answer(answer)
+        self._look()
+
+    def leave(self, number: int) -> None:
+        """Nobody waits for this chunk any more."""
+        del self.entries[number]
+        self._look()
+
+    def fail(self, error: BaseException) -> None:
+        """As Sink says; each entry has an exception of its own."""
+        for number in [*self.entries]:
+            self.entries.pop(number).answer((None, 0, fresh(error)))
+        self._look()
+
+    def _look(self) -> None:
+        """Without an entry the pool may go, and end the dispatcher: it has what it needs for each answer by now."""
+        if not self.entries and self._dispatcher.forget(self.key):
+            self._dispatcher.link.keep(self.key, self.job)
+
+    def drain(self) -> None:
+        """The entries' answers come by themselves."""
+
+    def cancel(self, _: BaseException) -> None:
+        """Cancel the futures that were not sent yet. Without the lock."""
+        for single in [*self.entries.values()]:
+            single.cancel()
 
 
 class BasePool:
@@ -59,15 +193,13 @@ class BasePool:
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        wait_for_nodes, reconnect_seconds = checked(
-            wait_for_nodes=wait_for_nodes, reconnect_seconds=reconnect_seconds)
         self._given = processes
         self._options = {"maxtasksperchild": maxtasksperchild}
         self._context = Context(caller=True)
         letter = None if initializer is None else letter_of(
             dump_function(self._context, (initializer, tuple(initargs)), "the initializer"), "the initializer")
         self._job = partial(Job, self._context, secrets.token_bytes(16), initializer=letter)
-        self._last: tuple[bytes, Letter] = b"", b""  # the function of the last call, which many callers give again
+        self._letter_of = lru_cache(1)(letter_of)  # the function of the last call, which many callers give again
         self._controller = connect(
             host, port, username, secret_key, encrypt, reconnect_seconds, executor, processes, wait_for_nodes)
         self._dispatcher = Dispatcher(self._controller)
@@ -99,26 +231,16 @@ class BasePool:
         self._dispatcher.wait()
         self._dispatcher.stop()
 
-    def __del__(self, terminate: str = TERMINATE, start_thread: Callable[..., object] = start_new_thread) -> None:
-        """Close the connection, in a thread: this takes no lock, and runs in any thread at any moment."""
-        if self._state != terminate and not self._controller.forked:  # what a module holds may be gone by now
+    def __del__(self, terminate: str = TERMINATE) -> None:
+        """Let the dispatcher close the connection: this takes no lock, and runs in any thread at any moment."""
+        if self._state != terminate:  # what a module holds may be gone by now
             self._dispatcher.work.put(None)
-            try:
-                start_thread(self._dispatcher.start, ())
-            except RuntimeError:  # the interpreter ends
-                pass
 
-    def _begin(self, thread: object = True) -> Dispatcher:
-        """The dispatcher of a call that begins. `thread`: the dispatcher will be given work, and runs.
-
-        Raises why no call may begin.
-        """
-        if self._controller.forked:
-            self._controller.check_usable()
+    def _begin(self) -> Dispatcher:
+        """The dispatcher of a call that begins. Raises why no call may begin."""
         if self._state != RUN:
             raise self._refusal[0](self._refusal[1])
-        if thread:
-            self._dispatcher.start()
+        self._controller.check_usable()
         return self._dispatcher
 
     # How a call begins.
@@ -130,15 +252,15 @@ class BasePool:
             key, function = self._function(func, APPLY)
             letter = letter_of(joined(dump_chunk(self._context, [(args, kwds)])), "the arguments")
         except (DumpError, LetterTooLarge) as error:
-            self._dispatcher.settle([(single, (None, 0, None, error))])
+            single.answer((None, 0, error))
             return single
         with link.lock:
-            singles = self._dispatcher.singles.get(key)
-            if singles is None or singles.job.spent:
+            singles, _ = self._dispatcher.open.get(key, (None, self))
+            if singles is None:
                 job = link.take(key, partial(self._job, function, options={**self._options, **APPLY}, sources=key[1]))
-                self._dispatcher.singles[key] = job.sink = singles = Singles(self._dispatcher, job, key)
+                singles = Singles(self._dispatcher, job, key)
             singles.enter(single, letter)
-            self._dispatcher.open[singles] = self
+            self._dispatcher.open[key] = singles, self
             link.fill()
         link.push()
         return single
@@ -149,12 +271,9 @@ class BasePool:
         The function is looked at anew at each call, since what it refers to may have changed.
         """
         dumped = dump_function(self._context, (func, None))
-        letter, last = self._last
-        if dumped is not letter:
-            self._last = dumped, last = dumped, letter_of(dumped, name_of(func))
         on_cluster = self._controller.settings is not None
         sources = own_sources(at_once=options is not APPLY) if on_cluster else None
-        return (dumped, sources, *options.values()), last
+        return (dumped, sources, *options.values()), self._letter_of(dumped, name_of(func))
 
     def _start(
         self, taker: Taker, func: Callable[..., Any], args: Any, chunksize: int | None, buffersize: int | None = None,
@@ -175,22 +294,21 @@ class BasePool:
         if seed is not None:
             args = (lambda given=args: enumerate(given())) if callable(args) else [*enumerate(args)]
             options["seed"] = hashlib.sha256(b"%x" % operator.index(seed)).hexdigest()
-        sources = None
         try:
             taker.key, function = self._function(func, options)
-            sources = taker.key[1]
         except DumpError as error:
-            function, args = b"", partial(_fail, error)
+            taker.answer((None, 0, error))
+            return
         with link.lock:
             job = link.take(taker.key, partial(
-                self._job, function, options={**self._options, **options}, sources=sources))
+                self._job, function, options={**self._options, **options}, sources=taker.key[1]))
             largest = None
             if chunksize is None:  # of a sequence, what multiprocessing chooses
                 wanted = CHUNKS_A_WORKER * self._processes
                 largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
             taker.call = Call(link, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered, flat=True,
-                              buffersize=buffersize, largest=largest, show=show, watchers=watchers)
-            self._dispatcher.open[taker] = self
+                              buffersize=buffersize, largest=largest, show=show, watchers=[*watchers, taker])
+            self._dispatcher.open[taker] = taker, self
         try:
             taker.call.start(inline)
             if inline:
@@ -198,8 +316,3 @@ class BasePool:
         except BaseException as error:
             taker.cancel(error)
             raise
-
-
-def _fail(error: BaseException) -> None:
-    """Raise this in the place of giving arguments: the function of a call cannot be sent."""
-    raise error

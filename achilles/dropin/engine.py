@@ -17,6 +17,7 @@ that executor's locks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import threading
@@ -24,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import Any, cast
+from typing import Any
 
 from ..controller.job import Job
 from ..controller.link import Link
@@ -33,9 +34,7 @@ from ..protocol.frames import CAREFUL, TELL, U32, Batch, Gone, Kind, joined, let
 
 __all__ = ["Engine"]
 
-CONTEXTS_KEPT = 8  # in a process that is not ours: nobody tells it which are closed
-
-_alone = threading.local()  # `runner` and `contexts`, of each thread that `run_batch` is called in
+CONTEXTS_KEPT = 8  # in a thread of a process that is not ours: nobody tells it which are closed
 
 
 class Engine(Link):
@@ -70,10 +69,8 @@ class Engine(Link):
 
     def post(self, kind: Kind, body: Batch) -> None:
         """As Link says: the engine thread carries it out. Each batch brings what a JOB says."""
-        if kind is Kind.TASK:
-            self._events.put((self._submit, body, None))
-        elif kind is not Kind.JOB:
-            self._events.put((self._cancel, body, body.end if kind is Kind.CANCEL else float("inf")))
+        if kind is not Kind.JOB:
+            self._events.put((self._submit if kind is Kind.TASK else self._cancel, body, kind))
 
     def push(self) -> None:
         """As Link says: in place, run what was posted."""
@@ -97,7 +94,7 @@ class Engine(Link):
             if self.in_place and not isinstance(error, Exception):
                 raise
 
-    def _submit(self, batch: Batch, _: None) -> None:
+    def _submit(self, batch: Batch, _: Kind) -> None:
         job = self.jobs.get(batch.job)
         if job is None:
             return
@@ -126,9 +123,10 @@ class Engine(Link):
         self.handle_batch(Kind.RESULT, Batch.pack(
             batch.job, batch.first, [*map(letter_of, letters)], attempt=batch.attempt, number=us, statuses=statuses))
 
-    def _cancel(self, chunks: Batch, end: float) -> None:
+    def _cancel(self, chunks: Batch, kind: Kind) -> None:
         for future, batch in list(self._submitted.items()):
-            if batch.job == chunks.job and batch.first < end and chunks.first < batch.end:
+            overlap = batch.first < chunks.end and chunks.first < batch.end
+            if batch.job == chunks.job and (kind is Kind.END or overlap):
                 future.cancel()
 
 
@@ -140,7 +138,7 @@ def run_batch(
     :param letters: of the function and of the initializer, if there is one.
     :returns: µs that it took, statuses, and the letters of the answers.
     """
-    runner = _lone_runner(declaration["context"])
+    runner = _alone.runner_of(declaration["context"])
     runner.declare(number, declaration, letters[0], letters[1] if len(letters) > 1 else b"")
     began = time.monotonic_ns()
     answers = [(status, b"".join(parts)) for status, parts in runner.run(number, first, chunks, careful)]
@@ -149,12 +147,14 @@ def run_batch(
             [letter for _, letter in answers])
 
 
-def _lone_runner(context: str) -> Runner:
-    """This thread's, with room for this context; some engines run batches in several threads of a process."""
-    if not hasattr(_alone, "contexts") or len(_alone.contexts | {context}) > CONTEXTS_KEPT:
-        _alone.runner, _alone.contexts = Runner(), set()
-    _alone.contexts.add(context)
-    return cast(Runner, _alone.runner)
+class _Alone(threading.local):
+    """The Runners of this thread, one a context: some engines run batches in several threads of a process."""
+
+    def __init__(self) -> None:
+        self.runner_of = functools.lru_cache(CONTEXTS_KEPT)(lambda context: Runner())
+
+
+_alone = _Alone()
 
 
 def _count_workers(executor: Any) -> int:

@@ -8,7 +8,7 @@ Knows futures and a BasePool, as Pool does; a call is a chunk in the job of its 
                 │ cancel(): never sent                  │ cancel(kill=True): stopped where it runs
 
 A future is running from when its batch was made. Any thread may call any method. Callbacks of futures run in the
-dispatcher thread. The connection's lock guards all state.
+dispatcher thread. The connection's lock guards all state; `running` looks without it, as of a moment.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from typing import Any
 from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS, tell
 from ..errors import AchillesError
-from .async_results import PoolIterator
-from .base_pool import SEQUENCES, BasePool
-from .dispatcher import Answer, Dispatcher, Singles
+from .async_results import Answer, PoolIterator, open_answer
+from .base_pool import SEQUENCES, BasePool, Dispatcher, Singles
 
 __all__ = ["Executor", "Future"]
 
@@ -44,8 +43,7 @@ class Future(concurrent.futures.Future[Any]):
 
     def running(self) -> bool:
         """Whether the call was sent, and is not done."""
-        with self._dispatcher.link.lock:
-            waits = self.singles and any(run.first <= self.number < run.end for run in self.singles.job.waiting)
+        waits = self.singles and any(run.first <= self.number < run.end for run in [*self.singles.job.waiting])
         return not waits and not self.done()
 
     def cancel(self, kill: bool = False) -> bool:
@@ -64,12 +62,12 @@ class Future(concurrent.futures.Future[Any]):
         self.set_running_or_notify_cancel()
         return True
 
-    def keep(self, answer: Answer) -> bool:
-        """The answer is here, and is not kept: the dispatcher loads it."""
-        return False
+    def answer(self, answer: Answer) -> None:
+        """The answer is here: the dispatcher loads it."""
+        self._dispatcher.work.put(partial(self._load, answer))
 
-    def settle(self, value: Any, error: BaseException | None) -> None:
-        """This is the result, or the exception."""
+    def _load(self, answer: Answer) -> None:
+        value, error = open_answer(*answer)
         if error is not None:
             self.set_exception(error)
         else:
@@ -151,7 +149,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         self.close()
         _left_open().discard(self)
         if cancel_futures:
-            for call in [*self._dispatcher.open]:
+            for call, _ in [*self._dispatcher.open.values()]:
                 call.cancel(concurrent.futures.CancelledError())
         if wait:
             self.join()
@@ -178,8 +176,7 @@ def _left_open() -> weakref.WeakSet[Executor]:
     At the end, threads are still there only for functions that `threading` itself calls: concurrent.futures does so.
     """
     executors: weakref.WeakSet[Executor] = weakref.WeakSet()
-    register = getattr(threading, "_register_atexit", atexit.register)
-    register(_finish, executors)
+    getattr(threading, "_register_atexit", atexit.register)(_finish, executors)
     return executors
 
 

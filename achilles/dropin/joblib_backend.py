@@ -13,28 +13,23 @@ from .executor import Executor, Future
 
 __all__ = ["register_joblib_backend"]
 
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
-           "NUMBA_NUM_THREADS", "NUMEXPR_NUM_THREADS")  # joblib's MAX_NUM_THREADS_VARS
+_Joblibs: Any = object  # in the place of joblib's classes, which a backend gets where joblib is loaded
 JOBLIBS_OWN = {"max_nbytes", "temp_folder", "mmap_mode", "prefer", "require", "verbose", "context"}  # for its own pools
 
 
-class _Batches:
-    """What is ours of the backend: each batch of calls is a future."""
+class _Batches(_Joblibs):  # type: ignore[misc]
+    """What is ours of the backend: each batch of calls is a future.
+
+    joblib's part keeps the options: `backend_kwargs` say how to reach the cluster, and are arguments of Executor.
+    """
 
     supports_retrieve_callback = supports_inner_max_num_threads = True
     default_n_jobs = -1
     executor: Executor | None = None
     bound: int | None = None  # how many batches may run at a time; None is the whole cluster
-    backends: Any  # the module with joblib's own
-    nesting_level: int | None
-    inner_max_num_threads: int | None
-
-    def __init__(self, nesting_level: int | None = None, inner_max_num_threads: int | None = None, **cluster: Any):
-        super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)  # type: ignore
-        self.cluster = cluster  # how to reach it, and other arguments of Executor
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **more: Any) -> int:
-        self.cluster |= {name: value for name, value in more.items() if name not in JOBLIBS_OWN}
+        self.backend_kwargs |= {name: value for name, value in more.items() if name not in JOBLIBS_OWN}
         self.parallel = parallel
         if n_jobs == 1:
             raise self.backends.FallbackToBackend(self.backends.SequentialBackend(nesting_level=self.nesting_level))
@@ -56,11 +51,12 @@ class _Batches:
 
     def _open(self) -> Executor:
         if self.executor is None:
-            options = {"max_workers": self.bound, **self.cluster}
+            options = {"max_workers": self.bound, **self.backend_kwargs}
             if self.inner_max_num_threads is not None:
                 initializer = options.get("initializer"), options.get("initargs", ())
                 begin = types.FunctionType(_begin_worker.__code__, {"__name__": "__main__"})  # it travels by value
-                options |= {"initializer": begin, "initargs": (self.inner_max_num_threads, THREADS, *initializer)}
+                options |= {"initializer": begin, "initargs": (
+                    self.inner_max_num_threads, self.MAX_NUM_THREADS_VARS, *initializer)}
             self.executor = Executor(**options)
         return self.executor
 
@@ -72,7 +68,7 @@ class _Batches:
     retrieve_result_callback = staticmethod(Future.result)
 
     def terminate(self, ensure_ready: bool = True) -> None:
-        self.reset_batch_stats()  # type: ignore[attr-defined]
+        self.reset_batch_stats()
         executor, self.executor = self.executor, None
         if executor is not None:
             executor.terminate()
@@ -83,7 +79,7 @@ class _Batches:
         return self.backends.SequentialBackend(nesting_level=(getattr(self, "nesting_level", None) or 0) + 1), None
 
 
-def _begin_worker(threads: int, names: tuple[str, ...], initializer: Callable[..., Any] | None, initargs: Any) -> None:
+def _begin_worker(threads: int, names: list[str], initializer: Callable[..., Any] | None, initargs: Any) -> None:
     """The initializer of a worker: its libraries may use so many threads."""
     import importlib.util
     import os

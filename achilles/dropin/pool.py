@@ -80,7 +80,7 @@ class Pool(BasePool):
         callback: Callback | None = None, error_callback: Callback | None = None,
     ) -> AsyncResult:
         """As `apply`, at once; one of the callbacks is called, in the dispatcher thread, with what comes of it."""
-        result = AsyncResult(self._begin(callback or error_callback), callback, error_callback)
+        result = AsyncResult(self._begin(), callback, error_callback)
         return self._submit(result, func, args, kwds)  # type: ignore[no-any-return]
 
     # A list of results.
@@ -147,7 +147,7 @@ class Pool(BasePool):
         timeout: float | None, seed: int | None, output: Output, progress: Show, *callbacks: Callback | None,
     ) -> MapResult:
         inline = inline or self._controller.in_place
-        result = MapResult(self._begin(not inline), *callbacks)
+        result = MapResult(self._begin(), *callbacks)
         self._start(result, func, _copied(iterable), chunksize, buffersize, timeout, seed, output, progress, call=call,
                     ordered=False, inline=inline)
         result.drain()
@@ -160,7 +160,7 @@ class Pool(BasePool):
         return results
 
     def __enter__(self) -> Pool:
-        self._begin(False)
+        self._begin()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ from conftest import SECONDS, in_a_child, wait_until
 
 from achilles import Executor, LocalCluster, ServerUnreachable, cluster_status
 from achilles.controller.job import Job
-from achilles.dropin.dispatcher import Singles
+from achilles.dropin.base_pool import Singles
 
 
 def square(x):
@@ -125,7 +125,7 @@ def test_ctrl_c_in_the_taking_of_the_lock_of_a_connection_leaves_it_free(make, m
 
     def interrupted(condition):
         enter(condition)
-        if condition is executor._dispatcher.changed or condition is executor._controller.changed:
+        if condition is executor._controller.changed:
             raise KeyboardInterrupt
         return True
 

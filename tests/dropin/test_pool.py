@@ -547,7 +547,7 @@ def test_ctrl_c_in_the_taking_of_the_lock_of_a_connection_leaves_it_free(make, m
 
     def interrupted(condition):
         enter(condition)
-        if condition is pool._dispatcher.changed or condition is pool._controller.changed:
+        if condition is pool._controller.changed:
             raise KeyboardInterrupt
         return True
 
@@ -723,6 +723,31 @@ def test_a_result_is_gone_when_the_caller_lets_go_of_it(make):
     seen += [weakref.ref(result.get(SECONDS)), *map(weakref.ref, pool.map(Result, range(5)))]
     del result
     wait_until(lambda: gc.collect() is not None and not any(ref() for ref in seen), "the end of the results")
+
+
+loads: list[int] = []
+
+
+class SlowToLoad:
+    """A result that takes its time where it is loaded."""
+
+    def __reduce__(self):
+        return load_slowly, ()
+
+
+def load_slowly():
+    loads.append(threading.get_ident())
+    return after(0.3, SlowToLoad())
+
+
+def test_a_result_is_loaded_once_and_threads_wait_for_it_together(make):
+    result, found = make().apply_async(SlowToLoad), []
+    threads = [threading.Thread(target=lambda: found.append(result.get(SECONDS))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert len(found) == 5 and len({*map(id, found)}) == len(loads) == 1 and result.successful()
 
 
 def test_many_threads_may_use_one_pool(make):
@@ -1089,10 +1114,10 @@ class RecordedLock:
         self.release()
 
 
-def test_a_map_of_a_list_has_two_threads_and_five_locks(make, monkeypatch):
+def test_a_map_of_a_list_starts_no_thread_and_has_five_locks(make, monkeypatch):
     monkeypatch.setattr(threading, "Lock", RecordedLock)
-    others, seen = set(threading.enumerate()), set()  # another pool of these tests may have a dispatcher
-    pool = make()
+    pool, seen = make(), set()
+    others = set(threading.enumerate())
     RecordedLock.used.clear()
 
     def watch():
@@ -1107,7 +1132,7 @@ def test_a_map_of_a_list_has_two_threads_and_five_locks(make, monkeypatch):
     monkeypatch.undo()
     done.set()
     watcher.join()
-    assert seen == {"achilles-reader", "achilles-writer"}
+    assert not seen
     assert len(RecordedLock.used) <= 5, RecordedLock.used
 
 
