@@ -5,21 +5,12 @@
     with LocalCluster(nodes=2) as cluster:                   python -m achilles.local script.py
         map(f, args, host=cluster.host, …)                   the script finds the cluster in its environment
 
-    caller ──stdin: one line of JSON (port, secret, its derived key, cpu_count)──▶ child: a server or a node
-           ◀──stdout: one line when it is ready: a server's port, or 0────────────
-
-The secret is random. The caller hands it over through stdin, never on a command line nor in an environment. The
+`launch/child.py` is a child's side. The secret is random. The caller hands it over through stdin, never on a command line nor in an environment. The
 caller derives the key for all processes, while these import their roles. The children have a session of their own,
 so Ctrl-C interrupts the caller alone. No thread is left in the caller, but for one with each ssh that runs a node on
 another machine (`launch/ssh.py`).
 
-When a child is ready, its stdout is the caller's stderr. The children end when the caller ends. The server ends when
-its stdin ends or its parent changes. It looks for both, because a forked child of the caller may hold the pipe open.
-Then it tells the nodes that the cluster is killed. A node looks for both too, because the server may have been killed
-before, or be at the other end of an ssh. Where a pipe cannot be polled and a parent does not change (Windows), only the
-server's thread reads stdin until its end.
-
-This module knows processes, and the roles. The roles know nothing of it.
+This module knows processes. The children know when the caller is gone.
 """
 
 from __future__ import annotations
@@ -30,7 +21,6 @@ import functools
 import importlib
 import json
 import os
-import select
 import shlex
 import signal
 import subprocess
@@ -42,11 +32,11 @@ from typing import Any
 
 from .config import PREFIX, Secret, Settings
 from .errors import ConfigurationError, ServerUnreachable
+from .launch.child import HOST, USERNAME
 from .protocol import auth
 
-__all__ = ["LocalCluster", "embedded", "main", "serve_caller", "share"]
+__all__ = ["LocalCluster", "embedded", "main"]
 
-HOST, USERNAME = "127.0.0.1", "local"
 START_SECONDS = 30.0  # for all processes to be ready: a cold disk, a loaded machine
 STOP_SECONDS = 5.0  # for all of them to end by themselves
 OPTIONS: dict[str, dict[str, Any]] = {  # of the command
@@ -57,9 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the command
         "metavar": "COMMAND", "type": shlex.split, "default": ["ssh"], "help": "the ssh client with its options (ssh)"},
     "script": {}, "args": {"nargs": "..."},  # all that follow: argparse.REMAINDER
 }
-LOOK_SECONDS = 1.0  # how often a server looks for its parent
-POLLS_STDIN = os.name == "posix"
-CHILD = ("-P", "-c", f"from {__package__}.local import serve_caller; serve_caller()")  # -P: the path is the caller's
+CHILD = ("-P", "-c", f"from {__package__}.launch.child import main; main()")  # -P: the path is the caller's
 
 
 class LocalCluster:
@@ -228,80 +216,6 @@ def _wait_ready(process: subprocess.Popen[bytes]) -> int:
             f"a process of the local cluster ended with status {process.wait()} before it was ready, "
             f"or was not ready within {START_SECONDS:g} s; its complaint is on stderr")
     return int(line)
-
-
-# A child.
-
-
-def serve_caller(role: str = "") -> None:
-    """Be a server or a node, as this or the command line says, until the caller is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    {"server": _serve, "node": _lend}[role or sys.argv[1]](os.getppid())
-
-
-def _serve(parent: int) -> None:
-    from .server.listen import Server
-
-    _, settings = _hear()
-    server = Server(settings)
-    threading.Thread(target=_watch, args=(parent, server.end), name="achilles-watch", daemon=True).start()
-    _tell(server.address[1])
-    server.run()
-
-
-def _watch(parent: int, end: Callable[[str], None]) -> None:
-    """The server's thread: wait until the caller is gone. The caller writes no second line."""
-    with contextlib.suppress(OSError):
-        while POLLS_STDIN and not select.select([0], [], [], LOOK_SECONDS)[0] and os.getppid() == parent:
-            pass
-        if not POLLS_STDIN:
-            os.read(0, 1)
-    end("killed")
-    end("leaving")  # at once: nobody comes later
-
-
-def _lend(parent: int) -> None:
-    """Run a node. It has one thread, so its own loop looks for the parent."""
-    from .node.cores import default_start_method, usable_cores
-    from .node.loop import Node
-
-    class LocalNode(Node):
-        """A node that tells its caller that it has joined, and ends with it."""
-
-        def greet(self, number: int, connections: int) -> None:
-            _tell(0)
-
-        def look(self) -> None:
-            if POLLS_STDIN and (os.getppid() != parent or select.select([0], [], [], 0)[0]):
-                raise SystemExit(0)
-
-    about, settings = _hear()
-    cpu_count = about["cpu_count"] or share(usable_cores(), about["nodes"], about["index"])
-    LocalNode(settings, cpu_count, default_start_method()).run()
-
-
-def _hear() -> tuple[dict[str, Any], Settings]:
-    """Take the caller's line. End, if the caller has gone before it said anything."""
-    line = sys.stdin.readline()
-    if not line:
-        raise SystemExit(1)
-    about: dict[str, Any] = json.loads(line)
-    settings = Settings(HOST, about["port"], USERNAME, Secret(about.pop("secret")))
-    auth.derive_key(settings.username, settings.secret.reveal(), bytes.fromhex(about.pop("key")))
-    return about, settings
-
-
-@functools.cache  # a node that joins again has told already
-def _tell(number: int) -> None:
-    """Tell the caller that this process is ready. From now on users' functions print to the caller's stderr."""
-    with contextlib.suppress(OSError):
-        os.write(1, f"{number}\n".encode())
-    os.dup2(2, 1)
-
-
-def share(cores: int, nodes: int, index: int) -> int:
-    """Return the workers of a node: the cores are divided among the nodes, at least one each."""
-    return max(1, cores // nodes + (index < cores % nodes))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from cluster import PYTHON, Process, alive, children, descendants, environment
 from conftest import SECONDS, wait_until
 
 from achilles import ClusterKilled, LocalCluster, ServerUnreachable, cluster_status, imap, map  # noqa: A004
-from achilles.local import START_SECONDS, STOP_SECONDS, share
+from achilles.launch.child import share
+from achilles.local import START_SECONDS, STOP_SECONDS
 from achilles.node.cores import usable_cores
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
@@ -212,7 +213,7 @@ def test_it_is_gone_soon_after_its_caller_is_killed(tmp_path, no_leftovers, fork
 def test_where_stdin_cannot_be_polled_it_is_gone_too(tmp_path, no_leftovers):
     """As on Windows: there a child cannot poll a pipe, and its parent's id stays the same when the parent dies."""
     source = KILLED.format(fork=False)
-    child = "import achilles.local as it; it.POLLS_STDIN = False; it.serve_caller()"
+    child = "import achilles.launch.child as it; it.POLLS_STDIN = False; it.main()"
     patch = f"    import achilles.local\n    achilles.local.CHILD = ('-c', {child!r})\n"
     source = source.replace("    with LocalCluster", f"{patch}    with LocalCluster")
     caller = start(tmp_path, source)

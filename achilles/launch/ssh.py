@@ -6,7 +6,7 @@
     server at 127.0.0.1:PORT ◀═══ ssh -R 0:127.0.0.1:PORT ═══════════ sshd at 127.0.0.1:N ◀── node
     reader thread    ◀─ Allocated port N for remote forward to … ──── (ssh itself)
                      ◀─ achilles 1.0.0 for Python 3.13 ────────────── `python -m achilles.launch.ssh`
-                     ── one line of JSON: N, secret, key ───────────▶ `local.serve_caller`, as a node
+                     ── one line of JSON: N, secret, key ───────────▶ `child.py`, as a node
                      ◀─ 0, when it has joined ───────────────────────
                      ◀─ all that its workers print ──────────────────
     the end of stdin ───────────────────────────────────────────────▶ the end of the node
@@ -39,6 +39,7 @@ from typing import Any
 from .. import config, console
 from ..errors import ConfigurationError, ServerUnreachable
 from ..protocol.connect import hello
+from . import child
 
 __all__ = ["Launcher", "SshNode", "main", "read_hosts"]
 
@@ -57,7 +58,7 @@ LINE = (  # of the hosts; ssh would take a name that begins with "-" for an opti
     r"""(?:\s+python=(?P<python>[^\s\0]+))? )? (?:(?:\s+|^)\#.*)? \s*""")
 ALLOCATED = rb".*Allocated port (\d+) for remote forward to 127\.0\.0\.1:%d\s"
 GREETING = "achilles {version} for Python {python}".format(**hello())  # a node's must be its caller's
-READY = rb"0\s"  # the word of `local.serve_caller` on a node
+READY = rb"0\s"  # the word of `child.py` on a node
 LINE_BYTES = 1 << 16  # a longer line is passed on in parts
 WORDS = 5  # lines of ssh and the host that an error shows
 REMEDY = (
@@ -176,14 +177,12 @@ class Launcher:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Be the node of a host, if the caller's greeting is ours. `SshNode` starts this; it is not for people."""
-    from ..local import serve_caller
-
     wanted, = sys.argv[1:] if argv is None else argv
     if wanted != GREETING:
         raise SystemExit(f"the host has {GREETING}, the caller has {wanted}")
     config.remove_from_environment()
     console.say(f"\n{GREETING}")  # on a line of its own: the shell may have written before
-    serve_caller("node")
+    child.main("node")
     return 0
 
 
