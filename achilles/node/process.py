@@ -79,7 +79,7 @@ class NodeWorker:
         self.told: set[int | str] = set()  # the jobs and the contexts that it was told of
         self.owner: tuple[str | None, str | None] = None, None  # the context and the sources that it belongs to
         self.tasks_left = NEVER  # chunks that it may still begin: maxtasksperchild
-        self.timeout = NEVER  # s that an argument may take
+        self.job: Any = None  # the NodeJob of its batch, or of its last one
         self.batch = STARTING
         self.next = self.end = 0  # the first chunk that is not answered; behind the last chunk that is the worker's
         self.seen = (UNNAMED, UNNAMED, IDLE)  # chunk, offset and phase when the node last looked
@@ -94,20 +94,18 @@ class NodeWorker:
 
     def begin(self, job: NodeJob, batch: Batch) -> None:
         """Give it a batch. It is idle, so nobody else writes the status array now."""
-        options = job.declaration
         self.since = self.chunk_at = self.seen_at = time.monotonic()
         if self.owner != job.owner:
             self.owner, self.owned_at = job.owner, self.since
-            self.tasks_left = min(self.tasks_left, options.get("maxtasksperchild") or NEVER)
+            self.tasks_left = min(self.tasks_left, job.declaration.get("maxtasksperchild") or NEVER)
         if batch.job not in self.told:
             letters = [*job.letters[:2], *(
                 b"" if name in self.told else letter for name, letter in zip(job.names, job.letters[2:]))]
             self.channel.send(Kind.JOB, Batch.pack(batch.job, 0, letters))
             self.told.update((batch.job, *filter(None, job.names)))
-        self.batch, self.next, self.end = batch, batch.first, batch.end
+        self.job, self.batch, self.next, self.end = job, batch, batch.first, batch.end
         self.seen = batch.first - 1, UNNAMED, IDLE  # not begun
         self.status[CHUNK], self.status[OFFSET], self.status[LIMIT] = batch.first - 1, UNNAMED, NO_LIMIT
-        self.timeout = options.get("timeout") or NEVER
         self.tasks_left -= batch.count
         self.channel.send(Kind.TASK, batch)
 
@@ -183,7 +181,7 @@ class NodeWorker:
             self.seen, self.seen_at = seen, now
         if now > self.kill_at:
             self.kill(None)
-        elif phase == CALL and now - self.seen_at > self.timeout:
+        elif phase == CALL and now - self.seen_at > (self.job.declaration.get("timeout") or NEVER):
             self.kill(Status.TIMEOUT)
         patience = max(LATE_SECONDS, LATE_FACTOR * self.batch.number / 1e6)
         late = now - self.chunk_at > patience or now - self.since > max(LATE_BATCH_SECONDS, patience)

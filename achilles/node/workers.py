@@ -173,8 +173,7 @@ class Workers:
         if self._queue:
             self._feed()
         for worker in self._workers:
-            if worker.channel.wants_write:
-                pump(self._selector, worker.channel)
+            pump(self._selector, worker.channel)
 
     def stop(self) -> None:
         """Kill all workers, and wait until they are gone: 5 s at most."""
@@ -267,7 +266,7 @@ class Workers:
                 elif kind is Kind.IDLE:
                     self._return(worker.batch, worker.next, worker.end, self._reason)
                     worker.rest()
-                elif body.job in self._jobs and self._jobs[body.job].flow.admits(body):
+                elif worker.job.flow.admits(body):
                     self._send(kind, body)
         except (OSError, AchillesError) as e:
             log.info("%s: %s", channel.name, e)
@@ -286,10 +285,9 @@ class Workers:
     def _answer(self, worker: NodeWorker, answer: Batch) -> None:
         """Pass on a RESULT, behind the lines that came before it, and the count of those that are left out."""
         worker.answered(answer)
-        job = self._jobs.get(answer.job)
-        if job is not None and job.declaration.get("output"):
+        if worker.job.declaration.get("output"):
             self._read_all(worker, worker.lines)
-            for count in job.flow.count(answer.job, self.node):
+            for count in worker.job.flow.count(answer.job, self.node):
                 self._send(Kind.OUTPUT, count)
         self._send(Kind.RESULT, answer)
 
@@ -318,7 +316,8 @@ class Workers:
 
 def pump(selector: selectors.BaseSelector, channel: Channel) -> None:
     """Write all that the socket takes now, and have the selector say when it takes more. Reading tells of failures."""
-    with contextlib.suppress(OSError, KeyError):
-        events = selectors.EVENT_READ | selectors.EVENT_WRITE * (not channel.flush())
-        key = selector.get_key(channel.socket)
-        selector.modify(channel.socket, events, key.data)
+    if channel.wants_write:
+        with contextlib.suppress(OSError, KeyError):
+            events = selectors.EVENT_READ | selectors.EVENT_WRITE * (not channel.flush())
+            key = selector.get_key(channel.socket)
+            selector.modify(channel.socket, events, key.data)
