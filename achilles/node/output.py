@@ -91,11 +91,6 @@ class Output:
             self._job, self._flow = batch.job, Flow()
         self.batch = batch
 
-    def leave(self) -> None:
-        """In a forked child of this process: what it prints goes to the stream."""
-        self.batch = None
-        self._socket.close()
-
     def end_lines(self) -> None:
         """Let the lines go that have not ended: the function is done."""
         for tap in self._taps:

@@ -106,10 +106,6 @@ class Runner:
             self._sources[set_name] = _Prepared(self._make_context(), sources)
         self.jobs[number] = _RunnerJob(context, self._sources[set_name], declaration, function)
 
-    def wants_output(self, number: int) -> bool:
-        """Whether the caller wants what this job prints."""
-        return bool(self.jobs[number].declaration.get("output"))
-
     def run(self, job_number: int, first: int, letters: Sequence[Letter], careful: bool = False) -> Iterator[Answer]:
         """Make a job ready: call its context's initializer and load its function, each once. Then run its chunks.
 

@@ -57,6 +57,7 @@ class Worker:
     """
 
     def __init__(self, sock: socket.socket, lines: socket.socket, shared: Any, node: int | None = None) -> None:
+        self._sockets = sock, lines
         self._channel = Channel(sock, "NW")
         self._channel.name = f"worker {os.getpid()}"
         self._board = Board(shared)
@@ -71,8 +72,9 @@ class Worker:
 
     def leave(self) -> None:
         """In a forked child of this process: nothing of the batch is the child's."""
-        self.output.leave()
-        self._channel.socket.close()
+        self.output.batch = None
+        for sock in self._sockets:
+            sock.close()
         self.runner.abandon()
 
     def serve(self) -> None:
@@ -87,7 +89,7 @@ class Worker:
         board, clock = self._board, time.monotonic_ns
         lengths, statuses, letters = board.lengths, board.statuses, board.letters
         board.status[FIRST] = batch.first
-        wants_output = self.runner.wants_output(batch.job)
+        wants_output = self.runner.jobs[batch.job].declaration.get("output")
         if wants_output:
             self.output.begin(batch)
         answers = self.runner.run(batch.job, batch.first, batch.letters(), bool(batch.flags & CAREFUL))

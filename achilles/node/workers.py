@@ -213,19 +213,16 @@ class Workers:
             return  # where one is missing, starts or ends, one comes
         needy = [batch for batch in self._queue if not any(worker.fits(self._jobs[batch.job]) for worker in usable)]
         owners = [worker.owner for worker in usable]
+        spent = [worker for worker in free if worker.owner[1] not in (None, *self._shared)]  # their sets are closed
         if needy and not free and len(usable) == self.count:
             free = [worker for worker in usable if now - worker.owned_at > SHARE_SECONDS]
         elif not needy:
-            free = [worker for worker in free if self._is_spent(worker) or now - worker.since > (
+            free = [worker for worker in free if worker in spent or now - worker.since > (
                 SHARE_SECONDS if owners.count(worker.owner) > 1 else KEEP_SECONDS)]
-        free.sort(key=lambda worker: (self._is_spent(worker), worker.since), reverse=True)
+        free.sort(key=lambda worker: (worker in spent, worker.since), reverse=True)
         if free:
             free[0].retire()
             self._queue = dict.fromkeys(needy, now) | self._queue  # the new worker is for the needy
-
-    def _is_spent(self, worker: NodeWorker) -> bool:
-        """Whether it belongs to a set of sources that is closed."""
-        return worker.owner[1] not in (None, *self._shared)
 
     def _feed(self) -> None:
         """Give batches to idle workers, the oldest first. Workers of their own context come first."""
