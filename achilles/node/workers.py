@@ -204,13 +204,14 @@ class Workers:
 
         At once for a context that has no worker, even a busy one if it has served its second: one of them at a time,
         the one with the latest batch. A context that has some gets an idle one after a time: it may have cost its pool
-        much to set up, and pools often take turns. An idle worker of a set of sources that is closed goes first.
+        much to set up, and pools often take turns. An idle worker of a set of sources that is closed goes first, then
+        the one that has been idle for longest.
         """
-        usable = [worker for worker in self._workers if worker.usable]
-        free = [worker for worker in usable if worker.idle]
         if not self._queue or len(self._workers) < self.count or any(
                 not worker.batch.count and not worker.idle for worker in self._workers):
             return  # where one is missing, starts or ends, one comes
+        usable = [worker for worker in self._workers if worker.usable]
+        free = [worker for worker in usable if worker.idle]
         needy = [batch for batch in self._queue if not any(worker.fits(self._jobs[batch.job]) for worker in usable)]
         owners = [worker.owner for worker in usable]
         spent = [worker for worker in free if worker.owner[1] not in (None, *self._shared)]  # their sets are closed
@@ -219,7 +220,7 @@ class Workers:
         elif not needy:
             free = [worker for worker in free if worker in spent or now - worker.since > (
                 SHARE_SECONDS if owners.count(worker.owner) > 1 else KEEP_SECONDS)]
-        free.sort(key=lambda worker: (worker in spent, worker.since), reverse=True)
+        free.sort(key=lambda worker: (worker not in spent, worker.since if worker.idle else -worker.since))
         if free:
             free[0].retire()
             self._queue = dict.fromkeys(needy, now) | self._queue  # the new worker is for the needy
