@@ -223,7 +223,8 @@ class Workers:
         free.sort(key=lambda worker: (worker not in spent, worker.since if worker.idle else -worker.since))
         if free:
             free[0].retire()
-            self._queue = dict.fromkeys(needy, now) | self._queue  # the new worker is for the needy
+            first = dict.fromkeys(needy, now)  # the new worker is for the needy: they wait for it from now on
+            self._queue = first | self._queue | first
 
     def _feed(self) -> None:
         """Give batches to idle workers, the oldest first. Workers of their own context come first."""

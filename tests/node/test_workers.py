@@ -954,6 +954,23 @@ def test_a_context_waits_a_second_for_a_worker_of_one_that_is_always_busy(loop: 
     assert len(it.answers(1)) < 1000
 
 
+@pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
+def test_a_batch_waits_for_the_worker_that_is_started_for_it(loop: Any, monkeypatch: Any) -> None:
+    """Else it is returned just before the worker is ready, and the others get that worker."""
+    monkeypatch.setattr(module, "SHARE_SECONDS", 0.8)
+    monkeypatch.setattr(module, "WAIT_SECONDS", 1.0)
+    it = loop(1, "fork")
+    it.declare(sleep, job=1, context="c", initializer=set_up)
+    it.declare(sleep, job=2, context="d")
+    it.add([0.9], job=1, us=2_000_000)
+    it.until(lambda: it.at(0))
+    main = process.process_of_worker.main
+    monkeypatch.setattr(process.process_of_worker, "main", lambda *given: (time.sleep(0.4), main(*given)))
+    it.add([0], job=2)
+    it.until(lambda: it.answers(2) or it.returned())
+    assert it.answers(2) and not it.returned()
+
+
 def test_a_context_gets_an_idle_worker_although_a_busy_one_is_to_end_for_it(loop: Any) -> None:
     it = loop(2)
     it.declare(sleep, job=1, context="a", initializer=set_up)
