@@ -3,9 +3,9 @@
 It knows chunks, phases, and answers as bytes. It knows no process and no socket. The status array is five signed 64-bit
 integers. The worker writes four of them, and the answers that it has not sent stand behind the array::
 
-    chunk    the number of the chunk that runs, or of the last one before the limit
+    chunk    the number of the chunk that runs, or of the one that must not begin
     offset   the argument in that chunk, in the phases call and dump; -1 where the worker does not name one
-    phase    start, idle, function, load, call or dump
+    phase    idle, function, load, call or dump
     limit    the node's, read before each chunk: the first number that must not begin any more
     first    the number of the first chunk that has an answer here
     answers  from `first` to `chunk`, without it: a length, a status and a letter each
@@ -31,12 +31,12 @@ from ..protocol.frames import SHORT_LETTER_BYTES, Batch, LongLetter, letter_of
 
 __all__ = [
     "CALL", "CHUNK", "DUMP", "FIRST", "FUNCTION", "IDLE", "LETTER_BYTES", "LIMIT", "LOAD", "MOST_ANSWERS",
-    "MOST_BYTES", "NO_LIMIT", "OFFSET", "PHASE", "PHASES", "START", "UNNAMED", "WORDS", "Board",
+    "MOST_BYTES", "NO_LIMIT", "OFFSET", "PHASE", "PHASES", "UNNAMED", "WORDS", "Board",
 ]
 
 CHUNK, OFFSET, PHASE, LIMIT, FIRST = range(5)  # places in the status array
-PHASES = ("start", "idle", *kinds.PHASES)
-START, IDLE, FUNCTION, LOAD, CALL, DUMP = range(6)
+PHASES = ("idle", *kinds.PHASES)
+IDLE, FUNCTION, LOAD, CALL, DUMP = range(5)
 NO_LIMIT = 2**63 - 1  # every chunk may begin
 UNNAMED = -1  # an offset: any argument of the chunk
 MOST_ANSWERS = 4096  # 5 ms of the quickest chunks

@@ -1,10 +1,10 @@
 """The lines that users' functions print: in a worker as OUTPUT frames, and how many of them leave a node.
 
-It knows lines, the status array and a second's share. It knows no socket and no caller.
+It knows lines, the status array and a second's share. It knows no caller.
 
 ::
 
-    print ─▶ Tap ─▶ Output ─▶ Flow ──OUTPUT──▶ Flow, the node's ──OUTPUT──▶ server ─▶ caller
+    print ─▶ Tap ─▶ Output ─▶ Flow ──OUTPUT, a socket pair of its own──▶ Flow, the node's ──OUTPUT──▶ server ─▶ caller
                                 │ over its share: counted
                                 └─────▶ one OUTPUT with the count, before the next RESULT
 
@@ -12,34 +12,32 @@ A worker captures `sys.stdout` and `sys.stderr` while it runs a batch of a job w
 descriptors is not captured, what Python code writes to `sys.stdout.buffer` is not, and neither is what the function's
 own processes print.
 
-Threads: any thread of a user's function prints. `_writing` guards the worker's channel. A thread that finds it taken
-leaves its lines: its holder, or the next RESULT, takes them along.
+Any thread of a user's function prints, and so do signal handlers, which may raise. So lines do not travel between the
+RESULTs: one `send` of a whole OUTPUT, of little more than 1,024 bytes, is never cut by another one. The node takes the
+lines that have come before it passes a RESULT on.
 
 Limits: a line of more than 1,024 bytes goes in pieces; 64 KiB a second from a worker, and for a job from a node.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
+import re
+import socket
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..protocol.frames import MORE, SHORT_LETTER_BYTES, U32, Batch, Kind
+from ..protocol.frames import MORE, U32, Batch, Kind, encode
 from .board import CHUNK, OFFSET
 
 __all__ = ["Flow", "Output"]
 
 SHARE_BYTES = 64 << 10  # of output in a second: many screens, and little beside the results
 FRAME_BYTES = 64  # that a line costs beside its text: head, range and tag
-# The signals that users' functions have handlers for. To block all of them would take 0.1 ms.
-HANDLED = {getattr(signal, name) for name in ("SIGALRM", "SIGPROF", "SIGUSR1", "SIGUSR2", "SIGVTALRM", "SIGINT",
-                                              "SIGTERM", "SIGHUP", "SIGCHLD") if hasattr(signal, name)}
+PIECE = re.compile(rb".{1,1024}(?![\x80-\xbf])", re.DOTALL)  # whole characters, as many as a short letter holds
 REST_CHARACTERS = 1 << 14  # of a line that has not ended, before it is cut
 
 
@@ -61,27 +59,25 @@ class Flow:
             return False
         return True
 
-    def count(self, job: int, node: int) -> list[Batch]:
+    def count(self, job: int, node: int) -> Iterator[Batch]:
         """The OUTPUT that counts the lines which were left out since the last one, if there are any."""
-        lines, self.left_out = min(self.left_out, U32), 0
-        return [Batch.pack(job, 0, [b""], attempt=lines, number=node, flags=MORE)] if lines else []
+        if self.left_out:
+            lines, self.left_out = min(self.left_out, U32), 0
+            yield Batch.pack(job, 0, [b""], attempt=lines, number=node, flags=MORE)
 
 
 class Output:
-    """What a worker prints, and its way to the node: lines first, then the answers of their chunks.
+    """What a worker prints, and its way to the node.
 
     :param status: the status array.
-    :param write: writes a frame to the node; blocks.
+    :param sock: for the lines alone; blocking.
     """
 
-    def __init__(self, status: Any, node: int, write: Callable[[Kind, Batch], None]) -> None:
+    def __init__(self, status: Any, node: int, sock: socket.socket) -> None:
         self.batch: Batch | None = None  # that runs, if its job wants the output
-        self._status, self._node, self._write = status, node, write
+        self._status, self._node, self._socket = status, node, sock
         self._job, self._flow = -1, Flow()  # of the last batch
         self._taps: list[Tap] = []
-        self._lines: deque[Batch] = deque()  # admitted, not written yet
-        self._is_writing = False
-        self._writing = threading.RLock()  # a handler that raises may leave it held, by the thread that needs it next
 
     def install(self) -> None:
         """Put Taps in the place of the streams of this process, for its life."""
@@ -95,61 +91,31 @@ class Output:
             self._job, self._flow = batch.job, Flow()
         self.batch = batch
 
-    def end(self) -> None:
-        """The batch is answered; or this is a forked child, and the batch is its parent's."""
-        self.batch = None
-
     def end_lines(self) -> None:
-        """Let the lines go that have not ended. The next RESULT takes them along."""
+        """Let the lines go that have not ended: the function is done."""
         for tap in self._taps:
             tap.end_line()
+
+    def count(self) -> None:
+        """Tell how many lines were left out: a RESULT follows."""
+        for count in self._flow.count(self._job, self._node):
+            self._write(count)
 
     def place(self, batch: Batch) -> tuple[Batch, int, int]:
         """The batch, the chunk that runs, and the argument in it."""
         return batch, max(self._status[CHUNK], batch.first), max(self._status[OFFSET], 0)
 
     def add(self, line: str, place: tuple[Batch, int, int]) -> None:
-        """Queue what a terminal would show of a line, in pieces where it is long."""
+        """Write what a terminal would show of a line, in pieces where it is long."""
         batch, chunk, offset = place
-        text, start = line.rstrip("\r").rpartition("\r")[2].encode(errors="replace"), 0
-        while start < len(text) or not start:
-            piece = text[start : start + SHORT_LETTER_BYTES].decode(errors="ignore").encode()  # whole characters
+        for piece in PIECE.findall(line.rstrip("\r").rpartition("\r")[2].encode(errors="replace")) or [b""]:
             frame = Batch.pack(batch.job, chunk, [piece], attempt=offset, number=self._node)
             if not self._flow.admits(frame):
                 return
-            self._lines.append(frame)
-            start += len(piece) or 1
+            self._write(frame)
 
-    def push(self) -> None:
-        """Write the lines that wait, unless another thread does so."""
-        if not self._lines:
-            return
-        with undisturbed():
-            while self._lines and not self._is_writing and self._writing.acquire(blocking=False):
-                try:
-                    self._write_lines()
-                finally:
-                    self._writing.release()
-
-    def answer(self, answer: Batch) -> None:
-        """Write the lines that wait, the count of those left out, and a RESULT."""
-        if self.batch is None:
-            with self._writing:
-                self._write(Kind.RESULT, answer)
-            return
-        with undisturbed(), self._writing:
-            self._lines += self._flow.count(answer.job, self._node)
-            self._write_lines()
-            self._write(Kind.RESULT, answer)
-
-    def _write_lines(self) -> None:
-        """A signal handler may print meanwhile, if the signal came to another thread: its lines go last."""
-        self._is_writing = True
-        try:
-            while self._lines:
-                self._write(Kind.OUTPUT, self._lines.popleft())
-        finally:
-            self._is_writing = False
+    def _write(self, frame: Batch) -> None:
+        self._socket.sendall(encode(Kind.OUTPUT, frame)[0])
 
 
 class Tap:
@@ -177,7 +143,6 @@ class Tap:
             *lines, self._rest = (self._rest + text).split("\n")
             for line in lines:
                 self._output.add(line, place)
-        self._output.push()
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -189,20 +154,3 @@ class Tap:
         if self._rest:
             rest, self._rest = self._rest, ""
             self._output.add(rest, self._place)
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let no signal handler run in this thread meanwhile: one that raises would leave half a frame behind."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        yield
-    finally:
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        finally:  # once more, where a handler raised before that: another thread had got its signal
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)

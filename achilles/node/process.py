@@ -1,23 +1,30 @@
 """A worker process as its node sees it: its start, its batch, its end.
 
-It knows one process, the socket pair to it, and its board. It knows no queue, selector or server. The node's one thread
-calls it.
+It knows one process, the socket pairs to it, and its board. It knows no queue, selector or server. The node's one
+thread calls it.
 
 The node gives a worker one batch at a time. The worker answers its chunks in their order. The node may take chunks
 back that have not begun, which lowers the batch's end::
 
     first ──answered── next ──done, on the board── the chunk that runs ──not begun── end ──taken back── first + count
 
-A worker ends by itself when it retires, or the node kills it, or it dies. `charge` says what that makes of a chunk.
+A worker is idle when it says so, or has answered its whole batch. It ends by itself when it retires, or the node kills
+it, or it dies. `charge` says what that makes of a chunk::
+
+    STARTING ──IDLE──▶ NOTHING ──begin──▶ a batch ──its last RESULT, or IDLE──▶ NOTHING
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import signal
 import socket
 import sys
 import time
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import multiprocess
@@ -26,18 +33,16 @@ from ..errors import ProtocolError
 from ..protocol.channel import Channel
 from ..protocol.frames import HEAD, Batch, Kind, Letter, Status, decode, encode
 from . import worker as process_of_worker
-from .board import CALL, CHUNK, FIRST, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASE, START, UNNAMED, WORDS, Board
+from .board import CALL, CHUNK, FIRST, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASES, UNNAMED, WORDS, Board
 from .output import Flow
 
-__all__ = ["LATE_SECONDS", "NOTHING", "WAIT_SECONDS", "NodeJob", "NodeWorker", "start"]
+__all__ = ["LATE_SECONDS", "NOTHING", "STARTING", "NodeJob", "NodeWorker", "start"]
 
-NOT_BEGUN = -2  # the chunk in the status array until the worker takes the batch
 NEVER = float("inf")
-NOTHING = Batch(0)  # the batch of an idle worker
+STARTING, NOTHING = Batch(0), Batch(0)  # the batch of a worker that is not ready yet, and of one that has none
 LATE_SECONDS = 0.02  # four times the 5 ms that a batch is worth
 LATE_BATCH_SECONDS = 0.1  # the same for the whole batch: a chunk waits at most twice that, 200 ms for one of 50 ms
 LATE_FACTOR = 4  # a worker at one chunk for four times as long as its whole batch should take is late
-WAIT_SECONDS = 0.25  # what has waited so long in the queue, or for its worker to start, goes back: others may be idle
 RETIRE_SECONDS = 2.0  # for an idle worker to end by itself, its exit handlers included
 SOCKET_BYTES = 1 << 20  # buffer of a worker's socket pair: fewer switches for a large letter
 
@@ -53,17 +58,20 @@ class NodeJob(NamedTuple):
 
 
 class NodeWorker:
-    """One worker process. Its owner writes and reads the channel when the selector says so.
+    """One worker process. Its owner writes and reads the channels when the selector says so.
 
+    :param lines: brings what its functions print.
     :param number: which of the node's workers it is; its replacement has the same.
     :param life: the node's end of a pipe. When it closes, the worker ends with all that its tasks started.
     """
 
-    def __init__(self, process: Any, sock: socket.socket, shared: Any, number: int, life: Any) -> None:
+    def __init__(
+        self, process: Any, sock: socket.socket, lines: socket.socket, shared: Any, number: int, life: Any
+    ) -> None:
         self.process = process
         self.number, self.life = number, life
-        self.channel = Channel(sock, "WN")
-        self.channel.name = f"worker {process.pid}"
+        self.channel, self.lines = Channel(sock, "WN"), Channel(lines, "WN")
+        self.channel.name = self.lines.name = f"worker {process.pid}"
         self._board = Board(shared)
         self.status = self._board.status
         self.usable = True  # it may get batches: it neither retires nor was killed
@@ -71,30 +79,33 @@ class NodeWorker:
         self.told: set[int | str] = set()  # the jobs and the contexts that it was told of
         self.owner: tuple[str | None, str | None] = None, None  # the context and the sources that it belongs to
         self.tasks_left = NEVER  # chunks that it may still begin: maxtasksperchild
-        self.timeout = NEVER  # s that an argument may take
-        self.batch = NOTHING
+        self.job: Any = None  # the NodeJob of its batch, or of its last one
+        self.batch = STARTING
         self.next = self.end = 0  # the first chunk that is not answered; behind the last chunk that is the worker's
-        self.seen = (NOT_BEGUN, UNNAMED, IDLE)  # chunk, offset and phase when the node last looked
+        self.seen = (UNNAMED, UNNAMED, IDLE)  # chunk, offset and phase when the node last looked
         self.seen_at = self.chunk_at = time.monotonic()  # the node first saw these three; this chunk
         self.since = self.owned_at = time.monotonic()  # it has been idle or at its batch; it has had its owner
         self.kill_at = NEVER  # monotonic
 
+    @property
+    def idle(self) -> bool:
+        """Whether it may begin a batch."""
+        return self.usable and self.batch is NOTHING
+
     def begin(self, job: NodeJob, batch: Batch) -> None:
         """Give it a batch. It is idle, so nobody else writes the status array now."""
-        options = job.declaration
+        self.since = self.chunk_at = self.seen_at = time.monotonic()
         if self.owner != job.owner:
-            if self.owner[0] is None and job.owner[0] is not None:
-                self.tasks_left = options.get("maxtasksperchild") or NEVER
-            self.owner, self.owned_at = job.owner, time.monotonic()
+            self.owner, self.owned_at = job.owner, self.since
+            self.tasks_left = min(self.tasks_left, job.declaration.get("maxtasksperchild") or NEVER)
         if batch.job not in self.told:
             letters = [*job.letters[:2], *(
                 b"" if name in self.told else letter for name, letter in zip(job.names, job.letters[2:]))]
             self.channel.send(Kind.JOB, Batch.pack(batch.job, 0, letters))
             self.told.update((batch.job, *filter(None, job.names)))
-        self.status[CHUNK], self.status[OFFSET], self.status[LIMIT] = NOT_BEGUN, UNNAMED, NO_LIMIT
-        self.batch, self.next, self.end = batch, batch.first, batch.end
-        self.since = self.chunk_at = self.seen_at = time.monotonic()
-        self.timeout = options.get("timeout") or NEVER
+        self.job, self.batch, self.next, self.end = job, batch, batch.first, batch.end
+        self.seen = batch.first - 1, UNNAMED, IDLE  # not begun
+        self.status[CHUNK], self.status[OFFSET], self.status[LIMIT] = batch.first - 1, UNNAMED, NO_LIMIT
         self.tasks_left -= batch.count
         self.channel.send(Kind.TASK, batch)
 
@@ -108,8 +119,8 @@ class NodeWorker:
             self.told.remove(name)
             self.channel.send(kind, body)
 
-    def answered(self, answer: Batch) -> Batch:
-        """Take note of a RESULT, and return it; ProtocolError unless it is of the batch that the worker has.
+    def answered(self, answer: Batch) -> None:
+        """Take note of a RESULT; ProtocolError unless it is of the batch that the worker has.
 
         Answers that the node took from the board come again.
         """
@@ -117,27 +128,38 @@ class NodeWorker:
                 self.batch.first <= answer.first <= self.next <= answer.end <= self.batch.end):
             raise ProtocolError(f"worker {self.process.pid} answers chunks that it was not given")
         self.next = answer.end
-        return answer
+        if self.next == self.batch.end:
+            self.rest()
 
-    def waiting(self, chunk: int) -> Batch | None:
-        """The answers on the board that did not come yet, of chunks before this one, the one that runs.
+    def waiting(self, chunk: int) -> Iterator[Batch]:
+        """The answers on the board that did not come yet, of chunks before this one, the one that runs: one RESULT."""
+        if self.status[FIRST] == self.next < chunk < self.end and (
+                sum(self._board.lengths[: chunk - self.next]) <= len(self._board.letters)):
+            answer = self._board.answers(self.batch, chunk - self.next)
+            with contextlib.suppress(ProtocolError):  # a function wrote over the board
+                decode(Kind.RESULT, 0, encode(Kind.RESULT, answer)[0][HEAD.size :])
+                if self.status[CHUNK] == chunk:
+                    yield answer
 
-        ProtocolError if a function wrote over the board.
-        """
-        if not (self.status[FIRST] == self.next < chunk < self.end
-                and sum(self._board.lengths[: chunk - self.next]) <= len(self._board.letters)):
-            return None
-        answer = self._board.answers(self.batch, chunk - self.next)
-        decode(Kind.RESULT, 0, encode(Kind.RESULT, answer)[0][HEAD.size :])
-        return answer if self.status[CHUNK] == chunk else None
+    def last_answers(self, node: int) -> Iterator[Batch]:
+        """After its end: the answers that it did not send, and the one that charges the chunk that it ran."""
+        chunk, offset, phase = self.seen if self.charge is Status.TIMEOUT else tuple(self.status)[:LIMIT]
+        yield from self.waiting(chunk)
+        if self.charge is not None and phase > IDLE and self.next <= chunk < self.end:
+            note = {
+                "offset": offset if phase >= CALL else -1, "phase": PHASES[phase], "node": node,
+                "pid": self.process.pid, "exitcode": self.process.exitcode,
+            }
+            yield Batch.pack(self.batch.job, chunk, [json.dumps(note).encode()], attempt=self.batch.attempt,
+                             statuses=bytes([self.charge]))
 
-    def settle(self) -> None:
-        """Make it idle, if it has answered its batch, or stopped where the rest was taken back, and reads again."""
-        stopped = self.status[PHASE] == IDLE and self.status[CHUNK] != NOT_BEGUN
-        if self.batch is not NOTHING and (self.next == self.batch.end or (stopped and self.next >= self.end)):
-            self.batch, self.since, self.kill_at = NOTHING, time.monotonic(), NEVER
-            if not self.usable or self.tasks_left == 0:
-                self.retire()
+    def rest(self) -> None:
+        """It has no batch any more: it is idle, or retires."""
+        self.tasks_left += self.end - self.next
+        self.end = self.next
+        self.batch, self.since, self.kill_at = NOTHING, time.monotonic(), NEVER
+        if not self.usable or self.tasks_left == 0:
+            self.retire()
 
     def take_back(self) -> tuple[int, int]:
         """Let no further chunk of the batch begin. The first chunk that will not, and the one behind the last."""
@@ -150,22 +172,20 @@ class NodeWorker:
 
     def look(self, now: float) -> bool:
         """Take note of where it is, and kill it if it is over its time; whether chunks are to be taken back."""
-        self.settle()
         seen = chunk, _, phase = tuple(self.status)[:LIMIT]
         if chunk != self.seen[0]:
             self.chunk_at = now
-            if self.seen[0] == NOT_BEGUN:  # the time of its start is none of its batch's
+            if self.seen[0] < self.batch.first:  # the time in which a worker loads a batch is none of the batch's
                 self.since = now
         if seen != self.seen:
             self.seen, self.seen_at = seen, now
         if now > self.kill_at:
             self.kill(None)
-        elif phase == CALL and now - self.seen_at > self.timeout:
+        elif phase == CALL and now - self.seen_at > (self.job.declaration.get("timeout") or NEVER):
             self.kill(Status.TIMEOUT)
-        # A worker that stopped before its end has read the limit just before `take_back` raised it: it is late, too.
-        patience = WAIT_SECONDS if phase == START else max(LATE_SECONDS, LATE_FACTOR * self.batch.number / 1e6)
+        patience = max(LATE_SECONDS, LATE_FACTOR * self.batch.number / 1e6)
         late = now - self.chunk_at > patience or now - self.since > max(LATE_BATCH_SECONDS, patience)
-        return late and (phase == START or chunk != NOT_BEGUN) and chunk < self.end - 1
+        return late and self.batch.first <= chunk < self.end - 1
 
     def retire(self) -> None:
         """Let it end when it has done its batch."""
@@ -179,9 +199,16 @@ class NodeWorker:
         self.usable, self.charge = False, charge
         self.process.kill()
 
+    def close(self) -> None:
+        """After its end: end what its tasks have started, too."""
+        with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; or all have ended
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for thing in (self.channel, self.lines, self.life, self.process):
+            thing.close()
+
 
 def start(method: str, node: int, number: int, inherited: Iterable[Any]) -> NodeWorker:
-    """Start a worker's process; the node's end of the socket pair does not block. OSError or EOFError if there is none.
+    """Start a worker's process; the node's ends of the socket pairs do not block. OSError or EOFError if there is none.
 
     :param method: "fork", "forkserver" or "spawn".
     :param number: of the worker in its node.
@@ -190,21 +217,24 @@ def start(method: str, node: int, number: int, inherited: Iterable[Any]) -> Node
     context = multiprocess.get_context(method)
     shared = context.RawArray("q", WORDS)
     theirs_of_life, life = context.Pipe(duplex=False)
-    main, ours, theirs = sys.modules["__main__"], *socket.socketpair()
-    ours.setblocking(False)
-    for end in (ours, theirs):
+    main, (ours, theirs), (lines, theirs_of_lines) = sys.modules["__main__"], socket.socketpair(), socket.socketpair()
+    for end in (ours, theirs, theirs_of_lines):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
     process = context.Process(
         target=process_of_worker.main, name="achilles-worker", daemon=True,
-        args=(theirs, shared, theirs_of_life, number, (ours, life, *inherited) if method == "fork" else (), node),
+        args=(theirs, theirs_of_lines, shared, theirs_of_life, number,
+              (ours, lines, life, *inherited) if method == "fork" else (), node),
     )
     sys.modules["__main__"] = types.ModuleType("__main__")  # a worker never runs the caller's script again
     try:
-        with theirs, theirs_of_life:
+        with theirs, theirs_of_lines, theirs_of_life:
             process.start()
     except BaseException:
         ours.close()
+        lines.close()
         raise
     finally:
         sys.modules["__main__"] = main
-    return NodeWorker(process, ours, shared, number, life)
+    ours.setblocking(False)
+    lines.setblocking(False)
+    return NodeWorker(process, ours, lines, shared, number, life)

@@ -20,7 +20,7 @@ from ..objects.letters import Context, load_chunk
 from ..objects.outcomes import dump_outcomes
 from ..objects.sources import install
 from ..protocol.frames import Buffer, Letter, LongLetter, Status, digest, joined
-from .board import CALL, CHUNK, DUMP, FUNCTION, IDLE, LIMIT, LOAD, NO_LIMIT, OFFSET, PHASE, START, UNNAMED
+from .board import CALL, CHUNK, DUMP, FUNCTION, IDLE, LIMIT, LOAD, NO_LIMIT, OFFSET, PHASE, UNNAMED
 
 __all__ = ["Runner"]
 
@@ -80,7 +80,7 @@ class Runner:
     """
 
     def __init__(self, status: Any = None, node: int | None = None, own: bool = False) -> None:
-        self._status: Any = [UNNAMED, UNNAMED, START, NO_LIMIT] if status is None else status
+        self._status: Any = [UNNAMED, UNNAMED, IDLE, NO_LIMIT] if status is None else status
         self._make_context = functools.partial(Context, caller=False, node=node, own=own)
         self.contexts: dict[str, _Prepared] = {}  # until CLOSE
         self._sources = {None: _Prepared(self._make_context(), None)}  # by the name of their set, for ever
@@ -106,10 +106,6 @@ class Runner:
             self._sources[set_name] = _Prepared(self._make_context(), sources)
         self.jobs[number] = _RunnerJob(context, self._sources[set_name], declaration, function)
 
-    def wants_output(self, number: int) -> bool:
-        """Whether the caller wants what this job prints."""
-        return bool(self.jobs[number].declaration.get("output"))
-
     def run(self, job_number: int, first: int, letters: Sequence[Letter], careful: bool = False) -> Iterator[Answer]:
         """Make a job ready: call its context's initializer and load its function, each once. Then run its chunks.
 
@@ -119,8 +115,8 @@ class Runner:
             that the function still holds, and may change when the next chunk runs.
         """
         status, job = self._status, self.jobs[job_number]
-        status[PHASE] = FUNCTION  # first: a worker that is idle and has seen its batch may get another one
         status[CHUNK] = first
+        status[PHASE] = FUNCTION
         failure = None
         if first < status[LIMIT]:
             job.payload.become_main()
@@ -136,7 +132,6 @@ class Runner:
         for number, letter in enumerate(letters, first):
             status[CHUNK] = number
             if number >= status[LIMIT]:
-                status[CHUNK] = number - 1
                 break
             yield failure or run(job, letter, careful)
         status[PHASE] = IDLE

@@ -1,14 +1,15 @@
 """A worker process: it reads batches from its node, has a Runner run them, and writes answers.
 
-It knows one socket pair and the status array that its node sees. It knows no server and no other worker. It reads a
-frame, works, writes, and reads again, so it does everything in the order in which the node said it.
+It knows the socket pairs and the status array that it shares with its node. It knows no server and no other worker. It
+reads a frame, works, writes, and reads again, so it does everything in the order in which the node said it.
 
 ::
 
     node ──JOB TASK END CLOSE──▶ socket pair ──▶ serve ──▶ Runner, chunk by chunk
                                                               │ answers
-    node ◀────────RESULT─────── socket pair ◀── send ◀── board ◀┘
+    node ◀─────RESULT IDLE───── socket pair ◀── send ◀── board ◀┘
     node ◀──answers that a late or dead worker has not sent───┘                (board.py)
+    node ◀────────OUTPUT─────── another pair ◀── what functions print          (output.py)
 
 The worker ends when its node shuts down writing. It leads a session of its own: the processes that its tasks start
 belong to that session's process group, and the node kills the whole group. The group also ends when the node is gone:
@@ -35,7 +36,7 @@ import multiprocess
 from .. import config, console
 from ..protocol.channel import Channel
 from ..protocol.frames import CAREFUL, U32, Batch, Kind, LongLetter, digest
-from .board import FIRST, IDLE, LETTER_BYTES, MOST_ANSWERS, MOST_BYTES, PHASE, Board
+from .board import FIRST, LETTER_BYTES, MOST_ANSWERS, MOST_BYTES, Board
 from .output import Output
 from .runner import Runner
 
@@ -50,17 +51,18 @@ THREADS = dict.fromkeys((  # each worker has one core, not all of them
 class Worker:
     """A worker's state and its loop.
 
-    :param sock: blocking; the other end is the node's.
+    :param sock, lines: blocking; the other ends are the node's. What functions print has a socket of its own.
     :param shared: the memory of the board, which the node sees.
     :param node: the node's id, which exceptions name.
     """
 
-    def __init__(self, sock: socket.socket, shared: Any, node: int | None = None) -> None:
+    def __init__(self, sock: socket.socket, lines: socket.socket, shared: Any, node: int | None = None) -> None:
+        self._sockets = sock, lines
         self._channel = Channel(sock, "NW")
         self._channel.name = f"worker {os.getpid()}"
         self._board = Board(shared)
         self.runner = runner = Runner(self._board.status, node, own=True)
-        self.output = Output(self._board.status, node or 0, self._write)
+        self.output = Output(self._board.status, node or 0, lines)
         self._handlers: dict[Kind, Callable[[Any], object]] = {
             Kind.TASK: self._run,
             Kind.JOB: lambda body: runner.declare(body.job, body.declaration, *body.letters()[1:]),
@@ -68,9 +70,16 @@ class Worker:
             Kind.CLOSE: lambda body: runner.contexts.pop(body["context"], None),
         }
 
+    def leave(self) -> None:
+        """In a forked child of this process: nothing of the batch is the child's."""
+        self.output.batch = None
+        for sock in self._sockets:
+            sock.close()
+        self.runner.abandon()
+
     def serve(self) -> None:
         """Obey the node until it shuts down writing. Blocks."""
-        self._board.status[PHASE] = IDLE
+        self._write(Kind.IDLE, Batch(0))
         while (received := self._channel.receive()) is not None:
             while received:  # nothing of a frame is alive while the next read waits
                 self._handlers[received[0].kind](received.pop(0).body)
@@ -80,7 +89,7 @@ class Worker:
         board, clock = self._board, time.monotonic_ns
         lengths, statuses, letters = board.lengths, board.statuses, board.letters
         board.status[FIRST] = batch.first
-        wants_output = self.runner.wants_output(batch.job)
+        wants_output = self.runner.jobs[batch.job].declaration.get("output")
         if wants_output:
             self.output.begin(batch)
         answers = self.runner.run(batch.job, batch.first, batch.letters(), bool(batch.flags & CAREFUL))
@@ -105,11 +114,15 @@ class Worker:
                 sent, count, size = now, 0, 0
         if count:
             self._send(batch, count, now - sent)
-        self.output.end()
+        self.output.batch = None
+        if board.status[FIRST] < batch.end:  # the rest was taken back
+            self._write(Kind.IDLE, Batch(0))
 
     def _send(self, batch: Batch, count: int, ns: int, large: Sequence[Any] = ()) -> None:
         """Write the answers on the board as one RESULT."""
-        self.output.answer(self._board.answers(batch, count, min(max(1, ns // 1000), U32), large))
+        if self.output.batch is not None:
+            self.output.count()
+        self._write(Kind.RESULT, self._board.answers(batch, count, min(max(1, ns // 1000), U32), large))
         self._board.status[FIRST] += count
 
     def _write(self, kind: Kind, body: Batch) -> None:
@@ -119,11 +132,12 @@ class Worker:
 
 
 def main(
-    sock: socket.socket, shared: Any, life: Any, number: int, inherited: Iterable[Any] = (), node: int | None = None,
+    sock: socket.socket, lines: socket.socket, shared: Any, life: Any, number: int, inherited: Iterable[Any] = (),
+    node: int | None = None,
 ) -> None:
     """The target of a worker's process; returns when the node shuts down writing.
 
-    :param sock, shared, node: as for Worker.
+    :param sock, lines, shared, node: as for Worker.
     :param life: a pipe's end to read from. Nothing comes, until the node is gone: it alone has the other end.
     :param number: of the worker in its node.
     :param inherited: the node's descriptors, which a forked worker must not keep open.
@@ -147,12 +161,10 @@ def main(
     os.environ.update(THREADS | os.environ | {f"{config.PREFIX}WORKER": str(number)})
     if hasattr(sys.stdout, "reconfigure") and not sys.stdout.closed:  # the last print of a killed worker is not lost
         sys.stdout.reconfigure(line_buffering=True)
-    worker, pid = Worker(sock, shared, node), os.getpid()
+    worker, pid = Worker(sock, lines, shared, node), os.getpid()
     worker.output.install()
     if hasattr(os, "register_at_fork"):  # a forked child of this process is no worker
-        os.register_at_fork(after_in_child=sock.close)
-        os.register_at_fork(after_in_child=worker.runner.abandon)
-        os.register_at_fork(after_in_child=worker.output.end)
+        os.register_at_fork(after_in_child=worker.leave)
     try:
         with contextlib.suppress(ConnectionError):  # the node is gone
             worker.serve()

@@ -27,26 +27,25 @@ function to call in `data`. There are no locks.
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import logging
-import os
 import selectors
-import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import AchillesError, ProtocolError
 from ..protocol.channel import Channel
-from ..protocol.frames import U64, Batch, Gone, Kind, Letter, Status
-from .board import CALL, IDLE, LIMIT, PHASE, PHASES, START
+from ..protocol.frames import U64, Batch, Gone, Kind, Letter
+from .board import PHASE, PHASES
 from .output import Flow
-from .process import LATE_SECONDS, NOTHING, WAIT_SECONDS, NodeJob, NodeWorker, start
+from .process import LATE_SECONDS, STARTING, NodeJob, NodeWorker, start
 
 __all__ = ["LONG_SECONDS", "LOOK_SECONDS", "Workers", "pump"]
 
 LOOK_SECONDS = 0.02  # how often a node looks at its workers: the least time at one chunk that is late
+WAIT_SECONDS = 0.25  # what has waited so long in the queue goes back: workers of other nodes may be idle
 EXIT_SECONDS = 0.01  # for a worker to be gone after its socket has ended: most are sooner, none with a living child
 CANCEL_SECONDS = 0.5  # for a cancelled chunk that runs to end by itself
 SHARE_SECONDS = 1.0  # a worker may belong to a context so long, busy or idle, while another context needs one
@@ -88,7 +87,7 @@ class Workers:
     @property
     def busy(self) -> bool:
         """Whether any worker has a batch."""
-        return any(worker.batch is not NOTHING for worker in self._workers)
+        return any(worker.batch.count for worker in self._workers)
 
     def long_chunks(self, now: float) -> list[dict[str, Any]]:
         """Return the longest-running chunk of each job, if it has run for a second, as a PING has them."""
@@ -174,8 +173,7 @@ class Workers:
         if self._queue:
             self._feed()
         for worker in self._workers:
-            if worker.channel.wants_write:
-                pump(self._selector, worker.channel)
+            pump(self._selector, worker.channel)
 
     def stop(self) -> None:
         """Kill all workers, and wait until they are gone: 5 s at most."""
@@ -193,10 +191,9 @@ class Workers:
             self._bury(worker, now)
         for worker in self._workers:
             if worker.look(now):
-                reason = Gone.WAITED if worker.seen[2] == START else self._reason
-                self._return(worker.batch, *worker.take_back(), reason)
+                self._return(worker.batch, *worker.take_back(), self._reason)
             if now - worker.chunk_at > LATE_SECONDS:
-                self._pass_on(worker, worker.seen[0])
+                self._pass_on(worker, worker.waiting(worker.seen[0]))
         self._take_back(lambda batch: now - self._queue.get(batch, now) > WAIT_SECONDS, Gone.WAITED)
         self._make_way(now)
         while len(self._workers) < self.count and now >= self._start_at:
@@ -207,32 +204,31 @@ class Workers:
 
         At once for a context that has no worker, even a busy one if it has served its second: one of them at a time,
         the one with the latest batch. A context that has some gets an idle one after a time: it may have cost its pool
-        much to set up, and pools often take turns. An idle worker of a set of sources that is closed goes first.
+        much to set up, and pools often take turns. An idle worker of a set of sources that is closed goes first, then
+        the one that has been idle for longest.
         """
-        usable = [worker for worker in self._workers if worker.usable]
         if not self._queue or len(self._workers) < self.count or any(
-                not worker.usable and worker.batch is NOTHING for worker in self._workers):
-            return  # where one ends or is missing, one comes
-        owners = [worker.owner for worker in usable]
+                not worker.batch.count and not worker.idle for worker in self._workers):
+            return  # where one is missing, starts or ends, one comes
+        usable = [worker for worker in self._workers if worker.usable]
+        free = [worker for worker in usable if worker.idle]
         needy = [batch for batch in self._queue if not any(worker.fits(self._jobs[batch.job]) for worker in usable)]
-        free = [worker for worker in usable if worker.batch is NOTHING]
+        owners = [worker.owner for worker in usable]
         spent = [worker for worker in free if worker.owner[1] not in (None, *self._shared)]  # their sets are closed
-        if spent:
-            free = spent
+        if needy and not free and len(usable) == self.count:
+            free = [worker for worker in usable if now - worker.owned_at > SHARE_SECONDS]
         elif not needy:
-            free = [worker for worker in free if now - worker.since > SHARE_SECONDS and (
-                owners.count(worker.owner) > 1 or now - worker.since > KEEP_SECONDS)]
-        elif not free and len(usable) == self.count:
-            free = sorted((worker for worker in usable if now - worker.owned_at > SHARE_SECONDS),
-                          key=lambda worker: -worker.since)
+            free = [worker for worker in free if worker in spent or now - worker.since > (
+                SHARE_SECONDS if owners.count(worker.owner) > 1 else KEEP_SECONDS)]
+        free.sort(key=lambda worker: (worker not in spent, worker.since if worker.idle else -worker.since))
         if free:
             free[0].retire()
-            self._queue = dict.fromkeys(needy, now) | self._queue  # the new worker is for the needy
+            first = dict.fromkeys(needy, now)  # the new worker is for the needy: they wait for it from now on
+            self._queue = first | self._queue | first
 
     def _feed(self) -> None:
-        """Give batches to idle workers, the oldest first. Workers of their own context come first, then ready ones."""
-        idle = [worker for worker in self._workers if worker.usable and worker.batch is NOTHING]
-        idle.sort(key=lambda worker: (worker.owner.count(None), worker.status[PHASE] == START))
+        """Give batches to idle workers, the oldest first. Workers of their own context come first."""
+        idle = sorted((worker for worker in self._workers if worker.idle), key=lambda worker: worker.owner.count(None))
         for batch in list(self._queue):
             worker = next((worker for worker in idle if worker.fits(self._jobs[batch.job])), None)
             if worker is not None:
@@ -252,75 +248,75 @@ class Workers:
                 self._selector, *(key.fileobj for key in self._selector.get_map().values()),
                 *(worker.life for worker in self._workers)])
             self._workers.append(worker)
-            self._selector.register(worker.channel.socket, selectors.EVENT_READ, lambda events: self._read(worker))
+            for channel in (worker.channel, worker.lines):
+                self._selector.register(
+                    channel.socket, selectors.EVENT_READ, functools.partial(self._read, worker, channel))
         except (OSError, EOFError) as e:  # no process or descriptor to be had; or the forkserver ended for want of one
             log.error("a worker could not be started: %r", e)
             self._start_at = now + START_SECONDS
 
-    def _read(self, worker: NodeWorker) -> None:
-        """Pass on the RESULTs that came. After the end of its socket a worker is of no more use."""
+    def _read(self, worker: NodeWorker, channel: Channel, _: int = 0) -> None:
+        """Pass on what came. After the end of its socket a worker is of no more use."""
         try:
-            received = worker.channel.receive()
+            received = channel.receive()
             for kind, body in received or ():
                 if kind is Kind.RESULT:
-                    self._answer(worker.answered(body))
-                elif body.job in self._jobs and self._jobs[body.job].flow.admits(body):
+                    self._answer(worker, body)
+                elif kind is Kind.IDLE:
+                    self._return(worker.batch, worker.next, worker.end, self._reason)
+                    worker.rest()
+                elif worker.job.flow.admits(body):
                     self._send(kind, body)
         except (OSError, AchillesError) as e:
-            log.info("%s: %s", worker.channel.name, e)
+            log.info("%s: %s", channel.name, e)
             received = None
         if received is None:
             worker.process.kill()
             worker.process.join(EXIT_SECONDS)
             self.look_at = 0.0
-        worker.settle()
 
-    def _answer(self, answer: Batch) -> None:
-        """RESULT, behind the count of the lines that were not passed on."""
-        if answer.job in self._jobs:
-            for count in self._jobs[answer.job].flow.count(answer.job, self.node):
+    def _read_all(self, worker: NodeWorker, channel: Channel) -> None:
+        """Read until nothing is there."""
+        with contextlib.suppress(OSError):
+            while channel.socket.recv(1, socket.MSG_PEEK):
+                self._read(worker, channel)
+
+    def _answer(self, worker: NodeWorker, answer: Batch) -> None:
+        """Pass on a RESULT, behind the lines that came before it, and the count of those that are left out."""
+        worker.answered(answer)
+        if worker.job.declaration.get("output"):
+            self._read_all(worker, worker.lines)
+            for count in worker.job.flow.count(answer.job, self.node):
                 self._send(Kind.OUTPUT, count)
         self._send(Kind.RESULT, answer)
 
-    def _pass_on(self, worker: NodeWorker, chunk: int) -> None:
-        """Pass on the answers before this chunk that the worker has not sent."""
-        with contextlib.suppress(ProtocolError):
-            if (answer := worker.waiting(chunk)) is not None:
-                self._answer(worker.answered(answer))
+    def _pass_on(self, worker: NodeWorker, answers: Iterable[Batch]) -> None:
+        """Pass on answers that the worker did not send, and return the chunks before them that have none."""
+        for answer in answers:
+            self._return(worker.batch, worker.next, answer.first, self._reason)
+            worker.next = answer.first
+            self._answer(worker, answer)
 
     def _bury(self, worker: NodeWorker, now: float) -> None:
         """A worker has ended: pass on its answers, charge one chunk at most, and return the others."""
-        sock, batch, pid, exitcode = worker.channel.socket, worker.batch, worker.process.pid, worker.process.exitcode
-        with contextlib.suppress(OSError):
-            while sock.recv(1, socket.MSG_PEEK):
-                self._read(worker)
-        chunk, offset, phase = worker.seen if worker.charge is Status.TIMEOUT else tuple(worker.status)[:LIMIT]
+        for channel in (worker.lines, worker.channel):
+            self._read_all(worker, channel)
+            self._selector.unregister(channel.socket)
         if worker.usable:
-            log.warning("worker %d ended with %s in phase %s", pid, exitcode, PHASES[phase])
-        if phase == START:
+            log.warning("worker %d ended with %s in phase %s",
+                        worker.process.pid, worker.process.exitcode, PHASES[worker.status[PHASE]])
+        if worker.batch is STARTING:
             self._start_at = now + START_SECONDS
-        self._pass_on(worker, chunk)
-        if worker.charge is not None and phase > IDLE and worker.next <= chunk < worker.end:
-            note = {
-                "offset": offset if phase >= CALL else -1, "phase": PHASES[phase], "node": self.node, "pid": pid,
-                "exitcode": exitcode,
-            }
-            self._return(batch, worker.next, chunk, self._reason)
-            self._answer(Batch.pack(
-                batch.job, chunk, [json.dumps(note).encode()], attempt=batch.attempt, statuses=bytes([worker.charge])))
-            worker.next = chunk + 1
-        self._return(batch, worker.next, worker.end, self._reason)
-        with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; or all have ended
-            os.killpg(pid, signal.SIGKILL)  # what the worker's tasks have started
-        self._selector.unregister(sock)
+        self._pass_on(worker, worker.last_answers(self.node))
+        self._return(worker.batch, worker.next, worker.end, self._reason)
         self._workers.remove(worker)
-        for thing in (worker.channel, worker.life, worker.process):
-            thing.close()
+        worker.close()
 
 
 def pump(selector: selectors.BaseSelector, channel: Channel) -> None:
     """Write all that the socket takes now, and have the selector say when it takes more. Reading tells of failures."""
-    with contextlib.suppress(OSError, KeyError):
-        events = selectors.EVENT_READ | selectors.EVENT_WRITE * (not channel.flush())
-        key = selector.get_key(channel.socket)
-        selector.modify(channel.socket, events, key.data)
+    if channel.wants_write:
+        with contextlib.suppress(OSError, KeyError):
+            events = selectors.EVENT_READ | selectors.EVENT_WRITE * (not channel.flush())
+            key = selector.get_key(channel.socket)
+            selector.modify(channel.socket, events, key.data)

@@ -44,7 +44,7 @@ MORE = 0x01  # flag of an OUTPUT: it counts lines that were left out
 Kind = enum.IntEnum("Kind", {
     "HELLO": 1, "BYE": 2, "PING": 3, "ERROR": 4, "CLUSTER": 5, "JOB": 6, "TASK": 7, "GIVEN": 8,
     "RESULT": 9, "RETURNED": 10, "GONE": 11, "CANCEL": 12, "END": 13, "CLOSE": 14, "STATUS": 15, "KILL": 16,
-    "OUTPUT": 17,
+    "OUTPUT": 17, "IDLE": 18,
 })
 Status = enum.IntEnum("Status", {"VALUES": 0, "RAISED": 1, "DIED": 2, "TIMEOUT": 3, "ALTERED": 4, "FAILED": 5})
 
@@ -62,6 +62,7 @@ DIRECTIONS: dict[Kind, tuple[str, ...]] = {
     Kind.JOB: _DOWN, Kind.TASK: _DOWN, Kind.GIVEN: ("SC",), Kind.RESULT: ("WN", "NS", "SC"), Kind.RETURNED: ("NS",),
     Kind.GONE: ("SC",), Kind.CANCEL: ("CS", "SN"), Kind.END: _DOWN, Kind.CLOSE: ("SN", "NW"),
     Kind.STATUS: ("CS", "SC"), Kind.KILL: ("CS",), Kind.OUTPUT: ("WN", "NS", "SC"),
+    Kind.IDLE: ("WN",),
 }
 # Kinds with a Batch for their body: the least and the greatest value of each field of its range but the job.
 RANGE_FIELDS = ("first", "count", "attempt", "number")
@@ -75,7 +76,7 @@ RANGES: dict[Kind, tuple[tuple[int, int], ...]] = {
     Kind.GONE: (_CHUNK_NUMBER, _CHUNKS, _ANY_U32, _ZERO),
     Kind.CANCEL: (_CHUNK_NUMBER, (1, U32), _ZERO, _ZERO),
     Kind.END: (_ZERO, _ZERO, _ZERO, _ZERO),
-    Kind.OUTPUT: (_CHUNK_NUMBER, (1, 1), _ANY_U32, _ANY_U32),
+    Kind.OUTPUT: (_CHUNK_NUMBER, (1, 1), _ANY_U32, _ANY_U32), Kind.IDLE: (_ZERO, _ZERO, _ZERO, _ZERO),
 }
 LETTERS = frozenset({Kind.JOB, Kind.TASK, Kind.RESULT, Kind.OUTPUT})  # others are bare ranges
 # Flags that a kind may have; every other kind has none.

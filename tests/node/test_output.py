@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import logging
+import socket
 import subprocess
 import sys
 import threading
@@ -14,14 +15,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from conftest import wait_until
 
 from achilles.node import output as module
 from achilles.node.board import CHUNK, OFFSET
 from achilles.node.output import FRAME_BYTES, SHARE_BYTES, Flow, Output
+from achilles.protocol.channel import Channel
 from achilles.protocol.frames import MORE, Batch, Kind, joined
 
 BATCH = Batch.pack(7, 40, [b"x"] * 3, attempt=1)
-ANSWER = Batch.pack(7, 40, [b"y"], attempt=1, statuses=b"\0")
 
 
 class Clock:
@@ -39,12 +41,25 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Worker:
-    """An Output, with the frames that it has written."""
+    """An Output, with the frames that its node gets."""
 
     def __init__(self) -> None:
         self.status = [0] * 5
-        self.frames: list[tuple[Kind, Batch]] = []
-        self.output = Output(self.status, 3, lambda kind, body: self.frames.append((kind, body)))
+        self.node, self.sock = socket.socketpair()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        self.node.setblocking(False)
+        self._channel = Channel(self.node, "WN")
+        self._frames: list[Batch] = []
+        self.output = Output(self.status, 3, self.sock)
+
+    @property
+    def frames(self) -> list[Batch]:
+        with contextlib.suppress(BlockingIOError):
+            while self.node.recv(1, socket.MSG_PEEK):
+                for kind, body in self._channel.receive() or ():
+                    assert kind is Kind.OUTPUT
+                    self._frames.append(body)
+        return self._frames
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
@@ -55,7 +70,7 @@ class Worker:
         try:
             yield
         finally:
-            self.output.end()
+            self.output.batch = None
             sys.stdout, sys.stderr = streams
 
     def at(self, chunk: int, offset: int = 0) -> None:
@@ -65,16 +80,18 @@ class Worker:
     def lines(self) -> list[tuple[str, int, int]]:
         """Text, chunk and offset of each line."""
         return [(bytes(joined(body.letters()[0])).decode(), body.first, body.attempt)
-                for kind, body in self.frames if kind is Kind.OUTPUT and body.flags != MORE]
+                for body in self.frames if body.flags != MORE]
 
     @property
     def counts(self) -> list[int]:
-        return [body.attempt for kind, body in self.frames if kind is Kind.OUTPUT and body.flags == MORE]
+        return [body.attempt for body in self.frames if body.flags == MORE]
 
 
 @pytest.fixture
-def worker(clock: Clock) -> Worker:
-    return Worker()
+def worker(clock: Clock) -> Iterator[Worker]:
+    made = Worker()
+    with made.node, made.sock:
+        yield made
 
 
 @pytest.fixture
@@ -100,7 +117,7 @@ def test_each_line_leaves_when_it_ends_with_its_chunk_and_offset(captured: Worke
     captured.at(41, 5)
     print("three", file=sys.stderr)
     assert captured.lines[2:] == [("three", 41, 5)]
-    assert {body.number for _, body in captured.frames} == {3} and {body.job for _, body in captured.frames} == {7}
+    assert {(body.number, body.job) for body in captured.frames} == {(3, 7)}
 
 
 @inside
@@ -119,9 +136,7 @@ def test_a_line_that_has_not_ended_goes_before_the_answer_and_before_what_the_ne
     assert captured.lines == [("half", 40, 0), ("whole", 40, 1)]
     print("rest", end="")
     captured.output.end_lines()  # the worker, when the function is done
-    captured.output.answer(ANSWER)
     assert captured.lines[2:] == [("rest", 40, 1)]
-    assert [kind for kind, _ in captured.frames][-1] is Kind.RESULT
 
 
 @inside
@@ -152,9 +167,9 @@ def test_a_line_costs_its_text_and_a_frame_and_the_rest_of_a_second_is_counted(c
     for _ in range(fits + 5):
         print("x" * 100)
     assert len(captured.lines) == fits and captured.counts == []
-    captured.output.answer(ANSWER)
-    assert captured.counts == [5] and [kind for kind, _ in captured.frames][-2:] == [Kind.OUTPUT, Kind.RESULT]
-    captured.output.answer(ANSWER)
+    captured.output.count()
+    assert captured.counts == [5]
+    captured.output.count()
     assert captured.counts == [5]
     clock.now += 1.1
     print("again")
@@ -174,7 +189,7 @@ def test_nothing_is_captured_beside_a_batch_with_output(worker: Worker, monkeypa
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
     with worker.capturing():
-        worker.output.end()
+        worker.output.batch = None
         print("plain", end="", flush=True)
         assert sys.stdout.getvalue() == "plain"
     assert sys.stdout is stream and worker.frames == []
@@ -185,12 +200,12 @@ def test_a_handler_that_was_there_before_writes_to_both(worker: Worker, monkeypa
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with worker.capturing():
-        worker.output.end()
+        worker.output.batch = None
         handler = logging.StreamHandler()
         handler.emit(logging.makeLogRecord({"msg": "before"}))
         worker.output.begin(BATCH)
         handler.emit(logging.makeLogRecord({"msg": "inside"}))
-        worker.output.end()
+        worker.output.batch = None
         handler.emit(logging.makeLogRecord({"msg": "behind"}))
     assert [text for text, *_ in worker.lines] == ["inside"] and stream.getvalue() == "before\nbehind\n"
 
@@ -199,7 +214,7 @@ def test_streams_that_were_closed_are_captured_too(worker: Worker, monkeypatch: 
     monkeypatch.setattr(sys, "stdout", None)
     with worker.capturing():
         print("captured", flush=True)
-        worker.output.end()
+        worker.output.batch = None
         print("lost", flush=True)
         sys.stdout._stream.close()  # type: ignore[union-attr]
     assert [text for text, *_ in worker.lines] == ["captured"]
@@ -222,9 +237,11 @@ def test_a_very_long_line_costs_no_more_than_its_share(captured: Worker) -> None
 
 
 INTERRUPTED = """
-import os, signal, sys, time
+import os, signal, socket, sys, threading, time
+from achilles.node import output as module
 from achilles.node.output import Output
-from achilles.protocol.frames import Batch, Kind
+from achilles.protocol.channel import Channel
+from achilles.protocol.frames import Batch
 
 class Late(Exception):
     pass
@@ -232,44 +249,48 @@ class Late(Exception):
 def raise_late(*_):
     if armed:
         armed.clear()
+        print("of a handler")
         raise Late
 
-def interrupted(act):
-    armed.append(True)
-    for _ in range(1000):
-        if armed:
-            act()
-    armed.clear()
+def read():
+    while (received := channel.receive()) is not None:
+        frames.extend(received)
 
 armed, frames = [], []
-answer = Batch.pack(7, 40, [b"y"], attempt=1, statuses=b"\\0")
-def write(kind, body):
-    frames.append(None)  # a half one
-    for _ in range(50):
-        len(frames)
-    frames[-1] = kind
-
-output = Output([0] * 5, 3, write)
+module.SHARE_BYTES = 1 << 40
+node, worker = socket.socketpair()
+channel = Channel(node, "WN")
+reader = threading.Thread(target=read)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGVTALRM})
+reader.start()
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGVTALRM})
+output = Output([0] * 5, 3, worker)
 output.install()
 output.begin(Batch.pack(7, 40, [b"x"], attempt=1))
 signal.signal(signal.SIGVTALRM, raise_late)
 signal.setitimer(signal.ITIMER_VIRTUAL, 0.0005, 0.0005)
-deadline = time.monotonic() + 2
+deadline, late = time.monotonic() + 2, 0
 while time.monotonic() < deadline:
-    for act in (lambda: print("line\\n" * 50), lambda: output.answer(answer)):
-        try:
-            interrupted(act)
-        except Late:
-            pass
+    try:
+        armed.append(True)
+        for number in range(10):
+            print("line\\n" * 50)
+            print("x" * 5000)
+    except Late:
+        late += 1
+    armed.clear()
 signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-output.answer(answer)
-assert frames[-1] is Kind.RESULT and None not in frames and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+print("last")
+worker.close()
+reader.join(20)
+lines = [bytes(frame.body.letters()[0]) for frame in frames]
+assert late > 20 and lines[-1] == b"last" and {line[:4] for line in lines} >= {b"line", b"xxxx", b"of a"}
 os.write(1, b"well")
 """
 
 
-def test_a_handler_that_raises_leaves_no_lock_and_no_half_frame() -> None:
-    """A timer that interrupts a printing function, as time limits of users do, in a process with one thread."""
+def test_a_handler_that_prints_and_raises_leaves_no_lock_and_no_half_frame() -> None:
+    """A timer that interrupts a printing function, as time limits of users do."""
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60)
     assert done.stdout == "well", done.stderr
 
@@ -293,12 +314,13 @@ def test_a_thread_that_prints_beside_the_batches_disturbs_nobody(
         thread = threading.Thread(target=talk)
         thread.start()
         for number in range(2000):
-            worker.status[CHUNK] = -2  # as the node leaves it
+            worker.status[CHUNK] = -1  # as the node leaves it
             worker.output.begin(Batch.pack(number, 5, [b"x"]))
-            worker.output.answer(ANSWER)
-            worker.output.end()
+            worker.output.count()
+            worker.output.batch = None
+            worker.frames  # noqa: B018  the node reads
         over.set()
-        thread.join(10)
+        wait_until(lambda: worker.frames and not thread.is_alive(), "the end of the thread")
     assert errors == [] and all(chunk >= 5 for _, chunk, _ in worker.lines)
 
 
@@ -306,46 +328,21 @@ def test_a_forked_child_writes_to_the_stream(worker: Worker, monkeypatch: pytest
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
     with worker.capturing():
-        worker.output.end()
+        worker.output.batch = None
         print("child")
     assert stream.getvalue() == "child\n" and worker.frames == []
-
-
-def test_a_line_that_is_printed_while_a_frame_is_written_follows_it(clock: Clock) -> None:
-    """As a signal handler prints, or another thread: neither may break into a frame, nor wait for the writer."""
-    worker = Worker()
-    inside = False
-
-    def write(kind: Kind, body: Batch) -> None:
-        nonlocal inside
-        assert not inside
-        inside = True
-        if not worker.frames:
-            print("of a handler")
-            thread = threading.Thread(target=print, args=("of a thread",))
-            thread.start()
-            thread.join(10)
-            assert not thread.is_alive()
-        inside = False
-        worker.frames.append((kind, body))
-
-    worker.output = Output(worker.status, 3, write)
-    with worker.capturing():
-        print("first")
-        assert [text for text, *_ in worker.lines] == ["first", "of a handler", "of a thread"]
 
 
 @inside
 def test_threads_lose_no_line(captured: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHARE_BYTES", 1 << 30)
     captured.output._flow = Flow()
-    threads = [threading.Thread(target=lambda: [print(f"line {i}\n", end="") for i in range(500)]) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: [print(f"line {i}\n", end="") for i in range(100)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    captured.output.answer(ANSWER)
-    assert len(captured.lines) == 2000
+    assert len(captured.lines) == 400
 
 
 @inside
@@ -365,6 +362,6 @@ def test_a_node_adds_the_counts_of_its_workers_to_its_own(clock: Clock) -> None:
     passed = [flow.admits(line()) for _ in range(100)]
     assert 0 < passed.count(True) < 100
     assert not flow.admits(Batch.pack(7, 0, [b""], attempt=1000, number=3, flags=MORE))
-    [count] = flow.count(17, 3)
+    (count,) = flow.count(17, 3)
     assert (count.job, count.number, count.flags) == (17, 3, MORE)
-    assert count.attempt == 1000 + passed.count(False) and flow.count(17, 3) == []
+    assert count.attempt == 1000 + passed.count(False) and [*flow.count(17, 3)] == []

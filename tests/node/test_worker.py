@@ -58,6 +58,7 @@ class Node:
         self.channel = Channel(sock, "WN")
         self.worker: Any = None
         self.board: Any = None
+        self.idle = 0  # how often the worker has said so
         sock.settimeout(10)
 
     def letter(self, value: Any) -> Letter:
@@ -81,7 +82,7 @@ class Node:
 
     def give(self, *chunks: Letter, first: int = 0, flags: int = 0, job: int = 1) -> None:
         """One TASK; what is no letter is the arguments of a chunk."""
-        status[CHUNK], status[LIMIT] = -2, NO_LIMIT
+        status[CHUNK], status[LIMIT] = first - 1, NO_LIMIT
         letters = [each if isinstance(each, (bytes, LongLetter)) else self.chunk(each) for each in chunks]
         self.say(Kind.TASK, Batch.pack(job, first, letters, attempt=6, flags=flags))
 
@@ -92,11 +93,21 @@ class Node:
         while sum(answer.count for answer in answers) < count:
             got = self.channel.receive()
             assert got is not None and time.monotonic() < deadline, "the worker ended or is silent"
+            self.idle += sum(kind is Kind.IDLE for kind, _ in got)
             for kind, answer in got:
+                if kind is Kind.IDLE:
+                    continue
                 assert (kind, answer.attempt) == (Kind.RESULT, 6) and answer.number >= 1
                 assert answer.first == first + sum(each.count for each in answers)
                 answers.append(answer)
         return answers
+
+    def wait_idle(self, count: int) -> None:
+        """Until the worker has said so often that it is idle: at its start, and after a batch that was taken back."""
+        while self.idle < count:
+            received = self.channel.receive()
+            assert received and {kind for kind, _ in received} == {Kind.IDLE}
+            self.idle += len(received)
 
     def run(self, *chunks: Any, first: int = 0, flags: int = 0) -> list[tuple[int, bytearray]]:
         """Status and letter of each chunk of a batch."""
@@ -123,16 +134,16 @@ def letter(parts: Sequence[Any]) -> Letter:
 @pytest.fixture
 def node() -> Iterator[Node]:
     global status
-    ours, theirs = socket.socketpair()
+    (ours, theirs), (near, far) = socket.socketpair(), socket.socketpair()
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     shared = RawArray("q", WORDS)
     status = Board(shared).status
     seen.clear()
-    with ours, theirs:
+    with ours, theirs, near, far:
         made = Node(ours)
         made.board = Board(shared)
-        made.worker = Worker(theirs, shared)
+        made.worker = Worker(theirs, far, shared)
         thread = threading.Thread(target=made.worker.serve, name="worker under test")
         thread.start()
         yield made
@@ -411,42 +422,19 @@ def test_no_chunk_begins_at_the_limit_or_behind_it(node: Node) -> None:
     assert wait_until(lambda: status[CHUNK] == 0)
     status[LIMIT] = 1
     [answer] = node.results(1)
-    assert wait_until(lambda: status[PHASE] == IDLE)
-    assert status[CHUNK] == 0
-    node.channel.socket.settimeout(0.1)
-    assert node.channel.receive() == []
+    node.wait_idle(2)
+    assert status[CHUNK] == 1 and status[PHASE] == IDLE
     assert len(node.outcomes([0], [0], first=1)) == 2  # it goes on with the next batch
 
 
 def test_a_batch_that_is_taken_back_whole_is_not_begun(node: Node) -> None:
     node.declare(look, initializer=(look, (0,)))
-    status[PHASE] = IDLE
     letters = [node.chunk([1])]
-    status[CHUNK], status[LIMIT] = -2, 0
+    status[CHUNK], status[LIMIT] = -1, 0
     node.say(Kind.TASK, Batch.pack(1, 0, letters))
-    assert wait_until(lambda: status[CHUNK] == -1 and status[PHASE] == IDLE)
+    node.wait_idle(2)
+    assert status[CHUNK] == 0 and status[PHASE] == IDLE
     assert seen == []
-
-
-def test_a_worker_that_has_seen_a_batch_is_not_idle_until_it_has_left_it(node: Node) -> None:
-    class Noted:
-        """The status array; `seen` has the phases in which its chunk was written."""
-
-        def __getitem__(self, place: int) -> int:
-            return int(status[place])
-
-        def __setitem__(self, place: int, value: int) -> None:
-            if place == CHUNK:
-                seen.append(status[PHASE])
-            status[place] = value
-
-    node.declare(abs)
-    node.outcomes([1])
-    node.worker.runner._status = Noted()
-    status[CHUNK], status[LIMIT] = -2, 1  # taken back before it began
-    node.say(Kind.TASK, Batch.pack(1, 1, [node.chunk([1])]))
-    assert wait_until(lambda: status[CHUNK] == 0 and status[PHASE] == IDLE)
-    assert set(seen) == {FUNCTION}
 
 
 def test_a_function_may_return_a_buffer_that_it_uses_again(node: Node) -> None:
@@ -493,6 +481,7 @@ def describe(_: Any) -> dict[str, Any]:
 def test_a_forked_worker_resets_what_the_node_set_and_closes_what_it_inherits() -> None:
     global status
     ours, theirs = socket.socketpair()
+    lines, theirs_of_lines = socket.socketpair()
     other, far = socket.socketpair()
     life, held = multiprocess.Pipe(duplex=False)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
@@ -500,11 +489,12 @@ def test_a_forked_worker_resets_what_the_node_set_and_closes_what_it_inherits() 
     shared = context.RawArray("q", WORDS)
     status = Board(shared).status
     process = context.Process(
-        target=worker.main, args=(theirs, shared, life, 5, (ours, other, held)), daemon=True)
+        target=worker.main, args=(theirs, theirs_of_lines, shared, life, 5, (ours, lines, other, held)), daemon=True)
     process.start()
     signal.signal(signal.SIGTERM, before)
-    with ours, other, far, held:
+    with ours, lines, other, far, held:
         theirs.close()
+        theirs_of_lines.close()
         life.close()
         far.settimeout(10)
         node = Node(ours)
@@ -524,16 +514,16 @@ def test_a_forked_worker_resets_what_the_node_set_and_closes_what_it_inherits() 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_worker_whose_node_is_gone_before_it_looks_ends_at_once() -> None:
-    ours, theirs = socket.socketpair()
+    (ours, theirs), (lines, far) = socket.socketpair(), socket.socketpair()
     context = multiprocess.get_context("fork")
     life, held = context.Pipe(duplex=False)
     process = context.Process(
-        target=worker.main, args=(theirs, context.RawArray("q", WORDS), life, 0), daemon=True)
+        target=worker.main, args=(theirs, far, context.RawArray("q", WORDS), life, 0), daemon=True)
     ours.close()
     held.close()
     process.start()
     process.join(10)
-    with theirs, life:
+    with theirs, lines, far, life:
         assert process.exitcode == 0
     process.close()
 

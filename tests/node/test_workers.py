@@ -28,14 +28,16 @@ from multiprocess import forkserver, resource_tracker
 from achilles.errors import ProtocolError
 from achilles.node import process
 from achilles.node import workers as module
-from achilles.node.board import CALL, CHUNK, FIRST, PHASE, START, WORDS
+from achilles.node.board import CALL, CHUNK, FIRST, IDLE, PHASE, WORDS
 from achilles.node.cores import default_start_method, usable_cores
 from achilles.node.output import Flow
+from achilles.node.process import STARTING
 from achilles.node.workers import Workers
 from achilles.objects.letters import Context, dump_chunk
 from achilles.objects.outcomes import load_outcomes
 from achilles.protocol.frames import (
     CAREFUL,
+    MORE,
     NOTE,
     Batch,
     Gone,
@@ -82,7 +84,7 @@ class Loop:
         """One batch, each chunk a list of arguments. The first one waits for all workers: it would be returned."""
         if not self.given and self.waits:
             self.until(lambda: len(self.pids) == self.workers.count and all(
-                worker.status[PHASE] for worker in self.workers._workers))
+                worker.batch is not STARTING for worker in self.workers._workers))
             self.waits = False
             if self.workers._method != "fork":
                 self.warm()
@@ -243,6 +245,11 @@ def die_with_child(path: str) -> None:
     os._exit(1)
 
 
+def say(x: Any) -> Any:
+    print(f"{x}\n" * (x if isinstance(x, int) else 1), end="")
+    return exit_on(x)
+
+
 def sleep(seconds: float) -> int:
     time.sleep(seconds)
     return os.getpid()
@@ -353,7 +360,8 @@ def test_the_longest_running_chunk_of_each_job_is_known(loop: Any, monkeypatch: 
     it.declare(sleep, job=2)
     it.declare(double, job=3)
     it.add([20], [20])
-    it.until(lambda: it.at(0))
+    it.until(lambda: it.at(0) and it.workers._workers[0].seen[0] == 0)
+    time.sleep(0.05)
     it.add([30], job=2)
     it.add([30], job=2, first=5)
     it.until(lambda: it.at(0, 1) and it.at(5, 2))
@@ -388,7 +396,8 @@ ALONE = """
         import fcntl
         from achilles.node import worker
         del fcntl.F_SETSIG
-        worker.Worker.serve = lambda self: (self._board.status.__setitem__(2, 1), time.sleep(60))
+        from achilles.protocol.frames import Batch, Kind
+        worker.Worker.serve = lambda self: (self._write(Kind.IDLE, Batch(0)), time.sleep(60))
 """
 
 
@@ -408,10 +417,11 @@ def test_workers_never_run_the_callers_main_and_end_with_a_killed_node(
         workers = Workers(2, {method!r}, selector, print)
         while True:
             workers.turn()
-            if all(worker.status[2] for worker in workers._workers):
+            if all(worker.idle for worker in workers._workers):
                 print(*(worker.process.pid for worker in workers._workers), flush=True)
                 sys.stdin.read()
-            selector.select(0.02)
+            for key, events in selector.select(0.02):
+                key.data(events)
     """))
     node = subprocess.Popen(
         [sys.executable, "-W", "error", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -429,7 +439,7 @@ def test_workers_never_run_the_callers_main_and_end_with_a_killed_node(
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_forked_worker_holds_no_descriptor_of_another(loop: Any) -> None:
     it = loop(3, "fork")
-    it.until(lambda: len(it.pids) == 3 and all(worker.status[2] for worker in it.workers._workers))
+    it.until(lambda: len(it.pids) == 3 and all(worker.idle for worker in it.workers._workers))
     for pid in it.pids:
         held = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
         mine = {os.readlink(f"/proc/self/fd/{w.channel.socket.fileno()}") for w in it.workers._workers}
@@ -447,12 +457,12 @@ def test_a_worker_that_dies_before_it_is_ready_is_not_started_again_at_once(loop
     assert 2 <= len(started) <= 5  # a pause of 0.5 s after each
 
 
-def test_the_time_in_which_a_worker_starts_is_no_time_of_its_batch() -> None:
-    """Else most of a batch of 40 ms goes back when a worker has taken 180 ms to start."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        worker = process.NodeWorker(types.SimpleNamespace(pid=1), ours, bytearray(8 * WORDS), 0, None)
-        worker.status[PHASE] = START
+def test_the_time_in_which_a_worker_reads_a_batch_is_no_time_of_the_batch() -> None:
+    """Else most of a batch of 40 ms goes back when its letters have taken 180 ms to come."""
+    (ours, theirs), (lines, far) = socket.socketpair(), socket.socketpair()
+    with ours, theirs, lines, far:
+        worker = process.NodeWorker(types.SimpleNamespace(pid=1), ours, lines, bytearray(8 * WORDS), 0, None)
+        worker.rest()
         batch = Batch.pack(1, 0, [b"x"] * 10, number=40_000)
         letters = [b"", b"f", b"", b""]
         job = process.NodeJob(("a context", None), (None, None), {"initializer": False}, letters, Flow())
@@ -473,8 +483,8 @@ def test_a_batch_whose_worker_does_not_start_is_returned(loop: Any, monkeypatch:
     began = time.monotonic()
     it.add([1], [2])
     it.until(it.returned)
-    assert 0.2 < time.monotonic() - began < 1.2 and it.returned(Gone.WAITED) == [0, 1] and it.workers.busy
-    it.until(lambda: not it.workers.busy)
+    assert 0.2 < time.monotonic() - began < 1.2 and it.returned(Gone.WAITED) == [0, 1]
+    it.until(lambda: it.workers._workers[0].idle)
     it.add([3], first=2)
     it.until(lambda: it.done(3))
     assert it.values() == {0: [2], 1: [4], 2: [6]} and len(it.answers()) == 3
@@ -484,7 +494,7 @@ def test_a_batch_whose_worker_does_not_start_is_returned(loop: Any, monkeypatch:
 def test_a_forkserver_that_ends_in_the_middle_of_a_start_is_replaced(loop: Any) -> None:
     it = loop(1, "forkserver")
     it.declare(double)
-    it.until(lambda: it.pids and it.workers._workers[0].status[PHASE] == 1)
+    it.until(lambda: it.pids and it.workers._workers[0].idle)
     server = forkserver._forkserver._forkserver_pid
     os.kill(server, signal.SIGSTOP)
     killer = threading.Timer(0.5, os.kill, (server, signal.SIGKILL))  # as it ends where it cannot fork
@@ -552,7 +562,7 @@ def test_what_a_worker_wrote_before_its_death_counts(loop: Any) -> None:
     it.add([0], first=5)
     it.workers.turn()  # starts it and writes; nothing reads
     [worker] = it.workers._workers
-    wait_until(lambda: worker.status[PHASE] == 1 and worker.status[CHUNK] == 5)
+    wait_until(lambda: worker.status[PHASE] == IDLE and worker.status[CHUNK] == 5)
     time.sleep(0.1)  # it writes last
     worker.process.kill()
     wait_until(lambda: worker.process.exitcode is not None)
@@ -732,7 +742,7 @@ def test_a_board_that_a_function_wrote_over_gives_no_answer(loop: Any, monkeypat
     else:
         answers = board.answers
         board.answers = lambda *given: (answers(*given), board.status.__setitem__(CHUNK, 1))[0]
-    it.workers._pass_on(worker, 2)
+    it.workers._pass_on(worker, worker.waiting(2))
     assert it.answers() == [] and worker.next == 0
     worker.kill(None)
     it.until(lambda: not it.workers.busy)
@@ -792,6 +802,33 @@ def test_an_idle_worker_gets_what_waits_behind_a_batch_that_it_may_not_run(loop:
     it.add([0], job=2, first=1)
     it.until(lambda: 1 in it.values(2))
     assert not it.values() and not it.returned()
+
+
+def test_the_lines_of_a_chunk_come_before_its_result_and_so_does_the_count_of_the_others(loop: Any) -> None:
+    it = loop(1)
+    it.declare(say, output=True)
+    it.add([3000], [2], us=10**6)
+    [worker] = it.workers._workers
+    it.workers.turn()  # gives the batch; nothing reads
+    wait_until(lambda: worker.status[CHUNK] == 1 and worker.status[PHASE] == IDLE)
+    while len(it.answers()) < 2:  # the node sees the RESULT first
+        it.workers._read(worker, worker.channel)
+    lines = [0, 0]
+    for kind, batch in it.heard:
+        if kind is Kind.OUTPUT:
+            lines[batch.first] += batch.attempt if batch.flags == MORE else 1
+        elif batch.first == 0:
+            assert lines[0] >= 3000
+    assert sum(lines) == 3002 and 100 < len(it.heard) < 2000
+
+
+def test_what_a_worker_printed_before_its_death_comes_before_the_answer(loop: Any) -> None:
+    it = loop(1)
+    it.declare(say, output=True)
+    it.add([1], ["die"])
+    it.until(lambda: it.done(2))
+    lines = [bytes(batch.letters()[0]) for kind, batch in it.heard if kind is Kind.OUTPUT]
+    assert lines == [b"1", b"die"] and it.heard[-1][0] is Kind.RESULT
 
 
 def test_an_answer_of_a_chunk_that_was_returned_is_passed_on_and_confuses_nobody(loop: Any) -> None:
@@ -867,7 +904,7 @@ def test_a_context_that_waits_gets_a_worker_that_belongs_to_an_idle_one(loop: An
     it.until(it.answers)
     it.declare(get_up, job=2, context="d")
     it.add([0], job=2)
-    it.until(lambda: it.answers(2))
+    it.until(lambda: it.give_again() or it.answers(2))
     [(state, pid)] = it.values(2)[0]
     assert state is None and pid != it.values(1)[0][0][1]
 
@@ -917,6 +954,23 @@ def test_a_context_waits_a_second_for_a_worker_of_one_that_is_always_busy(loop: 
     assert len(it.answers(1)) < 1000
 
 
+@pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
+def test_a_batch_waits_for_the_worker_that_is_started_for_it(loop: Any, monkeypatch: Any) -> None:
+    """Else it is returned just before the worker is ready, and the others get that worker."""
+    monkeypatch.setattr(module, "SHARE_SECONDS", 0.8)
+    monkeypatch.setattr(module, "WAIT_SECONDS", 1.0)
+    it = loop(1, "fork")
+    it.declare(sleep, job=1, context="c", initializer=set_up)
+    it.declare(sleep, job=2, context="d")
+    it.add([0.9], job=1, us=2_000_000)
+    it.until(lambda: it.at(0))
+    main = process.process_of_worker.main
+    monkeypatch.setattr(process.process_of_worker, "main", lambda *given: (time.sleep(0.4), main(*given)))
+    it.add([0], job=2)
+    it.until(lambda: it.answers(2) or it.returned())
+    assert it.answers(2) and not it.returned()
+
+
 def test_a_context_gets_an_idle_worker_although_a_busy_one_is_to_end_for_it(loop: Any) -> None:
     it = loop(2)
     it.declare(sleep, job=1, context="a", initializer=set_up)
@@ -963,8 +1017,8 @@ def test_contexts_that_take_turns_keep_their_workers(loop: Any, monkeypatch: Any
 
 
 def test_maxtasksperchild_replaces_a_worker_after_so_many_chunks(loop: Any, monkeypatch: Any) -> None:
-    for place in (module, process):  # no batch is returned: its chunks would be given again one by one
-        monkeypatch.setattr(place, "WAIT_SECONDS", 3600.0)
+    # No batch is returned: its chunks would be given again one by one.
+    monkeypatch.setattr(module, "WAIT_SECONDS", 3600.0)
     it = loop(1)
     it.declare(pid_of, maxtasksperchild=2)
     for first, count in ((0, 1), (1, 2), (3, 2), (5, 1), (6, 1)):  # the second does not fit behind the first
@@ -1095,7 +1149,7 @@ def test_end_returns_all_kills_what_runs_and_forgets_the_job(loop: Any) -> None:
 def test_a_worker_is_free_again_when_its_batch_was_returned_before_it_began(loop: Any) -> None:
     it = loop(1)
     it.waits = False
-    it.until(lambda: it.pids and it.workers._workers[0].status[PHASE] == 1)
+    it.until(lambda: it.pids and it.workers._workers[0].idle)
     pid = it.pids[0]
     os.kill(pid, signal.SIGSTOP)
     it.declare(sleep)

@@ -10,8 +10,8 @@ def test_every_number_on_the_wire_is_pinned():
     """A peer of another release reads these numbers: one that changes needs a new version in the handshake."""
     assert [(kind.name, kind.value) for kind in Kind] == list(zip(
         ("HELLO BYE PING ERROR CLUSTER JOB TASK GIVEN RESULT RETURNED GONE CANCEL END CLOSE STATUS KILL "
-         "OUTPUT").split(),
-        range(1, 18)))
+         "OUTPUT IDLE").split(),
+        range(1, 19)))
     assert [(status.name, status.value) for status in Status] == list(zip(
         "VALUES RAISED DIED TIMEOUT ALTERED FAILED".split(), range(6)))
     assert [(gone.name, gone.value) for gone in Gone] == list(zip("RETURNED LEFT LOST WAITED".split(), range(4)))

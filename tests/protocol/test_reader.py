@@ -174,7 +174,7 @@ def test_a_kind_in_a_direction_that_it_has_not_is_refused():
                 assert kind.name in refused(link, data) and link in refused(link, data)
 
 
-@pytest.mark.parametrize("number", [0, 18, 99, 255])
+@pytest.mark.parametrize("number", [0, 19, 99, 255])
 def test_an_unknown_kind_is_refused(number):
     for link in LINKS:
         assert f"kind {number}" in refused(link, json_frame(number, b"{}"))
