@@ -5,10 +5,10 @@
     with LocalCluster(nodes=2) as cluster:                   python -m achilles.local script.py
         map(f, args, host=cluster.host, …)                   the script finds the cluster in its environment
 
-`launch/child.py` is a child's side. The secret is random. The caller hands it over through stdin, never on a command line nor in an environment. The
-caller derives the key for all processes, while these import their roles. The children have a session of their own,
-so Ctrl-C interrupts the caller alone. No thread is left in the caller, but for one with each ssh that runs a node on
-another machine (`launch/ssh.py`).
+`launch/child.py` is a child's side. The secret is random. The caller hands it over through stdin, never on a command
+line nor in an environment. The caller derives the key for all processes, while these import their roles. The children
+have a session of their own, so Ctrl-C interrupts the caller alone. No thread is left in the caller, but for one with
+each ssh that runs a node on another machine (`launch/ssh.py`).
 
 This module knows processes. The children know when the caller is gone.
 """

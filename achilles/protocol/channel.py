@@ -30,7 +30,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 from ..errors import AchillesError, ProtocolError, ServerUnreachable
 from . import auth, frames
@@ -51,17 +51,16 @@ OPEN, FINISHING, SHUT, CLOSED = range(4)  # of a Channel: no frame is queued now
 
 log = logging.getLogger(__name__)
 
-Stream: TypeAlias = Any  # a socket, or a Tls: that module brings OpenSSL along, so only a process that encrypts has it
-
 
 class Channel:
     """One connection after its handshake.
 
+    :param sock: a socket, or a Tls: only a process that encrypts has that module, which brings OpenSSL along.
     :param link: the peer and this side, such as "CS" for a server that hears a controller.
     :param keys: of this side's tags and of the peer's; None on a worker's link.
     """
 
-    def __init__(self, sock: Stream, link: str, keys: tuple[bytes, bytes] | None = None) -> None:
+    def __init__(self, sock: Any, link: str, keys: tuple[bytes, bytes] | None = None) -> None:
         self.socket = sock
         self.name = ""  # in the log; the role gives it
         self.last_heard = self.last_written = time.monotonic()
@@ -148,9 +147,11 @@ class Channel:
         """Abort, wait for the writer thread (2 s at most), and give the descriptor back. Not from the writer."""
         self.abort()
         self.wait_written(GOODBYE_SECONDS)
-        with self._writing:  # another connection may get this descriptor's number
-            self.socket.close()
+        held = self._writing.acquire(timeout=GOODBYE_SECONDS)  # another connection may get this descriptor's number
+        self.socket.close()
         self._reader.close()
+        if held:
+            self._writing.release()
 
     def _go_on(self, state: int) -> None:
         """Go on to a state, if that is not behind, and wake the writer thread."""

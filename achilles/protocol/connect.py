@@ -28,7 +28,7 @@ from typing import Any
 
 from ..errors import AuthenticationError, ProtocolError, ServerUnreachable
 from . import auth
-from .channel import SILENCE_SECONDS, TICK_SECONDS, Channel, Stream
+from .channel import SILENCE_SECONDS, TICK_SECONDS, Channel
 
 __all__ = ["CONNECT_SECONDS", "PYTHON", "accept", "connect", "hello", "receive", "receive_exactly", "set_options"]
 
@@ -89,12 +89,11 @@ def accept(
     :raises AuthenticationError: the client was refused.
     :raises ProtocolError: the client has another mode or version, or is none of ours. It gets no answer.
     """
-    stream: Stream = sock
+    stream: Any = sock
     if tls_keys is not None:
         from .tls import server  # a process that does not encrypt pays for no OpenSSL
 
-        begun = _begin(sock, auth.TLS, deadline)
-        stream = server(sock, tls_keys, begun, deadline, hold)
+        stream = server(sock, tls_keys, _begin(sock, auth.TLS, deadline), deadline, hold)
     m1 = auth.PLAIN + secrets.token_bytes(auth.NONCE_BYTES)
     m2 = _begin(stream, m1, deadline) + receive_exactly(stream, auth.AUTH_BYTES - auth.OPENING_BYTES, deadline)
     role, user = auth.read_claim(m2)
@@ -108,7 +107,7 @@ def accept(
     return Channel(stream, role.decode() + "S", (keys.server_data, keys.client_data)), role, user
 
 
-def _begin(sock: Stream, said: bytes, deadline: float) -> bytes:
+def _begin(sock: Any, said: bytes, deadline: float) -> bytes:
     """Say the first words of a server, which begin with its mode. Return the first 8 bytes of the client."""
     sock.sendall(said)  # so little never blocks
     opening = receive_exactly(sock, auth.OPENING_BYTES, deadline)
@@ -116,7 +115,7 @@ def _begin(sock: Stream, said: bytes, deadline: float) -> bytes:
     return opening
 
 
-def receive_exactly(sock: Stream, count: int, deadline: float) -> bytes:
+def receive_exactly(sock: Any, count: int, deadline: float) -> bytes:
     """Return `count` bytes by `deadline` (monotonic). Raises as `receive`."""
     received = bytearray(count)
     filled = 0
@@ -125,7 +124,7 @@ def receive_exactly(sock: Stream, count: int, deadline: float) -> bytes:
     return bytes(received)
 
 
-def receive(sock: Stream, place: memoryview, deadline: float) -> int:
+def receive(sock: Any, place: memoryview, deadline: float) -> int:
     """Return how many bytes came into `place`, perhaps 0 where a TLS record was cut.
 
     ServerUnreachable at end of file, TimeoutError after `deadline` (monotonic).
@@ -153,7 +152,7 @@ def _connect_once(
 ) -> Channel:
     """Connect, and climb the client's side of the ladder."""
     sock = socket.create_connection(address, timeout=max(deadline - time.monotonic(), 0.001))
-    stream: Stream = sock
+    stream: Any = sock
     try:
         set_options(sock)
         if encrypt:
@@ -173,7 +172,7 @@ def _connect_once(
         raise
 
 
-def _read_opening(sock: Stream, mode: bytes, deadline: float) -> bytes:
+def _read_opening(sock: Any, mode: bytes, deadline: float) -> bytes:
     """Read the first 8 bytes of a server, and check that it has this mode. If not, it is told this side's."""
     opening = receive_exactly(sock, auth.OPENING_BYTES, deadline)
     try:

@@ -9,9 +9,9 @@ test says so.
     accepter thread  reader thread of the connection ─────────────┘             │
                      writer thread of each connection:  sends ◀──────────────────┘
 
-Threads: the thread that calls `run` waits for the reason to end, and closes all. The accepter gives each connection a
-place, then a reader thread. Each connection has a writer, too. A reader never waits for another connection's writer: it
-queues.
+Threads: the thread that calls `run` waits for the reason to end, and closes all. The accepter is the loop of a
+`socketserver.ThreadingTCPServer`. It gives each connection a place, then a reader thread. Each connection has a writer,
+too. A reader never waits for another connection's writer: it queues.
 `_places_lock` guards the places of connections that are not authenticated yet. Under this lock the server takes no
 other lock, writes no log and waits for nothing.
 
@@ -29,6 +29,7 @@ import queue
 import secrets
 import signal
 import socket
+import socketserver
 import threading
 import time
 from collections import Counter
@@ -77,22 +78,22 @@ class Server:
         self._places_lock = threading.Lock()
         # Connections before authentication, the oldest first: the address, and an event for the loss of the place.
         self._places: dict[socket.socket, tuple[str, threading.Event]] = {}
-        self._listening = _listen(bind or settings.host, settings.port)
-        self._ended = threading.Event()  # nobody is accepted any more
-        self.address = settings.host, self._listening.getsockname()[1]  # the host as it was given; the port is never 0
+        self._listener = _Listener(bind or settings.host, settings.port, self)
+        self.address = settings.host, self._listener.server_address[1]  # the host as it was given; the port is never 0
 
     def run(self) -> None:
         """Serve until `end` is called; then say BYE to all peers, and close everything. Blocks."""
         console.keep_freed_memory()
-        accepter = threading.Thread(target=self._accept, name="achilles-accepter", daemon=True)
+        accepter = threading.Thread(
+            target=self._listener.serve_forever, args=(POLL_SECONDS,), name="achilles-accepter", daemon=True)
         accepter.start()
         reason = self._wait_for_reason()
         if reason == "killed":
             self._exchange.say_goodbye(reason)
             self._wait_for_reason(reason, KILLED_SECONDS)  # a person may end this process sooner
-        self._ended.set()
+        self._listener.shutdown()
         accepter.join(JOIN_SECONDS)
-        self._listening.close()
+        self._listener.server_close()
         self._close_all(reason)
 
     def end(self, reason: str) -> None:
@@ -152,64 +153,47 @@ class Server:
 
     # In the accepter's thread.
 
-    def _accept(self) -> None:
-        """Accept clients. Where the system has no descriptor or no thread, pause: the next try would come at once."""
-        while not self._ended.is_set():
-            try:
-                self._admit(*self._listening.accept())
-            except TimeoutError:
-                pass
-            except Exception as e:
-                log.error("cannot accept a connection: %s", e)
-                self._ended.wait(NO_ROOM_SECONDS)
+    def admit(self, sock: socket.socket, address: str) -> tuple[str, threading.Event]:
+        """Give a client a place. If there are too many, the address with most loses its oldest place.
 
-    def _admit(self, sock: socket.socket, address: Any) -> None:
-        """Give a client a place, then a thread. If there are too many, the address with most loses its oldest place."""
-        lost = threading.Event()
+        Return the client: its address, and the event for the loss of its place.
+        """
         with self._places_lock:
-            self._places[sock] = address[0], lost
+            client = self._places[sock] = address, threading.Event()
             if len(self._places) > PLACES:
                 most = Counter(held for held, _ in self._places.values()).most_common(1)[0][0]
                 oldest = next(each for each, (held, _) in self._places.items() if held == most)
                 _take_away(oldest, self._places.pop(oldest)[1])
-        reader = threading.Thread(
-            target=self._serve, args=(sock, address[0], lost), name=f"achilles-reader {address[0]}", daemon=True)
-        try:
-            reader.start()
-        except BaseException:
-            self._dismiss(sock)
-            sock.close()
-            raise
+        return client
 
-    def _dismiss(self, sock: socket.socket) -> None:
+    def dismiss(self, sock: socket.socket) -> None:
         """A client needs its place no longer, if it has it still. Any thread."""
         with self._places_lock:
             self._places.pop(sock, None)
 
     # In a connection's reader thread.
 
-    def _serve(self, sock: socket.socket, address: str, lost: threading.Event) -> None:
-        """Authenticate a client, then read its frames until it is gone.
+    def serve(self, sock: socket.socket, client: tuple[str, threading.Event], _: object) -> None:
+        """Authenticate a client, then read its frames until it is gone. The listener closes the socket.
 
-        :param lost: is set when the client loses its place. Without it, the client has no right to a thread either.
+        :param client: see `admit`. A client that has lost its place has no right to a thread either.
         """
+        address, lost = client
+        threading.current_thread().name = f"achilles-reader {address}"
         self._readers.add(threading.current_thread())
         try:
             connect.set_options(sock)
             link, role, user = connect.accept(
                 sock, self._find_keys, time.monotonic() + HANDSHAKE_SECONDS, self._tls_keys,
                 hold=lambda: lost.wait(REFUSAL_SECONDS))
-            self._dismiss(sock)
+            self.dismiss(sock)
             self._serve_peer(Peer(link, role, user.decode(errors="replace"), address))
         except AuthenticationError as e:
             log.warning("refused %s: %s", address, e)
         except (OSError, ProtocolError) as e:
             log.info("%s did not authenticate: %s", address, e)
-        except Exception:
-            log.exception("a connection failed: %s", address)
         finally:
-            self._dismiss(sock)
-            sock.close()
+            self.dismiss(sock)
             self._readers.discard(threading.current_thread())
 
     def _find_keys(self, user: bytes) -> list[bytes]:
@@ -263,21 +247,42 @@ def run_server(
     return 130 if signal.SIGINT in told else 0
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, and looks up from that. AddressError, with a remedy, if that fails."""
-    try:
-        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        listening = socket.create_server(
-            address[:2], family=family, backlog=BACKLOG,
-            dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6())
-    except OSError as e:
-        reason = REASONS.get(e.errno or 0, f"{e.strerror or e}; is this an address of this machine? --bind 0.0.0.0 "
-                                           "listens at all of them")
-        error = AddressError(f"the server cannot listen at {host}:{port}: {reason}")
-        error.errno = e.errno
-        raise error from e
-    listening.settimeout(POLL_SECONDS)
-    return listening
+class _Listener(socketserver.ThreadingTCPServer):
+    """Accepts clients. Where the system has no descriptor or thread, it pauses: the next try would come at once."""
+
+    allow_reuse_address = os.name == "posix"  # elsewhere that option lets another process take the port over
+    daemon_threads = True  # the server joins its readers itself, with a deadline
+    request_queue_size = BACKLOG
+
+    def __init__(self, host: str, port: int, server: Server) -> None:
+        """Listen. AddressError, with a remedy, if that fails."""
+        self._server = server
+        try:
+            (self.address_family, *_, address), *_ = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            super().__init__(address[:2], server.serve)  # type: ignore[arg-type]
+        except OSError as e:
+            reason = REASONS.get(e.errno or 0, f"{e.strerror or e}; is this an address of this machine? --bind "
+                                               "0.0.0.0 listens at all of them")
+            error = AddressError(f"the server cannot listen at {host}:{port}: {reason}")
+            error.errno = e.errno
+            raise error from e
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a client. It has a place before it has a thread."""
+        try:
+            sock, address = super().get_request()
+        except OSError as e:
+            log.error("cannot accept a connection: %s", e)
+            threading.Event().wait(NO_ROOM_SECONDS)
+            raise
+        return sock, self._server.admit(sock, address[0])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Our own error in a reader thread, or no thread for the reader or the writer: then pause as well."""
+        self._server.dismiss(request)
+        log.exception("a connection failed: %s", client_address[0])
+        threading.Event().wait(NO_ROOM_SECONDS)
 
 
 def _take_away(sock: socket.socket, lost: threading.Event) -> None:

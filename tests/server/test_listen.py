@@ -196,7 +196,7 @@ def test_other_reasons_not_to_listen_are_told_with_a_remedy(monkeypatch, number,
     def create(*args, **options):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(socket, "create_server", create)
+    monkeypatch.setattr(listen._Listener, "server_bind", create)
     with pytest.raises(AddressError, match=text) as caught:
         Server(settings(80))
     assert "127.0.0.1:80" in str(caught.value) and caught.value.errno == number
@@ -361,26 +361,26 @@ def test_who_loses_its_place_while_it_is_refused_has_no_thread_any_more(running,
 
 def test_a_connection_has_its_place_before_it_has_a_thread(running, monkeypatch):
     """A crowd of threads that have not begun is no larger than the places."""
-    found, begin = [], threading.Thread.start
+    found, begin = [], running._listener.process_request
 
-    def note(thread):
-        found.append(len(running._places) == 1)
-        begin(thread)
+    def note(request, client):
+        found.append(request in running._places)
+        begin(request, client)
 
-    monkeypatch.setattr(threading.Thread, "start", note)
+    monkeypatch.setattr(running._listener, "process_request", note)
     silent(running.address[1]).close()
     assert found == [True]
 
 
 def test_who_loses_its_place_before_its_thread_runs_is_closed_in_silence(running, monkeypatch, caplog):
     monkeypatch.setattr(listen, "PLACES", 1)
-    begin, go_on = running._serve, threading.Event()
+    begin, go_on = running._listener.process_request_thread, threading.Event()
 
-    def wait(*client):
+    def wait(request, client):
         assert go_on.wait(SECONDS)
-        begin(*client)
+        begin(request, client)
 
-    monkeypatch.setattr(running, "_serve", wait)
+    monkeypatch.setattr(running._listener, "process_request_thread", wait)
     first, second = (socket.create_connection(("127.0.0.1", running.address[1]), timeout=SECONDS) for _ in range(2))
     with first, second:
         assert first.recv(1) == b"", "the second one has taken its place"
@@ -519,12 +519,9 @@ sys.path.insert(0, sys.argv[1])
 from fakes import settings
 from achilles.server.listen import Server
 made = Server(settings())
-accepts, real = [], made._listening
-class Counted:
-    def accept(self):
-        accepts.append(1)
-        return real.accept()
-made._listening = Counted()
+accepts = []
+real = made._listener.get_request
+made._listener.get_request = lambda: accepts.append(1) or real()
 import os
 resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3,) * 2)
 threading.Thread(target=made.run, daemon=True).start()
@@ -555,7 +552,7 @@ def test_without_descriptors_accepting_does_not_spin():
     assert took > listen.NO_ROOM_SECONDS and int(accepts) < 50 and float(seconds) < 5
 
 
-@pytest.mark.parametrize("name", ["achilles-reader", "achilles-writer"])
+@pytest.mark.parametrize("name", ["process_request_thread", "achilles-writer"])
 def test_without_threads_it_goes_on_and_does_not_spin(running, monkeypatch, caplog, name):
     """As where systemd's TasksMax is reached: whoever came then is closed, and the next one gets in."""
     real, failed = threading.Thread.start, []
