@@ -13,12 +13,21 @@ from conftest import SECONDS, wait_until
 from achilles.controller.call import Call
 from achilles.controller.job import Job
 from achilles.controller.link import Link
+from achilles.dropin.base_pool import Dispatcher
 from achilles.objects import letters, outcomes
 from achilles.protocol.frames import MORE, Batch, Gone, Kind, Status, joined, letter_of
 
-__all__ = ["MOMENT_SECONDS", "FakeLink", "begin", "begin_fed", "begin_fixture", "make_job", "take_all", "values"]
+__all__ = [
+    "MOMENT_SECONDS", "FakeLink", "OpenCalls", "begin", "begin_fed", "begin_fixture", "make_job", "take_all", "values"]
 
 MOMENT_SECONDS = 0.25  # for what must not happen
+
+
+class OpenCalls(Dispatcher):
+    """A dispatcher without a thread: its table of open calls."""
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.open = link, {}  # type: ignore[assignment]
 
 
 class FakeLink(Link):

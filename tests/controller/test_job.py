@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from conftest import SECONDS
-from fake_link import FakeLink, begin_fed, begin_fixture, make_job, take_all, values  # noqa: F401
+from fake_link import FakeLink, OpenCalls, begin_fed, begin_fixture, make_job, take_all, values  # noqa: F401
 
 from achilles.controller.call import NotYet
 from achilles.controller.results import NOBODY
-from achilles.dropin.dispatcher import Dispatcher, Singles
+from achilles.dropin.base_pool import Singles
 from achilles.errors import LetterAltered, ProtocolError, TaskTimeout, WorkerLost
 from achilles.objects import letters
 from achilles.objects.outcomes import mark
@@ -411,13 +411,12 @@ class Entry:
     def __init__(self):
         self.answers = []
 
-    def keep(self, answer):
+    def answer(self, answer):
         self.answers.append(answer)
-        return True
 
     @property
     def error(self):
-        _, _, _, error = self.answers[0]
+        _, _, error = self.answers[0]
         return error
 
 
@@ -425,7 +424,7 @@ def submit(link, job, argument):
     entry = Entry()
     with link.lock:
         if job.sink is NOBODY:
-            job.sink = Singles(Dispatcher(link), job, None)
+            Singles(OpenCalls(link), job, None)
         found, = letters.dump_chunks(job.context, [argument], 1)
         job.sink.enter(entry, letter_of(found))
         link.fill()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
-from fake_link import FakeLink
+from fake_link import FakeLink, OpenCalls
 
 from achilles.controller.results import WINDOW_BYTES, Results
 from achilles.controller.run import Run
-from achilles.dropin.dispatcher import Dispatcher, Singles
+from achilles.dropin.base_pool import Singles
 from achilles.errors import ProtocolError
 
 
@@ -335,9 +336,8 @@ class Entry:
     def __init__(self):
         self.said = []
 
-    def keep(self, answer):
+    def answer(self, answer):
         self.said.append(answer)
-        return True
 
 
 @pytest.fixture
@@ -345,9 +345,9 @@ def singles():
     """Singles of a job that there is not; `idle` has what the link is told to keep when no call waits any more."""
     link, idle = FakeLink(), []
     link.keep = lambda *kept: idle.append(kept)
-    made = Singles(Dispatcher(link), "the job", "its key")
+    made = Singles(OpenCalls(link), SimpleNamespace(), "its key")
     made.idle = idle
-    made._dispatcher.open[made] = made._dispatcher.singles["its key"] = made
+    made._dispatcher.open["its key"] = made, None
     with link.lock:
         yield made
 
@@ -357,8 +357,8 @@ def test_each_entry_gets_its_answer_and_the_last_one_leaves_the_job_idle(singles
     singles.put(answered(0, "a"))
     assert not singles.idle
     singles.put(answered(1, "b"))
-    assert first.said == [("the job", 0, b"a", None)] and second.said == [("the job", 0, b"b", None)]
-    assert singles.idle == [("its key", "the job")] and not singles.entries and not singles._dispatcher.singles
+    assert first.said == [(singles.job, 0, b"a")] and second.said == [(singles.job, 0, b"b")]
+    assert singles.idle == [("its key", singles.job)] and not singles.entries and not singles._dispatcher.open
     singles.put(answered(0, "a"))
     assert len(singles.idle) == 1, "once"
 

@@ -333,7 +333,7 @@ def _altered(bench: Bench, times: int, *, at_node: bool, up: bool) -> Call:
     rule.spoil, rule.times = b"mark" * 8, times
     call = bench.call(cluster, "imap", echo, args, **({} if at_node else {"port": proxy.port}))
     found = call.result(30)
-    assert not rule.times, "nothing was altered"
+    assert rule.times < times and (times > 2 or not rule.times), "nothing was altered"
     assert proxy.accepted == 1 or (times > 1 and up and not at_node), "the connection was given up"
     assert {n: v for n, v in found.items() if n != 3} == {n: v for n, v in enumerate(args) if n != 3}
     assert 3 in call.errors or found[3] == args[3], "what was altered was taken for right"
@@ -349,10 +349,11 @@ def altered(bench: Bench) -> None:
             assert not _altered(bench, times, at_node=at_node, up=up).errors
 
 
-@fault(6, "one bit of a letter is turned, three times in a row", short=True)
+@fault(6, "one bit of a letter is turned, each time that it travels", short=True)
 def altered_always(bench: Bench) -> None:
+    """Three that are opened end it. A batch may go back unopened, from a worker that begins late."""
     for at_node, up in ((False, True), (True, True)):
-        call = _altered(bench, 3, at_node=at_node, up=up)
+        call = _altered(bench, 1000, at_node=at_node, up=up)
         assert isinstance(call.errors[3], LetterAltered), call.errors
 
 

@@ -35,7 +35,6 @@ NOT_OURS = {
     "*FailingInitializerTest.test_initializer": "What an initializer raises is raised by each call.",
     "*.test_python_finalization_error": "It breaks the start of a thread that ProcessPoolExecutor has.",
     "*.test_max_tasks_per_child_defaults_to_spawn_context": "How workers are started is their node's choice.",
-    "*.test_no_stale_references": "The functions of the last calls are held, for the next one to be compared.",
     "*.test_traceback": "The cause of an error is the RemoteTraceback of Pool, not the one of ProcessPoolExecutor.",
     "*.test_interpreter_shutdown": "What a worker prints appears at its node.",
     "*.test_hang_gh83386": "Its script uses a module that it does not import; a ProcessPoolExecutor skips it.",
