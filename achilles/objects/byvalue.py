@@ -3,8 +3,8 @@
 Knows names.py and the makers of loading.py. Knows no letters: definitions.py chooses their things and the order.
 
 A pickle has a number in place of each thing that its definitions bring: functions, classes and cells by value, and
-values that must be one thing everywhere. Outside arguments and results, all values with tokens have numbers. `refs` has the
-entries in the order of the numbers. A maker names a function or class once: pickle's memo is quicker than a hook.
+values that must be one thing everywhere. Outside arguments and results, all values with tokens have numbers. `refs` has
+the entries in the order of the numbers. A maker names a function or class once: pickle's memo is quicker than a hook.
 
 An entry's thing is dumped in two halves, as in pickle's reductions: a maker with its arguments, then the rest. So
 things may need each other: all are made before any is filled.
