@@ -8,10 +8,10 @@ A letter::
 The pieces are the pickle, the definitions (a letter, or nothing) and the buffers. Form 2 in place of 1 is a chunk with
 offsets to skip: see letters.py.
 
-The pickle of definitions is a list of items, each with its own pickle: the first half makes the thing, the second fills it.
-No hook of a class runs again, such as `__init_subclass__` or a metaclass's `__new__`: the attributes have its result. A
-class keeps the attributes that came by letter under CAME. So they differ from attributes that running code has set, and
-they end with the class.
+The pickle of definitions is a list of items, each with its own pickle: the first half makes the thing, the second
+fills it. No hook of a class runs again, such as `__init_subclass__` or a metaclass's `__new__`: the attributes have its
+result. A class keeps the attributes that came by letter under CAME. So they differ from attributes that running code
+has set, and they end with the class.
 
 Knows names.py. A pickle names a maker by a persistent id, never by an import path: the package may have another name
 elsewhere. One thread uses a Loader. That thread has the context's lock while it loads definitions.
