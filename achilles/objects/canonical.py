@@ -1,7 +1,7 @@
 """The canonical form of an object: a digest that is the same in each process, as long as the object is.
 
-Knows pickle's hooks, functions and classes. Knows no letters, files or calls. A journal compares these digests. No code
-loads a canonical form. A journal's values are loaded, to see that they can be.
+Knows pickle's hooks, functions and classes. Knows no letters, files or calls. A journal compares these digests: no code
+loads a canonical form. It loads a journal's values only to see that they can be loaded.
 
 ::
 
@@ -15,9 +15,9 @@ loads a canonical form. A journal's values are loaded, to see that they can be.
     any other object           as pickle takes it apart
 
 A function, class or module is the user's if it is neither installed nor of this package. A module without a file is the
-user's, unless Python or an installed package has it. Code counts by its instructions, constants and names. Line numbers
-and paths do not count: a moved script or a new comment changes nothing. Equal texts are one text. A function or class
-is a number in its place, and is written behind its holders.
+user's, unless Python or an installed package has it. Code counts by its instructions, constants and names, not by line
+numbers and paths: a moved script or a new comment changes nothing. Equal texts are one text. A function or class is a
+number in its place, and is written behind its holders.
 
 Limits: modules that a function itself imports, the versions of installed packages and annotations do not count. In a
 function, a value that pickle cannot take apart counts by its type: a lock, an open file. As an argument, it has no
@@ -64,9 +64,9 @@ PRIVATE, FIELDS = "__pydantic_", "__pydantic_fields__"  # a class's tables, whic
 class Canonical(pickle.Pickler):
     """Writes a canonical form into a digest.
 
-    :param of_thing: for an argument: gives the digests of functions, classes and modules. By default they are written
-        here, and values that pickle cannot take apart count by their types.
-    :param met: of the Canonical that holds the set, for an item of a set.
+    :param of_thing: for an argument: digests of functions, classes and modules. By default they are written here, and
+        values that pickle cannot take apart count by their types.
+    :param met: the set's `_met`, for an item of a set.
     """
 
     def __init__(self, of_thing: Callable[[Any], str] | None, met: dict[int, tuple[int, Any]] | None = None) -> None:
@@ -86,7 +86,7 @@ class Canonical(pickle.Pickler):
         return self.digest.hexdigest()
 
     def persistent_id(self, thing: Any) -> Any:
-        """The object that is written in place of a thing; None where pickle takes the thing apart."""
+        """The object in place of a thing; None where pickle takes the thing apart."""
         kind = type(thing)
         if kind is str or kind is bytes:
             return self._ones.setdefault(thing, thing)
@@ -152,7 +152,7 @@ def digest_of(value: Any, of_thing: Callable[[Any], str] | None = None) -> str:
 
 
 def digests_of(function: Any) -> dict[str, str]:
-    """The digests of a function by the names of its parts: its code with the held values, and each global."""
+    """The digests of a function by its parts' names: its code with the held values, and each global."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if type(function) is not FunctionType or not is_users(function.__module__):
         return {f"the function {name}": digest_of(function)}
@@ -161,9 +161,9 @@ def digests_of(function: Any) -> dict[str, str]:
 
 
 def dump_values(values: list[Any]) -> bytes | None:
-    """Values as a plain letter; None if an import does not find the class of a value.
+    """Values as a plain letter; None if an import does not find a class.
 
-    The same script loads the letter in another process: its classes are in `__main__` there, too.
+    The same script loads the letter later: its classes are in `__main__` there, too.
     """
     with contextlib.suppress(Exception):
         return pickle.dumps(values, PICKLE)
@@ -180,7 +180,7 @@ def can_load(letter: bytes) -> bool:
 
 @functools.lru_cache(REMEMBERED)
 def is_users(module: Any) -> bool:
-    """Whether a module, by its name, is not installed. The user's code made a module that is not in `sys.modules`."""
+    """Whether a module is the user's, by its name: so is a name that is not in `sys.modules`."""
     name = str(module)
     if name.partition(".")[0] in sys.stdlib_module_names or f"{name}.".startswith(f"{PACKAGE}."):
         return False

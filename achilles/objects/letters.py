@@ -1,11 +1,11 @@
 """Letters: users' objects as bytes, and back.
 
-Only the caller and the workers use letters. A node imports this module for the workers that it forks. It chooses the
-way of dumping, and knows no job, frame or peer. loading.py has the form of a letter.
+Only the caller and the workers use letters; a node imports this module for its workers. It chooses the way of dumping,
+and knows no job, frame or peer. loading.py has the form of a letter.
 
 Two ways::
 
-    1 plain     C pickle, where it neither fails nor names ``__main__``, which is another module elsewhere; else
+    1 plain     C pickle, if it neither fails nor names ``__main__``, which differs elsewhere; else
     2 by value  C pickle with byvalue's hooks: functions, classes, things that belong to them, and rare types
 
 A letter of form 2 is a chunk with arguments to skip: a pickle of their offsets, then the chunk's letter.
@@ -14,7 +14,7 @@ Globals: in a worker, all functions by value of one module and context share one
 has set there stays. A global that a letter brought stays until a letter brings another version.
 
 Classes: one class of the caller is one class in a worker, also after the caller's changes. An attribute that running
-code has set in the worker stays. A letter to the caller only names the caller's functions and classes.
+code has set there stays. A letter to the caller only names the caller's functions and classes.
 
 Threads: feeders dump and takers load at once. A context's lock guards its tables while definitions are dumped and
 loaded, not while arguments and results are. The lock is reentrant: user code may run under it.
@@ -47,7 +47,7 @@ GLOBAL_OPCODE = b"\x93"  # without it, a pickle names no module (STACK_GLOBAL, p
 CHUNK_BYTES = 65_536  # of a first chunk: a larger chunk may hold arrays, which travel beside the pickle
 FEW_ITEMS = 64  # of a longer list, the pickle is searched for names: quicker than a look at each type
 REPR_CHARACTERS = 500  # of a value that could not be dumped
-ROOTS_KEPT = 1024  # functions and classes of arguments, held until their results come: nobody else may hold them
+ROOTS_KEPT = 1024  # functions and classes of arguments, held for their results: nobody else may hold them
 LETTERS_KEPT, LETTER_BYTES = 16, 1 << 17  # of definitions, loaded once; the things of a larger letter are not held
 
 OWN_MAIN, OWN_ARGV = sys.modules["__main__"], sys.argv  # of this process
@@ -94,12 +94,12 @@ class Context:
     def dump(self, value: Any, what: str | None = None, plain: bool = True, copied: bool = False) -> list[Buffer]:
         """Turn an object into the parts of a letter, to be sent end to end.
 
-        A large contiguous buffer is a part of its own, without a copy. In the caller, a function or initializer shares
-        the objects of its globals, defaults, closure and classes, in the worker, too.
+        A large contiguous buffer is a part of its own, without a copy. A function or initializer of the caller shares
+        the objects in its globals, defaults, closure and classes.
 
         :param what: the object's name in an error; by default its own name or its type.
         :param plain: whether C pickle alone is tried first.
-        :param copied: whether this is an argument: a copy, even of an object that has a token. A list always is.
+        :param copied: whether this is an argument: a copy, even with a token. A list always is.
         :raises DumpError: neither way can dump the object.
         """
         shared = type(value) is not list and self._caller and not copied
@@ -153,9 +153,9 @@ class Context:
 
 
 def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
-    """Turn consecutive arguments into the letter of a chunk, with no offset to skip.
+    """Turn consecutive arguments into the letter of a chunk.
 
-    :raises DumpError: the message names the type of the first argument that cannot be dumped.
+    :raises DumpError: names the type of the first argument that cannot be dumped.
     """
     try:
         return dump_plain(arguments) or context.dump(arguments, "a chunk of arguments", plain=False)
@@ -182,7 +182,7 @@ def dump_chunks(context: Context, arguments: list[Any], size: int) -> list[Buffe
 
 
 def dump_plain(value: Any) -> list[Buffer] | None:
-    """The letter of a value by C pickle alone; None if that fails, or names a module that other processes lack."""
+    """The letter of a value by C pickle alone; None if pickle fails or other processes lack a module."""
     if type(value) is list and len(value) <= FEW_ITEMS and (
             type(value[0]) in ATOMS if len(value) == 1 else ATOMS.issuperset(map(type, value))):
         return [pickle.dumps(value, PICKLE)]
@@ -206,12 +206,12 @@ def joined(parts: Sequence[Buffer]) -> Buffer:
 
 
 def dump_function(context: Context, value: tuple[Any, ...], what: str | None = None) -> bytes:
-    """Turn a function and its callback, or an initializer and its arguments, into a letter, in the caller.
+    """Turn a function and its callback, or an initializer and its arguments, into a letter.
 
     Each dump refreshes the context. The letter is the same if nothing has changed. A function that needs only
     constants, imports and such functions is compared by identity from its second dump on. Any thread may call this.
 
-    :param what: the value's name in an error; by default the `name_of` the function.
+    :param what: the value's name in an error; by default the function's.
     :raises DumpError: as `Context.dump` does.
     """
     context.refresh()
@@ -236,9 +236,9 @@ def name_of(function: Any) -> str:
 
 
 def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer]:
-    """The letter of the same chunk, with these offsets to skip: 0 to the count of its arguments - 1.
+    """The letter of a chunk with these offsets to skip, instead of earlier offsets.
 
-    :param parts: a letter of `dump_chunk` or of this function. The new offsets replace the old.
+    :param offsets: each from 0 to the count of arguments - 1.
     """
     letter = memoryview(joined(parts))
     if letter[0] == SKIPPING:

@@ -10,9 +10,9 @@ is a global in it.
 
 Threads: the lock guards all entries, and the context's tables.
 
-Limits: an entry of a thing with weak references lives as long as the thing, among the last OWNED_KEPT entries. The
-entry of a list or cell holds it, and lives as long as the entries that refer to it. Spaces of scripts live for ever.
-The last KEPT other spaces and things of functions or initializers stay without use.
+Limits: an entry of a thing with weak references lives with the thing, among the last OWNED_KEPT entries. The entry of a
+list or cell holds it, and lives as long as the entries that refer to it. Spaces of scripts live for ever. The last KEPT
+other spaces and things of functions or initializers stay without use.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Entry:
     """A thing with a token.
 
     :ivar named: whether letters say the token. Functions that are no globals, and lists that only they hold, are not
-        named. So a lambda that is made again and again has the same letter each time.
+        named: a lambda that is made again has the same letter.
     :ivar state: the content at the last dump: its digest with the tokens in it, and their versions.
-    :ivar facts: the objects that a function referred to, just before that.
-    :ivar refs: the entries in the content, and a function's globals. They live as long as this entry.
-    :ivar place: of the thing, for errors: ("global", "log", "work") is the global log of the function work.
+    :ivar facts: the objects that a function referred to, just before the dump.
+    :ivar refs: the entries in the content, and a function's globals: they live as long as this entry.
+    :ivar place: of the thing, for errors: ("global", "log", "work") is the global log of function work.
     :ivar is_one: whether arguments, too, refer to the thing, and bring no copy.
     """
 
@@ -157,8 +157,7 @@ class Names:
     def name(self, thing: Any, token: bytes = b"", kind: type[Entry] = Entry) -> Any:
         """The entry of a thing, made at need.
 
-        :param token: of a thing that came by letter.
-        :param kind: Space for a globals dict.
+        :param token: of a thing that came by letter.  :param kind: Space for a globals dict.
         """
         with self.lock:
             entry = self.find(thing)
@@ -169,7 +168,7 @@ class Names:
             return entry
 
     def own(self, entry: Entry) -> Entry:
-        """Let an entry that letters name live as long as its thing."""
+        """Let an entry that letters name live with its thing."""
         if entry.named and entry.is_weak:
             self.owned.pop(entry.key, None)
             self.owned[entry.key] = entry
@@ -180,7 +179,7 @@ class Names:
     def hold(self, value: Any, place: tuple[str, str, str] | None, is_named: bool = True) -> Entry | None:
         """The entry of a value that a thing holds; None for a value that needs no name.
 
-        :param is_named: whether letters say the token of the holder.
+        :param is_named: whether letters say the holder's token.
         """
         if by_import(value) or is_stream(value):
             return None
@@ -263,10 +262,7 @@ def builtin_base(cls: type) -> Any:
 
 
 def slots_of(function: FunctionType, names: Any) -> dict[str, Any]:
-    """The globals of a function that no import gives.
-
-    Of an imported module, these are names that are no identifiers: pytest writes them into a module.
-    """
+    """The globals of a function that no import gives: pytest writes non-identifiers into an imported module."""
     space = names.name(function.__globals__, kind=Space)
     found = [name for name in global_names(function.__code__)
              if name in space.thing and name not in ("__name__", "__builtins__")]
