@@ -38,7 +38,7 @@ class AchillesError(Exception):
 
 
 class ConfigurationError(AchillesError, ValueError):
-    """A setting is missing, malformed or unsafe; the message names the setting and every way to give it."""
+    """A setting is missing, malformed or unsafe; the message names every way to give it."""
 
 
 class AuthenticationError(AchillesError, PermissionError):
@@ -79,7 +79,7 @@ class DumpError(AchillesError, TypeError):
 
 
 class LetterTooLarge(AchillesError, ValueError):
-    """A function or one argument has more bytes than may travel in one piece."""
+    """A function or an argument has more bytes than may travel in one piece."""
 
 
 class TaskError(AchillesError, RuntimeError):

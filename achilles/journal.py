@@ -1,6 +1,6 @@
 """A journal: a file that keeps a call's results, so that the caller's death costs only the chunks under way.
 
-Knows arguments, results and a file. Knows no connection: `controller/call.py` asks for kept results and reports taken
+Knows arguments, results and a file, no connection: `controller/call.py` asks for kept results and reports taken
 results. Only a call with a journal imports this module.
 
 ::
@@ -13,12 +13,12 @@ results. Only a call with a journal imports this module.
 
 A journal's promises:
 
-1. A delivered chunk, or a delivered list of a list of lists, is in the file. A new start with the file delivers it from
-   there. A chunk under way runs again.
-2. The digest of a chunk is the digest of its arguments' canonical form (objects/canonical.py). A chunk with other
-   arguments, or at another index, runs. An argument without a canonical form runs each time.
-3. The first line names the function, the callback and the chunksize. Another value is a ValueError that names the file
-   and the difference. The cluster, `timeout`, `buffersize` and the order of results may change.
+1. A delivered chunk, or a delivered list of a list of lists, is in the file. The next start with the file delivers it
+   from there. A chunk under way runs again.
+2. A chunk's digest is of its arguments' canonical form (objects/canonical.py). A chunk with other arguments, or at
+   another index, runs. An argument without a canonical form runs each time.
+3. The first line names the function, the callback and the chunksize. A ValueError names the file and the difference.
+   The cluster, `timeout`, `buffersize` and the order of results may change.
 4. A chunk with a failed argument is not kept, and runs again. So does a chunk with a result that C pickle cannot dump
    or load: a RuntimeWarning says so once.
 5. A line has a checksum and ends at a newline. So a torn or altered line loses only its own results, which run again. A
@@ -26,8 +26,8 @@ A journal's promises:
 6. The file belongs to its owner alone (0600). Pickle loads its results, so its writers can run code here. A file that
    others may write to is a ValueError. So is a file that is no journal, or is in use.
 7. A module beside the script (objects/sources.py) counts by the imported parts that the function names. So a comment or
-   a change elsewhere in it is no other function. But nodes run the file. A file that has changed since its import is a
-   ValueError: the digests would be of other code. The remedy is a new process, which loses nothing.
+   a change elsewhere in it is no other function. But nodes run the file. So a change of the file since its import is a
+   ValueError. The remedy is a new process, which loses nothing.
 
 A packet is one chunk, or one list: so the packets of all runs are the same. A chunk goes when it is complete: an input
 that waits for results of its own call needs chunksize=1.

@@ -84,7 +84,7 @@ OPTIONS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": 
 
 
 class Dumper(pickle.Pickler):
-    """One attempt to dump by value.
+    """An attempt to dump by value.
 
     :ivar entry: the dumped entry; None for arguments, results, and functions with their callbacks.
     :param reduced: the reduction of the entry's thing; by default made here.
@@ -134,7 +134,7 @@ class Dumper(pickle.Pickler):
         return number
 
     def reducer_override(self, thing: Any) -> Any:
-        """Take apart a thing that pickle cannot, or would name by an import that fails elsewhere."""
+        """Take apart a thing that pickle cannot, or names by an import that fails elsewhere."""
         kind = type(thing)
         if kind in self.plain:
             return NotImplemented
@@ -145,7 +145,7 @@ class Dumper(pickle.Pickler):
             return self._refer(thing) if travels_by_value(thing) else NAMELESS.get(id(thing), NotImplemented)
         if is_stream(thing):  # a notebook's stream is no file
             return self._stream(thing)
-        # An exception's `__init__` may take other arguments than its built-in base. Pickle asks an empty instance for
+        # An exception's `__init__` may take other arguments than its base. Pickle asks an empty instance for
         # `__setstate__`: some `__getattr__` then never end.
         special = "__init__" if isinstance(thing, BaseException) else "__getattr__"
         return self._instance(kind, thing) if travels_by_value(kind) or has_own(kind, special) else NotImplemented
@@ -167,7 +167,7 @@ class Dumper(pickle.Pickler):
         has_state = has_own(cls, "__getstate__", "__getnewargs__", "__getnewargs_ex__")
         if has_own(cls, *REDUCES) or not (is_error or (self.shares and maker is NEW and not has_state)):
             return found
-        # The built-in base makes the instance: its class's `__new__`, `__init__` and `__setstate__` are not called.
+        # The built-in base makes the instance, without the class's `__new__`, `__init__` and `__setstate__`.
         if is_error:  # the state has an ImportError's name
             names = copyreg._slotnames(cls)  # type: ignore[attr-defined]
             state = None, {**(state or {}), **{name: getattr(thing, name) for name in names if hasattr(thing, name)}}
@@ -180,7 +180,7 @@ class Dumper(pickle.Pickler):
         return MAKERS["thing"], (self.refs.setdefault(self.names.name(thing), len(self.refs)),)
 
     def _one(self, thing: Any, *reduced: Any) -> Any:
-        """A value that must be one thing everywhere: its number, or its reduction if it is the dumped thing."""
+        """A value that must be one thing everywhere: its number, or its reduction if it is dumped here."""
         entry = self.names.name(thing)
         entry.is_one = True
         return reduced if entry is self.entry else self._refer(thing)
@@ -226,7 +226,7 @@ def dump_code(code: types.CodeType) -> bytes:
 
 
 def has_own(cls: type, *names: str) -> bool:
-    """Whether a class has one of these methods in Python, not in C."""
+    """Whether a class has any of these methods in Python, not in C."""
     return any(isinstance(getattr(cls, name, None), types.FunctionType) for name in names)
 
 

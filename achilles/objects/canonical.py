@@ -1,7 +1,7 @@
 """The canonical form of an object: a digest that is the same in each process, as long as the object is.
 
-Knows pickle's hooks, functions and classes. Knows no letters, files or calls. A journal compares these digests: no code
-loads a canonical form. It loads a journal's values only to see that they can be loaded.
+Knows pickle's hooks, functions and classes. Knows no letters, files or calls. A journal compares these digests. No code
+loads a canonical form. `can_load` loads a journal's values, only as a check.
 
 ::
 

@@ -9,12 +9,12 @@ The pieces are the pickle, the definitions (a letter, or nothing) and the buffer
 offsets to skip: see letters.py.
 
 The pickle of definitions is a list of items, each with its own pickle: the first half makes the thing, the second
-fills it. No hook of a class runs again, such as `__init_subclass__` or a metaclass's `__new__`: the attributes have its
-result. A class keeps the attributes that came by letter under CAME. So they differ from attributes that running code
-has set, and they end with the class.
+fills it. No hook of a class, such as `__init_subclass__` or a metaclass's `__new__`, runs again: the attributes have
+its result. CAME of a class has the attributes that came by letter, to tell them from attributes that running code has
+set.
 
 Knows names.py. A pickle names a maker by a persistent id, never by an import path: the package may have another name
-elsewhere. One thread uses a Loader. That thread has the context's lock while it loads definitions.
+elsewhere. One thread uses a Loader, with the context's lock while it loads definitions.
 
 Limits: buffers under OUT_OF_BAND_BYTES travel inside the pickle.
 """

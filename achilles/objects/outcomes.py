@@ -37,7 +37,7 @@ def dump_outcomes(context: Context, values: list[Any],
         try:
             found = _error_entry(context, errors[offset]) if offset in errors else b"".join(context.dump(value))
         except DumpError as error:
-            found = *_error_entry(context, encoding_error(own_error(error), value))[:2], ""  # its traceback has no user code
+            found = *_error_entry(context, encoding_error(own_error(error), value))[:2], ""  # of no user code
         outcomes.append(found)
     return True, context.dump([outcomes, context.node])
 
