@@ -1,9 +1,8 @@
 """Every exception that achilles raises for a reason of its own.
 
-Each class is also the built-in exception that a caller would catch. So
-``except TimeoutError`` or ``except ConnectionError`` work without an import
-from here. Exceptions of the caller's own function are not in this tree: they
-come back as themselves.
+Each class is also a built-in exception. So ``except TimeoutError`` works
+without an import from here. Exceptions of the caller's own function are not
+in this tree: they come back as themselves.
 
 ::
 
@@ -24,7 +23,7 @@ come back as themselves.
           +-- LetterAltered                        its bytes were altered on the way, three times in a row
           +-- RemoteError                          its exception could not be rebuilt here; this is the text
 
-Knows nothing else of achilles and imports nothing. Any thread may raise any of them.
+Imports nothing. Any thread may raise any of them.
 """
 
 __all__ = [
@@ -35,11 +34,11 @@ __all__ = [
 
 
 class AchillesError(Exception):
-    """The root of the tree: every complaint of achilles itself."""
+    """The root of the tree."""
 
 
 class ConfigurationError(AchillesError, ValueError):
-    """A setting is missing, malformed or unsafe; the message names it and every way to give it."""
+    """A setting is missing, malformed or unsafe; the message names every way to give it."""
 
 
 class AuthenticationError(AchillesError, PermissionError):
@@ -47,11 +46,11 @@ class AuthenticationError(AchillesError, PermissionError):
 
 
 class ServerUnreachable(AchillesError, ConnectionError):
-    """No connection to the server could be made, or a lost one not be restored in time."""
+    """No connection to the server was made, or a lost connection was not restored in time."""
 
 
 class ClusterKilled(AchillesError, ConnectionError):
-    """The cluster was ended by ``kill_cluster`` while a call was running."""
+    """``kill_cluster`` ended the cluster while a call was running."""
 
 
 class ProtocolError(AchillesError, ConnectionError):
@@ -59,7 +58,7 @@ class ProtocolError(AchillesError, ConnectionError):
 
 
 class AddressError(AchillesError, OSError):
-    """The server cannot listen at the address it was given."""
+    """The server cannot listen at its address."""
 
 
 class VersionError(AchillesError, RuntimeError):
@@ -71,7 +70,7 @@ class NoNodesError(AchillesError, TimeoutError):
 
 
 class DumpError(AchillesError, TypeError):
-    """A function or an argument cannot be turned into bytes; ``__cause__`` is the dumper's own error.
+    """A function or an argument cannot become bytes; ``__cause__`` is the dumper's own error.
 
     :ivar where: the global, default, variable or attribute that holds the object; "" for the function or argument.
     """
@@ -80,14 +79,14 @@ class DumpError(AchillesError, TypeError):
 
 
 class LetterTooLarge(AchillesError, ValueError):
-    """A function or one argument has more bytes than may travel in one piece."""
+    """A function or an argument has more bytes than may travel in one piece."""
 
 
 class TaskError(AchillesError, RuntimeError):
-    """One argument has no result, although its function raised nothing that could be shown.
+    """An argument has no result, and its function raised no exception that could be shown.
 
     :ivar index: the argument's place in ``args``, from 0; None until it is known.
-    :ivar node: the id of the node where it happened; None without a node.
+    :ivar node: the id of the node; None without a node.
     """
 
     index: int | None = None
@@ -95,10 +94,10 @@ class TaskError(AchillesError, RuntimeError):
 
 
 class WorkerLost(TaskError):
-    """The worker died under this argument three times, or ten nodes went down with it.
+    """The worker died under this argument three times, or ten nodes in a row did.
 
-    :ivar pid: the process id of the last such worker, on its node; None for lost nodes.
-    :ivar exitcode: how it ended, as in ``Process.exitcode``: the status, or minus the signal's number.
+    :ivar pid: the last worker's process id, on its node; None for lost nodes.
+    :ivar exitcode: as in ``Process.exitcode``: the status, or minus the signal's number; None for lost nodes.
     """
 
     pid: int | None = None
@@ -106,7 +105,7 @@ class WorkerLost(TaskError):
 
 
 class TaskTimeout(TaskError, TimeoutError):
-    """The call of the function with this argument took longer than ``timeout`` seconds."""
+    """The function took longer than ``timeout`` seconds with this argument."""
 
 
 class LetterAltered(TaskError):
@@ -114,4 +113,4 @@ class LetterAltered(TaskError):
 
 
 class RemoteError(TaskError):
-    """An exception that could not be rebuilt in the caller: its type, its text and its traceback."""
+    """An exception that could not be rebuilt in the caller: its type, text and traceback."""

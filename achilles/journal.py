@@ -1,46 +1,44 @@
-"""A journal: a file that keeps the results of a call, so that the caller's own death costs what was under way alone.
+"""A journal: a file that keeps a call's results, so that the caller's death costs only the chunks under way.
 
-Knows arguments, results and a file. Knows no connection: `controller/call.py` asks for what is there, and says what was
-taken. No call pays for this module that does not ask for it.
+Knows arguments, results and a file, no connection: `controller/call.py` asks for kept results and reports taken
+results. Only a call with a journal imports this module.
 
 ::
 
-    first line       {"achilles journal": 1, "the code of work": digest, "the global table": digest, …}
-    each other one   index digest base64(SHA-256 of all else in the line, then the results)
+    first line   {"achilles journal": 1, "the code of work": digest, "the global table": digest, …}
+    other lines  index digest base64(SHA-256 of all else in the line, then the results)
 
     feeder ─ recall(index, arguments) ─▶ the results, if this index has a line with the digest of these arguments
     the thread that takes ─ taken(index, results) ─▶ one more line, and only then the user has the results
 
-What a journal promises:
+A journal's promises:
 
-1. A chunk, or a list of a list of lists, that was delivered is in the file. Started again with the same file, it is
-   delivered from there and not run. What was under way is run again.
-2. The digest of a chunk is that of its arguments, in the canonical form of objects/canonical.py. A chunk that has other
-   arguments, or stands at another index, runs. An argument that has no such form runs each time.
-3. The first line says the function, the callback and the size of chunks. Another one of them is a ValueError that names
-   the file and what differs. The cluster, `timeout`, `buffersize` and the order of results may be others each time.
-4. A chunk in which an argument failed is not kept, and runs again. So does a chunk with a result that C pickle cannot
-   dump, or cannot load again: a RuntimeWarning says so once.
-5. A line is written whole, with a checksum. A torn or altered line loses its own results, which run again: a line ends
-   at a newline whatever is in it. A full disk is an OSError that names the file, and ends the call.
-6. The file is its owner's alone (0600). Results are loaded from it by pickle, so its writers can run code here. A file
-   that others may write to is a ValueError. So is a file that is no journal, or is in use.
-7. A module beside the script (objects/sources.py) counts by the parts of it that the function names, as this process
-   has imported them. So a comment in it, or a change elsewhere in it, is no other function. But nodes run the file. A
-   file that has changed since its import is a ValueError: the digests would be of other code. Its remedy is a new
-   process, which loses nothing.
+1. A delivered chunk, or a delivered list of a list of lists, is in the file. The next start with the file delivers it
+   from there. A chunk under way runs again.
+2. A chunk's digest is of its arguments' canonical form (objects/canonical.py). A chunk with other arguments, or at
+   another index, runs. An argument without a canonical form runs each time.
+3. The first line names the function, the callback and the chunksize. A ValueError names the file and the difference.
+   The cluster, `timeout`, `buffersize` and the order of results may change.
+4. A chunk with a failed argument is not kept, and runs again. So does a chunk with a result that C pickle cannot dump
+   or load: a RuntimeWarning says so once.
+5. A line has a checksum and ends at a newline. So a torn or altered line loses only its own results, which run again. A
+   full disk is an OSError that names the file, and ends the call.
+6. The file belongs to its owner alone (0600). Pickle loads its results, so its writers can run code here. A file that
+   others may write to is a ValueError. So is a file that is no journal, or is in use.
+7. A module beside the script (objects/sources.py) counts by the imported parts that the function names. So a comment or
+   a change elsewhere in it is no other function. But nodes run the file. So a change of the file since its import is a
+   ValueError. The remedy is a new process, which loses nothing.
 
-A packet is one chunk, or one list, in each run: so the packets of a run are those of the run before. A chunk goes when
-it is whole: an input that waits for results of its own call needs chunksize=1.
+A packet is one chunk, or one list: so the packets of all runs are the same. A chunk goes when it is complete: an input
+that waits for results of its own call needs chunksize=1.
 
-Limits: what was written and not synced is lost with the machine, though not with the process. Lines are never removed.
-The index of the file is in memory: some 200 bytes a line. Two calls are kept from one journal by flock, which some
-network file systems do not have.
+Limits: lines without a sync are lost with the machine, not with the process. Lines are never removed. The index of the
+file is in memory: some 200 bytes a line. flock keeps two calls from one journal; some network file systems lack it.
 
-When a module was imported is not known. So a change between its import and the first journal is told by two signs. The
-file is younger than the process, and is not the one that Python's cached bytecode is of. Without /proc, or where
-another process has cached the new file, the change is not noticed. Without cached bytecode, a module that this process
-has written and then imported counts as changed.
+The time of a module's import is unknown. So two signs tell a change between its import and the first journal: the file
+is younger than the process, and Python's cached bytecode is of another version. A change goes unnoticed without /proc,
+or where another process has cached the new file. Without cached bytecode, a module that this process has written and
+then imported counts as changed.
 
 Threads: the feeder reads, and the thread that takes writes, each by its own file object. `_lock` guards the end.
 """
@@ -71,23 +69,22 @@ __all__ = ["Journal"]
 
 NAME, VERSION = "achilles journal", 1
 CHECKSUM_BYTES = 32  # SHA-256
-HEADER_BYTES = 1 << 20  # far more than a first line has: another file may be one line
-LOCK_SECONDS, LOOK_SECONDS = 2.0, 0.02  # for the lock, as long as an iterator takes to close; between two attempts
-CLOCK_SECONDS = 0.02  # that the clocks of files and processes are behind; no process imports anything so soon
-CACHE_HEAD = struct.Struct("<4s3I")  # of cached bytecode: magic number, flags, time and size of the source
+HEADER_BYTES = 1 << 20  # far more than a first line has: another file may have no newline
+LOCK_SECONDS, LOOK_SECONDS = 2.0, 0.02  # for the lock, while an iterator closes; between attempts
+CLOCK_SECONDS = 0.02  # the lag of the clocks of files and processes; no process imports a module so soon
+CACHE_HEAD = struct.Struct("<4s3I")  # of cached bytecode: magic number, flags, the source's time and size
 M32, NANOSECONDS = 0xFFFFFFFF, 1e9
-THINGS_KEPT = 256  # classes and functions in arguments that have a digest
+THINGS_KEPT = 256  # digests of classes and functions in arguments
 
-_seen: dict[str, tuple[Any, Any]] = {}  # modules beside the script, by name: the spec of the last import, and the stamp
+_seen: dict[str, tuple[Any, Any]] = {}  # by the name of a module beside the script: its last import's spec, its stamp
 
 
 class Journal:
     """One open journal.
 
-    :param path: of a file, which is made if it is not there.
-    :param chunksize: arguments in a chunk.
-    :raises ValueError: the file is of another call, or is no journal, or is in use, or others can write to it.
-    :raises OSError: it cannot be opened.
+    :param path: of the file; a missing file is made.
+    :raises ValueError: the file is of another call, is no journal, is in use, or others can write to it.
+    :raises OSError: the file cannot be opened.
     """
 
     def __init__(
@@ -96,8 +93,8 @@ class Journal:
     ) -> None:
         self.path = os.fspath(path)
         self._digest = functools.partial(digest_of, of_thing=functools.lru_cache(THINGS_KEPT)(digest_of))
-        self._at: dict[bytes, int] = {}  # where lines begin, by their index and digest
-        self._out: dict[int, bytes] = {}  # the same of chunks that run, by their index
+        self._at: dict[bytes, int] = {}  # where lines begin, by index and digest
+        self._out: dict[int, bytes] = {}  # the index and digest of running chunks, by index
         self._warned = False
         self._lock = threading.Lock()
         check_modules(self.path)
@@ -118,11 +115,11 @@ class Journal:
     # The feeder.
 
     def recall(self, index: int, arguments: list[Any]) -> bytes | None:
-        """The letter of the results of these arguments; None where they have to run."""
+        """The letter of these arguments' results; None if the arguments must run."""
         self._out.pop(index, None)
         try:
             key = b"%d %s" % (index, self._digest(arguments).encode())
-        except Exception:  # pickle cannot take an argument apart; perhaps it cannot be sent either
+        except Exception:  # pickle cannot take an argument apart
             return None
         letter = self._letter(key)
         if letter is not None and not can_load(letter):
@@ -133,7 +130,7 @@ class Journal:
         return letter
 
     def _letter(self, key: bytes) -> bytes | None:
-        """The results of a line; None where there is no such line, or it is not whole."""
+        """The results of a line; None if the line is missing or altered."""
         if key not in self._at:
             return None
         self._reader.seek(self._at[key])
@@ -147,7 +144,7 @@ class Journal:
     # The thread that takes.
 
     def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
-        """As Watcher says: keep the results of a chunk that has run."""
+        """As Watcher says: keep a chunk's results."""
         key = self._out.pop(start, None)
         if key is None or errors:
             return
@@ -175,7 +172,7 @@ class Journal:
     # The beginning.
 
     def _check_file(self) -> None:
-        """The file that is read is ours alone."""
+        """Check that the opened file is a regular file, ours alone, and lock it."""
         state = os.fstat(self._reader.fileno())
         if not stat.S_ISREG(state.st_mode):
             raise ValueError(f"{self.path} is no journal: it is no regular file")
@@ -183,12 +180,12 @@ class Journal:
             return
         if state.st_mode & 0o022 or state.st_uid != os.geteuid():
             raise ValueError(f"others can write to the journal {self.path}, which this process would load: make it "
-                             f"yours alone, with chmod 600 {shlex.quote(self.path)}, if it is what you have written")
+                             f"yours alone, with chmod 600 {shlex.quote(self.path)}, if you have written it")
         with contextlib.suppress(OSError):  # a file system without locks
             self._lock_file()
 
     def _lock_file(self) -> None:
-        """Nobody else has a lock on the file. An iterator that was dropped gives it back in another thread, soon."""
+        """Lock the file. A dropped iterator soon gives its lock back, in another thread."""
         import fcntl
 
         deadline = time.monotonic() + LOCK_SECONDS
@@ -202,10 +199,10 @@ class Journal:
             threading.Event().wait(LOOK_SECONDS)
 
     def _read(self, facts: dict[str, Any]) -> None:
-        """Find the lines, and compare the first one."""
+        """Compare the first line, and find the others."""
         header = json.dumps(facts).encode() + b"\n"
         line = self._reader.readline(HEADER_BYTES)
-        if line != header and header.startswith(line):  # empty, or torn when it was made
+        if line != header and header.startswith(line):  # empty, or torn
             self._writer.truncate(0)
             self._write(header)
             return
@@ -219,7 +216,7 @@ class Journal:
             self._write(b"\n")
 
     def _difference(self, line: bytes, facts: dict[str, Any]) -> str:
-        """Why a first line is none of this call."""
+        """Why a first line is not of this call."""
         found = None
         with contextlib.suppress(ValueError):
             found = json.loads(line)
@@ -231,12 +228,12 @@ class Journal:
 
 
 def opened(path: str, flags: int) -> int:
-    """Open a file, without a wait for the other end of a pipe."""
+    """Open a file, without a wait for a pipe's other end."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), mode=0o600)
 
 
 def check_modules(path: str) -> None:
-    """Nodes run what this process has imported: no module beside the script has changed since its import."""
+    """Check that no module beside the script has changed since its import: nodes run the file."""
     for name, file in own_files(root()).items():
         spec, stamp = getattr(sys.modules.get(name), "__spec__", None), stamp_of(file)
         if name not in _seen or _seen[name][0] is not spec:  # imported, perhaps again
@@ -247,7 +244,7 @@ def check_modules(path: str) -> None:
 
 
 def is_edited(spec: Any, stamp: tuple[int, ...]) -> bool:
-    """Whether a file is younger than this process, and not the one that Python's cached bytecode is of."""
+    """Whether a file is younger than this process, and Python's cached bytecode is of another version."""
     if not stamp or stamp[0] <= (began() + CLOCK_SECONDS) * NANOSECONDS:
         return False
     try:
@@ -261,7 +258,7 @@ def is_edited(spec: Any, stamp: tuple[int, ...]) -> bool:
 
 @functools.cache
 def began() -> float:
-    """When this process began, as files tell the time. Never, where that is not known."""
+    """The time of this process's start, by the clock of files; infinity if it is unknown."""
     try:
         with open("/proc/self/stat", "rb") as file:
             ticks = int(file.read().rpartition(b")")[2].split()[19])
@@ -271,5 +268,5 @@ def began() -> float:
 
 
 def checksum_of(key: bytes, letter: bytes) -> bytes:
-    """The checksum of a line."""
+    """A line's checksum."""
     return hashlib.sha256(key + b" " + letter).digest()

@@ -1,6 +1,6 @@
-"""Objects to bytes and back: the only folder that pickles, and so the only one that unpickles.
+"""Objects to bytes and back: the only folder that pickles or unpickles.
 
-It imports `errors` alone, and knows no job, no frame and no peer. The server never imports it.
+Imports only `errors`, and knows no job, frame or peer. The server never imports it.
 """
 
 __all__: list[str] = []

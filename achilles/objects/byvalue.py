@@ -1,16 +1,15 @@
-"""The hooks by which pickle takes apart what no import can find.
+"""The hooks by which pickle takes apart the things that no import finds.
 
-Knows pickle's hooks and the kinds of things that belong to functions. Knows names.py and the makers of loading.py.
-Knows no letters: what a letter brings, in which order, is definitions.py's.
+Knows names.py and the makers of loading.py. Knows no letters: definitions.py chooses their things and the order.
 
-A pickle says a number in place of each thing that its definitions bring: a function, class or cell by value, a value
-that has to be one thing everywhere, and, but for arguments and results, each value that has a token. `refs` are these,
-in the order of their numbers. A function or class is named by a maker, once: pickle's memo is quicker than a hook.
+A pickle has a number in place of each thing that its definitions bring: functions, classes and cells by value, and
+values that must be one thing everywhere. Outside arguments and results, all values with tokens have numbers. `refs` has
+the entries in the order of the numbers. A maker names a function or class once: pickle's memo is quicker than a hook.
 
-The thing of an entry is dumped in two halves, which are those of pickle's reductions: a maker with its arguments, then
-all else. So things may need each other: both are made before either of them is filled.
+An entry's thing is dumped in two halves, as in pickle's reductions: a maker with its arguments, then the rest. So
+things may need each other: all are made before any is filled.
 
-Threads: one thread uses a Dumper. That thread has the context's lock, but for arguments and results.
+Threads: one thread uses a Dumper. For definitions, that thread has the context's lock.
 """
 
 from __future__ import annotations
@@ -57,24 +56,24 @@ from .names import (
 __all__ = ["CACHE_TYPE", "VARIABLES", "VIEWS", "WEAK", "Dumper", "arguments_of", "parts_of"]
 
 CACHE_TYPE = type(functools.lru_cache(lambda: None))
-VIEWS: Any = {  # by the type of a view: what makes it, and a dict to make one of
+VIEWS: Any = {  # by the type of a view: its maker, and an empty dict for it
     type(make(kind())): (make, kind())
     for kind in (dict, collections.OrderedDict) for make in (kind.keys, kind.values, kind.items)}
-NAMELESS: Any = {  # by their ids, classes of C that have no name where they say they have one
+NAMELESS: Any = {  # by id: classes of C that are not under the name that they give
     **{id(cls): (getattr, (types, name)) for name, cls in vars(types).items() if is_class(cls)},
     **{id(kind): (type, (make(made),)) for kind, (make, made) in VIEWS.items()},
 }
-WEAK: dict[Any, Any] = {  # what each kind of weak things refers to
+WEAK: dict[Any, Any] = {  # by the kind of a weak thing: its content
     weakref.ref: lambda reference: reference(), weakref.WeakSet: set, weakref.WeakValueDictionary: dict,
     weakref.WeakKeyDictionary: dict,
 }
 NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
 REDUCES = ("__reduce__", "__reduce_ex__")
-# Methods that pickle calls for a copy. A fork has the objects already, and calls none of them.
+# Methods that pickle calls for a copy. A fork calls none of them.
 SPECIAL = (*REDUCES, "__new__", "__setstate__", "__setattr__", "__getattr__", "__iter__", "append", "extend", "items",
            "__setitem__")
-OWN = -1  # the number of the thing that is dumped
-STANDS_FOR: Any = {  # a name, where that cannot be evaluated; the first came with Python 3.12
+OWN = -1  # the number of the dumped thing itself
+STANDS_FOR: Any = {  # a name, where the attribute cannot be evaluated; the first is of Python 3.12
     getattr(typing, "TypeAliasType", typing.NewType): "__value__", typing.NewType: "__supertype__",
 }
 MARSHAL = 5 if sys.version_info >= (3, 14) else 2  # 2: the last without back references; 5: the first with slices
@@ -85,23 +84,23 @@ OPTIONS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": 
 
 
 class Dumper(pickle.Pickler):
-    """One attempt to dump by value.
+    """An attempt to dump by value.
 
-    :ivar entry: the entry that is dumped now; None for arguments, results, and functions with their callbacks.
-    :param reduced: the reduction of its thing; made here of a value.
-    :ivar shares: whether values with tokens are the same on the other side, not copies.
+    :ivar entry: the dumped entry; None for arguments, results, and functions with their callbacks.
+    :param reduced: the reduction of the entry's thing; by default made here.
+    :ivar shares: whether values with tokens stay shared; else they are copied.
     :ivar only: the tokens of values that may stand in the content; all by default.
     :ivar refs: the numbers of the entries that the definitions bring.
-    :ivar content: what tells whether the content of an entry is another one: its digest, and the tokens in it.
+    :ivar content: the digest of an entry's pickle, and the tokens in it: they differ after a change.
     """
 
     def __init__(self, names: Names, value: Any, entry: Any = None, reduced: Any = None, shares: bool = True,
                  only: list[bytes] | None = None) -> None:
         self.names, self.entry, self.shares, self.only, self.ids = names, entry, shares, only, names.ids
         self.refs: dict[Any, int] = {}
-        self.numbers: dict[int, Any] = dict(PIDS)  # and names of makers, by the ids of things
-        self.plain: set[type] = set()  # classes by value: pickle takes their instances apart itself
-        self.rest: Any = None  # what fills the thing of the entry, as pickle's reductions have it
+        self.numbers: dict[int, Any] = dict(PIDS)  # by id: numbers of things, names of makers
+        self.plain: set[type] = set()  # classes by value with instances that pickle takes apart
+        self.rest: Any = None  # the second half of the entry's reduction
         self.file, self.views = io.BytesIO(), list[memoryview]()
         super().__init__(self.file, PICKLE, buffer_callback=functools.partial(take_large, self.views))
         if entry is None:
@@ -115,7 +114,7 @@ class Dumper(pickle.Pickler):
                         [each.token for each in self.refs])
 
     def _apart(self, value: Any) -> Any:
-        """As pickle's reductions: what makes a value, then what fills it, so that values may need each other."""
+        """The reduction of a value in two halves, so that values may need each other."""
         kind, found = type(value), self.reducer_override(value)
         is_empty_first = kind in (list, dict) or (hasattr(value, "__dict__") and kind not in copyreg.dispatch_table)
         if found is NotImplemented and is_empty_first:
@@ -123,7 +122,7 @@ class Dumper(pickle.Pickler):
         return found if type(found) is tuple else (MAKERS["itself"], (value,))
 
     def persistent_id(self, thing: Any) -> Any:
-        """The name of a maker, the number of what the definitions bring; None for what is dumped here."""
+        """The name of a maker, or the number of a thing that the definitions bring; None for any other thing."""
         key = id(thing)
         number = self.numbers.get(key)
         if number is None and key in self.ids:
@@ -135,7 +134,7 @@ class Dumper(pickle.Pickler):
         return number
 
     def reducer_override(self, thing: Any) -> Any:
-        """Take apart what pickle cannot, or would name by an import that fails elsewhere."""
+        """Take apart a thing that pickle cannot, or names by an import that fails elsewhere."""
         kind = type(thing)
         if kind in self.plain:
             return NotImplemented
@@ -144,16 +143,16 @@ class Dumper(pickle.Pickler):
             return reduce(self, thing)
         if is_class(thing):
             return self._refer(thing) if travels_by_value(thing) else NAMELESS.get(id(thing), NotImplemented)
-        if is_stream(thing):  # a notebook's is no file
+        if is_stream(thing):  # a notebook's stream is no file
             return self._stream(thing)
-        # An exception's `__init__` may take other arguments than its built-in base. And pickle asks an empty instance
-        # for `__setstate__`: some `__getattr__` never come to an end then.
+        # An exception's `__init__` may take other arguments than its base. Pickle asks an empty instance for
+        # `__setstate__`: some `__getattr__` then never end.
         special = "__init__" if isinstance(thing, BaseException) else "__getattr__"
         return self._instance(kind, thing) if travels_by_value(kind) or has_own(kind, special) else NotImplemented
 
     def _instance(self, cls: Any, thing: Any) -> Any:
-        """An instance of a class by value; as a fork has it, where it is shared."""
-        if isinstance(thing, enum.Enum):  # flags that were combined are no members
+        """An instance of a class by value; a shared instance is as in a fork."""
+        if isinstance(thing, enum.Enum):  # combined flags are no members
             is_member = cls._member_map_.get(thing._name_) is thing
             return (MAKERS["member"], (cls, thing._name_)) if is_member else (cls, (thing._value_,))
         is_error = isinstance(thing, BaseException)
@@ -168,8 +167,8 @@ class Dumper(pickle.Pickler):
         has_state = has_own(cls, "__getstate__", "__getnewargs__", "__getnewargs_ex__")
         if has_own(cls, *REDUCES) or not (is_error or (self.shares and maker is NEW and not has_state)):
             return found
-        # Its own `__new__`, `__init__` and `__setstate__` know nothing: it is made as its built-in base makes it.
-        if is_error:  # the state has the name of an ImportError, for one
+        # The built-in base makes the instance, without the class's `__new__`, `__init__` and `__setstate__`.
+        if is_error:  # the state has an ImportError's name
             names = copyreg._slotnames(cls)  # type: ignore[attr-defined]
             state = None, {**(state or {}), **{name: getattr(thing, name) for name in names if hasattr(thing, name)}}
         items = next((base.copy(thing) for base in EXTEND if isinstance(thing, base)), None)
@@ -177,11 +176,11 @@ class Dumper(pickle.Pickler):
         return MAKERS["plain"], arguments, (state, items), None, None, MAKERS["fill_plain"]
 
     def _refer(self, thing: Any) -> Any:
-        """A function, class or cell, or a value that is one thing everywhere: the definitions bring it."""
+        """The number of a function, class or cell, or of a value that must be one thing everywhere."""
         return MAKERS["thing"], (self.refs.setdefault(self.names.name(thing), len(self.refs)),)
 
     def _one(self, thing: Any, *reduced: Any) -> Any:
-        """A value that has to be one thing everywhere; how pickle makes it, where it is dumped now."""
+        """A value that must be one thing everywhere: its number, or its reduction if it is dumped here."""
         entry = self.names.name(thing)
         entry.is_one = True
         return reduced if entry is self.entry else self._refer(thing)
@@ -201,7 +200,6 @@ class Dumper(pickle.Pickler):
         return MAKERS["module"], (vars(module),)
 
     def _variable(self, variable: Any) -> Any:
-        """A type variable and the like."""
         if reference := self._one(variable):
             return reference
         if self.rest is not None:
@@ -211,7 +209,7 @@ class Dumper(pickle.Pickler):
         return functools.partial(*arguments, **options), (), state
 
     def _stream(self, stream: Any) -> Any:
-        """A stream of the process goes by its name; in definitions, a file that is open for reading by its path."""
+        """A stream of the process by its name; in definitions, a file that is open for reading by its path."""
         places = [(sys, name) for name in STREAMS] + [(getattr(sys, name, None), "buffer") for name in STREAMS]
         if found := [(owner, name) for owner, name in places if getattr(owner, name, MISSING) is stream]:
             return getattr, found[0]
@@ -223,12 +221,12 @@ class Dumper(pickle.Pickler):
 
 
 def dump_code(code: types.CodeType) -> bytes:
-    """Code as bytes, the same each time: references by count are gone after a load."""
+    """Code as bytes, the same each time: marshal writes reference counts, and a load resets them."""
     return marshal.dumps(marshal.loads(marshal.dumps(code, MARSHAL)), MARSHAL)
 
 
 def has_own(cls: type, *names: str) -> bool:
-    """Whether a class written in Python has one of these methods, and not only what it inherits from C."""
+    """Whether a class has any of these methods in Python, not in C."""
     return any(isinstance(getattr(cls, name, None), types.FunctionType) for name in names)
 
 
@@ -240,7 +238,7 @@ def arguments_of(member: Any) -> Any:
 
 
 def parts_of(variable: Any) -> tuple[Any, dict[str, Any]]:
-    """The type of a type variable or alias with its arguments, and those by name."""
+    """The type of a type variable or alias with its arguments, then its keyword arguments."""
     name, kind = variable.__name__, type(variable)
     options = {option: value for option, attribute in OPTIONS.items()
                if (value := evaluated(variable, attribute)) is not None and value is not NO_DEFAULT}
@@ -251,7 +249,7 @@ def parts_of(variable: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def evaluated(variable: Any, attribute: str) -> Any:
-    """An attribute of a type variable or alias; None where its text names what is not there."""
+    """An attribute of a type variable or alias; None where its evaluation raises."""
     try:
         return getattr(variable, attribute, None)
     except Exception:
@@ -263,7 +261,7 @@ def _refuse(_: Dumper, thing: Any) -> Any:
 
 
 def _proxy(thing: Any) -> Any:
-    """A manager's proxy. It has the key of a manager that others reach on this machine alone, as in a fork."""
+    """A manager's proxy. As in a fork, it has the manager's key, if only this machine reaches the manager."""
     rebuild, (kind, token, serializer, options) = thing.__reduce__()
     if isinstance(token.address, str):
         options["authkey"] = bytes(thing._authkey)
@@ -271,18 +269,18 @@ def _proxy(thing: Any) -> Any:
 
 
 def _by_value(reduce: Callable[[Dumper, Any], Any]) -> Callable[[Dumper, Any], Any]:
-    """By its name, where an import gives it."""
+    """Take a thing apart only where no import gives it."""
     return lambda dumper, thing: reduce(dumper, thing) if travels_by_value(thing) else NotImplemented
 
 
-_REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, or by the type's module
+_REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by a thing's type or its type's module
     **dict.fromkeys(("multiprocessing.connection", "multiprocess.connection"), _refuse),
     **dict.fromkeys(("multiprocessing.managers", "multiprocess.managers"), lambda _, thing: (
         _proxy(thing) if hasattr(thing, "_authkey") else NotImplemented)),
-    "dataclasses": lambda _, thing: next(  # its marks are compared by identity
+    "dataclasses": lambda _, thing: next(  # dataclasses compares its marks by identity
         (name for name, mark in vars(sys.modules["dataclasses"]).items() if mark is thing), NotImplemented),
     **dict.fromkeys((Entry, Space, Slot), lambda dumper, item: (MAKERS["itself"], (item.thing,), *dumper.rest)),
-    # Of Python 3.15, or none: the row of `object` follows.
+    # Python 3.15; before, the row of `object` replaces this row.
     getattr(builtins, "sentinel", object): lambda dumper, mark: dumper._singleton(
         mark, mark.__name__, type(mark), (mark.__name__,), (None, {"__module__": mark.__module__})),
     object: lambda dumper, mark: dumper._one(mark, object, ()) if dumper.shares else NotImplemented,
@@ -295,7 +293,7 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, 
     types.MethodType: lambda _, method: (
         (getattr, (method.__self__, method.__name__)) if getattr(method.__self__, method.__name__, None) == method
         else (types.MethodType, (method.__func__, method.__self__))),
-    **dict.fromkeys(WEAK, lambda dumper, weak: (  # as an argument it would arrive dead
+    **dict.fromkeys(WEAK, lambda dumper, weak: (  # an argument would arrive dead
         MAKERS["weak"], (type(weak), WEAK[type(weak)](weak))) if dumper.shares else NotImplemented),
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.FileIO), Dumper._stream),
     **dict.fromkeys(VARIABLES, _by_value(Dumper._variable)),
@@ -315,7 +313,7 @@ _REDUCE: dict[Any, Callable[[Dumper, Any], Any]] = {  # by the type of a thing, 
     **dict.fromkeys((types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType),
                     lambda _, made: (MAKERS["descriptor"], (made.__objclass__, made.__name__))),
     super: lambda _, made: (super, (made.__thisclass__, made.__self__)),
-    # A lock arrives as a new one.
+    # The worker gets a new lock.
     type(threading.Lock()): lambda _, thing: (threading.Lock, ()),
     type(threading.RLock()): lambda _, thing: (threading.RLock, ()),
 }

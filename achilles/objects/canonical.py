@@ -1,7 +1,7 @@
 """The canonical form of an object: a digest that is the same in each process, as long as the object is.
 
-Knows pickle's hooks, and how functions and classes are taken apart. Knows no letters, files or calls. A journal
-compares these digests. Nothing is ever loaded from a canonical form. Values of a journal are, to see that they can be.
+Knows pickle's hooks, functions and classes. Knows no letters, files or calls. A journal compares these digests. No code
+loads a canonical form. `can_load` loads a journal's values, only as a check.
 
 ::
 
@@ -9,21 +9,21 @@ compares these digests. Nothing is ever loaded from a canonical form. Values of 
     a class of the user's      its name, metaclass, bases and attributes
     a module of the user's     the attributes that the code of a function names; all of them where the module is passed
                                on: as an argument, a default, a variable, an item or an attribute
-    what is installed          its name alone: the standard library, and what lies in site-packages
-    what installed code made   its name, and its own parts: a function with variables, a class in a function
+    an installed thing         its name alone: of the standard library, or in site-packages
+    made by installed code     its name, and its own parts: a function with variables, a class in a function
     a set                      its items in the order of their digests
-    all else                   as pickle takes it apart
+    any other object           as pickle takes it apart
 
-A function, class or module is the user's where it is not installed, and is not of this package. A module without a file
-is the user's, unless Python or an installed package has it. The code says its instructions, constants and names. It
-says no line numbers and no paths, so that a moved script and a new comment change nothing. Equal texts are one text,
-whatever their identity is. A function or class is a number where it stands, and is written behind all that holds it.
+A function, class or module is the user's if it is neither installed nor of this package. A module without a file is the
+user's, unless Python or an installed package has it. Code counts by its instructions, constants and names, not by line
+numbers and paths: a moved script or a new comment changes nothing. Equal texts are one text. A function or class is a
+number in its place, and is written behind its holders.
 
-Limits: a module that a function imports itself is not looked at, and neither are the versions of what is installed.
-Annotations do not count. In a function, a value that pickle cannot take apart counts by its type: a lock, an open file.
-As an argument, such a value has no digest. Another Python compiles other instructions.
+Limits: modules that a function itself imports, the versions of installed packages and annotations do not count. In a
+function, a value that pickle cannot take apart counts by its type: a lock, an open file. As an argument, it has no
+digest. Another Python compiles other instructions.
 
-Threads: one thread uses a Canonical. Code of the user's, such as a `__reduce__`, runs in the calling thread.
+Threads: one thread uses a Canonical. The user's code, such as a `__reduce__`, runs in the calling thread.
 """
 
 from __future__ import annotations
@@ -52,41 +52,41 @@ CODE_PARTS = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", 
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
 ANNOTATIONS = {"__annotations__", "__annotate__", "__annotate_func__", "__conditional_annotations__"}
 UNORDERED = set, frozenset
-OF_MODULES = {  # the machine's own names in a module
+OF_MODULES = {  # the interpreter's names in a module
     "__name__", "__file__", "__builtins__", "__spec__", "__doc__", "__loader__", "__package__", "__cached__",
     "__path__", "__warningregistry__", *ANNOTATIONS,
 }
-OF_CLASSES = {  # and in a class: line numbers, names in the order of a set
+OF_CLASSES = {  # in a class: also line numbers, names in the order of a set
     *MADE_ANEW, *ANNOTATIONS, "__firstlineno__", "__static_attributes__"} - {"__slots__"}
-PRIVATE, FIELDS = "__pydantic_", "__pydantic_fields__"  # tables of a class, which hold addresses; the fields do not
+PRIVATE, FIELDS = "__pydantic_", "__pydantic_fields__"  # a class's tables, which hold addresses; the fields do not
 
 
 class Canonical(pickle.Pickler):
-    """Writes one canonical form into a digest.
+    """Writes a canonical form into a digest.
 
-    :param of_thing: gives the digests of functions, classes and modules, of an argument. Without it they are written
-        here, and what cannot be taken apart counts by its type.
-    :param met: by the Canonical that has an item of a set written here.
+    :param of_thing: for an argument: digests of functions, classes and modules. By default they are written here, and
+        values that pickle cannot take apart count by their types.
+    :param met: the set's `_met`, for an item of a set.
     """
 
     def __init__(self, of_thing: Callable[[Any], str] | None, met: dict[int, tuple[int, Any]] | None = None) -> None:
         self.digest = hashlib.sha256()
         super().__init__(SimpleNamespace(write=self.digest.update), PICKLE)
         self._of_thing = of_thing
-        self._met = dict(met or {})  # a number, and what has it, by the ids of functions, classes and modules
-        self._open: list[Any] = []  # what is to be written
-        self._ones: dict[Any, Any] = {}  # the texts and lists that are written, by what equal ones have in common
-        self._lists: dict[int, tuple[Any, list[Any]]] = {}  # tuples and sets, and the lists for them, by ids
+        self._met = dict(met or {})  # by id: numbers, with their functions, classes and modules
+        self._open: list[Any] = []  # things to be written
+        self._ones: dict[Any, Any] = {}  # the written texts and lists, by a key that equal values share
+        self._lists: dict[int, tuple[Any, list[Any]]] = {}  # by id: tuples and sets, with their lists
 
     def digest_of(self, value: Any) -> str:
-        """The digest of one value."""
+        """The digest of a value."""
         self._open.append(value)
         for each in self._open:  # grows while it is walked
             self.dump(each)
         return self.digest.hexdigest()
 
     def persistent_id(self, thing: Any) -> Any:
-        """What is written in place of a thing; None where pickle takes it apart."""
+        """The object in place of a thing; None where pickle takes the thing apart."""
         kind = type(thing)
         if kind is str or kind is bytes:
             return self._ones.setdefault(thing, thing)
@@ -103,7 +103,7 @@ class Canonical(pickle.Pickler):
         return self._met[id(thing)][0]
 
     def _list_of(self, items: Any) -> list[Any]:
-        """A list in place of a tuple or set: one list for all that are equal, so that pickle writes it once."""
+        """A list in place of a tuple or set. Equal items share a list, so that pickle writes it once."""
         kind = type(items)
         if id(items) not in self._lists:
             made = [*items]
@@ -114,7 +114,7 @@ class Canonical(pickle.Pickler):
         return self._lists[id(items)][1]
 
     def _key(self, item: Any) -> Any:
-        """What two items have in common if they are one for a canonical form."""
+        """The key of an item: items with equal keys have the same canonical form."""
         kind = type(item)
         if kind in UNORDERED or kind is tuple:
             return kind, id(self._list_of(item))
@@ -123,7 +123,7 @@ class Canonical(pickle.Pickler):
         return kind, item if kind in (str, bytes, int, bool) else id(item)
 
     def reducer_override(self, thing: Any) -> Any:
-        """By its parts, or as pickle takes a thing apart; its type, and its name if it has one, where pickle cannot."""
+        """The parts of a thing, or pickle's reduction; else its type, and its name, if any."""
         kind = type(thing)
         apart = PARTS.get(kind) or (HELD.get(kind) if self._of_thing is None else None)
         if apart is not None:
@@ -145,14 +145,14 @@ class Canonical(pickle.Pickler):
 def digest_of(value: Any, of_thing: Callable[[Any], str] | None = None) -> str:
     """The digest of a value's canonical form.
 
-    :param of_thing: of an argument; see Canonical.
-    :raises Exception: with `of_thing`: what pickle says of a value that it cannot take apart.
+    :param of_thing: for an argument; see Canonical.
+    :raises Exception: pickle's error, with `of_thing`, if pickle cannot take a value apart.
     """
     return Canonical(of_thing).digest_of(value)
 
 
 def digests_of(function: Any) -> dict[str, str]:
-    """The digests of a function, by the names of its parts: its code with what it holds, and each of its globals."""
+    """The digests of a function by its parts' names: its code with the held values, and each global."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if type(function) is not FunctionType or not is_users(function.__module__):
         return {f"the function {name}": digest_of(function)}
@@ -161,9 +161,9 @@ def digests_of(function: Any) -> dict[str, str]:
 
 
 def dump_values(values: list[Any]) -> bytes | None:
-    """Values as a plain letter, which names their classes; None where one of them has none that an import finds.
+    """Values as a plain letter; None if an import does not find a class.
 
-    The same script loads it in another process: there its own classes are in `__main__`, too.
+    The same script loads the letter later: its classes are in `__main__` there, too.
     """
     with contextlib.suppress(Exception):
         return pickle.dumps(values, PICKLE)
@@ -171,7 +171,7 @@ def dump_values(values: list[Any]) -> bytes | None:
 
 
 def can_load(letter: bytes) -> bool:
-    """Whether plain values can be loaded: some exceptions can be dumped alone, and a class may be gone."""
+    """Whether plain values can be loaded: some exceptions can only be dumped, and a class may be gone."""
     with contextlib.suppress(Exception):
         pickle.loads(letter)
         return True
@@ -180,7 +180,7 @@ def can_load(letter: bytes) -> bool:
 
 @functools.lru_cache(REMEMBERED)
 def is_users(module: Any) -> bool:
-    """Whether a module, by its name, is none that is installed. One that is not there was made by the user's code."""
+    """Whether a module is the user's, by its name: so is a name that is not in `sys.modules`."""
     name = str(module)
     if name.partition(".")[0] in sys.stdlib_module_names or f"{name}.".startswith(f"{PACKAGE}."):
         return False
@@ -192,14 +192,14 @@ def is_users(module: Any) -> bool:
 
 
 def is_users_module(thing: Any) -> bool:
-    """Whether a value is a module that is not installed, or one that only has the name of what is."""
+    """Whether a value is a module that is not installed, or only has an installed module's name."""
     return isinstance(thing, ModuleType) and (
         is_users(thing.__name__) or sys.modules.get(thing.__name__) is not thing)
 
 
 @functools.lru_cache(REMEMBERED)
 def _paths(code: CodeType) -> list[str]:
-    """The globals that code names, each with the attributes that it names of it at once: ``helper.sub.deep``."""
+    """The globals that code names, each with the attributes that follow at once: ``helper.sub.deep``."""
     found = [""]
     for each in codes_of(code):
         for step in dis.get_instructions(each):
@@ -211,12 +211,12 @@ def _paths(code: CodeType) -> list[str]:
 
 
 def _globals(function: FunctionType) -> dict[str, Any]:
-    """The globals that a function names, and what it names of the user's modules among them."""
+    """The globals that a function names, and the attributes that it names of the user's modules."""
     return _values(function.__globals__, _paths(function.__code__))
 
 
 def _values(space: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """What paths lead to from a module; not what a lazy import (Python 3.15) fails to give."""
+    """The objects at paths from a module, without failed lazy imports (Python 3.15)."""
     found = {}
     for path in paths:
         with contextlib.suppress(KeyError, ImportError):
@@ -226,7 +226,7 @@ def _values(space: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
 
 
 def _value(space: dict[str, Any], path: str) -> tuple[str, Any]:
-    """What a path leads to through modules of the user's, and that part of the path."""
+    """The part of a path through the user's modules, and the object at its end."""
     name, _, rest = path.partition(".")
     if name in OF_MODULES:
         raise KeyError(name)
@@ -249,7 +249,7 @@ def _function(function: FunctionType) -> Any:
 
 
 def _class(cls: Any) -> Any:
-    """Without the text that dataclasses made of the signature: it may hold addresses, as private tables do."""
+    """The text that dataclasses made of the signature does not count: like private tables, it may hold addresses."""
     if not is_users(cls.__module__) and not travels_by_value(cls):
         return cls.__module__, cls.__qualname__
     own = {name: value for name, value in vars(cls).items()
@@ -278,7 +278,7 @@ def _cache(cache: Any) -> Any:
     return cache.__wrapped__, cache.cache_parameters(), own
 
 
-# How things are taken apart: those that are written behind all that holds them, and those in their place.
+# How things are taken apart. THINGS are written behind their holders, PARTS in their place.
 THINGS: dict[Any, Callable[[Any], Any]] = {type: _class, FunctionType: _function, ModuleType: _module}
 PARTS: dict[type, Callable[[Any], Any]] = {
     CodeType: lambda code: [getattr(code, part) for part in CODE_PARTS],
@@ -290,5 +290,5 @@ PARTS: dict[type, Callable[[Any], Any]] = {
     **dict.fromkeys((staticmethod, classmethod), lambda made: [made.__func__]),
     **dict.fromkeys(VARIABLES, _variable),
 }
-# Where a function holds them; as an argument pickle refuses them.
+# Only in a function: pickle refuses them in an argument.
 HELD: dict[Any, Callable[[Any], Any]] = {**dict.fromkeys(VIEWS, list), **WEAK}

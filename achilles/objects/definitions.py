@@ -1,14 +1,13 @@
-"""What a letter must bring so that its functions and classes are whole, in an order in which each part can be used.
+"""The items that a letter brings for its functions and classes, each item behind the items that it needs.
 
 Knows code objects, classes and byvalue.py. Knows no letters, jobs or peers.
 
-Each item is *looked at*: its content is pickled by itself, with a number in place of whatever else has a token. The
-digest of that pickle says whether the content has changed, the numbers say what it refers to. The letter is these
-pickles, each behind those that it needs. The other side makes a thing when a number asks for it, and fills it in its
-turn. So a dict that is keyed by instances of a class finds their `__hash__` and `__eq__`, and these find their globals,
-wherever they were defined. Where two things need each other before either of them is made, loading raises an error.
+Each item's content is pickled alone, with numbers in place of other things with tokens. The pickle's digest tells a
+change of the content. The numbers name the needed items. The other side makes a thing when a number asks for it, and
+fills it in its turn. So a dict of a class's instances finds their `__hash__` and `__eq__`, and these find their
+globals. Loading fails where two things need each other before either is made.
 
-A function, class or cell by value is made in two steps, so that they may refer to each other in any order (PARTS)::
+A function, class or cell by value is made in two steps, so that references may have any order (PARTS)::
 
     make     a function: globals, code, cells   a class: metaclass, name, bases, `__slots__`; functions and plain
                                                 constants; members of an enum. From here on its instances can be made
@@ -16,8 +15,7 @@ A function, class or cell by value is made in two steps, so that they may refer 
     fill     defaults, attributes               all attributes: they may hold instances of this class and of others
              a cell: its content
 
-Limits: an object that has no token is one object in one item. Two globals that hold it, while no global, default,
-attribute or variable does, get a copy each.
+Limits: an object that is inside two globals, and itself no global, default, attribute or variable, is copied for each.
 
 Threads: all callers have the context's lock. User code, such as a `__reduce__`, runs under it.
 """
@@ -60,16 +58,16 @@ from .names import (
 
 __all__ = ["Definitions", "is_same", "way_to"]
 
-BELONGS: Any = {  # what a function belongs to, or consists of
+BELONGS: Any = {  # by a function's kind: the objects that it holds
     FunctionType: lambda _: (), tuple: list, MethodType: lambda method: [method.__self__],
     BuiltinFunctionType: lambda method: [method.__self__],
     functools.partial: lambda partial: [partial.func, *partial.args, *partial.keywords.values()],
 }
 # In place of a pickle, where the token is enough.
 NAMED: Any = SimpleNamespace(refs={}, views=[], file=io.BytesIO(), content=None)
-DEEPEST, WIDEST = 10, 1000  # of a search for what cannot be dumped
+DEEPEST, WIDEST = 10, 1000  # of a search for the object that cannot be dumped
 CODE = (FunctionType, staticmethod, classmethod)
-CLASS_NAMES = "__classdict__"  # the variable in which annotations look up names (Python 3.14)
+CLASS_NAMES = "__classdict__"  # the variable with the names for annotations (Python 3.14)
 MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
     "__annotations_cache__", CAME,
@@ -78,25 +76,25 @@ FILLED = ("__defaults__", "__kwdefaults__", "__type_params__", "__qualname__", "
 
 
 class Definitions:
-    """Brings functions, classes and their globals; one a context.
+    """Brings a context's functions, classes and their globals.
 
-    :param caller: whether letters bring everything; else they only name what other processes have made.
+    :param caller: whether letters bring everything; else they only name the things of other processes.
     """
 
     def __init__(self, names: Names, caller: bool) -> None:
         self.names, self._caller = names, caller
-        self.order: list[Any] = []  # what was dumped last
+        self.order: list[Any] = []  # the items of the last dump
 
     def carries(self, item: Any) -> bool:
-        """Whether letters bring an item, and do not only name it."""
+        """Whether letters bring an item, not only name it."""
         return self._caller or item.token[:16] == self.names.process
 
     def dump(self, *roots: Entry) -> bytes:
-        """The letter that brings what these functions, classes and values need, and them."""
+        """The letter that brings these functions, classes and values, and the items that they need."""
         named = self.names.values
         looks = self._in_order(roots)
         if self.names.values != named:
-            looks = self._in_order(roots)  # with numbers for what has got a token only behind what holds it
+            looks = self._in_order(roots)  # a value may get its token after its holder was pickled
         self.order = [*looks]
         self._settle(looks)
         numbers = {item: number for number, item in enumerate(looks)}
@@ -111,15 +109,15 @@ class Definitions:
         return b"".join(letter_of([pickle.dumps((records, [numbers[root] for root in roots])), *views]))
 
     def facts(self, value: tuple[Any, ...]) -> list[tuple[Any, list[Any]]] | None:
-        """The functions that were dumped last, with this value, and their facts; None if these do not tell a change."""
+        """The functions of the last dump, of this value, with their facts; None if facts cannot tell a change."""
         is_fixed = all(type(each) is FunctionType or by_import(each) for each in value) and all(
             item.kind in ("function", "cell", "slot", "space") for item in self.order)
         return [(item.thing, item.facts) for item in self.order if item.kind == "function"] if is_fixed else None
 
     def share(self, value: Any) -> None:
-        """Give tokens to what a function belongs to, or an initializer gets: a global may be the same thing.
+        """Give tokens to objects that a function holds or an initializer gets: a global may be the same object.
 
-        :param value: a function with its callback, or an initializer with a tuple of arguments.
+        :param value: a function and its callback, or an initializer and its arguments.
         """
         is_initializer = type(value) is tuple and len(value) == 2 and type(value[1]) is tuple
         found = [value]
@@ -131,12 +129,12 @@ class Definitions:
                 self.names.recent.append(self.names.hold(each, None))
 
     def _in_order(self, roots: tuple[Entry, ...]) -> dict[Any, Any]:
-        """All that these need, and they: each behind what it needs, with its pickle if a letter brings it."""
+        """These entries and all needed items, each behind the items that it needs, with its Dumper or NAMED."""
         looks: dict[Any, Any] = {}
         stack: list[Any] = [*roots]
         while stack:
             item = stack.pop()
-            if type(item) is tuple:  # all that the item needs is in order
+            if type(item) is tuple:  # its needed items are in order
                 looks[item[0]] = looks.pop(item[0])
             elif item not in looks:
                 looks[item] = self._look(item) if self.carries(item) else NAMED
@@ -144,7 +142,7 @@ class Definitions:
         return looks
 
     def _settle(self, looks: dict[Any, Any]) -> None:
-        """Give items another version, if their content or that of what they hold has changed."""
+        """Give each item another version if its content, or an item that it holds, has changed."""
         version = next(self.names.numbers)
         is_settled = False
         while not is_settled:
@@ -158,13 +156,13 @@ class Definitions:
                     item.version, item.state, is_settled = version, state, False
 
     def _look(self, item: Any) -> Any:
-        """The pickle of an item. What it needs is known then."""
+        """The pickle of an item; sets its `refs`, the items that it needs."""
         try:
             pieces, reduced = PARTS[item.kind](item, item.thing)
             held = [entry for value, place in pieces if (entry := self.names.hold(value, place, item.named))]
-            item.refs = [*item.refs, *held]  # those of the last time stay alive until they are found again
+            item.refs = [*item.refs, *held]  # keeps the old refs alive
             dumper = Dumper(self.names, item.thing, item, reduced, only=item.state and item.state[0][1])
-            if item.state and dumper.content != item.state[0]:  # now tokens stand where those values stood
+            if item.state and dumper.content != item.state[0]:  # now with tokens in place of these values
                 dumper = Dumper(self.names, item.thing, item, reduced)
         except Exception as error:
             where = "the {} {!r} of {}: ".format(*item.place) if item.place else ""
@@ -177,20 +175,19 @@ class Definitions:
 
 
 def _placed(owner: Any, role: str, table: dict[str, Any]) -> list[Any]:
-    """The values of a table, and where they are."""
     return [(value, (role, name, owner.__qualname__)) for name, value in table.items()]
 
 
 def _space(space: Any, thing: dict[str, Any]) -> tuple[list[Any], Any]:
     names = () if space.is_imported else ("__package__", "__file__", "__doc__", "__spec__")
     attributes = {name: thing[name] for name in names if thing.get(name) is not None}
-    if space.name in MAINS:  # a script has its arguments in a worker, too
+    if space.name in MAINS:  # a script's arguments are there in a worker, too
         attributes["__argv__"] = list(sys.argv)
     return [], (MAKERS["space"], (space.name, attributes))
 
 
 def _function(entry: Any, function: Any) -> tuple[list[Any], Any]:
-    entry.facts = facts_of(function)  # from before it is taken apart: a later change is told
+    entry.facts = facts_of(function)  # first, so that a later change is seen
     code, defaults, slots = function.__code__, function.__defaults__ or (), slots_of(function, entry.names)
     optional = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
     pieces = [
@@ -206,16 +203,16 @@ def _function(entry: Any, function: Any) -> tuple[list[Any], Any]:
 
 
 def _class(_: Any, cls: Any) -> tuple[list[Any], Any]:
-    """A class. Its functions and plain constants come twice: when it is made, and among all of its attributes."""
+    """A class's functions and plain constants come twice: to make it, and among its attributes."""
     namespace = {name: vars(cls)[name] for name in ("__module__", "__slots__") if name in vars(cls)}
     namespace["__qualname__"] = cls.__qualname__
     attributes = {name: value for name, value in vars(cls).items() if name not in MADE_ANEW and not (
-        isinstance(value, MemberDescriptorType) and value.__objclass__ is cls)}  # of one of its `__slots__`
+        isinstance(value, MemberDescriptorType) and value.__objclass__ is cls)}  # of its `__slots__`
     code = {name: value for name, value in attributes.items() if type(value) in ATOMS or (
         type(value) in CODE and isinstance(getattr(value, "__func__", value), FunctionType))}
     pieces = _placed(cls, "attribute", {name: value for name, value in attributes.items() if name not in code})
     members: dict[str, Any] = {}
-    if isinstance(cls, enum.EnumMeta):  # its tables need its members; in one of them are flags that were combined, too
+    if isinstance(cls, enum.EnumMeta):  # its tables need its members; `_value2member_map_` has combined flags, too
         pieces, members = [], {name: member for name, member in cls._member_map_.items() if member._name_ == name}
         attributes["_value2member_map_"] = {
             value: member for value, member in cls._value2member_map_.items() if members.get(member._name_) is member}
@@ -239,7 +236,7 @@ def _cell(entry: Any, cell: CellType) -> tuple[list[Any], Any]:
     return pieces, (MAKERS["cell"], (), *[(None, {"cell_contents": content}) for content in contents])
 
 
-# By the kind of an entry: the values that its thing holds, with their places, and its reduction, as pickle has them.
+# By an entry's kind: the values that its thing holds, with their places, and its reduction.
 PARTS: dict[str, Any] = {
     "space": _space,
     "function": _function,
@@ -251,12 +248,12 @@ PARTS: dict[str, Any] = {
 
 
 def content_of(cell: CellType) -> list[Any]:
-    """The content of a variable's cell, or nothing."""
+    """The content of a variable's cell; no item if it is empty."""
     return [] if cell == CellType() else [cell.cell_contents]
 
 
 def facts_of(function: Any) -> list[Any]:
-    """What a function refers to: if each is the very same later, nothing has changed that is no value by itself."""
+    """The objects that a function refers to. If each is the same object later, only the inside of values can differ."""
     code = function.__code__
     found = [code, function.__defaults__, function.__name__, function.__qualname__, function.__module__,
              function.__doc__, *map(function.__globals__.get, global_names(code), repeat(MISSING))]
@@ -268,15 +265,15 @@ def facts_of(function: Any) -> list[Any]:
 
 
 def is_same(function: Any, facts: list[Any]) -> bool:
-    """Whether a function refers to the very same things as before."""
+    """Whether a function refers to the same objects as before."""
     found = facts_of(function)
     return len(found) == len(facts) and all(map(is_, found, facts))
 
 
 def way_to(names: Names, value: Any, way: str = "", owner: Any = None, left: int = DEEPEST) -> str:
-    """Where in a value the thing is that cannot be dumped; nothing if it is the value itself.
+    """The place in a value of the object that cannot be dumped; "" if the value itself cannot.
 
-    :param way: to the value, from an owner, with so many steps left to look.
+    :param way: from the `owner` to the value.  :param left: steps left to look.
     """
     for step, child in _children(value).items() if left else ():
         try:
@@ -287,7 +284,7 @@ def way_to(names: Names, value: Any, way: str = "", owner: Any = None, left: int
 
 
 def _children(value: Any) -> dict[str, Any]:
-    """What a value holds, by the way to it."""
+    """The objects that a value holds, by the way to them."""
     if isinstance(value, (dict, list, tuple)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {f"[{key!r:.40}]": child for key, child in islice(pairs, WIDEST)}

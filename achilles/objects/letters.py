@@ -1,29 +1,25 @@
 """Letters: users' objects as bytes, and back.
 
-Used in the caller and in workers alone: the server never imports this folder, and a node does so only for the workers
-that it forks. Knows which way of dumping is tried. Knows nothing of jobs, frames and peers. The form of a letter is
-loading.py's. How functions and classes travel is definitions.py's and byvalue.py's.
+Only the caller and the workers use letters; a node imports this module for its workers. It chooses the way of dumping,
+and knows no job, frame or peer. loading.py has the form of a letter.
 
 Two ways::
 
-    1 plain     C pickle, where it neither fails nor names ``__main__``, which is another module elsewhere; else
-    2 by value  C pickle with byvalue's hooks: functions, classes, what belongs to them, and rarities
+    1 plain     C pickle, if it neither fails nor names ``__main__``, which differs elsewhere; else
+    2 by value  C pickle with byvalue's hooks: functions, classes, things that belong to them, and rare types
 
-A chunk of which arguments are to be skipped is a letter of form 2: the pickle is the set of their offsets, the one
-buffer is the letter of the chunk.
+A letter of form 2 is a chunk with arguments to skip: a pickle of their offsets, then the chunk's letter.
 
-Globals. All functions by value of one module and one context share one globals dict in a worker. A name that running
-code has set there is kept. A global that came by letter is kept until a letter brings another version.
+Globals: in a worker, all functions by value of one module and context share one globals dict. A name that running code
+has set there stays. A global that a letter brought stays until a letter brings another version.
 
-Classes. One class of the caller is one class in a worker, whatever changes in it. An attribute that the caller changes
-is changed there. An attribute that running code has set there is kept. A letter to a worker carries definitions. A
-letter to the caller names the caller's functions and classes alone.
+Classes: one class of the caller is one class in a worker, also after the caller's changes. An attribute that running
+code has set there stays. A letter to the caller only names the caller's functions and classes.
 
-Threads: feeders dump and takers load at once. A context's lock guards its tables, while definitions are dumped and
-loaded, never while arguments and results are. User code may run under it, by the same thread, so it is reentrant.
+Threads: feeders dump and takers load at once. A context's lock guards its tables while definitions are dumped and
+loaded, not while arguments and results are. The lock is reentrant: user code may run under it.
 
-Limits: large buffers are views of the caller's memory: nobody may write there before the
-letter is answered.
+Limits: a large buffer is a view of the caller's memory: nobody may write there before the letter is answered.
 """
 
 from __future__ import annotations
@@ -48,31 +44,31 @@ __all__ = ["PICKLE_START", "Buffer", "Context", "dump_chunk", "dump_chunks", "du
 
 PICKLE_START = 0x80  # the first byte of a bare pickle, which is a plain letter (PROTO, pickletools)
 GLOBAL_OPCODE = b"\x93"  # without it, a pickle names no module (STACK_GLOBAL, pickletools)
-CHUNK_BYTES = 65_536  # of a first chunk: larger ones may hold arrays, which travel beside the pickle
-FEW_ITEMS = 64  # above, to search the pickle for names is quicker than to ask each item for its type
+CHUNK_BYTES = 65_536  # of a first chunk: a larger chunk may hold arrays, which travel beside the pickle
+FEW_ITEMS = 64  # of a longer list, the pickle is searched for names: quicker than a look at each type
 REPR_CHARACTERS = 500  # of a value that could not be dumped
-ROOTS_KEPT = 1024  # functions and classes of arguments that live until their results come; nobody else may hold them
-LETTERS_KEPT, LETTER_BYTES = 16, 1 << 17  # of definitions, loaded once; what a larger letter made ends by itself
+ROOTS_KEPT = 1024  # functions and classes of arguments, held for their results: nobody else may hold them
+LETTERS_KEPT, LETTER_BYTES = 16, 1 << 17  # of definitions, loaded once; the things of a larger letter are not held
 
 OWN_MAIN, OWN_ARGV = sys.modules["__main__"], sys.argv  # of this process
 NO_OFFSETS: frozenset[int] = frozenset()
-REMEDIES = {  # by whether the caller dumps: where a value cannot be sent, and what to do
-    True: ("to a node", "Send what it is made from and make it in the function"),
-    False: ("back", "Return what it is made from"),
+REMEDIES = {  # by whether the caller dumps: the direction, and the remedy
+    True: ("to a node", "Send the data it is made from and make it in the function"),
+    False: ("back", "Return the data it is made from"),
 }
-# What is known of a function and its callback: both, held so that their ids stay their own; the counts of changed
-# versions and of modules, from before the letter was dumped; the facts of its functions then; the letter.
+# Of a function and its callback: both, held so that no other object gets their ids; the counts of changed versions and
+# of modules before the dump; the facts of the functions then; the letter.
 UNKNOWN: Any = (), None, (), b""
 
 
 class Context:
-    """What shares state in a process: globals by module, classes by token. One a Pool, Executor or call.
+    """The state of one Pool, Executor or call in a process: globals by module, classes by token.
 
-    :param caller: True in the caller: its letters carry definitions and globals. False in a worker: its letters only
-        name the things that the caller made and has.
-    :param node: of a worker, the id of its node, for its exceptions to name.
-    :param own: whether the process is ours, so that its ``__main__`` may be the caller's script. Any thread may call
-        any method.
+    Any thread may call any method.
+
+    :param caller: whether this is the caller. A worker's letters only name the things that the caller has.
+    :param node: the id of a worker's node, for its exceptions.
+    :param own: whether the process is ours: its ``__main__`` may become the caller's script.
     """
 
     def __init__(self, caller: bool, node: int | None = None, own: bool = False) -> None:
@@ -86,28 +82,25 @@ class Context:
         self._loaded = functools.lru_cache(LETTERS_KEPT)(functools.partial(define, self.names))
 
     def refresh(self) -> None:
-        """Look anew at classes and globals: to be called when a job begins."""
+        """Look again at classes and globals, at the beginning of a job."""
         self._dumped.cache_clear()
 
     def become_main(self) -> None:
-        """Make the caller's script this process's ``__main__``, as `pickle` in a user's function expects.
-
-        `sys.argv` is the script's, too.
-        """
+        """Make the caller's script ``__main__``, with its `sys.argv`, as `pickle` in a user's function expects."""
         if self._own:
             main = next((space.module for space in self.names.scripts if space.module is not None), OWN_MAIN)
             sys.modules["__main__"], sys.argv = main, vars(main).get("__argv__", OWN_ARGV)
 
     def dump(self, value: Any, what: str | None = None, plain: bool = True, copied: bool = False) -> list[Buffer]:
-        """Turn an object into a letter: parts, to be sent end to end.
+        """Turn an object into the parts of a letter, to be sent end to end.
 
-        Large contiguous buffers are parts of their own and not copied. In the caller, of a function or an initializer
-        with its arguments: what a global, a default, a closure or a class holds is one object there, too.
+        A large contiguous buffer is a part of its own, without a copy. A function or initializer of the caller shares
+        the objects in its globals, defaults, closure and classes.
 
-        :param what: how to call the object in an error; made from its type by default.
-        :param plain: whether C pickle is tried alone first.
-        :param copied: whether this is an argument, as a list is: a copy, whatever has a token.
-        :raises DumpError: neither way can dump it.
+        :param what: the object's name in an error; by default its own name or its type.
+        :param plain: whether C pickle alone is tried first.
+        :param copied: whether this is an argument: a copy, even with a token. A list always is.
+        :raises DumpError: neither way can dump the object.
         """
         shared = type(value) is not list and self._caller and not copied
         parts = dump_plain(value) if plain and not shared else None
@@ -117,7 +110,7 @@ class Context:
             whither, remedy = REMEDIES[self._caller]
             found = error.__dict__.pop("way", "")  # of the definitions
             way = way_to(self.names, value)
-            if shared:  # a function stands before its callback, an initializer before its arguments
+            if shared:  # index 0 is the function or the initializer
                 way = way.replace("its [0].", "its .", 1)
             way = way or found
             name = name_of(value) if hasattr(value, "__qualname__") else f"an object of type {type(value).__qualname__}"
@@ -127,8 +120,9 @@ class Context:
             raise told from error
 
     def load(self, letter: Buffer) -> Any:
-        """Turn a letter into its object. Loading runs whatever code the letter names: only ever load
-        what came under a checked tag, or has its checked digest.
+        """Turn a letter into its object.
+
+        Loading runs the code that the letter names: only load a letter with a checked tag or digest.
 
         :param letter: in one piece; arrays out of a bytearray are writable views of it.
         :raises ModuleNotFoundError: the letter names a module that is not here.
@@ -150,7 +144,7 @@ class Context:
         dumper = Dumper(self.names, value, shares=shared)
         roots = [*dumper.refs]
         with self.names.lock:
-            is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # else it may change
+            is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # a worker's own things may change
             dump = self._dumped if is_fixed else self.definitions.dump
             definitions = memoryview(dump(*roots))
             if not shared:
@@ -159,9 +153,9 @@ class Context:
 
 
 def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
-    """Turn consecutive arguments into the letter of a chunk, with no offset to skip.
+    """Turn consecutive arguments into the letter of a chunk.
 
-    :raises DumpError: the message names the type of the first argument that cannot be dumped.
+    :raises DumpError: names the type of the first argument that cannot be dumped.
     """
     try:
         return dump_plain(arguments) or context.dump(arguments, "a chunk of arguments", plain=False)
@@ -172,14 +166,14 @@ def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
 
 
 def dump_chunks(context: Context, arguments: list[Any], size: int) -> list[Buffer]:
-    """Turn arguments into the letters of consecutive chunks, as quickly as pickle can.
+    """Turn arguments into the letters of consecutive chunks, quickly.
 
-    :param size: how many arguments a chunk has; the last chunk may be shorter.
+    :param size: arguments in a chunk; the last chunk may be shorter.
     :returns: a letter in one piece for each chunk: a copy, which no later change of an array reaches.
     :raises DumpError: as `dump_chunk` does.
     """
     chunks = [arguments[at : at + size] for at in range(0, len(arguments), size)]
-    with contextlib.suppress(Exception):  # dump_chunk tells what is wrong, or pickles by value
+    with contextlib.suppress(Exception):  # dump_chunk raises the error, or dumps by value
         if len(chunks) > 1 and len(pickle.dumps(chunks[0], PICKLE)) <= CHUNK_BYTES:
             letters: list[Buffer] = [pickle.dumps(chunk, PICKLE) for chunk in chunks]
             if is_plain(b"".join(letters)):
@@ -188,7 +182,7 @@ def dump_chunks(context: Context, arguments: list[Any], size: int) -> list[Buffe
 
 
 def dump_plain(value: Any) -> list[Buffer] | None:
-    """The letter of a value by C pickle alone; None if that fails, or names a module that another process has not."""
+    """The letter of a value by C pickle alone; None if pickle fails or other processes lack a module."""
     if type(value) is list and len(value) <= FEW_ITEMS and (
             type(value[0]) in ATOMS if len(value) == 1 else ATOMS.issuperset(map(type, value))):
         return [pickle.dumps(value, PICKLE)]
@@ -202,29 +196,28 @@ def dump_plain(value: Any) -> list[Buffer] | None:
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether another process finds all modules that a pickle names, and no proxy of a manager is in it."""
+    """Whether a pickle names only modules that other processes find, and no manager's proxy."""
     return not (GLOBAL_OPCODE in data and (b".managers" in data or any(name in data for name in UNFOUND)))
 
 
 def joined(parts: Sequence[Buffer]) -> Buffer:
-    """A letter in one piece, of the caller's own."""
+    """A letter in one piece, which nobody can change."""
     return parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
 
 
 def dump_function(context: Context, value: tuple[Any, ...], what: str | None = None) -> bytes:
-    """Turn a function and its callback, or an initializer and its arguments, into a letter, in the caller.
+    """Turn a function and its callback, or an initializer and its arguments, into a letter.
 
-    Looks anew at all that the function refers to, as `Context.refresh` does. The letter is the same if nothing has
-    changed. From its second dump on, a function that needs constants, imports and other such functions alone is
-    compared by identity instead. Any thread may call it, at every call.
+    Each dump refreshes the context. The letter is the same if nothing has changed. A function that needs only
+    constants, imports and such functions is compared by identity from its second dump on. Any thread may call this.
 
-    :param what: how to call the value in an error, by default as `name_of` calls the function.
+    :param what: the value's name in an error; by default the function's.
     :raises DumpError: as `Context.dump` does.
     """
     context.refresh()
     key = tuple(map(id, value))
     _, known_counts, known_facts, letter = context.known.get(key, UNKNOWN)
-    counts = context.names.changes, len(sys.modules)  # a submodule may be among the modules
+    counts = context.names.changes, len(sys.modules)  # a new module may be a needed submodule
     if known_counts == counts and all(starmap(is_same, known_facts)):
         return bytes(letter)
     with context.names.lock:
@@ -238,14 +231,14 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
 
 
 def name_of(function: Any) -> str:
-    """How to call a function in an error."""
+    """The name of a function in an error."""
     return f"function {getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer]:
-    """The same chunk, with these offsets (0 to the number of its arguments - 1) to be left out.
+    """The letter of a chunk with these offsets to skip, instead of earlier offsets.
 
-    :param parts: a letter of `dump_chunk`, or of this function. Its offsets are replaced.
+    :param offsets: each from 0 to the count of arguments - 1.
     """
     letter = memoryview(joined(parts))
     if letter[0] == SKIPPING:
@@ -254,7 +247,7 @@ def with_skips(parts: Sequence[Buffer], offsets: Collection[int]) -> list[Buffer
 
 
 def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[int]]:
-    """The arguments of a chunk and the offsets among them to skip; as `Context.load` otherwise."""
+    """The arguments of a chunk, and the offsets to skip; loads as `Context.load` does."""
     if letter[0] == SKIPPING:
         offsets, whole = opened(memoryview(letter))
         return context.load(whole), pickle.loads(offsets)
@@ -262,7 +255,7 @@ def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[i
 
 
 def text_of(value: Any, text: Any = repr) -> str:
-    """Its repr, short, whatever its class does."""
+    """A value's repr, at most REPR_CHARACTERS of it; the name of its type where its repr raises."""
     try:
         made = str(text(value))
     except Exception:

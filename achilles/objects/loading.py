@@ -1,20 +1,20 @@
-"""The form of a letter, and how functions, classes and values are put together again.
+"""The form of a letter, and the loading of functions, classes and values by value.
 
 A letter::
 
     pickle, which begins with 0x80                            plain, without large buffers; else
     1 | 3 zero | count u32 | count lengths u64 | the pieces   big-endian; each piece begins at a multiple of 16 bytes
 
-The pieces are the pickle, the definitions, which are a letter themselves or nothing, and the buffers. A letter of form
-2, in place of 1, is a chunk with offsets to skip: see letters.py.
+The pieces are the pickle, the definitions (a letter, or nothing) and the buffers. Form 2 in place of 1 is a chunk with
+offsets to skip: see letters.py.
 
-The pickle of definitions is a list of items, each with its own pickle: first how it is made, then what fills it. No
-hook of a class runs again, neither `__init_subclass__` nor the metaclass's `__new__` or `__init__`: what they once did
-is in the attributes. A class that came by letter keeps its attributes as they came, under CAME. So an attribute that
-running code has set is told from one that came, and what came ends with its class.
+The pickle of definitions is a list of items, each with its own pickle: the first half makes the thing, the second
+fills it. No hook of a class, such as `__init_subclass__` or a metaclass's `__new__`, runs again: the attributes have
+its result. CAME of a class has the attributes that came by letter, to tell them from attributes that running code has
+set.
 
-Knows names.py. A pickle names a maker by a persistent id, never by an import path: the package has another name
-elsewhere. One thread uses a Loader. That thread has the context's lock while it loads definitions.
+Knows names.py. A pickle names a maker by a persistent id, never by an import path: the package may have another name
+elsewhere. One thread uses a Loader, with the context's lock while it loads definitions.
 
 Limits: buffers under OUT_OF_BAND_BYTES travel inside the pickle.
 """
@@ -42,20 +42,20 @@ __all__ = ["CAME", "MAKERS", "NOTHING", "PICKLE", "PIDS", "SKIPPING", "Buffer", 
            "define", "letter_of", "opened", "take_large"]
 
 Buffer = bytes | bytearray | memoryview
-FORM, SKIPPING = 1, 2  # the first byte of a letter that is not a bare pickle; of a chunk with offsets to skip
+FORM, SKIPPING = 1, 2  # the first byte of a letter that is no bare pickle; of a chunk with offsets to skip
 NOTHING = memoryview(b"")  # no definitions
 HEAD = struct.Struct(">BxxxI")
 PICKLE = 5  # the protocol: the first with buffers out of band
-OUT_OF_BAND_BYTES = 16_384  # below, a copy costs less than the parts and a letter kept alive by it
-ALIGNMENT_BYTES = 16  # what numpy's vector loops like
+OUT_OF_BAND_BYTES = 16_384  # below, a copy costs less than more parts and a letter that stays alive
+ALIGNMENT_BYTES = 16  # for numpy's vector loops
 EXTEND: Any = {list: list.extend, dict: dict.update}
-HOOK = "<stop>"  # the attribute that ends type.__new__ before any hook
-# Where a class keeps what came of it by letter. To `typing`, names in _abc_ are no part of a protocol.
+HOOK = "<stop>"  # the attribute that ends type.__new__ before hooks
+# Where a class keeps its attributes that came by letter. To `typing`, _abc_ names are no part of a protocol.
 CAME = "_abc_came"
 
 
 def take_large(views: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
-    """Take a large buffer out of the band of a pickle, or leave it there (true)."""
+    """Take a large buffer out of a pickle's band, or leave it there (true)."""
     view = buffer.raw()
     if view.nbytes < OUT_OF_BAND_BYTES:
         return True
@@ -90,22 +90,22 @@ class Loader(pickle.Unpickler):
     """Loads a pickle by value.
 
     :param data: the pickle. Its digest or tag must have been checked.
-    :param buffers: what travelled out of band.
-    :param parts: of a letter of definitions; `refs`: which of them the numbers in the pickle stand for.
+    :param buffers: out of band.
+    :param parts: of a letter of definitions.  :param refs: the index in `parts` of each number in the pickle.
     """
 
     def __init__(self, names: Names, data: Buffer, buffers: Iterable[Any], parts: list[Part],
                  refs: Sequence[int]) -> None:
         super().__init__(io.BytesIO(data), buffers=buffers)
         self.names, self.parts, self.refs = names, parts, refs
-        self.met: list[Any] = []  # what must live as long as what is loaded
+        self.met: list[Any] = []  # entries and contents that live as long as the loaded thing
 
     def persistent_load(self, pid: Any) -> Any:
-        """Answer a number with its thing, a maker's name with the maker."""
+        """The thing of a number, or the maker of a name."""
         return self.thing(pid) if type(pid) is int else getattr(self, pid, None) or MAKERS[pid]
 
     def thing(self, number: int) -> Any:
-        """What a number stands for."""
+        """The thing of a number."""
         return self.parts[self.refs[number]].made(self.met)
 
     def module(self, names: dict[str, Any]) -> Any:
@@ -113,16 +113,16 @@ class Loader(pickle.Unpickler):
         return self.names.find(names).module
 
     def weak(self, kind: Any, content: Any) -> Any:
-        """A weak reference, dead if there is no content, or a collection. Its content lives as long as its holder."""
+        """A weak reference or collection; dead without content. The content lives as long as its holder."""
         self.met.append(content)
         return kind(set() if content is None else content)
 
 
 class Part(Loader):
-    """One item of a letter of definitions. It is made when another one needs it, and filled in its turn.
+    """An item of a letter of definitions. It is made when another part needs it, and filled in its turn.
 
-    :ivar value: the thing, and `entry`, its entry.
-    :ivar steps: what makes the thing, up to a stop, and then fills it.
+    :ivar value: the thing; `entry` is its entry.
+    :ivar steps: a generator: makes the thing, stops, and then fills it.
     """
 
     def __init__(self, names: Names, parts: list[Part], record: Any, buffers: Iterable[Any]) -> None:
@@ -133,9 +133,9 @@ class Part(Loader):
         self.steps: Any = self._made_and_filled()
 
     def made(self, met: list[Any]) -> Any:
-        """The thing, made now if it is not here; a value is filled, too.
+        """The thing, made at need; a value is filled, too.
 
-        :param met: gets its entry.
+        :param met: gets the entry.
         """
         if self.value is MISSING:
             if self.steps.gi_running:
@@ -148,7 +148,7 @@ class Part(Loader):
         self.entry = entry = self.names.of_token(self.token) if self.kind != "slot" else None
         if not self.kind and entry is None:
             raise pickle.UnpicklingError("a class or function is not known here any more; dump its instance again")
-        is_own = not self.kind or self.token[:16] == self.names.process  # and so it is right
+        is_own = not self.kind or self.token[:16] == self.names.process  # never out of date
         if entry is not None and (is_own or entry.version == self.version):
             self.value = entry.thing
             return
@@ -163,7 +163,7 @@ class Part(Loader):
         self.entry.version = self.version
 
     def space(self, name: str, attributes: dict[str, Any]) -> Any:
-        """A module's dict, with what an import would have set."""
+        """A module's dict, with the attributes that an import sets."""
         if self.entry is None:
             module = Module(name) if self.token else importlib.import_module(name)
             self.entry = self.names.name(vars(module), self.token, Space)
@@ -173,7 +173,7 @@ class Part(Loader):
         return names
 
     def slot(self, names: dict[str, Any], name: str, value: Any) -> Any:
-        """Set a global, unless it came in this version before or running code has set it."""
+        """Set a global, unless this version came before or running code has set it."""
         self.entry = slot = self.names.find(names).slot(name)
         is_kept = slot.space.is_imported or slot.version in (0, self.version)
         if name not in names or not is_kept:
@@ -182,14 +182,14 @@ class Part(Loader):
 
     def new_class(self, meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
                   code: dict[str, Any], members: dict[str, Any]) -> Any:
-        """A class with its functions and constants; the one that is here, if there is one."""
+        """A class with its functions and constants; the class that is here already, if any."""
         cls = _make_class(meta, name, bases, {**namespace, **code}, members) if self.entry is None else self.entry.thing
         if CAME in vars(cls):
             _update_class(cls, {**vars(cls)[CAME], **code})
         return cls
 
     def fill_class(self, cls: Any, content: tuple[dict[str, Any], dict[str, Any], list[type]]) -> None:
-        """Give a class all its attributes, its members their states, and register classes with it."""
+        """Fill a class's attributes and members, and register classes with it."""
         attributes, states, registered = content
         for name, state in states.items():
             cls._member_map_[name].__dict__.update(state)
@@ -199,7 +199,7 @@ class Part(Loader):
 
 
 def define(names: Names, letter: bytes | memoryview) -> list[Part]:
-    """Make and fill what a letter of definitions brings, and return its roots."""
+    """Make and fill the things of a letter of definitions, and return its roots."""
     pieces = iter(opened(letter if isinstance(letter, memoryview) else memoryview(bytearray(letter))))
     records, roots = pickle.loads(next(pieces))
     parts: list[Part] = []
@@ -213,7 +213,7 @@ def define(names: Names, letter: bytes | memoryview) -> list[Part]:
 
 
 class _Stop:
-    """An attribute that ends `type.__new__` once the class is whole, before `__init_subclass__` is called."""
+    """An attribute that ends `type.__new__` when the class is complete, before `__init_subclass__`."""
 
     owner: Any = None
 
@@ -224,7 +224,7 @@ class _Stop:
 
 def _make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any],
                 members: dict[str, Any]) -> Any:
-    """Make a class, without the hooks of its bases. Only a metaclass written in C runs code of its own."""
+    """Make a class without its bases' hooks. Only a metaclass in C runs its own code."""
     stop = _Stop()
     try:
         builtin_base(meta).__new__(meta, name, bases, {**namespace, HOOK: stop})
@@ -244,10 +244,9 @@ def _make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[s
 
 
 def _update_class(cls: type, attributes: dict[str, Any]) -> None:
-    """Set attributes that came by letter, and drop those that come no more.
+    """Set attributes that came by letter, and drop attributes that come no more.
 
-    An attribute that running code has set since the last ones came stays. The class keeps what came. So that lives as
-    long as the class.
+    An attribute that running code has set since the last letter stays.
     """
     own, last = vars(cls), vars(cls).get(CAME, {})
     kept = {name for name in own if last and own[name] is not last.get(name, MISSING)}
@@ -261,13 +260,13 @@ def _update_class(cls: type, attributes: dict[str, Any]) -> None:
 
 def _make_function(names: dict[str, Any], code: CodeType, name: str, cells: Any, submodules: list[str]) -> Any:
     for module in submodules:
-        with contextlib.suppress(ModuleNotFoundError):  # a name that may be no module's: from copy import copy
+        with contextlib.suppress(ModuleNotFoundError):  # may be no module: from copy import copy
             importlib.import_module(module)
     return FunctionType(code, names, name, None, cells)
 
 
 def _make_plain(cls: Any, *arguments: Any) -> Any:
-    """An instance as its built-in base makes it, whatever the class's own `__new__` and `__init__` say."""
+    """An instance that the built-in base makes, without the class's own `__new__` and `__init__`."""
     base = builtin_base(cls)
     made = base.__new__(cls, *arguments)
     if isinstance(made, BaseException):
@@ -276,7 +275,7 @@ def _make_plain(cls: Any, *arguments: Any) -> Any:
 
 
 def _fill_plain(thing: Any, content: tuple[Any, Any]) -> None:
-    """Give an instance its attributes and items, whatever methods its class has for that."""
+    """Give an instance its attributes and items, without its class's methods for that."""
     state, items = content
     attributes, slots = state if isinstance(state, tuple) else (state, {})
     if attributes:
@@ -288,7 +287,7 @@ def _fill_plain(thing: Any, content: tuple[Any, Any]) -> None:
 
 
 def _open_file(path: str, place: Sequence[int], mode: str, position: int, options: dict[str, Any]) -> Any:
-    """A file that was open for reading, at its position; the very same file, by inode and device, or none."""
+    """A file that was open for reading, at its position. It must be the same file, by inode and device."""
     file = open(path, mode, **options)
     if os.fstat(file.fileno())[1:3] != place:
         file.close()

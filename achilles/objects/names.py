@@ -1,20 +1,18 @@
 """Gives tokens to things, so that a thing is one thing in every letter of a context.
 
-Knows identity, modules, and the names that code reads. Knows neither pickles nor letters: what refers to what is
-definitions.py's.
+Knows identity, modules, and the names that code reads. Knows no pickles, letters or references between things.
 
-An *entry* is a thing with a token: 16 bytes of the process that named it, and 8 of its number there. That process
-resolves the token to its own thing. The *version* of an entry is a number that changes when its content does.
+An *entry* is a thing with a token: 16 bytes of the process that named the thing, and 8 of its number there. That
+process resolves the token to its own thing. An entry's *version* is a number that changes with its content.
 
-A *space* is the entry of a module's globals dict. All functions of one space share one dict on the other side. A *slot*
+A *space* is the entry of a module's globals dict. All functions of a space share one dict on the other side. A *slot*
 is a global in it.
 
-Threads: the lock guards all of this, and the tables of the context.
+Threads: the lock guards all entries, and the context's tables.
 
-Limits: an entry holds its thing by a weak reference, where the type allows one, and lives as long as the thing. The
-entry of a list or cell holds it, and lives as long as the entries of what refers to it do. OWNED_KEPT entries are kept
-at most. Spaces of scripts are kept for ever. Of the other unused spaces, and of the things that functions belong to or
-initializers get, the last KEPT are kept.
+Limits: an entry of a thing with weak references lives with the thing, among the last OWNED_KEPT entries. The entry of a
+list or cell holds it, and lives as long as the entries that refer to it. Spaces of scripts live for ever. The last KEPT
+other spaces and things of functions or initializers stay without use.
 """
 
 from __future__ import annotations
@@ -37,29 +35,28 @@ __all__ = ["ATOMS", "GLOBAL_LOADS", "KEPT", "MAINS", "MISSING", "REMEMBERED", "S
 
 ATOMS = frozenset({int, float, complex, str, bytes, bool, type(None), type(...), type(NotImplemented)})
 KINDS = {FunctionType: "function", CellType: "cell"}  # else a class or a value
-MAINS = ("__main__", "__mp_main__")  # the second is what multiprocessing calls it in a spawned child
-MISSING: Any = object()  # no value, where None is one
+MAINS = ("__main__", "__mp_main__")  # the second is the name in a child that multiprocessing spawned
+MISSING: Any = object()  # no value, where None is a value
 STREAMS = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")  # each process has its own
-KEPT = 64  # in a table: the spaces and things that live longer, letters of definitions, functions that are compared
-OWNED_KEPT = 4096  # entries; beyond, what was used least lately is forgotten: a list of a class may hold the class
-REMEMBERED = 1024  # modules, and code objects with their global names: looking at one takes about 50 us
+KEPT = 64  # in a table: spaces and things without use, letters of definitions, compared functions
+OWNED_KEPT = 4096  # entries; beyond, the least lately used is dropped: a class's own list may hold the class
+REMEMBERED = 1024  # modules, and code objects with their global names: each look takes about 50 us
 GLOBAL_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")  # instructions (dis)
-HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or by C code that allows the same
-# Names in a pickle that are not there, or something else, elsewhere. A copy of a connection would close the original.
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class statement made the class, or similar C code
+# Names in a pickle that are missing or different elsewhere. A connection's copy would close the original.
 UNFOUND = {b"_main__", b"multiprocessing.connection", b"multiprocess.connection"}
 
 
 class Entry:
-    """One thing with a token.
+    """A thing with a token.
 
-    :ivar named: whether letters say the token. Letters do not say the token of a function that is no global, nor those
-        of lists that it alone holds. So a lambda that is made again and again has the same letter each time.
-    :ivar state: the content as it was dumped last: its digest with the tokens that stood in it, and their versions.
-    :ivar facts: what a function referred to, just before that.
-    :ivar refs: the entries that stood in the content, and the globals of a function. They live as long as this one.
-    :ivar place: where the thing was found, for errors: ("global", "log", "work") is the global log of the function
-        work.
-    :ivar is_one: whether arguments refer to the thing, too, and bring no copy.
+    :ivar named: whether letters say the token. Functions that are no globals, and lists that only they hold, are not
+        named: a lambda that is made again has the same letter.
+    :ivar state: the content at the last dump: its digest with the tokens in it, and their versions.
+    :ivar facts: the objects that a function referred to, just before the dump.
+    :ivar refs: the entries in the content, and a function's globals: they live as long as this entry.
+    :ivar place: of the thing, for errors: ("global", "log", "work") is the global log of function work.
+    :ivar is_one: whether arguments, too, refer to the thing, and bring no copy.
     """
 
     def __init__(self, names: Names, token: bytes, thing: Any) -> None:
@@ -75,14 +72,14 @@ class Entry:
 
     @property
     def thing(self) -> Any:
-        """The thing; None if it has ended."""
+        """The thing; None after its end."""
         return self._ref()
 
 
 class Space(Entry):
     """The entry of a globals dict.
 
-    :ivar module: what has the dict, if it was made here.
+    :ivar module: the module of the dict, if loading gave it.
     :ivar is_imported: whether an import gives the module.
     """
 
@@ -97,7 +94,7 @@ class Space(Entry):
         (names.scripts if self.name in MAINS else names.recent).append(self)
 
     def slot(self, name: str) -> Slot:
-        """One of the globals."""
+        """The entry of a global."""
         return self.slots.setdefault(name, Slot(self, name))
 
 
@@ -115,7 +112,7 @@ class Slot(Entry):
 
 
 class Module(ModuleType):
-    """A module that no import gives. `multiprocessing` starts children from its file, if that is on this machine."""
+    """A module that no import gives. `multiprocessing` starts children from its file, if the file is here."""
 
     __spec__ = property(lambda self: None)
 
@@ -126,19 +123,19 @@ class Module(ModuleType):
 
 
 class Names:
-    """The entries of one context.
+    """The entries of a context.
 
-    :ivar lock: the context's. Arguments and results are dumped without it, and take it to give a token.
-    :ivar ids: those of things with entries, where picklers look for each object.
-    :ivar owned: entries that live as long as their things, by the ids of these.
-    :ivar scripts: the spaces of scripts and notebooks, the first one first; `recent`: the latest of the other spaces.
+    :ivar lock: the context's. Dumping arguments and results takes it only to give a token.
+    :ivar ids: of things with entries; picklers look here for each object.
+    :ivar owned: by the id of a thing: entries that live as long as their things.
+    :ivar scripts: the spaces of scripts and notebooks, the oldest first; `recent`: the latest other spaces.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.process = os.urandom(16)
-        self.values = 0  # that have got a token
-        self.changes = 0  # of the versions of what has had one before
+        self.values = 0  # with a token
+        self.changes = 0  # of versions, after the first
         self.numbers = itertools.count(1)  # of tokens and versions alike
         self.owned: dict[int, Entry] = {}
         self.scripts: list[Space] = []
@@ -148,20 +145,19 @@ class Names:
         self.ids: dict[int, Any] = self._by_id.data  # type: ignore[attr-defined]
 
     def of_token(self, token: Any) -> Any:
-        """The entry of a token, if its thing is here."""
+        """The entry of a token, or None if its thing is not here."""
         entry = self._entries.get(token)
         return None if entry is None or entry.thing is None else self.own(entry)
 
     def find(self, thing: Any) -> Any:
-        """The entry of a thing, if it has one."""
+        """The entry of a thing; None if it has none."""
         entry = self._by_id.get(id(thing))
         return entry if entry is not None and entry.thing is thing else None
 
     def name(self, thing: Any, token: bytes = b"", kind: type[Entry] = Entry) -> Any:
         """The entry of a thing, made at need.
 
-        :param token: under which the thing came by letter.
-        :param kind: the entry's: Space for a globals dict.
+        :param token: of a thing that came by letter.  :param kind: Space for a globals dict.
         """
         with self.lock:
             entry = self.find(thing)
@@ -172,7 +168,7 @@ class Names:
             return entry
 
     def own(self, entry: Entry) -> Entry:
-        """Let an entry that letters name live as long as its thing."""
+        """Let an entry that letters name live with its thing."""
         if entry.named and entry.is_weak:
             self.owned.pop(entry.key, None)
             self.owned[entry.key] = entry
@@ -181,9 +177,9 @@ class Names:
         return entry
 
     def hold(self, value: Any, place: tuple[str, str, str] | None, is_named: bool = True) -> Entry | None:
-        """The entry of a value that something holds; None for what needs no name.
+        """The entry of a value that a thing holds; None for a value that needs no name.
 
-        :param is_named: whether letters say the token of the holder.
+        :param is_named: whether letters say the holder's token.
         """
         if by_import(value) or is_stream(value):
             return None
@@ -199,13 +195,13 @@ def resolved(value: Any) -> Any:
 
 
 def is_class(thing: Any) -> bool:
-    """Whether this is a class, whatever its `__class__` says."""
+    """Whether this is a class, by its type, not its `__class__`."""
     return issubclass(type(thing), type)
 
 
 @functools.lru_cache(REMEMBERED)
 def importable(name: str) -> bool:
-    """Whether an import gives a module of `sys.modules`, where a file can be put under any name."""
+    """Whether an import gives a module of `sys.modules`: a file can be loaded under any name."""
     spec = getattr(sys.modules[name], "__spec__", None)
     is_file = "." not in name and spec is not None and spec.has_location
     is_found = not is_file or any(
@@ -216,7 +212,7 @@ def importable(name: str) -> bool:
 
 
 def travels_by_value(thing: Any) -> bool:
-    """Whether an import on another machine would not find this function, class or cache."""
+    """Whether an import on another machine does not find this function, class or cache."""
     if is_class(thing) and is_c_type(thing):
         return False
     module = getattr(thing, "__module__", None)
@@ -227,7 +223,7 @@ def travels_by_value(thing: Any) -> bool:
 
 
 def by_import(value: Any) -> bool:
-    """Whether a value is a constant, or what an import gives."""
+    """Whether a value is a constant, or an import gives it."""
     if isinstance(value, ModuleType):
         return sys.modules.get(value.__name__) is value and importable(value.__name__)
     if is_class(value) or type(value) in (FunctionType, BuiltinFunctionType):
@@ -248,28 +244,25 @@ def is_global(function: FunctionType) -> bool:
 
 
 def by_path(found: Any, path: str) -> Any:
-    """What a dotted path leads to; MISSING where it leads nowhere."""
+    """The object at a dotted path; MISSING if there is none."""
     for name in path.split("."):
         found = getattr(found, name, MISSING)
     return found
 
 
 def is_c_type(cls: type) -> bool:
-    """Whether a class is static C, without a dict that could be filled."""
+    """Whether a class is static C, with a dict that nobody can fill."""
     return not cls.__flags__ & HEAP_TYPE
 
 
 def builtin_base(cls: type) -> Any:
-    """The first class in the order of resolution that is written in C, or has a `__new__` that is."""
+    """The first class in the order of resolution that is, or has a `__new__`, written in C."""
     return next(base for base in cls.__mro__
                 if is_c_type(base) or isinstance(vars(base).get("__new__"), BuiltinFunctionType))
 
 
 def slots_of(function: FunctionType, names: Any) -> dict[str, Any]:
-    """The globals of a function, but for those that it finds in the module that an import gives.
-
-    It does not find there the names that pytest writes into a module.
-    """
+    """The globals of a function that no import gives: pytest writes non-identifiers into an imported module."""
     space = names.name(function.__globals__, kind=Space)
     found = [name for name in global_names(function.__code__)
              if name in space.thing and name not in ("__name__", "__builtins__")]
@@ -280,14 +273,14 @@ def submodules_of(code: CodeType, packages: list[str]) -> list[str]:
     """The names of the submodules that code reaches through packages."""
     lazy = " ".join(["", *getattr(sys, "lazy_modules", ())])  # Python 3.15
     attributes = sorted({name for each in codes_of(code) for name in each.co_names}) if packages else []
-    for package in packages:  # grows while it is walked: a package's package
+    for package in packages:  # grows while it is walked
         names = (f"{package}.{each}" for each in attributes)
         packages += [name for name in names if name in sys.modules or f" {name}" in lazy]
     return [name for name in packages if "." in name]
 
 
 def codes_of(code: CodeType) -> list[CodeType]:
-    """A code object and those nested in it."""
+    """A code object and its nested code objects."""
     found = [code]
     for each in found:  # grows while it is walked
         found += [constant for constant in each.co_consts if isinstance(constant, CodeType)]
@@ -296,7 +289,7 @@ def codes_of(code: CodeType) -> list[CodeType]:
 
 @functools.lru_cache(REMEMBERED)
 def global_names(code: CodeType) -> tuple[str, ...]:
-    """The names that a code object, or one nested in it, reads as globals."""
+    """The names that a code object, or its nested code objects, read as globals."""
     names = [step.argval for each in codes_of(code) for step in dis.get_instructions(each)
              if step.opname in GLOBAL_LOADS]
     return tuple(dict.fromkeys(names))

@@ -1,6 +1,6 @@
-"""What a chunk of arguments gave, as a letter: values, and exceptions with their tracebacks.
+"""The outcomes of a chunk as a letter: values, and exceptions with their tracebacks.
 
-Knows letters. Knows nothing of jobs and frames: which status an answer has is told by the caller. Any thread.
+Knows letters. Knows no jobs or frames: the caller says an answer's status. Any thread may call this.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["dump_outcomes", "encoding_error", "fresh", "load_outcomes", "load_va
 
 def dump_outcomes(context: Context, values: list[Any],
                   errors: dict[int, BaseException]) -> tuple[bool, list[Buffer]]:
-    """Turn what a chunk gave into a letter, in the worker; never raises for what the user returned.
+    """Turn a chunk's outcomes into a letter, in the worker; never raises for the user's values.
 
-    :param values: one an offset; what stands where there is an error is ignored.
-    :param errors: exceptions by offset. One that cannot be rebuilt travels as text.
+    :param values: a value for each offset, ignored where there is an error.
+    :param errors: exceptions by offset. An exception that cannot be rebuilt travels as text.
     :returns: whether there is any error, and the letter. A value that cannot be dumped becomes a
         `multiprocessing.pool.MaybeEncodingError` at its offset.
     """
@@ -37,7 +37,7 @@ def dump_outcomes(context: Context, values: list[Any],
         try:
             found = _error_entry(context, errors[offset]) if offset in errors else b"".join(context.dump(value))
         except DumpError as error:
-            found = *_error_entry(context, encoding_error(own_error(error), value))[:2], ""  # no code of the user's
+            found = *_error_entry(context, encoding_error(own_error(error), value))[:2], ""  # of no user code
         outcomes.append(found)
     return True, context.dump([outcomes, context.node])
 
@@ -46,8 +46,8 @@ def load_outcomes(context: Context, letter: Buffer,
                   raised: bool) -> tuple[list[Any], dict[int, BaseException]]:
     """The values of a chunk and its exceptions by offset, in the caller.
 
-    Each exception has the remote traceback, a `multiprocessing.pool.RemoteTraceback`, as `__cause__`, and
-    the node's id as `node`; one that cannot be rebuilt here is a `RemoteError` with its text.
+    Each exception has the remote traceback, a `multiprocessing.pool.RemoteTraceback`, as `__cause__`, and the node's id
+    as `node`. An exception that cannot be rebuilt is a `RemoteError` with its text.
     """
     loaded = context.load(letter)
     if not raised:
@@ -59,7 +59,7 @@ def load_outcomes(context: Context, letter: Buffer,
 
 
 def load_values(context: Context, letters: Iterable[Buffer]) -> list[list[Any]]:
-    """The values of many chunks in which nothing was raised; as `load_outcomes` of each, but quicker."""
+    """The values of many chunks without errors; quicker than `load_outcomes` of each chunk."""
     return [pickle.loads(letter) if letter[0] == PICKLE_START else context.load(letter) for letter in letters]
 
 
@@ -72,24 +72,23 @@ def encoding_error(error: BaseException, value: Any) -> BaseException:
 
 
 def mark(error: BaseException, **attributes: object) -> Any:
-    """Say of an error where it happened, unless it has attributes of these names itself, or no room for them."""
+    """Give an error these attributes. It keeps its own, and may refuse them."""
     for name, value in attributes.items():
-        with contextlib.suppress(Exception):  # of a property, for one
+        with contextlib.suppress(Exception):  # of a property
             if isinstance(error, AchillesError) or not hasattr(error, name):
                 setattr(error, name, value)
     return error
 
 
 def own_error(error: Any) -> Any:
-    """What `multiprocessing` would raise of something that cannot be dumped: pickle's own error, unless ours says where
-    in it the thing is."""
+    """The error that `multiprocessing` raises: pickle's own, unless our error says where the object is."""
     if not isinstance(error, DumpError) or error.where or error.__cause__ is None:
         return error
     return error.__cause__
 
 
 def _error_entry(context: Context, error: BaseException) -> tuple[bytes | None, str, str]:
-    """An exception as it travels: its letter, if that gives an exception again, its text, its traceback."""
+    """The parts of an exception: its letter, if that loads as an exception, its text, its traceback."""
     try:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception:  # of an attribute that raises
@@ -106,7 +105,7 @@ def _error_of(
     context: Context, node: int | None, letter: bytes | None, text: str, remote_traceback: str
 ) -> BaseException:
     error: BaseException = RemoteError(text)
-    with contextlib.suppress(Exception):  # of a module or class that only the node has: the text stands
+    with contextlib.suppress(Exception):  # of a module or class that only the node has: the text stays
         loaded = context.load(letter) if letter is not None else None
         error = loaded if isinstance(loaded, BaseException) else error
     if remote_traceback:
@@ -115,7 +114,7 @@ def _error_of(
 
 
 def fresh(error: BaseException) -> BaseException:
-    """An exception of ours, made anew for one caller: threads that raise one object would share its traceback."""
+    """A copy of our exception for each caller: threads that raise the same object share its traceback."""
     if not isinstance(error, (AchillesError, InterruptedError)):
         return error
     made = type(error)(*error.args)

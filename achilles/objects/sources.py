@@ -1,19 +1,19 @@
 """The caller's own modules: their sources travel with its functions, and a worker imports them from memory.
 
-It knows modules and files. It knows no letter, job or worker.
+Knows modules and files. Knows no letter, job or worker.
 
-Own is a module that the caller has imported from a file ``….py`` in the *root* or below, and that no environment and no
-standard library has. The root is the folder of the script. It is the working directory in a notebook, in a shell, under
-``python -m``, and where ``__main__`` itself is installed, as pytest's is. This package is never own.
+The caller has imported an *own* module from a file ``….py`` in the *root* or below. No environment, no standard library
+and not this package has it. The root is the script's folder, or else the working directory: in a notebook, in a shell,
+under ``python -m``, and for an installed ``__main__``, such as pytest's.
 
 ::
 
     caller: sys.modules ─▶ own files ─▶ collect ─▶ Sources, one letter ···▶ worker: install ─▶ sys.meta_path
 
 A module keeps its name, its file's path and its package. So tracebacks show its lines, and its classes come back as the
-caller's. Only modules travel: no data files, no compiled modules.
+caller's. Data files and compiled modules do not travel.
 
-Any thread may call everything here. Two threads may both look at the files: they find the same.
+Any thread may call any function here. Two threads that look at the files at once find the same.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from .names import MAINS, REMEMBERED, importable
 
 __all__ = ["Sources", "install", "own_files", "own_sources", "reason", "root", "stamp_of"]
 
-MAX_BYTES = 8 << 20  # of all sources: a set that is larger has data in it, or a whole library
-LOOK_SECONDS = 0.1  # how often single calls look at the files
-PACKAGE = __package__.rpartition(".")[0]  # ours, whatever its name is
+MAX_BYTES = 8 << 20  # of all sources: a larger set has data or a whole library in it
+LOOK_SECONDS = 0.1  # between two looks of single calls at the files
+PACKAGE = __package__.rpartition(".")[0]  # ours, under any name
 
 Module = tuple[str, bool, bytes]  # path, whether it is a package, source
 
@@ -44,7 +44,7 @@ Module = tuple[str, bool, bytes]  # path, whether it is a package, source
 class Sources(NamedTuple):
     """The caller's own modules.
 
-    :ivar name: of this set, 32 hex digits.  :ivar letter: a dict of each module's path and source, by name.
+    :ivar name: of the set, 32 hex digits.  :ivar letter: a pickle of each `Module`, by its name.
     """
 
     name: str
@@ -52,13 +52,13 @@ class Sources(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What one look at the files found, in a root and among so many modules; single calls look again at a time."""
+    """The result of a look at the files of a root, among so many `modules`; single calls look again at a time."""
 
     root: str = ""
     modules: int = -1
     again_at: float = 0.0  # monotonic
-    files: dict[str, str] = {}  # of the own modules, by name
-    stamps: tuple[Any, ...] = ()  # of each of them: what changes when the file or the module does
+    files: dict[str, str] = {}  # of own modules, by name
+    stamps: tuple[Any, ...] = ()  # of each: they change with the file or the module
     found: Sources | None = None
 
 
@@ -66,10 +66,10 @@ _look = Look()
 
 
 def own_sources(at_once: bool = True) -> Sources | None:
-    """The set of the caller's own modules as their files are now, if there are any.
+    """The caller's own modules as their files are now, if there are any.
 
-    :param at_once: look at the files now. Else a change may be seen 0.1 s later.
-    :raises DumpError: they are too large.
+    :param at_once: look at the files now; else up to LOOK_SECONDS later.
+    :raises DumpError: the modules are too large.
     """
     global _look
     last, count = _look, len(sys.modules)
@@ -86,7 +86,7 @@ def own_sources(at_once: bool = True) -> Sources | None:
 
 
 def own_files(folder: str) -> dict[str, str]:
-    """The paths of the own modules, by name. A package without a file is a namespace package: "" is its path."""
+    """The paths of the own modules, by name; "" for a namespace package, which has no file."""
     found = {}
     for name, module in sorted(sys.modules.items()):
         path = file_of(module)
@@ -100,7 +100,7 @@ def own_files(folder: str) -> dict[str, str]:
 
 
 def root() -> str:
-    """The folder of the script; the working directory where there is none."""
+    """The script's folder; the working directory without a script."""
     main = sys.modules["__main__"]
     path = file_of(main)
     if path and getattr(main, "__spec__", None) is None and not is_installed(path):
@@ -112,7 +112,7 @@ def root() -> str:
 
 
 def file_of(module: Any) -> str:
-    """The path of a module's file, without a load of what loads itself at its first use; "" where it has none."""
+    """The path of a module's file, or ""; never loads a lazy module."""
     try:
         path = object.__getattribute__(module, "__dict__").get("__file__")
     except AttributeError:
@@ -121,13 +121,13 @@ def file_of(module: Any) -> str:
 
 
 def why_not(name: str, path: str, folder: str) -> str:
-    """The rule by which a module does not travel; "" if it does."""
+    """The rule that keeps a module from travelling, or ""."""
     if name in MAINS or name == PACKAGE or name.startswith(f"{PACKAGE}."):
         return "it is achilles or the script itself"
     if not (path.endswith(".py") and os.path.isfile(path)):
         return "it has no Python source file here: install it on the node"
     if is_installed(path):
-        return "it is installed here, and what is installed never travels: install it on the node, too"
+        return "it is installed here, and installed modules never travel: install it on the node, too"
     if name.partition(".")[0] in sys.stdlib_module_names:
         return f"a module of the standard library has its name: give {path} another one"
     if not os.path.realpath(path).startswith(os.path.join(folder, "")):
@@ -137,7 +137,7 @@ def why_not(name: str, path: str, folder: str) -> str:
 
 @functools.lru_cache(REMEMBERED)
 def is_installed(path: str) -> bool:
-    """Whether an environment or the standard library has a file, or a command of an environment is it."""
+    """Whether a file is of an environment or the standard library, or is an environment's command."""
     parts = os.path.abspath(path).split(os.sep)
     return "site-packages" in parts or "dist-packages" in parts or os.path.realpath(path).startswith(_library_folders())
 
@@ -150,10 +150,10 @@ def _library_folders() -> tuple[str, ...]:
 
 
 def collect(files: dict[str, str]) -> Sources | None:
-    """Read the files: the set of these modules, if there are any. DumpError if they are too large."""
+    """Read the files of these modules, if there are any. DumpError if they are too large."""
     modules: dict[str, Module] = {}
     for name, path in files.items():
-        with contextlib.suppress(OSError):  # it is gone since the look, and the next look sees that
+        with contextlib.suppress(OSError):  # the file is gone, and the next look sees that
             with open(path or os.devnull, "rb") as file:  # a namespace package has no source
                 modules[name] = path, not path or os.path.basename(path) == "__init__.py", file.read()
     size = sum(len(source) for _, _, source in modules.values())
@@ -168,12 +168,11 @@ def collect(files: dict[str, str]) -> Sources | None:
 
 
 def _stamps(files: dict[str, str]) -> tuple[tuple[str, str, Any], ...]:
-    """The stamps of these modules."""
     return tuple((name, path, (file_of(sys.modules.get(name)), stamp_of(path))) for name, path in files.items())
 
 
 def stamp_of(path: str) -> tuple[int, ...]:
-    """What changes when a file does."""
+    """A stamp that changes with a file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -182,7 +181,7 @@ def stamp_of(path: str) -> tuple[int, ...]:
 
 
 def reason(name: str) -> str:
-    """Why a worker did not find a module of this name, for the caller: the rule, and what to do."""
+    """Why a worker did not find a module of this name: the rule and the remedy, for the caller."""
     if name not in sys.modules:
         return "this process has not imported it, so that it does not travel: import it here, too, or install it there"
     rule = why_not(name, file_of(sys.modules[name]), root())
@@ -200,12 +199,12 @@ class Finder(abc.MetaPathFinder, abc.ExecutionLoader):
         if fullname not in self._modules:
             return None
         file, is_package, _ = self._modules[fullname]
-        found = machinery.PathFinder.find_spec(fullname, path) if is_package else None  # the node's part of a package
+        found = machinery.PathFinder.find_spec(fullname, path) if is_package else None  # the node's part
         if not file:
             return found or machinery.ModuleSpec(fullname, None, is_package=True)
         spec = machinery.ModuleSpec(fullname, self, origin=file, is_package=is_package)
         spec.has_location = True
-        if is_package:  # what the caller had not imported may be there, on the caller's own machine
+        if is_package:  # the caller's machine has other modules of the package, too
             spec.submodule_search_locations = [
                 os.path.dirname(file), *((found and found.submodule_search_locations) or ())]
         return spec
@@ -219,7 +218,7 @@ class Finder(abc.MetaPathFinder, abc.ExecutionLoader):
         return self._modules[fullname][0]
 
     def get_resource_reader(self, fullname: str) -> Any:
-        """As `importlib` says: data files do not travel, but may be there, on the caller's own machine."""
+        """As `importlib` says: data files do not travel, but workers on the caller's machine find them."""
         return readers.FileReader(machinery.SourceFileLoader(fullname, self.get_filename(fullname)))
 
     def get_source(self, fullname: str) -> str:
@@ -228,7 +227,7 @@ class Finder(abc.MetaPathFinder, abc.ExecutionLoader):
 
 
 def install(modules: dict[str, Module]) -> None:
-    """In a worker: from now on an import finds these modules first, also if it has found others of their names."""
+    """In a worker: imports find these modules first from now on, also in place of loaded modules."""
     for name in modules:
         if not f"{PACKAGE}.".startswith(f"{name}."):
             sys.modules.pop(name, None)
