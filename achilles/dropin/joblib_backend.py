@@ -15,7 +15,7 @@ from .executor import Executor, Future
 __all__ = ["register_joblib_backend"]
 
 _Joblibs: Any = object  # Any, because `register_joblib_backend` adds joblib's classes
-JOBLIBS_OWN = {"max_nbytes", "temp_folder", "mmap_mode", "prefer", "require", "verbose", "context"}  # for joblib's pools
+JOBLIBS_OWN = {"max_nbytes", "temp_folder", "mmap_mode", "prefer", "require", "verbose", "context"}  # joblib's pools
 
 
 class _Batches(_Joblibs):  # type: ignore[misc]
