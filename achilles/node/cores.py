@@ -49,7 +49,7 @@ def default_start_method(threads: int = 1) -> str:
 
 
 def count_threads(root: str = "/") -> int:
-    """Count the threads of this process; on Linux also those of C libraries.
+    """Count the threads of this process; on Linux also the threads of C libraries.
 
     Libraries such as OpenBLAS start threads at import, and these threads hold locks. Python's warning of a fork
     beside threads counts them, too.

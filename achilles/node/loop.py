@@ -116,7 +116,7 @@ class Node:
         )
 
     def look(self) -> None:
-        """Do nothing; a subclass may raise SystemExit to end the node. The loop and each pause call it every 20 ms."""
+        """Do nothing; a subclass may raise SystemExit to end the node. Every turn calls it, and each 50 ms at least."""
 
     def _on_signal(self, number: int, _: object) -> None:
         """The first SIGTERM drains. The second SIGTERM, or any without a connection, ends this process at once."""
