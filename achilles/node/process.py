@@ -42,7 +42,7 @@ NEVER = float("inf")
 STARTING, NOTHING = Batch(0), Batch(0)  # in place of a batch: the worker is not ready yet; the worker is idle
 LATE_SECONDS = 0.02  # at one chunk: four times the 5 ms that a batch is worth
 LATE_BATCH_SECONDS = 0.1  # for the whole batch: a chunk waits at most twice that, 200 ms in a batch of 50 ms
-LATE_FACTOR = 4  # a worker is late at four times the batch's expected time
+LATE_FACTOR = 4  # a worker at one chunk is late after four times its batch's expected time
 RETIRE_SECONDS = 2.0  # for an idle worker to end by itself, with its exit handlers
 SOCKET_BYTES = 1 << 20  # buffer of a worker's socket pair: fewer switches for a large letter
 
@@ -172,7 +172,7 @@ class NodeWorker:
         return self.end, last
 
     def look(self, now: float) -> bool:
-        """Note where the worker is, and kill it if it is over its time. Return whether it is late."""
+        """Note where the worker is, and kill it if it is over its time. Return whether to take chunks back."""
         seen = chunk, _, phase = tuple(self.status)[:LIMIT]
         if chunk != self.seen[0]:
             self.chunk_at = now

@@ -111,8 +111,8 @@ class Runner:
 
         :param first: the number of the first chunk.
         :param careful: whether to name each argument, since an argument may end this process.
-        :returns: an iterator. Each step runs a chunk, up to the limit, and gives its answer. A part may be a view of a
-            value that the function still holds, and may change when the next chunk runs.
+        :returns: an iterator. Each step runs a chunk, up to the limit, and gives its answer. A part may be a view of
+            the function's memory, and may change when the next chunk runs.
         """
         status, job = self._status, self.jobs[job_number]
         status[CHUNK] = first
@@ -183,7 +183,7 @@ class Runner:
     ) -> tuple[list[Any], dict[int, BaseException]]:
         """Return a value for each offset (None if skipped or raised), and the exceptions by offset.
 
-        :param named: whether to write each offset to the status array; True if any is skipped.
+        :param named: whether to write each offset to the status array. It must be true if any is skipped.
         """
         values: list[Any] = []
         errors: dict[int, BaseException] = {}

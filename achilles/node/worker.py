@@ -9,7 +9,7 @@ worker. The worker carries out each frame before it reads the next, so it keeps 
                                                               │ answers
     node ◀─────RESULT IDLE───── socket pair ◀── send ◀── board ◀┘
     node ◀──answers that a late or dead worker has not sent───┘                (board.py)
-    node ◀────────OUTPUT─────── another pair ◀── what functions print          (output.py)
+    node ◀────────OUTPUT─────── another pair ◀── the functions' lines          (output.py)
 
 The worker ends when its node shuts down writing. It leads a session of its own. The processes that its tasks start
 belong to the session's process group, and the node kills the whole group. The group also ends when the node is gone:
