@@ -200,12 +200,12 @@ class Workers:
             self._start(now)
 
     def _make_way(self, now: float) -> None:
-        """For batches that no idle worker may run, replace a worker of another context.
+        """For batches that wait, replace a worker of another context.
 
-        A context without a worker gets an idle worker at once. If all are busy, it gets the worker with the latest
-        batch that has served its second: one at a time. A context with workers gets an idle worker after some time:
-        workers may be slow to set up, and pools often take turns. The first choice is an idle worker of a closed set
-        of sources, then the worker that has been idle for longest.
+        A context without a worker gets an idle worker at once. If all are busy, it gets a worker that has served its
+        second, at the latest batch; one at a time. A context with workers gets an idle worker after some time: workers
+        may be slow to set up, and pools often take turns. An idle worker of a closed set of sources goes first, then
+        the worker that has been idle for longest.
         """
         if not self._queue or len(self._workers) < self.count or any(
                 not worker.batch.count and not worker.idle for worker in self._workers):
