@@ -126,7 +126,7 @@ class Workers:
 
         self._take_back(overlaps, self._reason)
         for worker in self._workers:
-            if overlaps(worker.batch) and first < worker.end <= end:  # its last chunk is the one that runs
+            if overlaps(worker.batch) and first < worker.end <= end:  # its last chunk runs
                 worker.kill_at = time.monotonic() + CANCEL_SECONDS
 
     def end(self, number: int) -> None:
@@ -202,10 +202,10 @@ class Workers:
     def _make_way(self, now: float) -> None:
         """For batches that wait, replace a worker of another context.
 
-        A context without a worker gets an idle worker at once. If all are busy, it gets a worker that has served its
-        second, at the latest batch; one at a time. A context with workers gets an idle worker after some time: workers
-        may be slow to set up, and pools often take turns. An idle worker of a closed set of sources goes first, then
-        the worker that has been idle for longest.
+        A context without a worker gets an idle worker at once. If all are busy, it gets the worker with the latest
+        batch, after the worker's second of service; one at a time. A context with workers gets an idle worker after
+        some time: workers may be slow to set up, and pools often take turns. An idle worker of a closed set of sources
+        goes first, then the worker that has been idle for longest.
         """
         if not self._queue or len(self._workers) < self.count or any(
                 not worker.batch.count and not worker.idle for worker in self._workers):

@@ -238,7 +238,7 @@ class Exchange:
                 self._end(job)
 
     def _declare(self, peer: Peer, batch: Batch) -> None:
-        """Open a JOB's context and sources on this connection. Later JOBs need not bring the letters of these."""
+        """Open a JOB's context and sources on this connection. Later JOBs need not bring these letters."""
         letters: list[Letter] = [*batch.letters(), b"", b""]
         if batch.job in peer.jobs:
             raise ProtocolError(f"job {batch.job} is there already")
@@ -293,7 +293,7 @@ class Exchange:
         self._outbox.append((peer.channel, kind, body))
 
     def _announce(self, now: float) -> None:
-        """Send CLUSTER to all controllers, if nodes came or went, and the last CLUSTER was not just now."""
+        """Send CLUSTER to all controllers, if nodes came or went, and ANNOUNCE_SECONDS are over."""
         if self._changed and now >= self._announce_after:
             self._changed, self._announce_after = False, now + ANNOUNCE_SECONDS
             cluster = functools.cache(self._scheduler.cluster)  # once for each Python

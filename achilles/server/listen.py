@@ -51,7 +51,7 @@ KILLED_SECONDS = 10.0  # after `kill_cluster`, the server still tells peers that
 READ_AGAIN = "read again"  # in the queue of the reasons to end, but no reason to end
 JOIN_SECONDS = 2.0  # for a connection's threads, when the server ends
 NO_ROOM_SECONDS = 0.2  # a pause if no descriptor or thread is left: accept would fail again at once
-CONNECTIONS = 2_000  # at most: tests had so many
+CONNECTIONS = 2_000  # at most: no test had more
 SPARE_FILES = 8  # descriptors that the process needs beside connections
 REASONS = {  # why the server cannot listen, with remedies
     errno.EADDRINUSE: "another program does; end it, or choose another port (port 0 takes any free one)",
@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """A server that listens at `settings.host` (or `bind`) and `settings.port`; port 0 takes any free one.
+    """A server that listens at `settings.host` (or `bind`) and `settings.port`; port 0 takes any free port.
 
     `run()` blocks until `end(reason)`. Any thread and any signal handler may call `end`. To derive the keys takes 40 to
     80 ms. Raises AddressError if the server cannot listen.
@@ -286,7 +286,7 @@ class _Listener(socketserver.ThreadingTCPServer):
 
 
 def _take_away(sock: socket.socket, lost: threading.Event) -> None:
-    """End a client's handshake: its reader finds an end of file, and stops to wait."""
+    """End a client's handshake: its reader finds an end of file, and waits no longer."""
     lost.set()
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)

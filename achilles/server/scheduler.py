@@ -72,7 +72,7 @@ class Scheduler:
         node.group.place(node)
 
     def lose(self, number: int) -> None:
-        """Remove a node whose connection ended. Its first batches, as many as it has workers, may have run there."""
+        """Remove a node after its connection's end. Its first batches, as many as it has workers, may have run."""
         node = self.nodes[number]
         ran, others = (Gone.LEFT, Gone.LEFT) if node.draining else (Gone.LOST, Gone.RETURNED)
         self.drain(number)
