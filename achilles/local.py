@@ -106,7 +106,7 @@ class LocalCluster:
             self.port = _wait_ready(self.server)
             for index, node in enumerate(self.nodes):
                 _hand_over(node.stdin, about | {"port": self.port, "index": index})
-            importlib.import_module(".controller.connection", __package__)  # calls need it; there is time now
+            importlib.import_module(".controller.connection", __package__)  # there is time now
             for node in self.nodes:
                 _wait_ready(node)
             if self._launch is not None:
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status.code if status.code >= 0 else 128 - status.code
 
 
-# The caller's side of a child.
+# A child, for its caller.
 
 
 def _spawn(role: str, hash_seed: str) -> subprocess.Popen[bytes]:

@@ -51,21 +51,20 @@ def _timeout_class(theirs: type[Exception]) -> type[ResultTimeout]:
 
 
 def open_answer(job: Job | None, status: int, found: Any) -> tuple[Any, BaseException | None]:
-    """Load an answer: the value, or the exception. It may run the user's code, so the caller holds no lock of the link.
-    """
+    """Load an answer: the value, or the exception. It may run the user's code: call it without the link's lock."""
     if job is None:
         return None, own_error(found)
     try:
         values, errors = job.load(status, found)
         return values[0], own_error(errors.get(0))
-    except BaseException as error:  # of the call, or of loading its result
+    except BaseException as error:
         return None, own_error(error)
 
 
 class AsyncResult:
     """The result of an `_async` method; any thread may use it. As `multiprocessing.pool.AsyncResult`."""
 
-    _ended = False  # the answer is there, or the value or error that was loaded from it
+    _ended = False  # the answer, or the loaded result, is there
     _answer: Answer | None = None  # not loaded yet
 
     def __init__(
@@ -141,8 +140,8 @@ class Taker(Watcher):
     """Takes the results of a mapping call. Subclasses keep these results, under `_taking`."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
-        self.call: Call | None = None  # from its beginning to its end
-        self.key: Any = None  # the link keeps the call's job under it for the next call
+        self.call: Call | None = None  # until its end
+        self.key: Any = None  # of the call's job, for the next call
         self.failure: BaseException | None = None  # of the call as a whole
         self.values: deque[Any] = deque()  # taken, not returned yet
         self._dispatcher = dispatcher
@@ -151,8 +150,7 @@ class Taker(Watcher):
         self._taking = threading.RLock()
 
     def drain(self, later: Callable[..., Callable[[], object]] = partial) -> None:
-        """Let the dispatcher take all results, now and later. Takes no lock, because `__del__` of iterators calls it.
-        """
+        """Let the dispatcher take all results, now and later. Takes no lock: `__del__` of iterators calls it."""
         if (call := self.call) is not None:
             call.results.ready = self.drain
             self._dispatcher.work.put(later(self.take_all, 0.0))
@@ -174,7 +172,7 @@ class Taker(Watcher):
             self.call = None
             try:
                 call.close(self.key, self.failure)
-            finally:  # `join` no longer waits for this call
+            finally:
                 with self._dispatcher.link.lock:
                     self._dispatcher.forget(self)
             return True
@@ -235,7 +233,7 @@ class Stream(Taker):
 
 
 class PoolIterator(Iterator[Any]):
-    """The iterator of imap and imap_unordered: one result an argument. If it is dropped, the work is still done."""
+    """The iterator of imap and imap_unordered. If it is dropped, the work is still done."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -244,7 +242,7 @@ class PoolIterator(Iterator[Any]):
     def next(self, timeout: float | None = None) -> Any:
         """Return the next result, or raise its argument's exception; ResultTimeout after `timeout` seconds."""
         while True:
-            over = self._stream.call is None  # read before `values`: another thread may take the last results now
+            over = self._stream.call is None  # read before `values`: other threads take results
             try:
                 value, error = self._stream.values.popleft()
                 break
@@ -260,11 +258,11 @@ class PoolIterator(Iterator[Any]):
     __next__ = next
 
     def cancel(self) -> None:
-        """Stop the work, and drop the results that were taken. The standard library has no such method."""
+        """Stop the work, and drop the results. Not in the standard library."""
         self._stream.cancel(InterruptedError("the iterator was cancelled"))
         self._stream.values.clear()
 
     def __del__(self, nothing: Callable[..., deque[Any]] = deque) -> None:
-        """Let the dispatcher drop the results; the work is still done. Takes no lock: any thread runs it, any time."""
+        """Let the dispatcher drop the results, and do the work. Takes no lock: any thread runs it."""
         self._stream.values = nothing(maxlen=0)
         self._stream.drain()

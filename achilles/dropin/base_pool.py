@@ -53,7 +53,7 @@ APPLY = {"call": "apply"}
 
 
 class Dispatcher:
-    """The open calls of a pool, and the thread that takes the results that no other thread takes."""
+    """The open calls of a pool, and the dispatcher thread."""
 
     def __init__(self, link: Controller) -> None:
         self.link = link
@@ -92,7 +92,7 @@ class Dispatcher:
             self.wait_for(partial(self.link.changed.wait_for, lambda: not self.open))
 
     def drain(self) -> None:
-        """Let the thread take the other results of all calls: perhaps no other thread ever does."""
+        """Let the thread take the results that perhaps no other thread takes."""
         for call, _ in [*self.open.values()]:
             call.drain()
 
@@ -142,7 +142,7 @@ class Singles(Sink):
 
     def put(self, run: Run) -> None:
         """As Sink says."""
-        # A lost chunk comes in a run of its own. It has one argument.
+        # A lost chunk comes in a run of its own.
         answers: Any = [(self.job, run.status, letter) for letter in run.answers] or [
             (None, 0, mark(run.lost[0], index=0))]
         for number, answer in enumerate(answers, run.first):
@@ -162,15 +162,15 @@ class Singles(Sink):
         self._look()
 
     def _look(self) -> None:
-        """If no entry is left, let the pool go: the dispatcher has all answers, and may end."""
+        """If no entry is left, let the pool go: it may end the dispatcher."""
         if not self.entries and self._dispatcher.forget(self.key):
             self._dispatcher.link.keep(self.key, self.job)
 
     def drain(self) -> None:
-        """Do nothing: the reader thread brings the entries' answers."""
+        """Do nothing: answers come by themselves."""
 
     def cancel(self, _: BaseException) -> None:
-        """Cancel the futures that were not sent yet. The caller does not hold the lock."""
+        """Cancel the futures that were not sent yet. Without the lock."""
         for single in [*self.entries.values()]:
             single.cancel()
 
@@ -236,13 +236,11 @@ class BasePool:
             self._dispatcher.work.put(None)
 
     def _begin(self) -> Dispatcher:
-        """Return the dispatcher for a new call. Raises if no call may begin."""
+        """Return the dispatcher for a new call, or raise if no call may begin."""
         if self._state != RUN:
             raise self._refusal[0](self._refusal[1])
         self._controller.check_usable()
         return self._dispatcher
-
-    # How a call begins.
 
     def _submit(self, single: Any, func: Callable[..., Any], args: Iterable[Any], kwds: Mapping[str, Any]) -> Any:
         """Put a call into the job of its function, as an entry of the job's Singles. Return the call."""
@@ -302,7 +300,7 @@ class BasePool:
             job = link.take(taker.key, partial(
                 self._job, function, options={**self._options, **options}, sources=taker.key[1]))
             largest = None
-            if chunksize is None:  # for a sequence, as multiprocessing
+            if chunksize is None:
                 wanted = CHUNKS_A_WORKER * self._processes
                 largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
             taker.call = Call(link, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered, flat=True,

@@ -50,7 +50,7 @@ class Engine(Link):
             self._thread.start()
 
     def start(self, job: Job) -> Job:
-        """As Link says. ValueError for an option that only our nodes can keep; inside a worker, a warning."""
+        """As Link says. ValueError for an option that only nodes can keep; inside a worker, a warning."""
         for name in {"timeout", "maxtasksperchild"} & job.declaration.keys():
             if not self.in_place:
                 raise ValueError(f"only our own nodes can end a call or a worker: {name} is not possible there")
@@ -77,7 +77,7 @@ class Engine(Link):
             while self.in_place and (event := self._events.get_nowait()) is not None:
                 self._act(*event)
 
-    # The engine thread; in place, the thread that pushes.
+    # In the engine thread; in place, in the thread that pushes.
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
@@ -86,7 +86,7 @@ class Engine(Link):
     def _act(self, act: Callable[..., object], batch: Batch, more: Any) -> None:
         try:
             act(batch, more)
-        except BaseException as error:  # the executor's: errors of the user's function are in the answers
+        except BaseException as error:  # the executor's; the function's are in the answers
             with self.lock:
                 if (job := self.jobs.get(batch.job)) is not None:
                     job.sink.fail(error)
@@ -132,7 +132,7 @@ class Engine(Link):
 def run_batch(
     number: int, declaration: dict[str, Any], letters: list[bytes], first: int, chunks: list[bytes], careful: bool
 ) -> tuple[int, bytes, list[bytes]]:
-    """Run a batch in an executor's process, which gets no other frame.
+    """Run a batch in an executor's process, which knows nothing else.
 
     :param letters: the function's, and perhaps the initializer's.
     :returns: the batch's µs, statuses, and the letters of the answers.

@@ -47,7 +47,7 @@ class Future(concurrent.futures.Future[Any]):
         return not waits and not self.done()
 
     def cancel(self, kill: bool = False) -> bool:
-        """Cancel the call if it was not sent yet; with `kill`, in any case. Return whether it is cancelled."""
+        """Cancel the call if it was not sent yet; with `kill`, also while it runs. Return whether it is cancelled."""
         link, singles = self._dispatcher.link, self.singles
         with link.lock:
             if singles is None or self.number not in singles.entries:
@@ -129,7 +129,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         results = PoolIterator(self._begin())
         if buffersize is not None:
             gate = self._gate(buffersize * (chunksize or 1), weakref.ref(results))
-            args = (arg for _, arg in zip(gate, args))  # the gate is asked before an argument is read
+            args = (arg for _, arg in zip(gate, args))  # the gate comes before the argument
         self._start(results._stream, fn, args, chunksize, buffersize, call="star")
         return _read(results, time.monotonic() + (float("inf") if timeout is None else timeout))
 
@@ -189,7 +189,7 @@ def _finish(executors: Iterable[Executor]) -> None:
             if executor._dispatcher.open and not executor._controller.forked:
                 executor._dispatcher.wait()
                 executor._controller.check_usable()
-            executor._dispatcher.stop()  # this runs the callbacks that wait
+            executor._dispatcher.stop()  # it runs the waiting callbacks
         except (AchillesError, KeyboardInterrupt) as error:
             tell(f"Calls of an Executor are not done: {str(error) or 'Ctrl-C ended the wait for them'}")
             if isinstance(error, KeyboardInterrupt):
@@ -208,5 +208,5 @@ def _read(results: PoolIterator, deadline: float) -> Iterator[Any]:
             yield results.next(max(0.0, deadline - time.monotonic()))
     except StopIteration:
         pass
-    finally:  # any thread runs this at any moment, so it takes no lock
+    finally:  # takes no lock: any thread runs this
         results._dispatcher.work.put(results.cancel)

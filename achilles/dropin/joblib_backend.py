@@ -60,7 +60,7 @@ class _Batches(_Joblibs):  # type: ignore[misc]
         return self.executor
 
     def submit(self, func: Callable[[], Any], callback: Callable[[Any], object]) -> Any:
-        future = self._open().submit(operator.call, func)  # the batches are arguments of one function
+        future = self._open().submit(operator.call, func)  # one function for all batches
         future.add_done_callback(callback)
         return future
 

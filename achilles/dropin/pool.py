@@ -1,8 +1,7 @@
 """Pool: the methods of `multiprocessing.pool.Pool`, over the cores of a whole cluster.
 
 The module knows which call each method makes. `base_pool.py` begins the call, `async_results.py` takes its results.
-Each method does as in the standard library. One connection serves the pool's life, with any number of calls and
-threads.
+Each method does as in the standard library. A pool has one connection.
 
 ::
 
@@ -68,8 +67,6 @@ class Pool(BasePool):
         super().__init__(processes, initializer, initargs, maxtasksperchild, wait_for_nodes, reconnect_seconds,
                          executor, host, port, username, secret_key, encrypt)
 
-    # One call.
-
     def apply(self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}) -> Any:  # noqa: B006
         """Return `func(*args, **kwds)`, called in a worker. Blocks."""
         return self.apply_async(func, args, kwds).get()
@@ -81,8 +78,6 @@ class Pool(BasePool):
         """As `apply`, but return at once. The dispatcher thread calls a callback with the result or error."""
         result = AsyncResult(self._begin(), callback, error_callback)
         return self._submit(result, func, args, kwds)  # type: ignore[no-any-return]
-
-    # A list of results.
 
     def map(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None, *,
@@ -122,8 +117,6 @@ class Pool(BasePool):
         """As `starmap`, but return at once."""
         return self._list("star", False, func, iterable, chunksize, buffersize, timeout, seed, output, progress,
                           callback, error_callback)
-
-    # One result after the other.
 
     def imap(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1,
@@ -171,7 +164,7 @@ class Pool(BasePool):
     def __reduce__(self) -> Any:
         """Travel as an object with methods that raise: samplers send functions that refer to their pool."""
         code = _raise_absent.__code__.replace(co_filename="<pool>", co_qualname="pool")
-        absent = types.FunctionType(code, {"__name__": "__main__"}, "pool")  # of no module: it travels by value
+        absent = types.FunctionType(code, {"__name__": "__main__"}, "pool")  # by value
         return types.SimpleNamespace, (), dict.fromkeys(METHODS, absent)
 
     def __del__(self, run: str = RUN, warn: Callable[..., object] = warnings.warn) -> None:

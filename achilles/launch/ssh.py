@@ -59,7 +59,7 @@ ALLOCATED = rb".*Allocated port (\d+) for remote forward to 127\.0\.0\.1:%d\s"
 GREETING = "achilles {version} for Python {python}".format(**hello())  # the same for a node and its caller
 READY = rb"0\s"  # the word of `child.py` on a node
 LINE_BYTES = 1 << 16  # a longer line goes on in parts
-WORDS = 5  # the last lines, which an error shows
+WORDS = 5  # lines that an error shows
 REMEDY = (
     f"A host must let ssh in without a question: try `ssh HOST true`. It must have {GREETING}: install it there, and "
     "name the Python that has it in the host's line, by python=PATH.")

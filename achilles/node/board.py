@@ -1,7 +1,7 @@
 """The board: memory that a worker and its node share. It says where the worker is, and holds answers.
 
-The module knows chunks, phases, and answers as bytes. It knows no process and no socket. The status array is five
-signed 64-bit integers. The worker writes four of them. The unsent answers stand behind the array::
+The module knows chunks, phases, and answers as bytes, and no process or socket. The status array is five signed 64-bit
+integers. The worker writes four of them. The unsent answers stand behind the array::
 
     chunk    the number of the chunk that runs, or of the chunk that must not begin
     offset   the argument in that chunk, in the phases call and dump; -1 if the worker does not name it
@@ -10,8 +10,8 @@ signed 64-bit integers. The worker writes four of them. The unsent answers stand
     first    the number of the first chunk that has an answer here
     answers  from `first` to before `chunk`: a length, a status and a letter each
 
-So a death or a time limit is charged to one chunk. While a chunk runs, the node can take back the chunks behind it, and
-pass on the answers before it. The node can do so also if C code holds the interpreter, or the worker is dead.
+So a death or a time limit is charged to one chunk. The node can take back the chunks behind the chunk that runs, and
+pass on the answers before it: also while C code holds the interpreter, or after the worker's death.
 
 There is no lock. The worker writes an answer before the next `chunk`, and writes over sent answers only after it. So
 the node's copy of the answers is right if `chunk` is still the same.
@@ -55,7 +55,7 @@ class Board:
     def __init__(self, shared: Any) -> None:
         memory = memoryview(shared).cast("B")  # views are written at half the cost of a ctypes array
         self.status: Any = memory[:40].cast("q")
-        self.lengths = memory[40:LETTERS_AT].cast("Q")  # of the letters
+        self.lengths = memory[40:LETTERS_AT].cast("Q")
         self.letters = memory[LETTERS_AT:-MOST_ANSWERS]  # end to end
         self.statuses = memory[-MOST_ANSWERS:]
 

@@ -50,7 +50,7 @@ def run_node(
     cpu_count: int | None = None, start_method: str | None = None, env_file: str | None = None,
     encrypt: bool | None = None,
 ) -> None:
-    """Run a node until the cluster is killed or SIGTERM has drained the node. Blocks; ends its workers in any case.
+    """Run a node until the cluster is killed or SIGTERM has drained the node. Blocks; always ends its workers.
 
     In the main thread the node handles SIGTERM, SIGINT and SIGHUP. In another thread it cannot be drained.
 
@@ -79,8 +79,8 @@ class Node:
         self.cpu_count = cpu_count
         self.start_method = start_method
         self.selector = selectors.DefaultSelector()  # empty while there is no connection
-        self.draining = False  # SIGTERM came
-        self.joined = False  # ever
+        self.draining = False  # after SIGTERM
+        self.joined = False
         self.delay = RETRY_SECONDS  # before the next connection
 
     def run(self) -> None:
@@ -108,7 +108,7 @@ class Node:
             self._pause()
 
     def greet(self, number: int, connections: int) -> None:
-        """Print that the server has welcomed this node, as its node `number`. A subclass may tell it in another way."""
+        """Print the server's welcome to this node, its node `number`. A subclass may do otherwise."""
         console.say(
             f"GREETING: Welcome! There are currently {connections} open connections.\n\n"
             f"Connected to achilles_server running at {self.settings.host}:{self.settings.port}\n"
@@ -140,7 +140,7 @@ class Node:
         return Session(self, link).run()
 
     def _pause(self) -> None:
-        """Wait before the next connection, for half of the delay to all of it."""
+        """Wait for half of the delay to all of it."""
         until = time.monotonic() + self.delay * (1 + random.random()) / 2
         self.delay = min(2 * self.delay, MAX_RETRY_SECONDS)
         while not self.draining and (left := until - time.monotonic()) > 0:
@@ -148,10 +148,10 @@ class Node:
             threading.Event().wait(min(left, LOOK_SECONDS))
 
     def _read_anew(self) -> None:
-        """Read the secret again from its file: a person may have replaced it."""
+        """Read the secret again from its file."""
         try:
             self.settings = config.read_again(self.settings, "node")
-        except ConfigurationError as e:  # no file, or half a file: the next time, then
+        except ConfigurationError as e:  # no file, or half a file, yet
             log.warning("the secret stays what it was: %s", e)
 
 
@@ -175,15 +175,14 @@ class Session:
         }
 
     def run(self) -> str:
-        """Serve until the node shall end. Return the reason. Raise if the connection ended. The workers are gone then.
-        """
+        """Serve until the node shall end. Return the reason. Raise if the connection ended. End the workers."""
         self._channel.name = "server"
         self._channel.socket.setblocking(False)
         self._node.selector.register(self._channel.socket, selectors.EVENT_READ, self._on_server)
         self._channel.send(Kind.HELLO, connect.hello(self._node.cpu_count))
         try:
             self._on_server(selectors.EVENT_READ)  # TLS may have decrypted frames that came with WELCOME
-            while not self._end:  # read, do the work that is due, write
+            while not self._end:
                 for key, events in self._node.selector.select(self._workers.look_at - time.monotonic()):
                     key.data(events)
                 self._node.look()
@@ -219,13 +218,11 @@ class Session:
             self._handlers[kind](body)
 
     def _leave(self, body: dict[str, Any]) -> None:
-        """BYE or ERROR."""
         if body.get("reason") != "killed":
             raise ServerUnreachable(f"it ended the connection: {body.get('message', 'it restarts')}")
         self._end = "the cluster was killed"
 
     def _greet(self, body: dict[str, Any]) -> None:
-        """HELLO."""
         if self._workers.count:
             raise ProtocolError("a second HELLO")
         self._node.joined, self._node.delay = True, RETRY_SECONDS
@@ -233,7 +230,7 @@ class Session:
         self._node.greet(self._workers.node, body.get("connections") or 1)
 
     def _drain(self, now: float) -> None:
-        """Say BYE, and give back the chunks that have not begun. Close when no chunk runs."""
+        """Say BYE, give back the chunks that have not begun, and close when no chunk runs."""
         if not self._drain_until:
             self._drain_until = now + DRAIN_SECONDS
             self._channel.send(Kind.BYE, {"reason": "leaving"})  # first: else new batches follow each RETURNED

@@ -45,8 +45,8 @@ class Flow:
     """A second's share of output, and the count of the lines that were left out."""
 
     def __init__(self) -> None:
-        self.left_out = 0  # lines
-        self._since = self._bytes = 0.0  # this second's begin (monotonic), and the rest of its share
+        self.left_out = 0
+        self._since = self._bytes = 0.0  # this second's beginning (monotonic); the rest of its share
 
     def admits(self, line: Batch) -> bool:
         """Whether an OUTPUT may go on; else count its lines."""
@@ -86,7 +86,7 @@ class Output:
         sys.__stdout__, sys.__stderr__ = self._taps  # type: ignore[misc, assignment]
 
     def begin(self, batch: Batch) -> None:
-        """Let the next lines be this batch's."""
+        """Give the next lines to this batch."""
         if batch.job != self._job:
             self._job, self._flow = batch.job, Flow()
         self.batch = batch

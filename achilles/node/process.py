@@ -40,11 +40,11 @@ __all__ = ["LATE_SECONDS", "NOTHING", "STARTING", "NodeJob", "NodeWorker", "star
 
 NEVER = float("inf")
 STARTING, NOTHING = Batch(0), Batch(0)  # in place of a batch: the worker is not ready yet; the worker is idle
-LATE_SECONDS = 0.02  # at one chunk: four times the 5 ms that a batch is worth
-LATE_BATCH_SECONDS = 0.1  # for the whole batch: a chunk waits at most twice that, 200 ms in a batch of 50 ms
+LATE_SECONDS = 0.02  # at one chunk: four times the 5 ms of a batch
+LATE_BATCH_SECONDS = 0.1  # for a whole batch: a chunk of a batch of 50 ms waits 200 ms at most
 LATE_FACTOR = 4  # a worker at one chunk is late after four times its batch's expected time
 RETIRE_SECONDS = 2.0  # for an idle worker to end by itself, with its exit handlers
-SOCKET_BYTES = 1 << 20  # buffer of a worker's socket pair: fewer switches for a large letter
+SOCKET_BYTES = 1 << 20  # buffer of a socket pair: fewer switches for a large letter
 
 
 class NodeJob(NamedTuple):
@@ -74,17 +74,17 @@ class NodeWorker:
         self.channel.name = self.lines.name = f"worker {process.pid}"
         self._board = Board(shared)
         self.status = self._board.status
-        self.usable = True  # it may get batches: it neither retires nor was killed
+        self.usable = True  # it neither retires nor was killed
         self.charge: Status | None = Status.DIED  # the status of the chunk that runs at its end
         self.told: set[int | str] = set()  # the jobs and contexts that it knows
-        self.owner: tuple[str | None, str | None] = None, None  # the context and the sources that it belongs to
+        self.owner: tuple[str | None, str | None] = None, None  # its context and sources
         self.tasks_left = NEVER  # chunks that it may still begin: maxtasksperchild
-        self.job: Any = None  # the NodeJob of its batch or last batch
+        self.job: Any = None  # its batch's NodeJob, or its last batch's
         self.batch = STARTING
-        self.next = self.end = 0  # the first chunk that is not answered; the number behind the worker's last chunk
+        self.next = self.end = 0  # the first unanswered chunk; behind the last chunk
         self.seen = (UNNAMED, UNNAMED, IDLE)  # chunk, offset and phase at the node's last look
         self.seen_at = self.chunk_at = time.monotonic()  # the first look at these three; at this chunk
-        self.since = self.owned_at = time.monotonic()  # the begin of idling or of the batch; of its owner
+        self.since = self.owned_at = time.monotonic()  # the time of its last change: idle or batch; owner
         self.kill_at = NEVER  # monotonic
 
     @property
@@ -93,7 +93,7 @@ class NodeWorker:
         return self.usable and self.batch is NOTHING
 
     def begin(self, job: NodeJob, batch: Batch) -> None:
-        """Give the worker a batch. It is idle, so it does not write the status array now."""
+        """Give the worker a batch. It is idle, so it does not write the status array."""
         self.since = self.chunk_at = self.seen_at = time.monotonic()
         if self.owner != job.owner:
             self.owner, self.owned_at = job.owner, self.since
@@ -162,10 +162,9 @@ class NodeWorker:
             self.retire()
 
     def take_back(self) -> tuple[int, int]:
-        """Let no further chunk of the batch begin. Return the first chunk taken back, and the number behind the last.
-        """
+        """Let no further chunk begin. Return the first chunk taken back, and the number behind the last."""
         last = self.end
-        for _ in range(2):  # twice: the worker may have read the old limit and moved on
+        for _ in range(2):  # the worker may have read the old limit and moved on
             self.status[LIMIT] = limit = max(self.status[CHUNK] + 1, self.next)
         self.end = min(limit, last)
         self.tasks_left += last - self.end

@@ -25,16 +25,16 @@ from .board import CALL, CHUNK, DUMP, FUNCTION, IDLE, LIMIT, LOAD, NO_LIMIT, OFF
 __all__ = ["Runner"]
 
 Answer: TypeAlias = "tuple[int, Sequence[Buffer]]"  # a chunk's status, and its letter in parts
-ALTERED: Answer = (Status.ALTERED, (b"",))  # for a chunk with a letter that does not match its digest
+ALTERED: Answer = (Status.ALTERED, (b"",))  # a letter does not match its digest
 
 
 class _Prepared:
-    """A letter of a context or a job, loaded once, and the context's payloads."""
+    """A context's or a job's letter, loaded once."""
 
     def __init__(self, payload: Context, letter: Letter | None) -> None:
         self.payload = payload
         self.letter = letter  # not loaded yet
-        self.failure: Answer | None = None  # the answer of every chunk, if loading or using the object failed
+        self.failure: Answer | None = None  # the answer of every chunk
 
     def prepare(self, use: Callable[[Any], object]) -> Answer | None:
         """At the first call, load the letter and use its object. Return the failure."""
@@ -58,7 +58,7 @@ class _RunnerJob(_Prepared):
         super().__init__(context.payload, letter)
         self.context, self.sources = context, sources  # their letters are the initializer and the sources
         self.declaration = declaration
-        self.function: Any = None  # the loaded function, as `set_function` made it
+        self.function: Any = None  # as `set_function` made it
 
     def set_function(self, pair: tuple[Any, Any]) -> None:
         """Keep the function in the form that takes an argument of a chunk: PROTOCOL.md, section 6."""
@@ -137,7 +137,6 @@ class Runner:
         status[PHASE] = IDLE
 
     def _run(self, job: _RunnerJob, letter: Letter, careful: bool) -> Answer:
-        """Run a chunk."""
         status, context = self._status, job.payload
         status[PHASE] = LOAD
         try:
@@ -167,7 +166,7 @@ class Runner:
         status[OFFSET] = offset
         answer = dump_outcomes(context, values, errors)  # False and True are the numbers of VALUES and RAISED
         if errors:
-            errors.clear()  # else a traceback and its frames refer to each other, and outlive the chunk
+            errors.clear()  # else tracebacks and frames keep each other alive
         return answer
 
     def abandon(self) -> None:
@@ -199,7 +198,7 @@ class Runner:
                             continue
                     append(function(argument))
                 return values, errors
-            except BaseException as error:  # of the last argument taken, even if its value is there already
+            except BaseException as error:  # of the last argument taken, even if it has a value already
                 offset = len(arguments) - 1 - operator.length_hint(left)
                 if offset < 0 or offset in skipped:  # a signal handler raised outside of the calls
                     raise
@@ -209,7 +208,7 @@ class Runner:
 
 
 _CALLS: dict[str | None, Callable[..., Any]] = {
-    "star": lambda function, x: function(*tuple(x)),  # as itertools.starmap: it makes a tuple of the argument
+    "star": lambda function, x: function(*tuple(x)),  # as itertools.starmap
     "apply": lambda function, x: function(*x[0], **x[1]),
 }
 
@@ -230,5 +229,5 @@ def _failure(context: Context, error: BaseException) -> Answer:
 
 
 def _without_own_frame(error: BaseException) -> BaseException:
-    """Let the exception's traceback begin in the user's code."""
+    """Begin the traceback in the user's code."""
     return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)

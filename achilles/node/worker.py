@@ -119,7 +119,7 @@ class Worker:
             self._write(Kind.IDLE, Batch(0))
 
     def _send(self, batch: Batch, count: int, ns: int, large: Sequence[Any] = ()) -> None:
-        """Write the answers on the board as one RESULT."""
+        """Write the answers on the board as a RESULT."""
         if self.output.batch is not None:
             self.output.count()
         self._write(Kind.RESULT, self._board.answers(batch, count, min(max(1, ns // 1000), U32), large))
@@ -144,7 +144,7 @@ def main(
     """
     for thing in inherited:
         thing.close()
-    try:  # Linux kills this process and its tasks' processes, also while C code holds the interpreter
+    try:  # Linux kills the group, also while C code holds the interpreter
         os.setsid()
         import fcntl
 
@@ -169,7 +169,7 @@ def main(
         with contextlib.suppress(ConnectionError):  # the node is gone
             worker.serve()
     finally:
-        if os.getpid() != pid:  # the user's function forked this child, and the child returned from the function
+        if os.getpid() != pid:  # a child that the user's function forked
             os._exit(0)
 
 

@@ -17,8 +17,8 @@ A late worker that goes on sends the answers on its board again. The server drop
 The worker of a job with an initializer or maxtasksperchild belongs to that context until CLOSE, or until another
 context needs it more. Then it is replaced. A worker also belongs to the set of sources that it has imported.
 
-The node sees a death in `exitcode` alone: sentinel and end of file wait for the worker's children, too. The end of a
-worker's socket makes the node look at once.
+A death shows in `exitcode` alone: sentinel and end of file wait for the worker's children, too. The end of a worker's
+socket makes the node look at once.
 
 All code runs in the thread of the node's loop. The loop calls `turn`, and the function in `data` of each selector
 entry. There are no locks.
@@ -44,14 +44,14 @@ from .process import LATE_SECONDS, STARTING, NodeJob, NodeWorker, start
 
 __all__ = ["LONG_SECONDS", "LOOK_SECONDS", "Workers", "pump"]
 
-LOOK_SECONDS = 0.02  # the pause between looks at the workers: a chunk is late after this time at the earliest
+LOOK_SECONDS = 0.02  # between looks at the workers
 WAIT_SECONDS = 0.25  # a batch that has waited so long goes back: workers of other nodes may be idle
-EXIT_SECONDS = 0.01  # from the end of a worker's socket to its exit code: mostly less, unless a child lives
+EXIT_SECONDS = 0.01  # from a socket's end to the exit code: mostly less, unless a child lives
 CANCEL_SECONDS = 0.5  # for a cancelled chunk that runs to end by itself
-SHARE_SECONDS = 1.0  # a worker, busy or idle, stays with its context so long while another context needs a worker
+SHARE_SECONDS = 1.0  # a worker stays with its context so long while another context needs a worker
 KEEP_SECONDS = 60.0  # the same for an idle worker that is its context's only worker
 START_SECONDS = 0.5  # the pause after a worker that could not be started, or died before it was ready
-LONG_SECONDS = 1.0  # a chunk that has run so long is in the PING of each second, for people to read
+LONG_SECONDS = 1.0  # a chunk that has run so long is in each second's PING
 STOP_SECONDS = 5.0  # for killed workers to be gone
 
 log = logging.getLogger(__name__)
@@ -98,10 +98,10 @@ class Workers:
             "job": worker.batch.job, "seconds": now - worker.chunk_at, "pid": worker.process.pid} for worker in long
         }.values())
 
-    # Frames of the server.
+    # The server's frames.
 
     def declare(self, batch: Batch) -> None:
-        """Keep a JOB. ProtocolError if its context's initializer or its sources never came."""
+        """Keep a JOB. ProtocolError if its initializer or its sources never came."""
         letters, options = [*batch.letters(), b"", b""][:4], batch.declaration
         names = context, sources = options["context"], options.get("sources")
         for place, name in enumerate((context if options["initializer"] else None, sources), 2):
@@ -145,7 +145,7 @@ class Workers:
                 worker.retire()
 
     def drain(self) -> None:
-        """Give back the chunks that have not begun. The loop calls this every turn: further batches may come."""
+        """Give back the chunks that have not begun. Call it every turn: further batches may come."""
         self._reason = Gone.LEFT
         self._take_back(lambda batch: True, self._reason)
 
@@ -159,14 +159,13 @@ class Workers:
                 self._return(worker.batch, *worker.take_back(), reason)
 
     def _return(self, batch: Batch, first: int, end: int, reason: Gone) -> None:
-        """Send RETURNED for these chunks, if there are any."""
         if first < end:
             self._send(Kind.RETURNED, Batch(batch.job, first, end - first, batch.attempt, flags=reason))
 
     # The loop.
 
     def turn(self) -> None:
-        """Look at the workers, give them batches, and write. Does not block."""
+        """Look at workers, give them batches, and write. Does not block."""
         now = time.monotonic()
         if now >= self.look_at:
             self._look(now)
@@ -251,7 +250,7 @@ class Workers:
             for channel in (worker.channel, worker.lines):
                 self._selector.register(
                     channel.socket, selectors.EVENT_READ, functools.partial(self._read, worker, channel))
-        except (OSError, EOFError) as e:  # no process or descriptor is left; or the forkserver ended for that reason
+        except (OSError, EOFError) as e:  # no process or descriptor is left, here or in the forkserver
             log.error("a worker could not be started: %r", e)
             self._start_at = now + START_SECONDS
 
@@ -276,7 +275,6 @@ class Workers:
             self.look_at = 0.0
 
     def _read_all(self, worker: NodeWorker, channel: Channel) -> None:
-        """Read until the socket is empty."""
         with contextlib.suppress(OSError):
             while channel.socket.recv(1, socket.MSG_PEEK):
                 self._read(worker, channel)
@@ -291,14 +289,14 @@ class Workers:
         self._send(Kind.RESULT, answer)
 
     def _pass_on(self, worker: NodeWorker, answers: Iterable[Batch]) -> None:
-        """Pass on answers that the worker did not send. Return the chunks before them that have no answer."""
+        """Pass on answers that the worker did not send. Return earlier chunks without an answer."""
         for answer in answers:
             self._return(worker.batch, worker.next, answer.first, self._reason)
             worker.next = answer.first
             self._answer(worker, answer)
 
     def _bury(self, worker: NodeWorker, now: float) -> None:
-        """After a worker's end, pass on its answers, charge one chunk at most, and return the others."""
+        """Pass on a dead worker's answers, charge one chunk at most, and return the others."""
         for channel in (worker.lines, worker.channel):
             self._read_all(worker, channel)
             self._selector.unregister(channel.socket)

@@ -96,7 +96,7 @@ def derive_key(username: str, secret: str, known: bytes = b"") -> bytes:
 
 @functools.lru_cache(maxsize=KEPT_KEYS)
 def _place(name: bytes) -> list[Key]:
-    """Return the cache's place for one K, which is empty until K is derived."""
+    """Return the cache's place for a K, empty until K is derived."""
     return []
 
 
@@ -163,7 +163,7 @@ def tls_key(username: str, key: bytes) -> tuple[str, Key]:
 
 
 def _expand(prk: bytes, label: str) -> Key:
-    """Return the 32 bytes of one label (HKDF-Expand, RFC 5869)."""
+    """Return a label's 32 bytes (HKDF-Expand, RFC 5869)."""
     return Key(hmac.digest(prk, LABEL + label.encode() + b"\x01", "sha256"))
 
 

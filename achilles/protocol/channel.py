@@ -40,13 +40,13 @@ from .reader import FrameReader
 __all__ = ["GOODBYE_SECONDS", "HEARTBEAT_SECONDS", "SILENCE_SECONDS", "TICK_SECONDS", "Channel"]
 
 HEARTBEAT_SECONDS = 5.0  # a quarter of the silence: three may be lost
-SILENCE_SECONDS = 20.0  # longer than a garbage collection, a closed laptop lid or a route's flap
+SILENCE_SECONDS = 20.0  # longer than a garbage collection or a route's flap
 TRICKLE_BYTES = 1024  # fewer bytes of a frame in SILENCE_SECONDS are silence: heartbeats are 168
 GOODBYE_SECONDS = 2.0  # how long a side reads on after it has shut down writing
 TICK_SECONDS = 1.0  # a blocked thread looks up from its socket so often
 WRITE_BYTES = 256 << 10  # small pieces joined for one send: a large piece is never copied
 PIECE_BYTES = 1 << 20  # of a letter; TLS takes this memory twice
-PUSH_BYTES = 64 << 10  # a pusher writes at most this: more takes longer than a switch of threads
+PUSH_BYTES = 64 << 10  # of a push: more takes longer than a switch of threads
 OPEN, FINISHING, SHUT, CLOSED = range(4)  # no frame is queued; writing is shut down; all is over
 
 log = logging.getLogger(__name__)
@@ -64,12 +64,12 @@ class Channel:
         self.socket = sock
         self.name = ""  # for the log; the role sets it
         self.last_heard = self.last_written = time.monotonic()
-        self._writing = threading.Lock()  # held by the thread that writes
+        self._writing = threading.Lock()
         self._tagger = auth.Tagger(keys[0]) if keys else None  # `_writing` guards this and the next three
         self._encrypt: Callable[[Buffer], memoryview] = getattr(sock, "encrypt", memoryview)
-        self._pieces: deque[Buffer] = deque()  # of a tagged frame
+        self._pieces: deque[Buffer] = deque()
         self._unsent = memoryview(b"")  # the socket takes these bytes next
-        self._reader = FrameReader(link, auth.Tagger(keys[1]).check if keys else None)  # the reading thread's
+        self._reader = FrameReader(link, auth.Tagger(keys[1]).check if keys else None)
         self._trickled = 0  # bytes since last_heard; the reading thread's
         self._lock = threading.Lock()  # guards all below
         self._ready = threading.Condition(self._lock)
@@ -162,12 +162,12 @@ class Channel:
     # The writer.
 
     def start_writer(self) -> None:
-        """Start the writer thread: it writes the outbox and sends heartbeats. `close` joins it."""
+        """Start the writer thread, which also sends heartbeats. `close` joins it."""
         self._writer = threading.Thread(target=self._write_loop, name=f"achilles-writer {self.name}", daemon=True)
         self._writer.start()
 
     def flush(self) -> bool:
-        """Write as much as one send takes. Return whether all is written."""
+        """Write as much as a send takes. Return whether all is written."""
         self._write(self.socket.send)
         return not self.wants_write
 

@@ -1,4 +1,4 @@
-"""The begin of a connection: TCP, the handshake of PROTOCOL.md, section 2, and HELLO.
+"""The beginning of a connection: TCP, the handshake of PROTOCOL.md, section 2, and HELLO.
 
 ::
 
@@ -33,7 +33,7 @@ from .channel import SILENCE_SECONDS, TICK_SECONDS, Channel
 __all__ = ["CONNECT_SECONDS", "PYTHON", "accept", "connect", "hello", "receive", "receive_exactly", "set_options"]
 
 CONNECT_SECONDS = 10.0  # for the connection and the handshake together
-RETRY_SECONDS = 0.2  # between two tries, with jitter; a full server has a place again after some ms
+RETRY_SECONDS = 0.2  # between tries, with jitter: a full server has a place again after some ms
 # This Python's name for HELLO (PROTOCOL.md, section 6): "3.14", or "3.14t" for a free-threaded build.
 PYTHON = "{}.{}".format(*sys.version_info) + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 LOST = ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ServerUnreachable  # the server had no place
@@ -91,7 +91,7 @@ def accept(
     """
     stream: Any = sock
     if tls_keys is not None:
-        from .tls import server  # a process that does not encrypt pays for no OpenSSL
+        from .tls import server  # without encryption, no OpenSSL
 
         stream = server(sock, tls_keys, _begin(sock, auth.TLS, deadline), deadline, hold)
     m1 = auth.PLAIN + secrets.token_bytes(auth.NONCE_BYTES)
@@ -150,13 +150,13 @@ def set_options(sock: socket.socket) -> None:
 def _connect_once(
     address: tuple[str, int], role: bytes, username: str, key: bytes, deadline: float, encrypt: bool
 ) -> Channel:
-    """Connect, and climb the client's side of the ladder."""
+    """Connect and authenticate."""
     sock = socket.create_connection(address, timeout=max(deadline - time.monotonic(), 0.001))
     stream: Any = sock
     try:
         set_options(sock)
         if encrypt:
-            from .tls import client  # a process that does not encrypt pays for no OpenSSL
+            from .tls import client  # without encryption, no OpenSSL
 
             _read_opening(sock, auth.TLS, deadline)
             stream = client(sock, auth.tls_key(username, key), deadline)

@@ -56,10 +56,10 @@ RANGE = struct.Struct(">IQIII")  # job, first chunk, count, attempt, number: the
 LENGTH_BYTES = 8  # of a letter's length in an envelope
 TAG_BYTES = DIGEST_BYTES = 32  # HMAC-SHA256, SHA-256
 SHORT_LETTER_BYTES = 1024  # a letter up to this size is in the envelope: to hash it twice is cheaper than a digest
-MAX_ENVELOPE_BYTES = 4 << 20  # four times MAX_SHORT_BYTES; bounds the memory of a frame that nobody has verified
+MAX_ENVELOPE_BYTES = 4 << 20  # bounds the memory of an unverified frame; four times MAX_SHORT_BYTES
 MAX_SHORT_BYTES = 1 << 20  # short letters of a batch together
 MAX_LONG_BYTES = 8 << 20  # several long letters of a batch; a heartbeat waits for these, or for a single letter
-LETTER_LIMIT_BYTES = 1 << 40  # of a letter; memory grows as bytes arrive, so the limit only stops nonsense
+LETTER_LIMIT_BYTES = 1 << 40  # of a letter; it only stops nonsense: memory grows as bytes arrive
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 _STATUS_BYTES = bytes(Status)
@@ -127,7 +127,7 @@ class Batch:
         return struct.unpack_from(f">{self.count}Q", self.packed)
 
     def letters(self) -> list[Letter]:
-        """Return each chunk's letter."""
+        """Return the letters."""
         lengths = self.lengths
         start = LENGTH_BYTES * self.count + DIGEST_BYTES * len(self.longs)
         longs = iter(self.longs)

@@ -35,7 +35,7 @@ NAME_CHARS = 64  # versions, codes, reasons, addresses
 HEX_FORM = "[0-9a-f]*"  # lower case alone: equal digests are equal texts
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
 MAX_CHUNKS = 1 << 16  # in a batch: the quickest chunks of 50 ms
-MAX_PYTHONS = 64  # versions in a CLUSTER: people have two or three, and an error message lists them
+MAX_PYTHONS = 64  # versions in a CLUSTER; an error message lists them
 # Flags of a TASK. CAREFUL: the worker names each argument, since an argument may kill it. TELL: the server says GIVEN
 # when it gives the batch to a node.
 CAREFUL, TELL = 0x01, 0x02
@@ -108,7 +108,7 @@ class Field(NamedTuple):
 
 PYTHON_FORM = r"[0-9]{1,31}\.[0-9]{1,31}t?"  # "3.14"; "3.14t" is a free-threaded build; NAME_CHARS at most
 CALLS = ("one", "star", "apply")  # the ways to call a job's function
-PHASES = ("function", "load", "call", "dump")  # of a worker, in which it may die
+PHASES = ("function", "load", "call", "dump")  # of a worker
 _U16, _U32, _U64, _SECONDS = Field(int, 0, U16), Field(int), Field(int, 0, U64), Field((int, float), 0, U64)
 _NAME, _PYTHON = Field(str, 1, NAME_CHARS), Field(str, 1, NAME_CHARS, form=PYTHON_FORM)
 _TEXT, _CONTEXT = Field(str, 0, TEXT_CHARS), Field(str, 32, 32, form=HEX_FORM)

@@ -21,7 +21,7 @@ from .kinds import DIRECTIONS, FIELDS, SERVER_FIELDS, Kind
 __all__ = ["FrameReader"]
 
 BUFFER_BYTES = 256 << 10  # a recv takes up to this much
-DIRECT_BYTES = 64 << 10  # recv puts the bytes of a letter that lacks more at their final place; else they are copied
+DIRECT_BYTES = 64 << 10  # a letter that lacks more is received in place, not copied
 LETTER_STEP_BYTES = (8 << 20) + (64 << 10)  # memory for a long letter that has begun: 8 MiB and some room
 
 _KINDS = {int(kind): kind for kind in Kind}
@@ -69,7 +69,7 @@ class FrameReader:
             yield from self._read_frame()
 
     def _read_frame(self) -> Generator[memoryview, int, None]:
-        """Find the next frame. No local name here keeps a returned frame alive."""
+        """Find the next frame. No local name keeps a returned frame alive."""
         head = yield from self._read(HEAD.size)
         number, flags, zero, length = HEAD.unpack(head)
         if length > MAX_ENVELOPE_BYTES:
@@ -86,7 +86,7 @@ class FrameReader:
         self._found.append(Frame(kind, body))
 
     def _read(self, count: int) -> Generator[memoryview, int, bytearray]:
-        """Return the next `count` bytes. Memory grows as they arrive."""
+        """Return the next `count` bytes."""
         whole = self._take(count)
         filled = len(whole)
         while filled < count:

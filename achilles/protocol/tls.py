@@ -106,7 +106,7 @@ class Tls:
     def _decrypt(self, place: memoryview, came: int) -> int:
         """Decrypt whole records into `place`. Raises and returns as `recv_into`.
 
-        :param came: the count of new encrypted bytes at the begin of `place`.
+        :param came: the count of new encrypted bytes in `place`, at its front.
         """
         count = 0
         with self._lock:

@@ -151,14 +151,14 @@ class Exchange:
         self.push()
 
     def tick(self, now: float) -> None:
-        """Do the work that is due; `now` is monotonic. The thread in `run` calls this a few times a second."""
+        """Do the work that is due; `now` is monotonic. The server calls this five times a second."""
         with self._lock:
             self._scheduler.tick(now)
             self._announce(now)
         self.push()
 
     def push(self) -> None:
-        """Write the frames of the outbox, of all threads. The writer threads write the rest."""
+        """Write the outbox's frames, of all threads. The writer threads write the rest."""
         while self._outbox and self._delivering.acquire(blocking=False):
             links = set()
             try:
@@ -174,7 +174,7 @@ class Exchange:
                 link.push()
 
     def say_goodbye(self, reason: str) -> list[Peer]:
-        """Say BYE to all peers, and from now on to all new peers. Return the peers."""
+        """Say BYE to all present and new peers. Return the present peers."""
         with self._lock:
             self._goodbye = reason
             peers = list(self._peers)
@@ -186,7 +186,7 @@ class Exchange:
     # The caller of each method below holds the lock.
 
     def _greet(self, peer: Peer, kind: Kind, body: Any) -> None:
-        """Take the first frame, which must be HELLO. Now the peer belongs to the cluster."""
+        """Take the first frame, which must be HELLO."""
         if kind is not Kind.HELLO or peer.hello or (peer.role == auth.NODE and not body.get("cpu_count")):
             raise ProtocolError("a client begins with HELLO and says no second HELLO, and a node has workers")
         peer.hello, peer.since = body, time.time()
@@ -263,7 +263,7 @@ class Exchange:
             self._close(job.owner, job.sources)
 
     def _close(self, peer: Peer, name: str) -> None:
-        """Close a context or a set for a connection; after its last connection, for all nodes."""
+        """Close a context or a set for a connection; after the last connection, for all nodes."""
         del peer.contexts[name]
         self._open[name] -= 1
         if not self._open[name]:
@@ -272,7 +272,7 @@ class Exchange:
                 self._send(self._nodes[node], Kind.CLOSE, {"context": name})
 
     def _tell(self, kind: Kind, node_id: int | None, batch: Batch) -> None:
-        """Send a frame of the scheduler to a node, or to the job's controller. After the job's end, send nothing."""
+        """Send a frame of the scheduler to a node or the job's controller, until the job's end."""
         job = self._jobs.get(batch.job)
         if job is None:
             return

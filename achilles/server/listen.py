@@ -1,7 +1,6 @@
 """The server: it listens, gives places and threads, authenticates clients, and reads each connection.
 
-`exchange.py` gives the frames their meaning. The server opens no letter: it imports neither pickle nor dill. A test
-checks that.
+`exchange.py` gives the frames their meaning. The server opens no letter: it imports no pickle or dill.
 
 ::
 
@@ -47,7 +46,7 @@ PLACES = 64  # connections that are not authenticated yet
 POLL_SECONDS = 0.2  # how soon accepting ends; how soon Windows sees Ctrl-C
 HANDSHAKE_SECONDS = 5.0  # for the whole handshake
 REFUSAL_SECONDS = 1.0  # each guess takes so long, and holds its place
-KILLED_SECONDS = 10.0  # after `kill_cluster`, the server still tells peers that come back
+KILLED_SECONDS = 10.0  # after `kill_cluster`, for peers that come back
 READ_AGAIN = "read again"  # in the queue of the reasons to end, but no reason to end
 JOIN_SECONDS = 2.0  # for a connection's threads, when the server ends
 NO_ROOM_SECONDS = 0.2  # a pause if no descriptor or thread is left: accept would fail again at once
@@ -103,13 +102,13 @@ class Server:
         """
         self._reasons.put(reason)
 
-    # In the thread that calls `run`.
+    # In the thread of `run`.
 
     def _use(self, settings: config.Settings) -> None:
-        """Use these settings from the next client on. A handshake under way keeps the old keys."""
+        """Use these settings from the next client on."""
         given = [each for each in (settings.secret, settings.previous) if each is not None]
         keys = [auth.derive_key(settings.username, each.reveal()) for each in given]
-        self._keys = [*keys, secrets.token_bytes(32)][:2]  # the same work without a previous secret
+        self._keys = [*keys, secrets.token_bytes(32)][:2]  # always two: the same work
         self._tls_keys = dict(auth.tls_key(settings.username, key) for key in self._keys) if settings.encrypt else None
         self.settings = settings
 
@@ -139,7 +138,6 @@ class Server:
             log.info("%s was read again: the secret is %s, %s", before.env_file, new, more)
 
     def _close_all(self, reason: str) -> None:
-        """End every connection, and wait for its threads."""
         peers = self._exchange.say_goodbye(reason)
         deadline = time.monotonic() + JOIN_SECONDS
         with self._places_lock:
@@ -269,7 +267,7 @@ class _Listener(socketserver.ThreadingTCPServer):
             raise error from e
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a client. It has a place before it has a thread."""
+        """Accept a client, and give it a place."""
         try:
             sock, address = super().get_request()
         except OSError as e:

@@ -38,8 +38,8 @@ from ..protocol.kinds import MAX_PYTHONS
 __all__ = ["Scheduler"]
 
 QUICK_US = 20_000  # a batch of at most this much work may wait in a second place
-PAUSE_SECONDS = 1.0  # a place is taken away for this time, if no answer comes
-MAX_PAUSE_SECONDS = 60.0  # the pause doubles up to this: a node that never answers gets a batch once a minute
+PAUSE_SECONDS = 1.0  # a taken place comes back after it, if no answer comes
+MAX_PAUSE_SECONDS = 60.0  # the pause doubles up to this
 
 
 class Scheduler:
@@ -81,7 +81,7 @@ class Scheduler:
             self._give_back(held, held.first, held.end, ran if place < node.cpu_count else others)
 
     def declare(self, number: int, python: str) -> None:
-        """Begin a job."""
+        """Add a job."""
         self.jobs[number] = ServerJob(number, self._groups[python])
 
     def add(self, batch: Batch) -> None:
@@ -178,7 +178,7 @@ class Scheduler:
         self._tell(Kind.GONE, None, Batch(held.job.number, first, end - first, held.attempt, flags=reason))
 
     def _cut(self, held: HeldBatch, first: int, end: int) -> None:
-        """Take a range from a held batch, at its front or its end."""
+        """Cut a range from a held batch's front or end."""
         if end < held.end:
             held.first = end
         else:
@@ -208,21 +208,21 @@ class Group:
         self.turns, self.quick = Line(), Line()  # jobs with waiting batches; jobs with a quick batch next
 
     def place(self, node: ScheduledNode, served: bool = False) -> None:
-        """Put a node into the line where it belongs."""
+        """Put a node into its line."""
         used = len(node.held) + node.taken
         idle = used < node.cpu_count or not node.held
         self.idle.put(node, idle and not node.draining, served)
         self.spare.put(node, not idle and used < 2 * node.cpu_count and not node.draining, served)
 
     def line_up(self, job: ServerJob, served: bool = False) -> None:
-        """Put a job into the lines where it belongs."""
+        """Put a job into its lines."""
         batch = next(iter(job.waiting.values()), None)
         self.turns.put(job, batch is not None, served)
         self.quick.put(job, batch is not None and 1 <= batch.number <= QUICK_US, served)
 
 
 class ScheduledNode:
-    """One node, and the batches that it holds."""
+    """A node, and the batches that it holds."""
 
     def __init__(self, number: int, group: Group, cpu_count: int) -> None:
         self.number, self.group, self.cpu_count = number, group, cpu_count
@@ -234,7 +234,7 @@ class ScheduledNode:
 
 
 class ServerJob:
-    """One job, and its batches that are out."""
+    """A job, and its batches that are out."""
 
     def __init__(self, number: int, group: Group) -> None:
         self.number, self.group = number, group
