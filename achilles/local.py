@@ -158,7 +158,7 @@ def embedded() -> LocalCluster:
 def _start_embedded(pid: int) -> LocalCluster:
     """Start the cluster of a process: a forked child gets its own."""
     cluster = LocalCluster(nodes=1).start()
-    atexit.register(cluster.stop)  # in a forked child, the parent's Popen counts as ended: nothing stops
+    atexit.register(cluster.stop)  # in a forked child, the parent's Popen counts as ended
     return cluster
 
 

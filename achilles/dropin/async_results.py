@@ -263,6 +263,6 @@ class PoolIterator(Iterator[Any]):
         self._stream.values.clear()
 
     def __del__(self, nothing: Callable[..., deque[Any]] = deque) -> None:
-        """Let the dispatcher drop the results, and do the work. Takes no lock: any thread runs it."""
+        """Drop the results. The dispatcher takes them, so the work is done. Takes no lock: any thread runs it."""
         self._stream.values = nothing(maxlen=0)
         self._stream.drain()

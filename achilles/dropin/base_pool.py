@@ -10,8 +10,8 @@ The module knows the open calls, and how a call becomes a chunk or a range of ch
 
     reader thread: drain, answer ─▶ Dispatcher.work ─▶ dispatcher thread: take, load ─▶ callbacks
 
-Threads: each pool has a dispatcher. It takes results that no other thread takes, and runs callbacks in turn. It refers
-to a pool only while a call of the pool is open, so that a dropped pool is collected. Any thread may call any method.
+Threads: a pool's dispatcher takes results that no other thread takes, and runs callbacks in turn. It refers to a pool
+only while the pool has open calls: a dropped pool is collected. Any thread may call any method.
 Locks: the connection's lock guards `open` and `entries`. `_state` needs no lock.
 """
 
@@ -64,7 +64,7 @@ class Dispatcher:
         self._thread.start()
 
     def forget(self, key: object) -> bool:
-        """Remove a call that is over: its results are there, or `work` will bring them. Return whether it was open.
+        """Remove a call that is over: its results are there, or in `work`. Return whether it was open.
 
         Needs the connection's lock.
         """
@@ -111,7 +111,7 @@ class Dispatcher:
             self.do(self.work.get() or bool)
 
     def do(self, call: Callable[..., object], *args: Any) -> None:
-        """Call a callback or a method. `threading.excepthook` gets its exception, and the thread goes on."""
+        """Call a function. `threading.excepthook` gets its exception, and the thread goes on."""
         try:
             call(*args)
         except BaseException:
@@ -162,7 +162,7 @@ class Singles(Sink):
         self._look()
 
     def _look(self) -> None:
-        """If no entry is left, let the pool go: it may end the dispatcher."""
+        """If no entry is left, let the pool go: the dispatcher has all answers."""
         if not self.entries and self._dispatcher.forget(self.key):
             self._dispatcher.link.keep(self.key, self.job)
 
@@ -206,13 +206,13 @@ class BasePool:
 
     @property
     def _processes(self) -> int:
-        """How many batches may be out at a time, at least 1. Libraries read this number."""
+        """How many batches may be out, at least 1. Libraries read this."""
         return max(1, self._given or self._controller.workers)
 
     size = _max_workers = _processes
 
     def close(self) -> None:
-        """Refuse further calls. The calls that have begun are done."""
+        """Refuse further calls. Open calls are done."""
         if self._state == RUN:
             self._state = CLOSE
 

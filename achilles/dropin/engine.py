@@ -2,15 +2,15 @@
 
 The Engine is a Link, as the Controller is. It submits each batch. Without an executor, each batch runs in this process,
 in the thread that pushes it: calls inside a worker do that. The module knows `concurrent.futures.Executor` of any
-package. The executor alone decides about its processes: it keeps the promises about lost workers and cancelling.
+package. The executor alone keeps promises about its processes: lost workers and cancelling.
 
 ::
 
     Link.fill ─post─▶ events ─▶ engine thread: submit(run_batch, …)                … Runner
      ▲ handle_batch ◀──────────────┘  ▲──── Future.add_done_callback ◀──────────────┘
 
-Threads: the engine thread alone submits and takes answers. Any thread posts. So do the executor's callbacks, under any
-of the executor's locks.
+Threads: the engine thread alone submits and takes answers. Any thread posts, and so do the executor's callbacks, under
+any of its locks.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def run_batch(
 
 
 class _Alone(threading.local):
-    """The Runners of this thread, by context: some executors run batches in several threads of a process."""
+    """The Runners of this thread, by context: some executors have several threads in a process."""
 
     def __init__(self) -> None:
         self.runner_of = functools.lru_cache(CONTEXTS_KEPT)(lambda context: Runner())

@@ -116,8 +116,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         :param timeout: seconds from now, for each result; then TimeoutError.
         :param chunksize: arguments that travel together; None finds a good count.
         :param buffersize: how many chunks may be out and not taken; None follows the pace.
-        An iterator that ends early cancels the other calls. So does an iterator that is closed or dropped after it was
-        read.
+        An iterator cancels the other calls if it ends early, or is closed or dropped after it was read.
         """
         if chunksize is not None and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -157,7 +156,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         else:
             threading.Thread(target=self.join, name="achilles-shutdown").start()  # the interpreter waits for it
 
-    # Both end the calls and the connection. The workers are the cluster's, and live on for other callers.
+    # The cluster's workers live on, for other callers.
     terminate_workers = kill_workers = BasePool.terminate
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -171,7 +170,7 @@ class Executor(BasePool, concurrent.futures.Executor):
 
 @cache
 def _left_open() -> weakref.WeakSet[Executor]:
-    """The open executors: their calls are done before the interpreter ends, as in the standard library.
+    """The open executors: their calls are done before the interpreter ends.
 
     `threading` calls `_finish` while threads are still there. `atexit` would call it later.
     """
@@ -197,7 +196,7 @@ def _finish(executors: Iterable[Executor]) -> None:
 
 
 def _read(results: PoolIterator, deadline: float) -> Iterator[Any]:
-    """Yield the results of `map` up to the first error. If the generator is closed or dropped, cancel the other calls.
+    """Yield the results of `map` up to the first error. At the end, cancel the other calls.
 
     A generator that was never read runs no code at its end: its calls are done.
 

@@ -1,7 +1,6 @@
 """The backend "achilles" of joblib, and so of scikit-learn.
 
-The module knows joblib's interface of backends (1.5 and later) and an Executor. The Executor lives as long as a
-`Parallel` call or block.
+The module knows joblib's interface of backends (1.5 and later), and an Executor for each `Parallel` call or block.
 """
 
 import importlib

@@ -162,7 +162,7 @@ class Pool(BasePool):
         return f"<{type(self).__module__}.{type(self).__qualname__} state={self._state} pool_size={self._processes}>"
 
     def __reduce__(self) -> Any:
-        """Travel as an object with methods that raise: samplers send functions that refer to their pool."""
+        """Travel as an object with methods that raise: samplers' functions refer to their pool."""
         code = _raise_absent.__code__.replace(co_filename="<pool>", co_qualname="pool")
         absent = types.FunctionType(code, {"__name__": "__main__"}, "pool")  # by value
         return types.SimpleNamespace, (), dict.fromkeys(METHODS, absent)

@@ -10,8 +10,7 @@ stdout is the caller's stderr.
 
 The server ends when its stdin ends or its parent changes. It looks for both, because a forked child of the caller may
 hold the pipe open. Then it tells the nodes that the cluster is killed. A node looks for both too, because the server
-may be killed already, or at the other end of an ssh. On Windows, a pipe cannot be polled and a parent does not change.
-There only the server's thread reads stdin until its end.
+may be killed already, or at the other end of an ssh. On Windows, only the server's thread reads stdin until its end.
 
 This module knows the roles and its parent. The roles do not know it.
 """

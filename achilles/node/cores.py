@@ -1,7 +1,7 @@
 """The count of a node's workers, and their start method.
 
-The module knows the operating system: affinity, cgroups, threads, start methods, and multiprocess's version. It looks
-first for each thing that some systems lack. It has no state and no threads.
+The module knows affinity, cgroups, threads, start methods, and multiprocess's version. Some systems lack some of these.
+The module has no state and no threads.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check_start_method(method: str) -> None:
 
 
 def default_start_method(threads: int = 1) -> str:
-    """Return fork if the system has it and it is safe, else forkserver or spawn. A fork takes milliseconds, not tenths.
+    """Return fork if the system has it and it is safe, else forkserver or spawn. Forks take milliseconds, not tenths.
 
     :param threads: of the process that starts workers. A forked worker has a copy of every lock, but only the
         thread that forked: a lock that another thread held is never released. So beside other threads
@@ -51,8 +51,7 @@ def default_start_method(threads: int = 1) -> str:
 def count_threads(root: str = "/") -> int:
     """Count the threads of this process; on Linux also the threads of C libraries.
 
-    Libraries such as OpenBLAS start threads at import, and these threads hold locks. Python's warning of a fork
-    beside threads counts them, too.
+    Libraries such as OpenBLAS start threads at import, and these hold locks. Python's warning counts them, too.
 
     :param root: where /proc is.
     """

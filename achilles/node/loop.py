@@ -1,8 +1,7 @@
 """A node: it lends this machine's cores to a server, and comes back after it has lost the server.
 
-The module knows one server and the node's workers. It knows no controller, and opens no letter. The node is one
-blocking loop over one selector. There is no other thread: so a worker can be forked at any moment, and a stopped worker
-delays no other.
+The module knows one server and the node's workers, and no controller, and opens no letter. The node is one
+blocking loop over one selector, without threads: so it can fork at any moment, and a stopped worker delays no other.
 
 ::
 
@@ -86,7 +85,7 @@ class Node:
     def run(self) -> None:
         """Join the server, again and again, until the node is killed or drained.
 
-        In the main thread, SIGTERM drains, and SIGINT and SIGHUP interrupt. The old handlers return afterwards.
+        In the main thread, SIGTERM drains, and SIGINT and SIGHUP interrupt; afterwards the old handlers are back.
         """
         console.keep_freed_memory()
         with self.selector, console.signal_handlers(self._on_signal):
@@ -203,7 +202,7 @@ class Session:
             self._channel.close()
 
     def _tell_of_long_chunks(self, now: float) -> None:
-        """Send a PING once a second with the chunks that have run for a second; and once more when there is none."""
+        """Once a second, send a PING with the chunks that have run for a second; once more if none is left."""
         if now >= self._tell_at:
             before, self._long = self._long, self._workers.long_chunks(now)
             self._tell_at = now + LONG_SECONDS

@@ -1,6 +1,6 @@
 """The lines that users' functions print: OUTPUT frames of a worker, and their share of a node's connection.
 
-The module knows lines, the status array and a second's share. It knows no caller.
+The module knows lines, the status array and a second's share, and no caller.
 
 ::
 
@@ -9,12 +9,10 @@ The module knows lines, the status array and a second's share. It knows no calle
                                 └─────▶ one OUTPUT with the count, before the next RESULT
 
 A worker captures `sys.stdout` and `sys.stderr` while it runs a batch of a job with output. It does not capture the
-bytes that C code writes to the descriptors, or Python code to `sys.stdout.buffer`. Nor does it capture the output of
-the function's own processes.
+bytes that C code writes to the descriptors, or Python code to `sys.stdout.buffer`, nor the function's own processes.
 
-Any thread of a user's function may print, and so may a signal handler, which may raise. So lines have a socket pair of
-their own: a `send` of an OUTPUT, some 1,024 bytes, is never cut by another. The node reads the lines that are there
-before it passes a RESULT on.
+Any thread may print, and so may a signal handler, which may raise. So lines have a socket pair of their own: no `send`
+of an OUTPUT, some 1,024 bytes, cuts another. The node reads the lines that are there before it passes a RESULT on.
 
 Limits: a line of more than 1,024 bytes goes in pieces; 64 KiB a second from a worker, and for a job from a node.
 """

@@ -1,6 +1,6 @@
 """A worker process as its node sees it: its start, its batch, its end.
 
-The module knows one process, the socket pairs to it, and its board. It knows no queue, selector or server. The node's
+The module knows one process, the socket pairs to it, and its board, and no queue, selector or server. The node's
 one thread calls it.
 
 The node gives a worker one batch at a time. The worker answers the chunks in order. The node may take back chunks
@@ -58,7 +58,7 @@ class NodeJob(NamedTuple):
 
 
 class NodeWorker:
-    """One worker process. Its owner writes and reads the channels when the selector says so.
+    """One worker process. Its owner writes and reads the channels.
 
     :param lines: brings the functions' output.
     :param number: of the worker in its node; its replacement has the same number.
@@ -171,7 +171,7 @@ class NodeWorker:
         return self.end, last
 
     def look(self, now: float) -> bool:
-        """Note where the worker is, and kill it if it is over its time. Return whether to take chunks back."""
+        """Note where the worker is. Kill it if it is over its time. Return whether to take chunks back."""
         seen = chunk, _, phase = tuple(self.status)[:LIMIT]
         if chunk != self.seen[0]:
             self.chunk_at = now
@@ -195,7 +195,7 @@ class NodeWorker:
             self.kill_at = time.monotonic() + RETIRE_SECONDS
 
     def kill(self, charge: Status | None) -> None:
-        """End the worker. `charge` is TIMEOUT for a chunk over its time, else None: no chunk is charged."""
+        """End the worker. `charge` is TIMEOUT, or None: no chunk is charged."""
         self.usable, self.charge = False, charge
         self.process.kill()
 

@@ -1,6 +1,6 @@
 """The Runner: it loads a job's function, runs chunks, and dumps their results.
 
-The module knows contexts, functions and chunks of one process. It knows no frame, socket or node. A worker uses it
+The module knows contexts, functions and chunks of one process, and no frame, socket or node. A worker uses it
 (`worker.py`), and so does an executor's process (`dropin/engine.py`). One thread calls a Runner.
 
 The Runner writes chunk, offset and phase into the status array of `board.py`, and reads the limit there.
@@ -34,7 +34,7 @@ class _Prepared:
     def __init__(self, payload: Context, letter: Letter | None) -> None:
         self.payload = payload
         self.letter = letter  # not loaded yet
-        self.failure: Answer | None = None  # the answer of every chunk
+        self.failure: Answer | None = None  # of the loading: the answer of every chunk
 
     def prepare(self, use: Callable[[Any], object]) -> Answer | None:
         """At the first call, load the letter and use its object. Return the failure."""
@@ -214,7 +214,7 @@ _CALLS: dict[str | None, Callable[..., Any]] = {
 
 
 def _call_seeded(function: Callable[[Any], Any], seed: bytes, x: tuple[int, Any]) -> Any:
-    """Call with the same random numbers for the same seed and index, in every worker and in any order."""
+    """Call with the same random numbers for the same seed and index, in every worker."""
     index, argument = x
     state = digest([seed, b"%d" % index])
     random.seed(state)

@@ -1,7 +1,6 @@
 """A worker process: it reads batches from its node, lets a Runner run them, and writes answers.
 
-The module knows the socket pairs and the board that the worker shares with its node. It knows no server and no other
-worker. The worker carries out each frame before it reads the next, so it keeps the node's order.
+The module knows the socket pairs and the board that the worker shares with its node. It knows no server. The worker carries out each frame before it reads the next, so it keeps the node's order.
 
 ::
 
@@ -11,9 +10,9 @@ worker. The worker carries out each frame before it reads the next, so it keeps 
     node ◀──answers that a late or dead worker has not sent───┘                (board.py)
     node ◀────────OUTPUT─────── another pair ◀── the functions' lines          (output.py)
 
-The worker ends when its node shuts down writing. It leads a session of its own. The processes that its tasks start
-belong to the session's process group, and the node kills the whole group. The group also ends when the node is gone:
-the kernel or a second thread sees the end of the pipe `life`. Only users' functions start other threads.
+The worker ends when its node shuts down writing. It leads a session and a process group, with the processes that its
+tasks start. The node kills the whole group. The group also ends when the node is gone: the kernel or a second thread
+sees the end of the pipe `life`. Only users' functions start other threads.
 
 Limits: a RESULT leaves after 5 ms, when the board is full, or at once with a letter of more than 256 KiB.
 """
@@ -176,8 +175,8 @@ def main(
 def _take_name() -> None:
     """Let `multiprocessing`, as `multiprocess` does, tell the worker's name, number and parent.
 
-    Libraries ask for them, to choose a line of the screen, a log file or a device. A daemon may start no process, so
-    the worker does not call itself a daemon.
+    Libraries choose a line of the screen, a log file or a device by them. A daemon may start no process, so the worker
+    is not a daemon here.
     """
     worker, parent = multiprocess.current_process(), multiprocess.parent_process()
     worker.daemon = False

@@ -1,6 +1,6 @@
 """A node's workers and its queue: giving batches, taking chunks back, charging deaths.
 
-The module knows jobs, batches and worker processes. It knows no server: RESULT and RETURNED go to `send`. It opens no
+The module knows jobs, batches and worker processes, and no server: RESULT and RETURNED go to `send`. It opens no
 letter.
 
 ::
@@ -20,8 +20,8 @@ context needs it more. Then it is replaced. A worker also belongs to the set of 
 A death shows in `exitcode` alone: sentinel and end of file wait for the worker's children, too. The end of a worker's
 socket makes the node look at once.
 
-All code runs in the thread of the node's loop. The loop calls `turn`, and the function in `data` of each selector
-entry. There are no locks.
+All code runs in the thread of the node's loop, without locks. The loop calls `turn`, and the function in `data` of
+each selector entry.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Workers:
         self._queue[batch] = time.monotonic()
 
     def cancel(self, number: int, first: int = 0, end: int = U64) -> None:
-        """Of batches that overlap the range, give back the chunks that have not begun. Kill the rest later."""
+        """Give back the chunks of batches that overlap the range. Kill running chunks later."""
         def overlaps(batch: Batch) -> bool:
             return batch.job == number and batch.first < end and first < batch.end
 
@@ -280,7 +280,7 @@ class Workers:
                 self._read(worker, channel)
 
     def _answer(self, worker: NodeWorker, answer: Batch) -> None:
-        """Pass on the lines that came before a RESULT, the count of left-out lines, and then the RESULT."""
+        """Pass on a RESULT, after its lines and the count of left-out lines."""
         worker.answered(answer)
         if worker.job.declaration.get("output"):
             self._read_all(worker, worker.lines)
@@ -312,7 +312,7 @@ class Workers:
 
 
 def pump(selector: selectors.BaseSelector, channel: Channel) -> None:
-    """Write as much as the socket takes now. The selector tells when it takes more. Reading tells of failures."""
+    """Write as much as the socket takes now. The selector tells when it takes more."""
     if channel.wants_write:
         with contextlib.suppress(OSError, KeyError):
             events = selectors.EVENT_READ | selectors.EVENT_WRITE * (not channel.flush())

@@ -68,7 +68,7 @@ _cache_key = Key(os.urandom(32))  # this process's: a hash with it tells nothing
 
 
 class Keys(NamedTuple):
-    """The proofs and keys that both sides of one connection derive. The protocol's labels have these names."""
+    """The proofs and keys of a connection. The protocol's labels have these names."""
 
     client_proof: bytes
     server_proof: bytes

@@ -1,6 +1,6 @@
 """An authenticated connection: an outbox of frames on one side, a FrameReader on the other.
 
-The module knows sockets, keys, heartbeats and the order of frames. It knows no job. A Channel has threads, or a loop:
+The module knows sockets, keys, heartbeats and the order of frames, and no job. A Channel has threads, or a loop:
 
 ::
 
@@ -47,7 +47,7 @@ TICK_SECONDS = 1.0  # a blocked thread looks up from its socket so often
 WRITE_BYTES = 256 << 10  # small pieces joined for one send: a large piece is never copied
 PIECE_BYTES = 1 << 20  # of a letter; TLS takes this memory twice
 PUSH_BYTES = 64 << 10  # of a push: more takes longer than a switch of threads
-OPEN, FINISHING, SHUT, CLOSED = range(4)  # no frame is queued; writing is shut down; all is over
+OPEN, FINISHING, SHUT, CLOSED = range(4)  # FINISHING takes no frame; SHUT ends writing; CLOSED ends all
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 class Channel:
     """One connection after its handshake.
 
-    :param sock: a socket, or a Tls: only a process that encrypts imports that module, and with it OpenSSL.
+    :param sock: a socket, or a Tls, which only a process that encrypts imports.
     :param link: the peer and this side, such as "CS" for a server that hears a controller.
     :param keys: for the tags of this side and of the peer; None on a worker's link.
     """

@@ -8,7 +8,7 @@ chunks of one job, with their letters or as a bare range.
     dict  ─▶ encode ─▶ head, JSON                                        ─▶ decode ─▶ dict, checked to its leaves
     Batch ─▶ encode ─▶ head, envelope with short letters, long letters   ─▶ decode ─▶ Batch; parts of letters follow
 
-The module knows no socket, key or pickle. Its functions are pure, for any thread. No code changes a Batch.
+The module knows no socket, key or pickle. Its functions are pure, for any thread. No code changes a whole Batch.
 A peer's mistake is a ProtocolError. `reader.py` cuts a stream into frames and checks tags before `decode` sees a byte.
 """
 

@@ -174,7 +174,7 @@ def read_object(what: str, text: bytes, fields: Mapping[str, Field]) -> dict[str
         shown = _SHOW.encode(body)
     except (ValueError, RecursionError) as e:
         raise ProtocolError(f"{what} is not JSON: {type(e).__name__}") from None
-    # `shown` escapes only control characters, the quote and the backslash.
+    # `shown` escapes control characters, the quote and the backslash.
     if not shown.isprintable() or "\\" in shown.replace(r"\\", "").replace(r'\"', ""):
         raise ProtocolError(f"{what} has a text that is not printable")
     check_fields(what, body, fields)

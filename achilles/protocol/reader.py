@@ -64,7 +64,7 @@ class FrameReader:
             self._parser.close()
 
     def _parse(self) -> Generator[memoryview, int, None]:
-        """Find frames. All parsers here yield the place of the next bytes, and are sent their count."""
+        """Find frames. All parsers yield the place of the next bytes, and are sent their count."""
         while True:
             yield from self._read_frame()
 

@@ -1,6 +1,6 @@
 """TLS 1.3 with the cluster's secret as its key: a socket that encrypts, for `channel.py` and `connect.py`.
 
-The module knows one TCP socket and one pre-shared key. It knows no certificate, frame or role. PROTOCOL.md, section 2,
+The module knows one TCP socket and one pre-shared key, and no certificate, frame or role. PROTOCOL.md, section 2,
 is the rule. It needs Python 3.13: `config.py` refuses ENCRYPT=yes for older versions.
 
 ::
@@ -8,8 +8,8 @@ is the rule. It needs Python 3.13: `config.py` refuses ENCRYPT=yes for older ver
     Channel ─▶ encrypt ─▶ outgoing ─▶ Channel ──send──▶ socket    the thread that writes: the Channel's `_writing`
     Channel ◀─ decrypt ◀─ incoming ◀───── recv_into ◀── socket    the thread that reads
 
-Two threads must not use OpenSSL's object at once. So it works on memory alone. `_lock` guards it and both buffers. No
-system call runs under `_lock`. `send` sends encrypted bytes: the Channel keeps the bytes that the socket did not take.
+Two threads must not use OpenSSL's object at once. So it works on memory alone, and `_lock` guards it and both buffers.
+No system call runs under `_lock`. `send` sends encrypted bytes: the Channel keeps the bytes that the socket left.
 
 - *A selector sees the socket alone.* `recv_into` reads only as many bytes as fit into its place after decryption. So no
   whole record stays in memory, if the place has 64 KiB. All places of a FrameReader are so large. Places of the
@@ -44,7 +44,7 @@ ALLOW_NO_DHE_KEX = 0x400  # an option of OpenSSL (ssl.h) that its configuration 
 
 
 class Tls:
-    """A connected socket that encrypts. It has a socket's methods that a Channel needs, after `handshake` has returned.
+    """A connected socket that encrypts, for a Channel, after `handshake` has returned.
 
     :ivar binding: 32 bytes for `auth.session_keys`.
     :param begun: the bytes of the peer that were read already.
@@ -148,8 +148,8 @@ class Tls:
 def client(sock: socket.socket, known: tuple[str, bytes], deadline: float) -> Tls:
     """Return a client's side after its handshake. Blocks and raises as `Tls.handshake`.
 
-    The client demands a certificate and trusts no authority, so no certificate can do. A server with a certificate but
-    without the key fails. Else that server could relay and read all frames.
+    The client demands a certificate and trusts no authority. So a server with a certificate but without the key fails.
+    Else that server could relay and read all frames.
 
     :param known: identity and key: `auth.tls_key`.
     """

@@ -13,8 +13,8 @@ Any thread may call `handle`, `leave`, `tick` and `push`. None of them waits for
 
 - `_lock` guards everything here and in the scheduler, and the order of the outbox. A thread that holds it encodes,
   hashes and logs nothing.
-- The thread that moves frames from the outbox to their channels holds `_delivering`, so that each channel gets
-  them in the order of the outbox. Another thread goes on at once: the holder looks at the outbox once more.
+- The thread that moves frames from the outbox to the channels holds `_delivering`, so that the order stays. Another
+  thread goes on at once: the holder looks at the outbox once more.
 
 A thread logs events of its own connection, after both locks. So a log that blocks (a terminal in Ctrl-S) stops that
 connection alone.
@@ -60,7 +60,7 @@ class Peer:
         self.since = 0.0  # wall clock, for people to read
         self.long: list[tuple[float, int, int, int]] = []  # a node's chunks: begin (monotonic), node, worker's pid, job
         self.jobs: dict[int, DeclaredJob] = {}  # a controller's, by its numbers, until END
-        self.contexts: dict[str, Letter] = {}  # a controller's: initializer or sources, by their open names
+        self.contexts: dict[str, Letter] = {}  # a controller's: initializer or sources, by open name
 
 
 class DeclaredJob(NamedTuple):
@@ -109,7 +109,7 @@ class Exchange:
         self._announce_after = 0.0  # monotonic
 
     def enter(self, peer: Peer, most: int) -> None:
-        """Take a client that has authenticated. If there are `most` peers already, send ERROR, and let it go."""
+        """Take an authenticated client. If there are `most` peers already, send ERROR, and let it go."""
         with self._lock:
             if len(self._peers) < most:
                 self._peers.add(peer)
@@ -118,7 +118,7 @@ class Exchange:
         peer.channel.finish()
 
     def handle(self, peer: Peer, frame: Frame) -> None:
-        """Handle a frame of a peer. The caller pushes afterwards. ProtocolError if the peer may not say that now."""
+        """Handle a peer's frame. The caller pushes afterwards. ProtocolError if the peer may not say that now."""
         kind, body = frame
         if kind is Kind.ERROR:
             log.warning("%s ends the connection: %s", peer.channel.name, ascii(body["message"]))

@@ -14,7 +14,7 @@ too. A reader queues frames, so it never waits for another connection's writer.
 `_places_lock` guards the places of connections that are not authenticated yet. A thread that holds it takes no other
 lock, writes no log and does not wait.
 
-Without ENCRYPT=yes, everybody in the network can read the data (docs/security.md).
+Without ENCRYPT=yes, others in the network may read the data (docs/security.md).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ READ_AGAIN = "read again"  # in the queue of the reasons to end, but no reason t
 JOIN_SECONDS = 2.0  # for a connection's threads, when the server ends
 NO_ROOM_SECONDS = 0.2  # a pause if no descriptor or thread is left: accept would fail again at once
 CONNECTIONS = 2_000  # at most: no test had more
-SPARE_FILES = 8  # descriptors that the process needs beside connections
+SPARE_FILES = 8  # descriptors besides connections
 REASONS = {  # why the server cannot listen, with remedies
     errno.EADDRINUSE: "another program does; end it, or choose another port (port 0 takes any free one)",
     errno.EACCES: "ports below 1024 are the system's; choose another, such as 9999",
@@ -246,7 +246,7 @@ def run_server(
 
 
 class _Listener(socketserver.ThreadingTCPServer):
-    """Accepts clients. It pauses if no descriptor or thread is left: the next try would fail at once."""
+    """Accepts clients. It pauses if no descriptor or thread is left."""
 
     allow_reuse_address = os.name == "posix"  # elsewhere another process could take the port over
     daemon_threads = True  # the server joins its readers itself, with a deadline
@@ -284,7 +284,7 @@ class _Listener(socketserver.ThreadingTCPServer):
 
 
 def _take_away(sock: socket.socket, lost: threading.Event) -> None:
-    """End a client's handshake: its reader finds an end of file, and waits no longer."""
+    """End a client's handshake: its reader finds an end of file."""
     lost.set()
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)

@@ -17,9 +17,8 @@ events bring the time. A call of `tell` names each frame to send.
 4. An answer or a return counts for the part of its range that the node holds under that attempt. Without a part, it
    is ignored. Else an answer is passed on whole: the controller accepts each chunk once. The part is cut from the
    interval's front or end. Nodes answer in order: so the chunks in front of a part in the middle come back.
-5. A batch that waited in a node's queue and was returned takes a place of the node away, as if the node still held
-   the batch. The node has all places again after its next answer, or after a pause. A node that holds no batch always
-   has a place.
+5. A batch that waited in a node's queue and was returned still takes a place of the node. The node has all places again
+   after its next answer, or after a pause. A node that holds no batch always has a place.
 
 The exchange's lock guards everything here. No method blocks. An event for one batch costs a constant, for any number
 of nodes and jobs.
