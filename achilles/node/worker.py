@@ -1,6 +1,7 @@
 """A worker process: it reads batches from its node, lets a Runner run them, and writes answers.
 
-The module knows the socket pairs and the board that the worker shares with its node. It knows no server. The worker carries out each frame before it reads the next, so it keeps the node's order.
+The module knows the socket pairs and the board that the worker shares with its node. It knows no server. The worker
+carries out each frame before it reads the next, so it keeps the node's order.
 
 ::
 
