@@ -10,7 +10,7 @@ the rule. This ladder adds the computation of each side::
         │                 keys for each secret of that user, compared with proof_c
         │  ◀──────────── proof_s, or REFUSAL ──────────────  │  M3
      compares proof_s                                        │
-        ▼  a Tagger for client_data, one for server_data     ▼  the other way round
+        ▼  Taggers for client_data and server_data           ▼  the other way round
 
 `hmac.compare_digest` compares every proof and tag. Only this module's objects hold keys, and none of them is printed
 or logged. Any thread may call any function.
