@@ -5,12 +5,12 @@
     with LocalCluster(nodes=2) as cluster:                   python -m achilles.local script.py
         map(f, args, host=cluster.host, …)                   the script finds the cluster in its environment
 
-`launch/child.py` is a child's side. The secret is random. The caller hands it over through stdin, never on a command
-line nor in an environment. The caller derives the key for all processes, while these import their roles. The children
-have a session of their own, so Ctrl-C interrupts the caller alone. No thread is left in the caller, but for one with
-each ssh that runs a node on another machine (`launch/ssh.py`).
+`launch/child.py` is a child's side. The secret is random. It travels through stdin, never on a command line nor in an
+environment. The caller derives the key for all processes, while these import their roles. The children have a session
+of their own, so Ctrl-C interrupts the caller alone. The caller keeps no thread, but a thread for each ssh that runs a
+node on another machine (`launch/ssh.py`).
 
-This module knows processes. The children know when the caller is gone.
+This module knows processes. The children see the caller's end.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ from .protocol import auth
 __all__ = ["LocalCluster", "embedded", "main"]
 
 START_SECONDS = 30.0  # for all processes to be ready: a cold disk, a loaded machine
-STOP_SECONDS = 5.0  # for all of them to end by themselves
+STOP_SECONDS = 5.0  # for all processes to end by themselves
 OPTIONS: dict[str, dict[str, Any]] = {  # of the command
     "--nodes": {"type": int, "help": "how many nodes on this machine (2; with --hosts none)"},
     "--cpu-count": {"type": int, "help": "workers of each node; the usable cores are divided by default"},
     "--hosts": {"metavar": "FILE", "help": "nodes on other machines by ssh, a line each: host [cores] [python=PATH]"},
     "--ssh-command": {
         "metavar": "COMMAND", "type": shlex.split, "default": ["ssh"], "help": "the ssh client with its options (ssh)"},
-    "script": {}, "args": {"nargs": "..."},  # all that follow: argparse.REMAINDER
+    "script": {}, "args": {"nargs": "..."},  # argparse.REMAINDER
 }
 CHILD = ("-P", "-c", f"from {__package__}.launch.child import main; main()")  # -P: the path is the caller's
 
 
 class LocalCluster:
-    """A server process and `nodes` node processes on loopback, for as long as the `with` block lasts.
+    """A server process and `nodes` node processes on loopback, as long as the `with` block.
 
     :param nodes: how many nodes on this machine, at least 1; by default 2, and none with `hosts`.
-    :param cpu_count: workers of each node; by default the cores that this process may use are divided
-        among the nodes, at least one each.
+    :param cpu_count: workers of each node; by default the nodes divide the cores that this process may use,
+        at least one each.
     :param hosts: nodes on other machines, by ssh: the path of a file, or a list of its lines (`launch/ssh.py`). A line
-        without cores gets `cpu_count` workers; by default all cores that may be used there.
+        without cores gets `cpu_count` workers; by default all usable cores of the host.
     :param ssh_command: the ssh client and its options, a list of words.
     :ivar host, port, username, secret_key: for the calls; the secret prints as ``***``.
-    :ivar server: the server's Popen.  :ivar nodes: the nodes' Popens; of a node on another machine, its ssh.
+    :ivar server: the server's Popen.  :ivar nodes: the nodes' Popens; for a node on another machine, its ssh.
 
-    Ready when `__enter__` returns, after some 0.2 s. Gone when `__exit__` returns, and within seconds when the
-    caller is killed. Not for several threads.
+    The cluster is ready when `__enter__` returns, after some 0.2 s. It is gone when `__exit__` returns, or seconds
+    after the caller was killed. For one thread.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class LocalCluster:
         self.server: subprocess.Popen[bytes] | None = None
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._count = nodes or (2 if hosts is None else 0)
-        self._launch: Callable[..., None] | None = None  # of nodes on other machines
+        self._launch: Callable[..., None] | None = None  # starts nodes on other machines
         self._cpu_count = cpu_count
         self.hash_seed = os.environ.get("PYTHONHASHSEED") or str(int.from_bytes(os.urandom(4), "big"))  # `hash` agrees
         if hosts is not None:
@@ -90,11 +90,11 @@ class LocalCluster:
 
     @property
     def settings(self) -> Settings:
-        """The cluster's address and secret, for a connection of one's own."""
+        """The cluster's address and secret."""
         return Settings(self.host, self.port, self.username, self.secret_key)
 
     def start(self) -> LocalCluster:
-        """Start all processes, and wait until every node has joined. Raises ServerUnreachable if a node does not."""
+        """Start all processes, and wait until all nodes have joined. ServerUnreachable if a node does not join."""
         late = threading.Timer(START_SECONDS, lambda: [*map(subprocess.Popen.kill, self._processes())])
         late.start()
         try:
@@ -106,7 +106,7 @@ class LocalCluster:
             self.port = _wait_ready(self.server)
             for index, node in enumerate(self.nodes):
                 _hand_over(node.stdin, about | {"port": self.port, "index": index})
-            importlib.import_module(".controller.connection", __package__)  # the calls need it; there is time now
+            importlib.import_module(".controller.connection", __package__)  # there is time now
             for node in self.nodes:
                 _wait_ready(node)
             if self._launch is not None:
@@ -121,9 +121,9 @@ class LocalCluster:
         return self
 
     def stop(self) -> None:
-        """End all processes. Wait until they are gone; after five seconds they are killed.
+        """End all processes, and wait for their ends. After five seconds, kill them.
 
-        A call that is open raises ClusterKilled. No thread is started: the interpreter may be at its end.
+        An open call raises ClusterKilled. No thread is started: the interpreter may be at its end.
         """
         for pipe in filter(None, [process.stdin for process in self._processes()]):
             pipe.close()
@@ -149,16 +149,16 @@ _embedded_lock = threading.Lock()
 
 
 def embedded() -> LocalCluster:
-    """Return the cluster of `host="local"`. It starts at the first call, and ends when this process ends."""
+    """Return the cluster of `host="local"`. It starts at the first call, and ends with this process."""
     with _embedded_lock:
         return _start_embedded(os.getpid())
 
 
 @functools.lru_cache(maxsize=1)
 def _start_embedded(pid: int) -> LocalCluster:
-    """Start the cluster of one process: a forked child gets its own."""
+    """Start the cluster of a process: a forked child gets its own."""
     cluster = LocalCluster(nodes=1).start()
-    atexit.register(cluster.stop)  # in a forked child, a Popen of the parent's counts as ended: nothing is stopped
+    atexit.register(cluster.stop)  # in a forked child, the parent's Popen counts as ended
     return cluster
 
 
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status.code if status.code >= 0 else 128 - status.code
 
 
-# The caller's side of a child.
+# A child, for its caller.
 
 
 def _spawn(role: str, hash_seed: str) -> subprocess.Popen[bytes]:
@@ -209,7 +209,7 @@ def _hand_over(stdin: Any, about: dict[str, Any]) -> None:
 
 
 def _wait_ready(process: subprocess.Popen[bytes]) -> int:
-    """Return the number that a child writes when it is ready: a server's port, or 0."""
+    """Wait until a child is ready. Return the number that it writes: a server's port, or 0."""
     line = process.stdout.readline() if process.stdout else b""
     if not line:
         raise ServerUnreachable(

@@ -1,7 +1,7 @@
 """The interfaces of other packages: Pool, Executor, the backend of joblib, and calls on an `executor=`.
 
-It may import anything. Nothing imports it but the top level, lazily, and `calls.py`, where an `executor=` is
-given: the folder can be deleted in one piece.
+The folder may import any module. Only the top level imports it, lazily, and `calls.py`, for an `executor=`. So a copy
+of achilles works without the folder.
 """
 
 __all__: list[str] = []

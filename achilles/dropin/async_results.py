@@ -1,13 +1,13 @@
-"""What a pool's methods return: AsyncResult and PoolIterator, by the names that `multiprocessing.pool` gives them.
+"""The results that a pool's methods return: AsyncResult and PoolIterator, named as in `multiprocessing.pool`.
 
-Knows how results are taken and loaded, and what the caller asks for. How a call begins is `base_pool.py`'s.
+The module knows how results are taken and loaded. `base_pool.py` begins calls.
 
 ::
 
     dispatcher thread: take, load ─▶ callbacks ─▶ AsyncResult.get
     caller's thread: PoolIterator.next, Pool.map ─▶ take;  AsyncResult.get of one call ─▶ load
 
-Any thread may use them. `_taking` is held by the thread that takes or loads.
+Any thread may use them. The thread that takes or loads holds `_taking`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "AsyncResult", "Callback", "MapResult", "PoolIterator", "ResultTimeout", "Taker", "open_answer"]
 
 Callback = Callable[[Any], object]
-Answer = tuple[Job | None, int, Any]  # job, status and letter; or None, 0 and why there is none
+Answer = tuple[Job | None, int, Any]  # job, status and letter; or None, 0 and the error
 
 
 class ResultTimeout(multiprocessing.TimeoutError, TimeoutError):
-    """There was no result within the timeout of `get` or `next`."""
+    """No result came within the timeout of `get` or `next`."""
 
 
 def _timeout() -> ResultTimeout:
-    """A ResultTimeout that is the TimeoutError of `multiprocess` too, where that is loaded."""
+    """Return a ResultTimeout. If `multiprocess` is loaded, it is that package's TimeoutError, too."""
     return _timeout_class(getattr(sys.modules.get("multiprocess"), "TimeoutError", TimeoutError))()
 
 
@@ -51,20 +51,20 @@ def _timeout_class(theirs: type[Exception]) -> type[ResultTimeout]:
 
 
 def open_answer(job: Job | None, status: int, found: Any) -> tuple[Any, BaseException | None]:
-    """Load an answer: the value, or the exception. Not under the connection's lock: that may run the user's code."""
+    """Load an answer: the value, or the exception. It may run the user's code: call it without the link's lock."""
     if job is None:
         return None, own_error(found)
     try:
         values, errors = job.load(status, found)
         return values[0], own_error(errors.get(0))
-    except BaseException as error:  # of the call, or of loading what it returned
+    except BaseException as error:
         return None, own_error(error)
 
 
 class AsyncResult:
     """The result of an `_async` method; any thread may use it. As `multiprocessing.pool.AsyncResult`."""
 
-    _ended = False  # the call has ended: the answer is there, or what was loaded of it
+    _ended = False  # the answer, or the loaded result, is there
     _answer: Answer | None = None  # not loaded yet
 
     def __init__(
@@ -81,7 +81,7 @@ class AsyncResult:
         return self._ended
 
     def successful(self) -> bool:
-        """Whether it ended without an exception; ValueError if it has not ended."""
+        """Whether the call ended without an exception; ValueError if it has not ended."""
         if not self._ended:
             raise ValueError(f"{self!r} not ready")
         self._load()
@@ -98,7 +98,7 @@ class AsyncResult:
         return self._ended
 
     def get(self, timeout: float | None = None) -> Any:
-        """The result. Blocks until it is there; ResultTimeout after `timeout` seconds, or the call's own exception."""
+        """Return the result, or raise the call's exception. Blocks; ResultTimeout after `timeout` seconds."""
         self.wait(timeout)
         if not self._ended:
             raise _timeout()
@@ -108,7 +108,7 @@ class AsyncResult:
         return self._value
 
     def answer(self, answer: Answer) -> None:
-        """The answer is here. The dispatcher loads it for a callback, else the first thread that asks for it."""
+        """Take the answer. If there is a callback, the dispatcher loads it, else the first thread that asks."""
         self._answer = answer
         if any(self._callbacks):
             self._dispatcher.work.put(self._load)
@@ -121,8 +121,7 @@ class AsyncResult:
                 self.settle(*open_answer(*self._answer))
 
     def settle(self, value: Any, error: BaseException | None) -> None:
-        """This is the result, or the exception. Callbacks run before any thread is woken, as in the standard library.
-        """
+        """Set the result or the exception. Callbacks run before any thread wakes, as in the standard library."""
         callback = self._callbacks[error is not None]
         if callback is not None:
             self._dispatcher.do(callback, value if error is None else error)
@@ -138,26 +137,26 @@ class AsyncResult:
 
 
 class Taker(Watcher):
-    """Takes the results of one mapping call. Subclasses keep what they watch it take, under `_taking`."""
+    """Takes the results of a mapping call. Subclasses keep these results, under `_taking`."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
-        self.call: Call | None = None  # from its beginning until it is over
-        self.key: Any = None  # under which its job is kept for the next call
+        self.call: Call | None = None  # until its end
+        self.key: Any = None  # of the call's job, for the next call
         self.failure: BaseException | None = None  # of the call as a whole
         self.values: deque[Any] = deque()  # taken, not returned yet
         self._dispatcher = dispatcher
-        # Guards `call`, and is held while results are taken. A generator that reads its own results in a worker, where
-        # the thread that takes feeds as well, has an error of its own and does not wait for itself.
+        # Guards `call`. The thread that takes results holds it. In a worker that thread also reads the arguments: a
+        # generator that reads its own results then gets an error, and does not wait for itself.
         self._taking = threading.RLock()
 
     def drain(self, later: Callable[..., Callable[[], object]] = partial) -> None:
-        """Let the dispatcher take what is there, and all that comes. Takes no lock: `__del__` of iterators calls it."""
+        """Let the dispatcher take all results, now and later. Takes no lock: `__del__` of iterators calls it."""
         if (call := self.call) is not None:
             call.results.ready = self.drain
             self._dispatcher.work.put(later(self.take_all, 0.0))
 
     def take(self, timeout: float) -> bool:
-        """Take some results; False if there are none after `timeout` seconds. The call may be over then."""
+        """Take some results, or end the call; False if none came after `timeout` seconds."""
         with self._taking:
             call = self.call
             if call is None:
@@ -173,13 +172,13 @@ class Taker(Watcher):
             self.call = None
             try:
                 call.close(self.key, self.failure)
-            finally:  # however it ended, `join` waits for this call no longer
+            finally:
                 with self._dispatcher.link.lock:
                     self._dispatcher.forget(self)
             return True
 
     def take_all(self, timeout: float | None = None) -> None:
-        """Take everything, or as much as comes, each within `timeout` seconds. Raises NoNodesError."""
+        """Take results until the call is over, or none comes within `timeout` seconds. Raises NoNodesError."""
         while self.call is not None and self._dispatcher.wait_for(self.take, timeout):
             pass
 
@@ -208,7 +207,7 @@ class MapResult(AsyncResult, Taker):
         self.values.append(taken)
 
     def close(self) -> None:
-        """As Watcher says. Of several errors, that with the lowest index is the result."""
+        """As Watcher says. The error with the lowest index is the result."""
         taken: list[Taken] = sorted(self.values, key=itemgetter(0))
         self.values.clear()
         errors = (errors[min(errors)] for _, _, errors in taken if errors)
@@ -217,33 +216,33 @@ class MapResult(AsyncResult, Taker):
 
 
 class Stream(Taker):
-    """The results of an imap, in the order in which they are to be returned: pairs of a value and an error or None."""
+    """The results of an imap, in the order in which `next` returns them: pairs of a value and an error or None."""
 
     def taken(self, start: int, values: list[Any], errors: dict[int, BaseException]) -> None:
         """As Watcher says."""
         self.values.extend(zip(values, map(errors.get, range(len(values)))))
 
     def look(self, timeout: float) -> object:
-        """As `take`; also true where the dispatcher, or another thread, has taken some results meanwhile."""
+        """As `take`; also true if another thread has taken results meanwhile."""
         return self.values or self.take(timeout)
 
     def close(self) -> None:
-        """As Watcher says; the failure comes in its place."""
+        """As Watcher says. The failure follows the results that were taken."""
         if self.failure is not None:
             self.values.append((None, self.failure))
 
 
 class PoolIterator(Iterator[Any]):
-    """What imap and imap_unordered return: one result an argument. Dropping it leaves the work to be done."""
+    """The iterator of imap and imap_unordered. If it is dropped, the work is still done."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         self._stream = Stream(dispatcher)
 
     def next(self, timeout: float | None = None) -> Any:
-        """The next result, or its argument's exception; ResultTimeout after `timeout` seconds."""
+        """Return the next result, or raise its argument's exception; ResultTimeout after `timeout` seconds."""
         while True:
-            over = self._stream.call is None  # before the look: another thread may take the last ones behind it
+            over = self._stream.call is None  # read before `values`: other threads take results
             try:
                 value, error = self._stream.values.popleft()
                 break
@@ -259,11 +258,11 @@ class PoolIterator(Iterator[Any]):
     __next__ = next
 
     def cancel(self) -> None:
-        """Stop the work: nothing follows, not even the results that were taken. Beyond the standard library."""
+        """Stop the work, and drop the results. Not in the standard library."""
         self._stream.cancel(InterruptedError("the iterator was cancelled"))
         self._stream.values.clear()
 
     def __del__(self, nothing: Callable[..., deque[Any]] = deque) -> None:
-        """Nobody wants the results, and the work is done all the same. Takes no lock: any thread, at any moment."""
+        """Drop the results. The dispatcher takes them, so the work is done. Takes no lock: any thread runs it."""
         self._stream.values = nothing(maxlen=0)
         self._stream.drain()

@@ -1,7 +1,7 @@
 """BasePool: a connection with a context, and the calls that a Pool or an Executor makes on it.
 
-Knows how a call becomes a job, a chunk or a range of chunks, and which calls are not over. It does not know what a
-result is to the caller: `async_results.py` and `executor.py` do.
+The module knows the open calls, and how a call becomes a chunk or a range of chunks. `async_results.py` and
+`executor.py` hand results to the caller.
 
 ::
 
@@ -10,9 +10,9 @@ result is to the caller: `async_results.py` and `executor.py` do.
 
     reader thread: drain, answer ─▶ Dispatcher.work ─▶ dispatcher thread: take, load ─▶ callbacks
 
-Threads: the dispatcher, one a pool, takes results that nobody else takes and runs callbacks, one at a time. It refers
-to no Pool but those of open calls, so that a dropped pool is collected. Any thread may call any method.
-Locks: that of the connection guards `open` and `entries`. `_state` needs none.
+Threads: a pool's dispatcher takes results that no other thread takes, and runs callbacks in turn. It refers to a pool
+only while the pool has open calls: a dropped pool is collected. Any thread may call any method.
+Locks: the connection's lock guards `open` and `entries`. `_state` needs no lock.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ __all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool", "Dispatcher", "
 
 RUN, CLOSE, TERMINATE = "RUN", "CLOSE", "TERMINATE"
 LARGEST_CHUNK = 1 << 16  # arguments, of an endless input
-CHUNKS_A_WORKER = 4  # chunks of a sequence for each worker, at the least: multiprocessing's own choice
+CHUNKS_A_WORKER = 4  # at least, of a sequence: multiprocessing's choice
 SEQUENCES = list, tuple, range  # cut without an iterator
 APPLY = {"call": "apply"}
 
 
 class Dispatcher:
-    """The calls of a pool that are not over, and the thread that takes the results that nobody else takes."""
+    """The open calls of a pool, and the dispatcher thread."""
 
     def __init__(self, link: Controller) -> None:
         self.link = link
-        self.work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # to be called; None ends it
-        # Singles with entries, by the key of their job, and Takers, by themselves. The pool of each lives until then.
+        self.work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None ends the thread
+        # Singles with entries, by the key of their job; Takers, by themselves. Each keeps its pool alive.
         self.open: dict[Any, tuple[Any, object]] = {}
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
         self._thread.start()
 
     def forget(self, key: object) -> bool:
-        """A call is over: its results are there, or `work` has what brings them. Return whether that is news.
+        """Remove a call that is over: its results are there, or in `work`. Return whether it was open.
 
         Needs the connection's lock.
         """
@@ -72,11 +72,11 @@ class Dispatcher:
         return self.open.pop(key, None) is not None
 
     def wait_for(self, wait: Callable[[float], object], timeout: float | None = None) -> bool:
-        """Call `wait` with some seconds until it returns something true; False after `timeout` seconds.
+        """Call `wait` with some seconds until it returns a true value; False after `timeout` seconds.
 
-        Raises NoNodesError if there is no node for too long, and ServerUnreachable in a child of the caller.
+        Raises NoNodesError if no node is there for too long, and ServerUnreachable in a forked child of the caller.
         """
-        if self.link.forked:  # nothing will ever come
+        if self.link.forked:  # no result will ever come
             self.link.check_usable()
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         while not wait(max(0.0, min(self.link.look_seconds, deadline - time.monotonic()))):
@@ -86,18 +86,18 @@ class Dispatcher:
         return True
 
     def wait(self) -> None:
-        """Block until all calls are over. Iterators keep the results that they have not given yet."""
+        """Block until all calls are over. Iterators keep their results."""
         self.drain()
         with self.link.lock:
             self.wait_for(partial(self.link.changed.wait_for, lambda: not self.open))
 
     def drain(self) -> None:
-        """Let the thread take what is left of all calls: nobody else may ever do it."""
+        """Let the thread take the results that perhaps no other thread takes."""
         for call, _ in [*self.open.values()]:
             call.drain()
 
     def stop(self) -> None:
-        """Close the connection when all of `work` is done; idempotent. Joins the thread."""
+        """Close the connection when all of `work` is done. Joins the thread. Idempotent."""
         self.drain()
         self.work.put(None)
         if self._thread is not threading.current_thread():
@@ -111,7 +111,7 @@ class Dispatcher:
             self.do(self.work.get() or bool)
 
     def do(self, call: Callable[..., object], *args: Any) -> None:
-        """Call it. What a callback raises is told, and the next one is called all the same."""
+        """Call a function. `threading.excepthook` gets its exception, and the thread goes on."""
         try:
             call(*args)
         except BaseException:
@@ -119,9 +119,9 @@ class Dispatcher:
 
 
 class Singles(Sink):
-    """The entries of a job in which each chunk is a call of its own (apply, submit): an AsyncResult or a Future.
+    """The entries of a job in which each chunk is a call (apply, submit): an AsyncResult or a Future.
 
-    :param key: under which the job is kept when there is no entry any more.
+    :param key: the link keeps the job under it when no entry is left.
     """
 
     def __init__(self, dispatcher: Dispatcher, job: Job, key: Any) -> None:
@@ -131,7 +131,7 @@ class Singles(Sink):
         self._dispatcher = dispatcher
 
     def enter(self, single: Any, letter: Letter) -> None:
-        """Put a call into the job. It is waited for when this returns, and not before: Ctrl-C may come anywhere."""
+        """Put a call into the job. The entry is made last, because Ctrl-C may come anywhere."""
         single.singles, single.number = self, self.job.next
         self.job.enter(Run(single.number, 0, 1, [letter], 1))
         self.entries[single.number] = single
@@ -142,7 +142,7 @@ class Singles(Sink):
 
     def put(self, run: Run) -> None:
         """As Sink says."""
-        # A chunk that is lost comes by itself. It has one argument.
+        # A lost chunk comes in a run of its own.
         answers: Any = [(self.job, run.status, letter) for letter in run.answers] or [
             (None, 0, mark(run.lost[0], index=0))]
         for number, answer in enumerate(answers, run.first):
@@ -151,23 +151,23 @@ class Singles(Sink):
         self._look()
 
     def leave(self, number: int) -> None:
-        """Nobody waits for this chunk any more."""
+        """Remove a chunk's entry: its future is cancelled."""
         del self.entries[number]
         self._look()
 
     def fail(self, error: BaseException) -> None:
-        """As Sink says; each entry has an exception of its own."""
+        """As Sink says. Each entry gets a fresh exception."""
         for number in [*self.entries]:
             self.entries.pop(number).answer((None, 0, fresh(error)))
         self._look()
 
     def _look(self) -> None:
-        """Without an entry the pool may go, and end the dispatcher: it has what it needs for each answer by now."""
+        """If no entry is left, let the pool go: the dispatcher has all answers."""
         if not self.entries and self._dispatcher.forget(self.key):
             self._dispatcher.link.keep(self.key, self.job)
 
     def drain(self) -> None:
-        """The entries' answers come by themselves."""
+        """Do nothing: answers come by themselves."""
 
     def cancel(self, _: BaseException) -> None:
         """Cancel the futures that were not sent yet. Without the lock."""
@@ -176,10 +176,9 @@ class Singles(Sink):
 
 
 class BasePool:
-    """What Pool and Executor have in common.
+    """The common part of Pool and Executor. Connects; blocks until the server has answered.
 
-    :param address: host, port, username, secret_key, encrypt and reconnect_seconds, as of `achilles.map`.
-    Connects; blocks until the server has answered.
+    :param host, port, username, secret_key, encrypt, reconnect_seconds: as of `achilles.map`.
     """
 
     _state = TERMINATE  # until it runs
@@ -199,7 +198,7 @@ class BasePool:
         letter = None if initializer is None else letter_of(
             dump_function(self._context, (initializer, tuple(initargs)), "the initializer"), "the initializer")
         self._job = partial(Job, self._context, secrets.token_bytes(16), initializer=letter)
-        self._letter_of = lru_cache(1)(letter_of)  # the function of the last call, which many callers give again
+        self._letter_of = lru_cache(1)(letter_of)  # the last function: many callers give it again
         self._controller = connect(
             host, port, username, secret_key, encrypt, reconnect_seconds, executor, processes, wait_for_nodes)
         self._dispatcher = Dispatcher(self._controller)
@@ -207,46 +206,44 @@ class BasePool:
 
     @property
     def _processes(self) -> int:
-        """How many batches may be out at a time, at least 1; libraries read it."""
+        """How many batches may be out, at least 1. Libraries read this."""
         return max(1, self._given or self._controller.workers)
 
     size = _max_workers = _processes
 
     def close(self) -> None:
-        """Let nothing more be asked of this pool. What was asked is done."""
+        """Refuse further calls. Open calls are done."""
         if self._state == RUN:
             self._state = CLOSE
 
     def terminate(self) -> None:
-        """Stop what runs, and close the connection: some seconds at most. Results not there are InterruptedError."""
+        """Stop all calls, and close the connection: some seconds at most. Missing results become InterruptedError."""
         self._state = TERMINATE
         with self._controller.lock:
             self._controller.fail_jobs(InterruptedError("the pool was terminated before this was done"))
         self._dispatcher.stop()
 
     def join(self) -> None:
-        """Block until all that was asked is done. ValueError before `close` or `terminate`."""
+        """Block until all calls are done. ValueError before `close` or `terminate`."""
         if self._state == RUN:
             raise ValueError("Pool is still running")
         self._dispatcher.wait()
         self._dispatcher.stop()
 
     def __del__(self, terminate: str = TERMINATE) -> None:
-        """Let the dispatcher close the connection: this takes no lock, and runs in any thread at any moment."""
-        if self._state != terminate:  # what a module holds may be gone by now
+        """Let the dispatcher close the connection. Takes no lock: any thread runs it at any moment."""
+        if self._state != terminate:  # an argument, because the module's names may be gone
             self._dispatcher.work.put(None)
 
     def _begin(self) -> Dispatcher:
-        """The dispatcher of a call that begins. Raises why no call may begin."""
+        """Return the dispatcher for a new call, or raise if no call may begin."""
         if self._state != RUN:
             raise self._refusal[0](self._refusal[1])
         self._controller.check_usable()
         return self._dispatcher
 
-    # How a call begins.
-
     def _submit(self, single: Any, func: Callable[..., Any], args: Iterable[Any], kwds: Mapping[str, Any]) -> Any:
-        """Put one call into the job of its function, as an entry of its Singles. Return the same call."""
+        """Put a call into the job of its function, as an entry of the job's Singles. Return the call."""
         link = self._controller
         try:
             key, function = self._function(func, APPLY)
@@ -266,9 +263,9 @@ class BasePool:
         return single
 
     def _function(self, func: Callable[..., Any], options: Mapping[str, Any]) -> tuple[Any, Letter]:
-        """What a job of this function is kept under, and the function's letter.
+        """Return the key of a job of this function, and the function's letter.
 
-        The function is looked at anew at each call, since what it refers to may have changed.
+        Each call dumps the function anew: the objects that it refers to may have changed.
         """
         dumped = dump_function(self._context, (func, None))
         on_cluster = self._controller.settings is not None
@@ -280,9 +277,9 @@ class BasePool:
         timeout: float | None = None, seed: int | None = None, output: Output = None, progress: Show = None, *,
         call: str = "one", ordered: bool = True, inline: bool = False, iterable: Any = None,
     ) -> None:
-        """Begin a mapping call; `taker` takes its results. `inline`: take all of them now.
+        """Begin a mapping call; `taker` takes its results. With `inline`, take all results now.
 
-        :param args: an iterable, or a function that returns one.  :param iterable: what that function will return.
+        :param args: an iterable, or a function that returns `iterable`.
         """
         buffersize, timeout, _ = checked(buffersize=buffersize, timeout=timeout, progress=progress)
         if chunksize is not None and chunksize < 1:
@@ -303,7 +300,7 @@ class BasePool:
             job = link.take(taker.key, partial(
                 self._job, function, options={**self._options, **options}, sources=taker.key[1]))
             largest = None
-            if chunksize is None:  # of a sequence, what multiprocessing chooses
+            if chunksize is None:
                 wanted = CHUNKS_A_WORKER * self._processes
                 largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
             taker.call = Call(link, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered, flat=True,

@@ -1,17 +1,16 @@
-"""Somebody else's executor in the place of a cluster: Dask, MPI, Slurm, or a ProcessPoolExecutor.
+"""The executor of another package instead of a cluster: Dask, MPI, Slurm, or a ProcessPoolExecutor.
 
-The Engine is a Link, as the Controller is; each batch is one `submit`. Without an executor, each batch runs in this
-process, in the thread that pushes it: so calls inside a worker do. Knows `concurrent.futures.Executor`, and not which
-package's. It has no say over that executor's processes: lost workers, time limits and cancelling are the
-executor's to keep promises about.
+The Engine is a Link, as the Controller is. It submits each batch. Without an executor, each batch runs in this process,
+in the thread that pushes it: calls inside a worker do that. The module knows `concurrent.futures.Executor` of any
+package. The executor alone keeps promises about its processes: lost workers and cancelling.
 
 ::
 
     Link.fill ─post─▶ events ─▶ engine thread: submit(run_batch, …)                … Runner
      ▲ handle_batch ◀──────────────┘  ▲──── Future.add_done_callback ◀──────────────┘
 
-Threads: the engine's alone submits, and takes answers; any thread posts, an executor's callbacks too, under any of
-that executor's locks.
+Threads: the engine thread alone submits and takes answers. Any thread posts, and so do the executor's callbacks, under
+any of its locks.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from ..protocol.frames import CAREFUL, TELL, U32, Batch, Gone, Kind, joined, let
 
 __all__ = ["Engine"]
 
-CONTEXTS_KEPT = 8  # in a thread of a process that is not ours: nobody tells it which are closed
+CONTEXTS_KEPT = 8  # in a thread of an executor's process, which no CLOSE reaches
 
 
 class Engine(Link):
-    """Jobs on somebody else's `executor`, which stays open; or in place, where that is None."""
+    """Jobs on an `executor`, which stays open; or in place, if `executor` is None."""
 
     def __init__(self, executor: Executor | None, processes: int | None = None) -> None:
         super().__init__(1 if executor is None else processes)
@@ -51,7 +50,7 @@ class Engine(Link):
             self._thread.start()
 
     def start(self, job: Job) -> Job:
-        """As Link says. ValueError for an option that only our own nodes can keep; in a worker it is a warning."""
+        """As Link says. ValueError for an option that only nodes can keep; inside a worker, a warning."""
         for name in {"timeout", "maxtasksperchild"} & job.declaration.keys():
             if not self.in_place:
                 raise ValueError(f"only our own nodes can end a call or a worker: {name} is not possible there")
@@ -59,7 +58,7 @@ class Engine(Link):
         return super().start(job)
 
     def close(self) -> None:
-        """Cancel what is open, and join the thread. Idempotent."""
+        """Cancel the open jobs, and join the thread. Idempotent."""
         with self.lock:
             self._lost = InterruptedError("the engine was closed")
             self.fail_jobs(self._lost)
@@ -68,17 +67,17 @@ class Engine(Link):
             self._thread.join()
 
     def post(self, kind: Kind, body: Batch) -> None:
-        """As Link says: the engine thread carries it out. Each batch brings what a JOB says."""
+        """As Link says: queue for the engine thread. A JOB is dropped: each batch brings its letters."""
         if kind is not Kind.JOB:
             self._events.put((self._submit if kind is Kind.TASK else self._cancel, body, kind))
 
     def push(self) -> None:
-        """As Link says: in place, run what was posted."""
+        """As Link says: in place, run the posted batches."""
         with contextlib.suppress(queue.Empty):
             while self.in_place and (event := self._events.get_nowait()) is not None:
                 self._act(*event)
 
-    # The engine thread; in place, the thread that pushes.
+    # In the engine thread; in place, in the thread that pushes.
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
@@ -87,7 +86,7 @@ class Engine(Link):
     def _act(self, act: Callable[..., object], batch: Batch, more: Any) -> None:
         try:
             act(batch, more)
-        except BaseException as error:  # of the executor: those of the user's function are in the answers
+        except BaseException as error:  # the executor's; the function's are in the answers
             with self.lock:
                 if (job := self.jobs.get(batch.job)) is not None:
                     job.sink.fail(error)
@@ -107,7 +106,7 @@ class Engine(Link):
             future = self._executor.submit(run_batch, *arguments)
         else:
             future = Future()
-            self.workers, self.processes = self.workers + 1, self.processes + 1  # the function may call this pool, too
+            self.workers, self.processes = self.workers + 1, self.processes + 1  # the function may call this pool
             future.set_result(run_batch(*arguments))
             self.workers, self.processes = self.workers - 1, self.processes - 1
         self._submitted[future] = batch
@@ -133,10 +132,10 @@ class Engine(Link):
 def run_batch(
     number: int, declaration: dict[str, Any], letters: list[bytes], first: int, chunks: list[bytes], careful: bool
 ) -> tuple[int, bytes, list[bytes]]:
-    """Run a batch in a process that is no worker of ours, and is told nothing else.
+    """Run a batch in an executor's process, which knows nothing else.
 
-    :param letters: of the function and of the initializer, if there is one.
-    :returns: µs that it took, statuses, and the letters of the answers.
+    :param letters: the function's, and perhaps the initializer's.
+    :returns: the batch's µs, statuses, and the letters of the answers.
     """
     runner = _alone.runner_of(declaration["context"])
     runner.declare(number, declaration, letters[0], letters[1] if len(letters) > 1 else b"")
@@ -148,7 +147,7 @@ def run_batch(
 
 
 class _Alone(threading.local):
-    """The Runners of this thread, one a context: some engines run batches in several threads of a process."""
+    """The Runners of this thread, by context: some executors have several threads in a process."""
 
     def __init__(self) -> None:
         self.runner_of = functools.lru_cache(CONTEXTS_KEPT)(lambda context: Runner())
@@ -158,7 +157,7 @@ _alone = _Alone()
 
 
 def _count_workers(executor: Any) -> int:
-    """How many batches it can run at a time, if it tells."""
+    """How many batches the executor says that it runs at a time; else the count of cores."""
     if (nthreads := getattr(getattr(executor, "_client", None), "nthreads", None)) is not None:  # Dask's
         return max(1, int(sum(nthreads().values())))
     told = [getattr(executor, name, None) for name in ("num_workers", "max_workers", "_max_workers")]

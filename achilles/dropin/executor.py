@@ -1,14 +1,14 @@
 """Executor: a `concurrent.futures.Executor` over the cores of a cluster.
 
-Knows futures and a BasePool, as Pool does; a call is a chunk in the job of its function.
+The module knows futures and a BasePool. A call is a chunk in the job of its function.
 
 ::
 
     submit ─▶ waits in the job ─▶ sent in a batch ─▶ answer ─▶ dispatcher thread ─▶ Future.set_result
                 │ cancel(): never sent                  │ cancel(kill=True): stopped where it runs
 
-A future is running from when its batch was made. Any thread may call any method. Callbacks of futures run in the
-dispatcher thread. The connection's lock guards all state; `running` looks without it, as of a moment.
+A future runs from the making of its batch. Any thread may call any method. Callbacks of futures run in the
+dispatcher thread. The connection's lock guards all state. `running` looks without the lock.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ __all__ = ["Executor", "Future"]
 
 
 class Future(concurrent.futures.Future[Any]):
-    """A future with a `cancel` that can stop a call that runs. Its state is PENDING until its answer is loaded."""
+    """A future with a `cancel` that can stop a running call. Its state is PENDING until its answer is loaded."""
 
-    singles: Singles | None = None  # of which it is an entry; None where the call was never sent
-    number = 0  # of its chunk
+    singles: Singles | None = None  # the entry's; None if the call could not be dumped
+    number = 0  # the chunk's
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         super().__init__()
         self._dispatcher = dispatcher
 
     def running(self) -> bool:
-        """Whether the call was sent, and is not done."""
+        """Whether the call was sent and is not done."""
         waits = self.singles and any(run.first <= self.number < run.end for run in [*self.singles.job.waiting])
         return not waits and not self.done()
 
     def cancel(self, kill: bool = False) -> bool:
-        """Cancel the call if it was not sent yet; with `kill`, also where it runs. Whether that was done."""
+        """Cancel the call if it was not sent yet; with `kill`, also while it runs. Return whether it is cancelled."""
         link, singles = self._dispatcher.link, self.singles
         with link.lock:
             if singles is None or self.number not in singles.entries:
@@ -63,7 +63,7 @@ class Future(concurrent.futures.Future[Any]):
         return True
 
     def answer(self, answer: Answer) -> None:
-        """The answer is here: the dispatcher loads it."""
+        """Let the dispatcher load the answer."""
         self._dispatcher.work.put(partial(self._load, answer))
 
     def _load(self, answer: Answer) -> None:
@@ -75,7 +75,7 @@ class Future(concurrent.futures.Future[Any]):
 
 
 class Executor(BasePool, concurrent.futures.Executor):
-    """As `concurrent.futures.ProcessPoolExecutor`, with its arguments; the other ones are those of Pool."""
+    """As `concurrent.futures.ProcessPoolExecutor`, with its arguments; the other arguments are as Pool's."""
 
     _refusal = RuntimeError, "cannot schedule new futures after shutdown"
 
@@ -97,30 +97,30 @@ class Executor(BasePool, concurrent.futures.Executor):
         _left_open().add(self)
 
     def wait_for_workers(self) -> int:
-        """How many calls may run at a time, as soon as a node is there. NoNodesError after `wait_for_nodes`."""
+        """Wait for a node. Return how many calls may run at a time. NoNodesError after `wait_for_nodes`."""
         link = self._controller
         with link.lock:
             self._dispatcher.wait_for(partial(link.changed.wait_for, lambda: link.workers))
         return self._processes
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        """Have a worker call `fn(*args, **kwargs)`; returns its future at once. RuntimeError after `shutdown`."""
+        """Have a worker call `fn(*args, **kwargs)`. Return its future at once. RuntimeError after `shutdown`."""
         return self._submit(Future(self._begin()), fn, args, kwargs)  # type: ignore[no-any-return]
 
     def map(
         self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None,
         chunksize: int | None = 1, buffersize: int | None = None,
     ) -> Iterator[Any]:
-        """The results of `fn` for the zipped iterables, in their order.
+        """Return an iterator over the results of `fn` for the zipped iterables, in their order.
 
-        :param timeout: seconds from now, for each result to be there; then TimeoutError.
-        :param chunksize: arguments that travel together; None finds a good one.
+        :param timeout: seconds from now, for each result; then TimeoutError.
+        :param chunksize: arguments that travel together; None finds a good count.
         :param buffersize: how many chunks may be out and not taken; None follows the pace.
-        An iterator that ends early cancels what is left. So does one that is closed or dropped, if it was read.
+        An iterator cancels the other calls if it ends early, or is closed or dropped after it was read.
         """
         if chunksize is not None and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
-        if getattr(self.submit, "__func__", None) is not Executor.submit:  # somebody counts the calls by his own
+        if getattr(self.submit, "__func__", None) is not Executor.submit:  # a subclass counts the calls
             known = {} if buffersize is None else {"buffersize": buffersize}  # since Python 3.14
             return super().map(fn, *iterables, timeout=timeout, **known)
         short = all(isinstance(each, SEQUENCES) for each in iterables)
@@ -128,21 +128,21 @@ class Executor(BasePool, concurrent.futures.Executor):
         results = PoolIterator(self._begin())
         if buffersize is not None:
             gate = self._gate(buffersize * (chunksize or 1), weakref.ref(results))
-            args = (arg for _, arg in zip(gate, args))  # the gate is asked before an argument is read
+            args = (arg for _, arg in zip(gate, args))  # the gate comes before the argument
         self._start(results._stream, fn, args, chunksize, buffersize, call="star")
         return _read(results, time.monotonic() + (float("inf") if timeout is None else timeout))
 
     def _gate(self, count: int, reader: Callable[[], object]) -> Iterator[object]:
-        """Lets `count` arguments pass, and more while somebody may still read the results, and may submit."""
+        """Let `count` arguments pass, and more while the results may be read and calls may begin."""
         yield from range(count)
         while reader() is not None:
             self._begin()
             yield None
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take nothing more; end when all is done, and with `wait` block until then.
+        """Refuse further calls. End when all calls are done; with `wait`, block until then.
 
-        :param cancel_futures: cancel what was not sent yet, and what is left of each `map`.
+        :param cancel_futures: cancel the calls that were not sent yet, and the rest of each `map`.
         """
         if self._controller.forked:
             return
@@ -156,12 +156,11 @@ class Executor(BasePool, concurrent.futures.Executor):
         else:
             threading.Thread(target=self.join, name="achilles-shutdown").start()  # the interpreter waits for it
 
-    # Stop what runs, and take nothing more; futures without a result are InterruptedError. Some seconds at most. The
-    # workers are the cluster's, and work for others.
+    # The cluster's workers live on, for other callers.
     terminate_workers = kill_workers = BasePool.terminate
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """As `shutdown`; on Ctrl-C, here or in the block, as `terminate_workers`."""
+        """As `shutdown`; on Ctrl-C in the block or here, as `terminate_workers`."""
         try:
             if kind is not KeyboardInterrupt:
                 self.shutdown()
@@ -171,9 +170,9 @@ class Executor(BasePool, concurrent.futures.Executor):
 
 @cache
 def _left_open() -> weakref.WeakSet[Executor]:
-    """The executors: what was submitted is done before the interpreter ends, as in the standard library.
+    """The open executors: their calls are done before the interpreter ends.
 
-    At the end, threads are still there only for functions that `threading` itself calls: concurrent.futures does so.
+    `threading` calls `_finish` while threads are still there. `atexit` would call it later.
     """
     executors: weakref.WeakSet[Executor] = weakref.WeakSet()
     getattr(threading, "_register_atexit", atexit.register)(_finish, executors)
@@ -181,7 +180,7 @@ def _left_open() -> weakref.WeakSet[Executor]:
 
 
 def _finish(executors: Iterable[Executor]) -> None:
-    """Take nothing more, and wait until the calls of executors are done that nobody shut down. Ctrl-C ends the wait."""
+    """Close the open executors, and wait until their calls are done. Ctrl-C ends the wait."""
     for executor in [*executors]:
         executor.close()
     for executor in [*executors]:
@@ -189,7 +188,7 @@ def _finish(executors: Iterable[Executor]) -> None:
             if executor._dispatcher.open and not executor._controller.forked:
                 executor._dispatcher.wait()
                 executor._controller.check_usable()
-            executor._dispatcher.stop()  # which runs the callbacks that wait
+            executor._dispatcher.stop()  # it runs the waiting callbacks
         except (AchillesError, KeyboardInterrupt) as error:
             tell(f"Calls of an Executor are not done: {str(error) or 'Ctrl-C ended the wait for them'}")
             if isinstance(error, KeyboardInterrupt):
@@ -197,9 +196,9 @@ def _finish(executors: Iterable[Executor]) -> None:
 
 
 def _read(results: PoolIterator, deadline: float) -> Iterator[Any]:
-    """What `map` returns. Ends with the first error. Closed or dropped when it was read, it cancels what is left.
+    """Yield the results of `map` up to the first error. At the end, cancel the other calls.
 
-    As any generator, one that nobody has read does nothing then: the work is done.
+    A generator that was never read runs no code at its end: its calls are done.
 
     :param deadline: monotonic, of every result.
     """
@@ -208,5 +207,5 @@ def _read(results: PoolIterator, deadline: float) -> Iterator[Any]:
             yield results.next(max(0.0, deadline - time.monotonic()))
     except StopIteration:
         pass
-    finally:  # takes no lock: this runs in any thread at any moment
+    finally:  # takes no lock: any thread runs this
         results._dispatcher.work.put(results.cancel)

@@ -1,6 +1,6 @@
 """The backend "achilles" of joblib, and so of scikit-learn.
 
-Knows joblib's interface of backends (1.5 and later) and an Executor, which lives as long as a `Parallel` call or block.
+The module knows joblib's interface of backends (1.5 and later), and an Executor for each `Parallel` call or block.
 """
 
 import importlib
@@ -13,14 +13,12 @@ from .executor import Executor, Future
 
 __all__ = ["register_joblib_backend"]
 
-_Joblibs: Any = object  # in the place of joblib's classes, which a backend gets where joblib is loaded
-JOBLIBS_OWN = {"max_nbytes", "temp_folder", "mmap_mode", "prefer", "require", "verbose", "context"}  # for its own pools
+_Joblibs: Any = object  # Any, because `register_joblib_backend` adds joblib's classes
+JOBLIBS_OWN = {"max_nbytes", "temp_folder", "mmap_mode", "prefer", "require", "verbose", "context"}  # joblib's pools
 
 
 class _Batches(_Joblibs):  # type: ignore[misc]
-    """What is ours of the backend: each batch of calls is a future.
-
-    joblib's part keeps the options: `backend_kwargs` say how to reach the cluster, and are arguments of Executor.
+    """Our part of the backend: each batch of calls is a future. `backend_kwargs`, which joblib keeps, go to Executor.
     """
 
     supports_retrieve_callback = supports_inner_max_num_threads = True
@@ -40,11 +38,11 @@ class _Batches(_Joblibs):  # type: ignore[misc]
         return max(count, 2)
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
-        """With 1, joblib would run all in the caller. So that is only done for `n_jobs=1`, not for one worker."""
+        """Return 1 for `n_jobs=1` alone, not for a cluster of one worker: with 1, joblib runs all in the caller."""
         return 1 if n_jobs in (1, None) else max(self._count(n_jobs), 2)
 
     def _count(self, n_jobs: int) -> int:
-        """How many batches may run at a time. Waits for a node where that is the number of workers."""
+        """How many batches may run at a time. If the count of workers decides, wait for a node."""
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
         return max(self._open().wait_for_workers() + 1 + n_jobs, 1) if n_jobs < 0 else n_jobs
@@ -54,14 +52,14 @@ class _Batches(_Joblibs):  # type: ignore[misc]
             options = {"max_workers": self.bound, **self.backend_kwargs}
             if self.inner_max_num_threads is not None:
                 initializer = options.get("initializer"), options.get("initargs", ())
-                begin = types.FunctionType(_begin_worker.__code__, {"__name__": "__main__"})  # it travels by value
+                begin = types.FunctionType(_begin_worker.__code__, {"__name__": "__main__"})  # by value
                 options |= {"initializer": begin, "initargs": (
                     self.inner_max_num_threads, self.MAX_NUM_THREADS_VARS, *initializer)}
             self.executor = Executor(**options)
         return self.executor
 
     def submit(self, func: Callable[[], Any], callback: Callable[[Any], object]) -> Any:
-        future = self._open().submit(operator.call, func)  # one function for all batches, which are its arguments
+        future = self._open().submit(operator.call, func)  # one function for all batches
         future.add_done_callback(callback)
         return future
 
@@ -80,7 +78,7 @@ class _Batches(_Joblibs):  # type: ignore[misc]
 
 
 def _begin_worker(threads: int, names: list[str], initializer: Callable[..., Any] | None, initargs: Any) -> None:
-    """The initializer of a worker: its libraries may use so many threads."""
+    """Initialize a worker: limit the threads of its libraries."""
     import importlib.util
     import os
 
@@ -92,7 +90,7 @@ def _begin_worker(threads: int, names: list[str], initializer: Callable[..., Any
 
 
 def register_joblib_backend() -> None:
-    """Make `joblib.parallel_config(backend="achilles")` work; it takes the arguments of Executor, too."""
+    """Make `joblib.parallel_config(backend="achilles")` work. It takes the arguments of Executor, too."""
     joblib, backends = importlib.import_module("joblib"), importlib.import_module("joblib._parallel_backends")
     joblib.register_parallel_backend("achilles", type(
         "AchillesBackend", (_Batches, backends.AutoBatchingMixin, backends.ParallelBackendBase),

@@ -1,17 +1,16 @@
-"""Pool: what `multiprocessing.pool.Pool` is, over the cores of a whole cluster.
+"""Pool: the methods of `multiprocessing.pool.Pool`, over the cores of a whole cluster.
 
-Knows which call each of its methods makes; `base_pool.py` knows how a call begins, `async_results.py` how results are
-taken. The standard library's Pool decides what every method does. One connection serves the pool's life, with any
-number of calls and threads.
+The module knows which call each method makes. `base_pool.py` begins the call, `async_results.py` takes its results.
+Each method does as in the standard library. A pool has one connection.
 
 ::
 
     apply                  a chunk in the job of its function
     map, starmap           a call; the calling thread takes its results
     …_async                a call; the dispatcher takes its results ─▶ callbacks ─▶ AsyncResult.get
-    imap, imap_unordered   a call; the iterator takes its results, or the dispatcher, where it is dropped
+    imap, imap_unordered   a call; the iterator takes its results, or the dispatcher, if the iterator is dropped
 
-A call runs to its end, whether anybody reads its results or not. Any thread may call any method.
+A call runs to its end, also if nobody reads its results. Any thread may call any method.
 """
 
 from __future__ import annotations
@@ -36,22 +35,21 @@ METHODS = ("apply", "apply_async", "imap", "imap_unordered", "map", "map_async",
 
 
 class Pool(BasePool):
-    """A pool of the cluster's workers; all that `multiprocessing.Pool` has, and `with`.
+    """A pool of the cluster's workers, with all methods of `multiprocessing.Pool`, and `with`.
 
     :param processes: how many batches of this pool may be out at a time; None is the whole cluster, as it grows
         and shrinks.
-    :param initializer: called once with `initargs` in each worker that works for this pool, before its first
-        chunk; what it raises is raised by the calls.
+    :param initializer: each worker of this pool calls it once with `initargs`, before its first chunk; the calls
+        raise its exception.
     :param maxtasksperchild: chunks after which a worker is replaced.
-    :param context: for the standard library's sake; nodes choose their own start method.
+    :param context: ignored: nodes choose their start method.
     :param host, port, username, secret_key, wait_for_nodes, reconnect_seconds, executor, encrypt: as of `achilles.map`.
-    :raises AchillesError: the cluster cannot be found, or does not let us in.
+    :raises AchillesError: the cluster cannot be found, or refuses the caller.
 
-    Connects; blocks until the server has answered. `chunksize=None` finds a good one by itself, and each
-    mapping method takes five more by keyword. `buffersize` is how many chunks may be out and not taken.
-    `timeout` is the seconds of one call. `output` and `progress` are as of `achilles.map`. With `seed`, an int,
-    `random` is seeded before each call from it and the argument's index, and so is numpy's global generator where
-    numpy is loaded.
+    Connects; blocks until the server has answered. `chunksize=None` finds a good count. Each mapping method takes five
+    further options by keyword. `buffersize` is how many chunks may be out and not taken. `timeout` is the seconds of
+    one call of the function. `output` and `progress` are as of `achilles.map`. `seed` is an int. Before each call, the
+    worker seeds `random` from it and the argument's index. It also seeds numpy's global generator, if numpy is loaded.
     """
 
     def __init__(
@@ -69,28 +67,24 @@ class Pool(BasePool):
         super().__init__(processes, initializer, initargs, maxtasksperchild, wait_for_nodes, reconnect_seconds,
                          executor, host, port, username, secret_key, encrypt)
 
-    # One call.
-
     def apply(self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}) -> Any:  # noqa: B006
-        """`func(*args, **kwds)` in a worker. Blocks until it is done."""
+        """Return `func(*args, **kwds)`, called in a worker. Blocks."""
         return self.apply_async(func, args, kwds).get()
 
     def apply_async(
         self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: Mapping[str, Any] = {},  # noqa: B006
         callback: Callback | None = None, error_callback: Callback | None = None,
     ) -> AsyncResult:
-        """As `apply`, at once; one of the callbacks is called, in the dispatcher thread, with what comes of it."""
+        """As `apply`, but return at once. The dispatcher thread calls a callback with the result or error."""
         result = AsyncResult(self._begin(), callback, error_callback)
         return self._submit(result, func, args, kwds)  # type: ignore[no-any-return]
-
-    # A list of results.
 
     def map(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None, *,
         buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, output: Output = None,
         progress: Show = None,
     ) -> Any:
-        """The results of `func(x)` for each x, in their order. Blocks until all is done, then raises the first error.
+        """Return the results of `func(x)` for each x, in order. Blocks until the end, then raises the first error.
 
         :param buffersize, timeout, seed, output, progress: see the class.
         """
@@ -101,7 +95,7 @@ class Pool(BasePool):
         buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, output: Output = None,
         progress: Show = None,
     ) -> Any:
-        """As `map`, of `func(*x)`."""
+        """As `map`, but call `func(*x)`."""
         return self._list("star", True, func, iterable, chunksize, buffersize, timeout, seed, output, progress).get()
 
     def map_async(
@@ -110,7 +104,7 @@ class Pool(BasePool):
         buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, output: Output = None,
         progress: Show = None,
     ) -> AsyncResult:
-        """As `map`, at once; the callbacks get the whole list, or the first error."""
+        """As `map`, but return at once. The callbacks get the whole list, or the first error."""
         return self._list("one", False, func, iterable, chunksize, buffersize, timeout, seed, output, progress,
                           callback, error_callback)
 
@@ -120,18 +114,16 @@ class Pool(BasePool):
         buffersize: int | None = None, timeout: float | None = None, seed: int | None = None, output: Output = None,
         progress: Show = None,
     ) -> AsyncResult:
-        """As `starmap`, at once."""
+        """As `starmap`, but return at once."""
         return self._list("star", False, func, iterable, chunksize, buffersize, timeout, seed, output, progress,
                           callback, error_callback)
-
-    # One result after the other.
 
     def imap(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = 1,
         buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None, output: Output = None,
         progress: Show = None,
     ) -> PoolIterator:
-        """An iterator over the results of `func(x)`, in their order. `iterable` is read ahead, and may be endless."""
+        """Return an iterator over the results of `func(x)`, in order. `iterable` is read ahead, and may be endless."""
         return self._iterate(True, func, iterable, chunksize, buffersize, timeout, seed, output, progress)
 
     def imap_unordered(
@@ -139,7 +131,7 @@ class Pool(BasePool):
         buffersize: int | None = None, *, timeout: float | None = None, seed: int | None = None, output: Output = None,
         progress: Show = None,
     ) -> PoolIterator:
-        """As `imap`, in the order in which they come."""
+        """As `imap`, in the order in which the results come."""
         return self._iterate(False, func, iterable, chunksize, buffersize, timeout, seed, output, progress)
 
     def _list(
@@ -170,9 +162,9 @@ class Pool(BasePool):
         return f"<{type(self).__module__}.{type(self).__qualname__} state={self._state} pool_size={self._processes}>"
 
     def __reduce__(self) -> Any:
-        """In a worker it has the same methods, which raise: samplers send functions that refer to their pool."""
+        """Travel as an object with methods that raise: samplers' functions refer to their pool."""
         code = _raise_absent.__code__.replace(co_filename="<pool>", co_qualname="pool")
-        absent = types.FunctionType(code, {"__name__": "__main__"}, "pool")  # of no module, so that it travels by value
+        absent = types.FunctionType(code, {"__name__": "__main__"}, "pool")  # by value
         return types.SimpleNamespace, (), dict.fromkeys(METHODS, absent)
 
     def __del__(self, run: str = RUN, warn: Callable[..., object] = warnings.warn) -> None:
@@ -182,7 +174,7 @@ class Pool(BasePool):
 
 
 def _copied(iterable: Iterable[Any]) -> Any:
-    """A sequence of the same items, which the caller cannot change while it is read."""
+    """Return a sequence of the same items, which the caller cannot change."""
     return iterable if type(iterable) in (tuple, range) else list(iterable)
 
 

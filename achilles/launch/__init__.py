@@ -1,7 +1,6 @@
-"""Starting a computation, beside the way of a chunk. A server, a node and a controller need nothing of it.
+"""The processes of a LocalCluster, which alone needs this folder.
 
-`child.py` is a server or a node that serves one caller. `ssh.py` runs nodes on other machines. A LocalCluster alone
-needs them.
+`child.py` is a server or a node that serves one caller. `ssh.py` runs nodes on other machines.
 """
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""A server or a node that serves one caller, and ends when the caller does.
+"""A server or a node that serves one caller, and ends with the caller.
 
 ::
 
@@ -8,12 +8,11 @@
 The caller is a LocalCluster on this machine, or at the other end of an ssh (`ssh.py`). When a child is ready, its
 stdout is the caller's stderr.
 
-The children end when the caller ends. The server ends when its stdin ends or its parent changes. It looks for both,
-because a forked child of the caller may hold the pipe open. Then it tells the nodes that the cluster is killed. A node
-looks for both too, because the server may have been killed before, or be at the other end of an ssh. Where a pipe
-cannot be polled and a parent does not change (Windows), only the server's thread reads stdin until its end.
+The server ends when its stdin ends or its parent changes. It looks for both, because a forked child of the caller may
+hold the pipe open. Then it tells the nodes that the cluster is killed. A node looks for both too, because the server
+may be killed already, or at the other end of an ssh. On Windows, only the server's thread reads stdin until its end.
 
-This module knows the roles, and its parent. The roles know nothing of it.
+This module knows the roles and its parent. The roles do not know it.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from ..protocol import auth
 __all__ = ["HOST", "USERNAME", "main", "share"]
 
 HOST, USERNAME = "127.0.0.1", "local"
-LOOK_SECONDS = 1.0  # how often a server looks for its parent
+LOOK_SECONDS = 1.0  # between a server's looks for its parent
 POLLS_STDIN = os.name == "posix"
 
 
 def main(role: str = "") -> None:
-    """Be a server or a node, as this or the command line says, until the caller is gone."""
+    """Run a server or a node, by `role` or the command line, until the caller is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     {"server": _serve, "node": _lend}[role or sys.argv[1]](os.getppid())
 
@@ -56,14 +55,14 @@ def _serve(parent: int) -> None:
 
 
 def _watch(parent: int, end: Callable[[str], None]) -> None:
-    """The server's thread: wait until the caller is gone. The caller writes no second line."""
+    """In the server's thread, wait until the caller is gone. The caller writes no second line."""
     with contextlib.suppress(OSError):
         while POLLS_STDIN and not select.select([0], [], [], LOOK_SECONDS)[0] and os.getppid() == parent:
             pass
         if not POLLS_STDIN:
             os.read(0, 1)
     end("killed")
-    end("leaving")  # at once: nobody comes later
+    end("leaving")  # at once: no peer comes later
 
 
 def _lend(parent: int) -> None:
@@ -72,7 +71,7 @@ def _lend(parent: int) -> None:
     from ..node.loop import Node
 
     class LocalNode(Node):
-        """A node that tells its caller that it has joined, and ends with it."""
+        """A node that tells its caller when it has joined, and ends with its caller."""
 
         def greet(self, number: int, connections: int) -> None:
             _tell(0)
@@ -87,7 +86,7 @@ def _lend(parent: int) -> None:
 
 
 def _hear() -> tuple[dict[str, Any], Settings]:
-    """Take the caller's line. End, if the caller has gone before it said anything."""
+    """Read the caller's line. End if the caller is gone before."""
     line = sys.stdin.readline()
     if not line:
         raise SystemExit(1)
@@ -99,12 +98,12 @@ def _hear() -> tuple[dict[str, Any], Settings]:
 
 @functools.cache  # a node that joins again has told already
 def _tell(number: int) -> None:
-    """Tell the caller that this process is ready. From now on users' functions print to the caller's stderr."""
+    """Tell the caller that this process is ready. Then let users' functions print to the caller's stderr."""
     with contextlib.suppress(OSError):
         os.write(1, f"{number}\n".encode())
     os.dup2(2, 1)
 
 
 def share(cores: int, nodes: int, index: int) -> int:
-    """Return the workers of a node: the cores are divided among the nodes, at least one each."""
+    """Divide the cores among the nodes, at least one each. Return a node's share."""
     return max(1, cores // nodes + (index < cores % nodes))

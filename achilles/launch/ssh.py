@@ -11,12 +11,11 @@
                      ◀─ all that its workers print ──────────────────
     the end of stdin ───────────────────────────────────────────────▶ the end of the node
 
-ssh encrypts, and proves that the host is the right one. No port is open to other machines, and no file is copied. The
-secret leaves the caller only for a process that has named the caller's versions. The secret is on no disk, on no
-command line and in no environment. A killed caller loses the pipe to ssh. So the node loses its stdin, and ends.
+ssh encrypts, and checks the host's identity. No port is open to other machines, and no file is copied. The secret
+leaves the caller only for a process that has named the caller's versions. The secret is on no disk or command
+line, and in no environment. A killed caller loses the pipe to ssh. So the node loses its stdin, and ends.
 
-This module knows processes and lines of text. A thread for each ssh reads all that ssh and the host say, and ends when
-ssh has ended.
+This module knows processes and lines of text. A thread for each ssh reads all its lines, and ends when ssh has ended.
 """
 
 from __future__ import annotations
@@ -45,22 +44,22 @@ __all__ = ["Launcher", "SshNode", "main", "read_hosts"]
 
 START_SECONDS = 60.0  # for all hosts to be ready: a cold disk that many machines share
 JOIN_SECONDS = 1.0  # for the reader thread of an ssh that has ended
-OPTIONS = (  # ssh takes the first value that it gets: a user's options go before these
+OPTIONS = (  # ssh takes the first value of an option: a user's options go before these
     "-T",  # a terminal would show the secret
-    "-oBatchMode=yes",  # nobody would see a question
+    "-oBatchMode=yes",  # no person would see a question
     "-oExitOnForwardFailure=yes", "-oConnectTimeout=10",
     "-oServerAliveInterval=15", "-oServerAliveCountMax=3",  # a dead link ends ssh after 45 s
-    "-oClearAllForwardings=no", "-oControlPath=none",  # a shared connection would keep the tunnel when this ssh ends
+    "-oClearAllForwardings=no", "-oControlPath=none",  # a shared connection would keep the tunnel after this ssh
     "-oLogLevel=INFO",  # ssh names the tunnel's port
 )
-LINE = (  # of the hosts; ssh would take a name that begins with "-" for an option
+LINE = (  # of the hosts; a name that begins with "-" would be an option for ssh
     r"""(?x) \s* (?: (?P<name>[^\s\#\0-][^\s\#\0]*) (?:\s+(?P<cores>[1-9][0-9]{0,3}))?"""
     r"""(?:\s+python=(?P<python>[^\s\0]+))? )? (?:(?:\s+|^)\#.*)? \s*""")
 ALLOCATED = rb".*Allocated port (\d+) for remote forward to 127\.0\.0\.1:%d\s"
-GREETING = "achilles {version} for Python {python}".format(**hello())  # a node's must be its caller's
+GREETING = "achilles {version} for Python {python}".format(**hello())  # the same for a node and its caller
 READY = rb"0\s"  # the word of `child.py` on a node
-LINE_BYTES = 1 << 16  # a longer line is passed on in parts
-WORDS = 5  # lines of ssh and the host that an error shows
+LINE_BYTES = 1 << 16  # a longer line goes on in parts
+WORDS = 5  # lines that an error shows
 REMEDY = (
     f"A host must let ssh in without a question: try `ssh HOST true`. It must have {GREETING}: install it there, and "
     "name the Python that has it in the host's line, by python=PATH.")
@@ -69,7 +68,7 @@ log = logging.getLogger(__name__)
 
 
 def read_hosts(hosts: str | os.PathLike[str] | Sequence[str]) -> list[dict[str, Any]]:
-    """Return name, cores and python of each host; None where the line has no cores or no python.
+    """Return name, cores and python of each host; None if the line lacks cores or python.
 
     :param hosts: the path of a file, or a list of its lines: ``host [cores] [python=PATH]``, and comments after ``#``.
     :raises ConfigurationError: the file cannot be read, a line is wrong, or there is no host.
@@ -87,10 +86,10 @@ def read_hosts(hosts: str | os.PathLike[str] | Sequence[str]) -> list[dict[str, 
 
 
 class SshNode(subprocess.Popen[bytes]):
-    """The ssh of a host, in the place of its node's Popen, and the thread that reads all that both say.
+    """The ssh of a host, in the place of its node's Popen, and the thread that reads all its lines.
 
-    :ivar joined: whether the node has joined. Set once; False when ssh ends before.
-    :ivar words: the last lines of ssh and the host before that.
+    :ivar joined: whether the node has joined. Set once; False if ssh ends before.
+    :ivar words: the last lines before that.
     """
 
     def __init__(self, host: dict[str, Any], ssh: Sequence[str], about: dict[str, Any], hash_seed: str) -> None:
@@ -113,7 +112,7 @@ class SshNode(subprocess.Popen[bytes]):
         self._reader.join(JOIN_SECONDS)
 
     def _read(self, stdin: Any, stdout: Any, about: dict[str, Any]) -> None:
-        """The thread: hand the secret over, and pass the node's output on after it has joined."""
+        """In the thread, hand over the secret, and pass on the node's output after it has joined."""
         with io.BufferedReader(stdout) as pipe:
             lines = iter(lambda: pipe.readline(LINE_BYTES), b"")
             tunnel = self._find(ALLOCATED % about["port"], lines)
@@ -127,7 +126,7 @@ class SshNode(subprocess.Popen[bytes]):
                     os.write(2, f"{self.host}: ".encode() + line)
 
     def _find(self, pattern: bytes, lines: Iterator[bytes]) -> re.Match[bytes] | None:
-        """Read up to the line that matches, and keep the others as words. None at the end."""
+        """Read up to the line that matches, and return the match; None at the end. Keep the other lines as words."""
         for line in lines:
             if match := re.match(pattern, line):
                 return match
@@ -141,7 +140,7 @@ class Launcher:
 
     :param hosts: as for `read_hosts`.
     :param ssh: the ssh client and its options.
-    :raises ConfigurationError: a line of the hosts is wrong, or there is no such client.
+    :raises ConfigurationError: a line of the hosts is wrong, or the ssh client is not there.
     """
 
     def __init__(self, hosts: str | os.PathLike[str] | Sequence[str], ssh: Sequence[str]) -> None:
@@ -151,10 +150,10 @@ class Launcher:
         self._hosts = read_hosts(hosts)
 
     def start(self, nodes: list[subprocess.Popen[bytes]], about: dict[str, Any], hash_seed: str) -> None:
-        """Add the ssh of each host to `nodes`. Blocks until all have joined, or failed: those are removed again.
+        """Add the ssh of each host to `nodes`. Block until all have joined or failed. Remove the failed again.
 
         :param about: port, username, secret, key, and the cpu_count of hosts without cores.
-        :raises ServerUnreachable: no node is left. Other failures are a warning in the log.
+        :raises ServerUnreachable: no node is left. Else failures are a warning in the log.
         """
         started = []
         for host in self._hosts:
@@ -176,12 +175,12 @@ class Launcher:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Be the node of a host, if the caller's greeting is ours. `SshNode` starts this; it is not for people."""
+    """Run the node of a host, if the caller's greeting is ours. Only `SshNode` starts this."""
     wanted, = sys.argv[1:] if argv is None else argv
     if wanted != GREETING:
         raise SystemExit(f"the host has {GREETING}, the caller has {wanted}")
     config.remove_from_environment()
-    console.say(f"\n{GREETING}")  # on a line of its own: the shell may have written before
+    console.say(f"\n{GREETING}")  # on a new line: the shell may have written before
     child.main("node")
     return 0
 

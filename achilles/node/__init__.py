@@ -1,8 +1,8 @@
 """A node: it lends the cores of its machine to a server, and runs users' code in workers.
 
-It imports `protocol` and `objects`, and knows one server and its own workers. It must not know a controller.
-`loop.py`, `workers.py` and `process.py` are one thread that opens no letter. `worker.py` is the process that does, and
-`runner.py` in it loads and calls users' code.
+The folder imports `protocol` and `objects`. It knows one server and the node's workers, and must not know a controller.
+`loop.py`, `workers.py` and `process.py` run in one thread, which opens no letter. `worker.py` is a worker's process.
+In it `runner.py` opens letters, and calls users' code.
 """
 
 __all__ = ["run_node"]

@@ -1,20 +1,20 @@
-"""The board: the memory that a worker and its node share. It tells where the worker is, and it holds answers.
+"""The board: memory that a worker and its node share. It says where the worker is, and holds answers.
 
-It knows chunks, phases, and answers as bytes. It knows no process and no socket. The status array is five signed 64-bit
-integers. The worker writes four of them, and the answers that it has not sent stand behind the array::
+The module knows chunks, phases, and answers as bytes, and no process or socket. The status array is five signed 64-bit
+integers. The worker writes four of them. The unsent answers stand behind the array::
 
-    chunk    the number of the chunk that runs, or of the one that must not begin
-    offset   the argument in that chunk, in the phases call and dump; -1 where the worker does not name one
+    chunk    the number of the chunk that runs, or of the chunk that must not begin
+    offset   the argument in that chunk, in the phases call and dump; -1 if the worker does not name it
     phase    idle, function, load, call or dump
-    limit    the node's, read before each chunk: the first number that must not begin any more
+    limit    the node's, read before each chunk: the first chunk that must not begin
     first    the number of the first chunk that has an answer here
-    answers  from `first` to `chunk`, without it: a length, a status and a letter each
+    answers  from `first` to before `chunk`: a length, a status and a letter each
 
-So a death or a time limit is charged to one chunk. The chunks behind it can be taken back while it runs, and the
-answers in front of it can be passed on: also while it is in C code that holds the interpreter, or when it is dead.
+So a death or a time limit is charged to one chunk. The node can take back the chunks behind the chunk that runs, and
+pass on the answers before it: also while C code holds the interpreter, or after the worker's death.
 
-There is no lock. The worker writes an answer before the next `chunk`. It writes over answers that it has sent only
-after the next `chunk`. So the answers that the node has copied are right if `chunk` is still the same.
+There is no lock. The worker writes an answer before the next `chunk`, and writes over sent answers only after it. So
+the node's copy of the answers is right if `chunk` is still the same.
 
 Limits: 4,096 answers, and 512 KiB of letters. A letter of more than 256 KiB, or of several parts, is not on it.
 """
@@ -39,8 +39,8 @@ PHASES = ("idle", *kinds.PHASES)
 IDLE, FUNCTION, LOAD, CALL, DUMP = range(5)
 NO_LIMIT = 2**63 - 1  # every chunk may begin
 UNNAMED = -1  # an offset: any argument of the chunk
-MOST_ANSWERS = 4096  # 5 ms of the quickest chunks
-MOST_BYTES = 512 << 10  # of letters, before the last one: a node of 100 workers has 80 MiB of boards
+MOST_ANSWERS = 4096  # the quickest chunks of 5 ms
+MOST_BYTES = 512 << 10  # of letters, before the last letter: a node of 100 workers has 80 MiB of boards
 LETTER_BYTES = 256 << 10  # a larger letter is sent at once: a copy would cost more than a frame
 LETTERS_AT = 8 * (5 + MOST_ANSWERS)  # the place of the letters, behind the status array and the lengths
 WORDS = (LETTERS_AT + MOST_BYTES + LETTER_BYTES + MOST_ANSWERS) // 8  # 64-bit integers of a board
@@ -55,18 +55,18 @@ class Board:
     def __init__(self, shared: Any) -> None:
         memory = memoryview(shared).cast("B")  # views are written at half the cost of a ctypes array
         self.status: Any = memory[:40].cast("q")
-        self.lengths = memory[40:LETTERS_AT].cast("Q")  # of the letters
+        self.lengths = memory[40:LETTERS_AT].cast("Q")
         self.letters = memory[LETTERS_AT:-MOST_ANSWERS]  # end to end
         self.statuses = memory[-MOST_ANSWERS:]
 
     def answers(self, batch: Batch, count: int, us: int = 0, large: Sequence[LongLetter] = ()) -> Batch:
-        """Return the first answers as a RESULT: a copy.
+        """Return a copy of the first `count` answers as a RESULT.
 
-        :param batch: the batch that they are of.
-        :param large: the letter of the last one, if it is not on the board.
+        :param batch: the answers' batch.
+        :param large: the last answer's letter, if it is not on the board.
         """
         first, lengths, statuses = self.status[FIRST], self.lengths[:count].tolist(), bytes(self.statuses[:count])
-        if max(lengths) <= SHORT_LETTER_BYTES:  # as `Batch.pack`, without a step for each letter
+        if max(lengths) <= SHORT_LETTER_BYTES:  # `Batch.pack` without a step for each letter
             packed = struct.pack(f">{len(lengths)}Q", *lengths) + self.letters[: sum(lengths)]
             return Batch(batch.job, first, count, batch.attempt, us, statuses=statuses, packed=packed)
         letters = [letter_of(bytes(self.letters[at:end]))

@@ -1,7 +1,7 @@
-"""How many workers a node should have, and how it starts them.
+"""The count of a node's workers, and their start method.
 
-Knows the operating system: affinity, cgroups, threads, start methods, and the version of multiprocess. Everything
-that not every system has is asked for first. No state, no threads.
+The module knows affinity, cgroups, threads, start methods, and multiprocess's version. Some systems lack some of these.
+The module has no state and no threads.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ except ModuleNotFoundError as e:
 
 __all__ = ["check_start_method", "count_threads", "default_start_method", "usable_cores"]
 
-MULTIPROCESS_OLDEST = (0, 70, 19)  # the first that knows Python 3.13's start methods
-CGROUP = re.compile(r"^\d+:((?:.*,)?cpu(?:,.*)?|):/(.*)$", re.MULTILINE)  # the line of version 2, or version 1's of cpu
+MULTIPROCESS_OLDEST = (0, 70, 19)  # the first version that knows Python 3.13's start methods
+CGROUP = re.compile(r"^\d+:((?:.*,)?cpu(?:,.*)?|):/(.*)$", re.MULTILINE)  # version 2's line, or version 1's for cpu
 
 
 def check_start_method(method: str) -> None:
-    """ConfigurationError if workers cannot be started so here; VersionError if multiprocess is too old.
+    """ConfigurationError if this system lacks the start method; VersionError if multiprocess is too old.
 
-    A vendored copy of this package has no pip to see to the version.
+    For a vendored copy of this package, pip does not check the version.
     """
     if tuple(map(int, re.findall(r"\d+", multiprocess.__version__)[:3])) < MULTIPROCESS_OLDEST:
         raise VersionError(f"multiprocess {multiprocess.__version__} is too old: pip install 'multiprocess>=0.70.19'")
@@ -38,10 +38,10 @@ def check_start_method(method: str) -> None:
 
 
 def default_start_method(threads: int = 1) -> str:
-    """fork where the system has it and it is safe, else spawn. A forked worker is there in milliseconds, not in tenths.
+    """Return fork if the system has it and it is safe, else forkserver or spawn. Forks take milliseconds, not tenths.
 
     :param threads: of the process that starts workers. A forked worker has a copy of every lock, but only the
-        thread that forked: a lock that another thread holds is held there for ever. So beside other threads
+        thread that forked: a lock that another thread held is never released. So beside other threads
         the method is forkserver: its workers are forks of a process with one thread.
     """
     wanted = "fork" if threads == 1 else "forkserver"
@@ -49,10 +49,9 @@ def default_start_method(threads: int = 1) -> str:
 
 
 def count_threads(root: str = "/") -> int:
-    """How many threads this process has, those of C libraries included where the system tells (Linux).
+    """Count the threads of this process; on Linux also the threads of C libraries.
 
-    Libraries such as OpenBLAS start threads when they are imported, and these hold locks, too. Python's own warning
-    of a fork beside threads counts them as well.
+    Libraries such as OpenBLAS start threads at import, and these hold locks. Python's warning counts them, too.
 
     :param root: where /proc is.
     """
@@ -63,7 +62,7 @@ def count_threads(root: str = "/") -> int:
 
 
 def usable_cores(root: str = "/") -> int:
-    """How many cores this process may really use: its affinity and its cgroup's quota, at least 1.
+    """Count the cores that this process may use by its affinity and its cgroup's quota, at least 1.
 
     :param root: where /proc and /sys are.
     """
@@ -72,7 +71,7 @@ def usable_cores(root: str = "/") -> int:
 
 
 def _quotas(root: Path) -> Iterator[int]:
-    """Each quota of our cgroup and of those above it, in cores, rounded up; versions 1 and 2."""
+    """Each quota of our cgroup and its parents, in cores, rounded up; cgroup versions 1 and 2."""
     for controllers, path in CGROUP.findall(_text(root / "proc/self/cgroup")):
         own = root / "sys/fs/cgroup" / ("cpu" if controllers else "") / path
         for folder in (own, *own.parents):

@@ -1,7 +1,7 @@
-"""A node: it lends this machine's cores to a server, and comes back when it loses it.
+"""A node: it lends this machine's cores to a server, and comes back after it has lost the server.
 
-It knows one server and its own workers. It knows no controller, and never opens a letter. It is one blocking loop over
-one selector, and no other thread: so a worker can be forked at any moment, and a stopped one holds nobody up.
+The module knows one server and the node's workers, and no controller, and opens no letter. The node is one
+blocking loop over one selector, without threads: so it can fork at any moment, and a stopped worker delays no other.
 
 ::
 
@@ -13,7 +13,7 @@ one selector, and no other thread: so a worker can be forked at any moment, and 
                    └── refused: an error ──┴─ SIGTERM: BYE leaving, RETURNED, the last answers, over
                        before the first join, tried again after it
 
-Limits: `channel.py`'s for silence; 30 s for the chunks that run when it drains.
+Limits: `channel.py`'s for silence; 30 s for the chunks that run when the node drains.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .workers import LONG_SECONDS, LOOK_SECONDS, Workers, pump
 __all__ = ["Node", "run_node"]
 
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.1, 5.0  # pauses between connections, doubled each time, with jitter
-DRAIN_SECONDS = 30.0  # for chunks that run; then the server gives them to others
+DRAIN_SECONDS = 30.0  # for chunks that run; then the server gives them to other nodes
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +49,15 @@ def run_node(
     cpu_count: int | None = None, start_method: str | None = None, env_file: str | None = None,
     encrypt: bool | None = None,
 ) -> None:
-    """Run a node until the cluster is killed or SIGTERM has drained it. Blocks; ends its workers in any case.
+    """Run a node until the cluster is killed or SIGTERM has drained the node. Blocks; always ends its workers.
 
-    In the main thread it handles SIGTERM, SIGINT and SIGHUP meanwhile; in another one it cannot be drained.
+    In the main thread the node handles SIGTERM, SIGINT and SIGHUP. In another thread it cannot be drained.
 
     :param host, port, username, secret_key, env_file, encrypt: as for `config.resolve`.
-    :param cpu_count: how many workers, 1 to 65,535; by default the cores that this process may really use.
+    :param cpu_count: how many workers, 1 to 65,535; by default the cores that this process may use.
     :param start_method: "fork", "forkserver" or "spawn"; by default fork, or forkserver beside other threads.
-    :raises ConfigurationError: a setting is missing or will not do.
-    :raises AuthenticationError: the server refused this node before it had ever joined.
+    :raises ConfigurationError: a setting is missing or wrong.
+    :raises AuthenticationError: the server refused this node, which had never joined.
     :raises ProtocolError: the peer is no achilles server, and this node had never joined.
     """
     count = usable_cores() if cpu_count is None else cpu_count
@@ -70,7 +70,7 @@ def run_node(
 
 
 class Node:
-    """The state that outlives a connection: settings, selector, back-off. For the thread that calls `run`."""
+    """The state that outlives a connection: settings, selector, back-off. Only the thread in `run` uses it."""
 
     def __init__(self, settings: config.Settings, cpu_count: int, start_method: str) -> None:
         check_start_method(start_method)
@@ -78,14 +78,14 @@ class Node:
         self.cpu_count = cpu_count
         self.start_method = start_method
         self.selector = selectors.DefaultSelector()  # empty while there is no connection
-        self.draining = False  # SIGTERM came
-        self.joined = False  # ever
+        self.draining = False  # after SIGTERM
+        self.joined = False
         self.delay = RETRY_SECONDS  # before the next connection
 
     def run(self) -> None:
-        """Join the server, again and again, until this node is not wanted any more.
+        """Join the server, again and again, until the node is killed or drained.
 
-        In the main thread, SIGTERM drains, SIGINT and SIGHUP interrupt; they are as they were before, after.
+        In the main thread, SIGTERM drains, and SIGINT and SIGHUP interrupt; afterwards the old handlers are back.
         """
         console.keep_freed_memory()
         with self.selector, console.signal_handlers(self._on_signal):
@@ -102,12 +102,12 @@ class Node:
                 log.warning("%s; trying again", e)
                 self._read_anew()
             except (OSError, AchillesError) as e:
-                if self.delay == RETRY_SECONDS and not self.draining:  # a line, and none until the server is there
+                if self.delay == RETRY_SECONDS and not self.draining:  # one line until the server is back
                     log.warning("lost the server: %s; connecting anew" if self.joined else "%s; waiting for it", e)
             self._pause()
 
     def greet(self, number: int, connections: int) -> None:
-        """The server has welcomed this node, as its node `number`. Printed; a subclass may tell otherwise."""
+        """Print the server's welcome to this node, its node `number`. A subclass may do otherwise."""
         console.say(
             f"GREETING: Welcome! There are currently {connections} open connections.\n\n"
             f"Connected to achilles_server running at {self.settings.host}:{self.settings.port}\n"
@@ -115,10 +115,10 @@ class Node:
         )
 
     def look(self) -> None:
-        """Called in each turn of the loop and each pause, every 50 ms at least; raising SystemExit ends this node."""
+        """Do nothing; a subclass may raise SystemExit to end the node. Every turn calls it, and each 50 ms at least."""
 
     def _on_signal(self, number: int, _: object) -> None:
-        """The first SIGTERM drains; the second, or one without a connection, ends this process as it stands."""
+        """The first SIGTERM drains. The second SIGTERM, or any without a connection, ends this process at once."""
         if number != signal.SIGTERM:
             raise KeyboardInterrupt
         if self.draining or not self.selector.get_map():
@@ -126,7 +126,7 @@ class Node:
         self.draining = True
 
     def _connect_and_serve(self) -> str:
-        """Why the node ends; an exception if its connection has ended, or there was none."""
+        """Return why the node ends. Raise if its connection has ended, or none was made."""
         where = self.settings
         try:
             link = connect.connect(
@@ -139,7 +139,7 @@ class Node:
         return Session(self, link).run()
 
     def _pause(self) -> None:
-        """Wait before the next connection, for half of the delay to all of it."""
+        """Wait for half of the delay to all of it."""
         until = time.monotonic() + self.delay * (1 + random.random()) / 2
         self.delay = min(2 * self.delay, MAX_RETRY_SECONDS)
         while not self.draining and (left := until - time.monotonic()) > 0:
@@ -147,24 +147,24 @@ class Node:
             threading.Event().wait(min(left, LOOK_SECONDS))
 
     def _read_anew(self) -> None:
-        """The secret may have been replaced meanwhile: take it from the file it came from."""
+        """Read the secret again from its file."""
         try:
             self.settings = config.read_again(self.settings, "node")
-        except ConfigurationError as e:  # there is no file; or it is half written: the next time, then
+        except ConfigurationError as e:  # no file, or half a file, yet
             log.warning("the secret stays what it was: %s", e)
 
 
 class Session:
-    """One connection to the server, and the workers that serve it: both end with it."""
+    """One connection to the server, and its workers. Both end together."""
 
     def __init__(self, node: Node, link: Channel) -> None:
         self._node = node
         self._channel = link
         self._workers = workers = Workers(0, node.start_method, node.selector, link.send)  # none until HELLO
-        self._end = ""  # the value that `run` will return
-        self._drain_until = 0.0  # monotonic; 0 while it does not drain
-        self._tell_at = 0.0  # monotonic; then the server is told of long chunks
-        self._long: list[dict[str, Any]] = []  # the server was told of these
+        self._end = ""  # the result of `run`
+        self._drain_until = 0.0  # monotonic; 0 while the node does not drain
+        self._tell_at = 0.0  # monotonic; the next PING with long chunks
+        self._long: list[dict[str, Any]] = []  # the chunks of the last PING
         self._handlers: dict[Kind, Callable[[Any], object]] = {
             Kind.HELLO: self._greet, Kind.BYE: self._leave, Kind.ERROR: self._leave, Kind.PING: lambda body: None,
             Kind.JOB: workers.declare, Kind.TASK: workers.add,
@@ -174,14 +174,14 @@ class Session:
         }
 
     def run(self) -> str:
-        """Serve until the node is to end; the reason. Its workers are gone then. Raises why the connection ended."""
+        """Serve until the node shall end. Return the reason. Raise if the connection ended. End the workers."""
         self._channel.name = "server"
         self._channel.socket.setblocking(False)
         self._node.selector.register(self._channel.socket, selectors.EVENT_READ, self._on_server)
         self._channel.send(Kind.HELLO, connect.hello(self._node.cpu_count))
         try:
             self._on_server(selectors.EVENT_READ)  # TLS may have decrypted frames that came with WELCOME
-            while not self._end:  # read, do the work that is due, write
+            while not self._end:
                 for key, events in self._node.selector.select(self._workers.look_at - time.monotonic()):
                     key.data(events)
                 self._node.look()
@@ -202,7 +202,7 @@ class Session:
             self._channel.close()
 
     def _tell_of_long_chunks(self, now: float) -> None:
-        """Once a second, PING with the chunks that have run so long; once more when there is none."""
+        """Once a second, send a PING with the chunks that have run for a second; once more if none is left."""
         if now >= self._tell_at:
             before, self._long = self._long, self._workers.long_chunks(now)
             self._tell_at = now + LONG_SECONDS
@@ -211,19 +211,17 @@ class Session:
 
     def _on_server(self, events: int) -> None:
         received = self._channel.receive()
-        if received is None:  # perhaps after BYE: then nobody minds
+        if received is None:  # after BYE, too
             raise ServerUnreachable("it closed the connection")
         for kind, body in received:
             self._handlers[kind](body)
 
     def _leave(self, body: dict[str, Any]) -> None:
-        """BYE or ERROR."""
         if body.get("reason") != "killed":
             raise ServerUnreachable(f"it ended the connection: {body.get('message', 'it restarts')}")
         self._end = "the cluster was killed"
 
     def _greet(self, body: dict[str, Any]) -> None:
-        """HELLO."""
         if self._workers.count:
             raise ProtocolError("a second HELLO")
         self._node.joined, self._node.delay = True, RETRY_SECONDS
@@ -231,13 +229,13 @@ class Session:
         self._node.greet(self._workers.node, body.get("connections") or 1)
 
     def _drain(self, now: float) -> None:
-        """Say BYE and give back the chunks that have not begun; when nothing runs any more, close."""
+        """Say BYE, give back the chunks that have not begun, and close when no chunk runs."""
         if not self._drain_until:
             self._drain_until = now + DRAIN_SECONDS
-            self._channel.send(Kind.BYE, {"reason": "leaving"})  # first: for what comes back it would get others
+            self._channel.send(Kind.BYE, {"reason": "leaving"})  # first: else new batches follow each RETURNED
         self._workers.drain()
         if now > self._drain_until:
             self._end = "drained"
         elif not self._workers.busy and not self._channel.wants_write:
             self._channel.finish()
-            self._drain_until = min(self._drain_until, now + GOODBYE_SECONDS)  # then the server has closed, too
+            self._drain_until = min(self._drain_until, now + GOODBYE_SECONDS)  # the server has closed by then

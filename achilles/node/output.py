@@ -1,6 +1,6 @@
-"""The lines that users' functions print: in a worker as OUTPUT frames, and how many of them leave a node.
+"""The lines that users' functions print: OUTPUT frames of a worker, and their share of a node's connection.
 
-It knows lines, the status array and a second's share. It knows no caller.
+The module knows lines, the status array and a second's share, and no caller.
 
 ::
 
@@ -8,13 +8,11 @@ It knows lines, the status array and a second's share. It knows no caller.
                                 │ over its share: counted
                                 └─────▶ one OUTPUT with the count, before the next RESULT
 
-A worker captures `sys.stdout` and `sys.stderr` while it runs a batch of a job with output. What C code writes to the
-descriptors is not captured, what Python code writes to `sys.stdout.buffer` is not, and neither is what the function's
-own processes print.
+A worker captures `sys.stdout` and `sys.stderr` while it runs a batch of a job with output. It does not capture the
+bytes that C code writes to the descriptors, or Python code to `sys.stdout.buffer`, nor the function's own processes.
 
-Any thread of a user's function prints, and so do signal handlers, which may raise. So lines do not travel between the
-RESULTs: one `send` of a whole OUTPUT, of little more than 1,024 bytes, is never cut by another one. The node takes the
-lines that have come before it passes a RESULT on.
+Any thread may print, and so may a signal handler, which may raise. So lines have a socket pair of their own: no `send`
+of an OUTPUT, some 1,024 bytes, cuts another. The node reads the lines that are there before it passes a RESULT on.
 
 Limits: a line of more than 1,024 bytes goes in pieces; 64 KiB a second from a worker, and for a job from a node.
 """
@@ -35,21 +33,21 @@ from .board import CHUNK, OFFSET
 
 __all__ = ["Flow", "Output"]
 
-SHARE_BYTES = 64 << 10  # of output in a second: many screens, and little beside the results
-FRAME_BYTES = 64  # that a line costs beside its text: head, range and tag
+SHARE_BYTES = 64 << 10  # a second: many screens, and little beside the results
+FRAME_BYTES = 64  # a line's head, range and tag
 PIECE = re.compile(rb".{1,1024}(?![\x80-\xbf])", re.DOTALL)  # whole characters, as many as a short letter holds
 REST_CHARACTERS = 1 << 14  # of a line that has not ended, before it is cut
 
 
 class Flow:
-    """A second's share of output, and the count of the lines that did not get one."""
+    """A second's share of output, and the count of the lines that were left out."""
 
     def __init__(self) -> None:
-        self.left_out = 0  # lines
-        self._since = self._bytes = 0.0  # the beginning of this second (monotonic); left of its share
+        self.left_out = 0
+        self._since = self._bytes = 0.0  # this second's beginning (monotonic); the rest of its share
 
     def admits(self, line: Batch) -> bool:
-        """Whether an OUTPUT may go on; else it is counted."""
+        """Whether an OUTPUT may go on; else count its lines."""
         now = time.monotonic()
         if now - self._since > 1.0:
             self._since, self._bytes = now, SHARE_BYTES
@@ -60,21 +58,21 @@ class Flow:
         return True
 
     def count(self, job: int, node: int) -> Iterator[Batch]:
-        """The OUTPUT that counts the lines which were left out since the last one, if there are any."""
+        """Yield an OUTPUT with the count of left-out lines since the last count, if there are any."""
         if self.left_out:
             lines, self.left_out = min(self.left_out, U32), 0
             yield Batch.pack(job, 0, [b""], attempt=lines, number=node, flags=MORE)
 
 
 class Output:
-    """What a worker prints, and its way to the node.
+    """The lines of a worker, and their way to the node.
 
     :param status: the status array.
     :param sock: for the lines alone; blocking.
     """
 
     def __init__(self, status: Any, node: int, sock: socket.socket) -> None:
-        self.batch: Batch | None = None  # that runs, if its job wants the output
+        self.batch: Batch | None = None  # the batch that runs, if its job wants output
         self._status, self._node, self._socket = status, node, sock
         self._job, self._flow = -1, Flow()  # of the last batch
         self._taps: list[Tap] = []
@@ -86,27 +84,27 @@ class Output:
         sys.__stdout__, sys.__stderr__ = self._taps  # type: ignore[misc, assignment]
 
     def begin(self, batch: Batch) -> None:
-        """From now on lines are this batch's."""
+        """Give the next lines to this batch."""
         if batch.job != self._job:
             self._job, self._flow = batch.job, Flow()
         self.batch = batch
 
     def end_lines(self) -> None:
-        """Let the lines go that have not ended: the function is done."""
+        """Send the rests of lines: the function is done."""
         for tap in self._taps:
             tap.end_line()
 
     def count(self) -> None:
-        """Tell how many lines were left out: a RESULT follows."""
+        """Send the count of left-out lines: a RESULT follows."""
         for count in self._flow.count(self._job, self._node):
             self._write(count)
 
     def place(self, batch: Batch) -> tuple[Batch, int, int]:
-        """The batch, the chunk that runs, and the argument in it."""
+        """Return the batch, the chunk that runs, and its argument's offset."""
         return batch, max(self._status[CHUNK], batch.first), max(self._status[OFFSET], 0)
 
     def add(self, line: str, place: tuple[Batch, int, int]) -> None:
-        """Write what a terminal would show of a line, in pieces where it is long."""
+        """Send the part of a line that a terminal would show; a long line in pieces."""
         batch, chunk, offset = place
         for piece in PIECE.findall(line.rstrip("\r").rpartition("\r")[2].encode(errors="replace")) or [b""]:
             frame = Batch.pack(batch.job, chunk, [piece], attempt=offset, number=self._node)
@@ -119,7 +117,7 @@ class Output:
 
 
 class Tap:
-    """A stream in the place of `sys.stdout` or `sys.stderr`. Beside a batch with output it is that stream itself."""
+    """Stands for `sys.stdout` or `sys.stderr`. Text goes to that stream while no batch with output runs."""
 
     def __init__(self, output: Output, stream: Any) -> None:
         self._output, self._stream = output, stream
@@ -131,7 +129,7 @@ class Tap:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Take text: each line goes when it ends, or when another argument begins to print."""
+        """Take text. A line leaves when it ends, or when another argument begins to print."""
         batch = self._output.batch
         if batch is None:
             return self._stream.write(text)  # type: ignore[no-any-return]
@@ -150,7 +148,7 @@ class Tap:
         self.write("".join(lines))
 
     def end_line(self) -> None:
-        """Let a line go that has not ended."""
+        """Send the rest of a line."""
         if self._rest:
             rest, self._rest = self._rest, ""
             self._output.add(rest, self._place)

@@ -1,15 +1,15 @@
 """A worker process as its node sees it: its start, its batch, its end.
 
-It knows one process, the socket pairs to it, and its board. It knows no queue, selector or server. The node's one
-thread calls it.
+The module knows one process, the socket pairs to it, and its board, and no queue, selector or server. The node's
+one thread calls it.
 
-The node gives a worker one batch at a time. The worker answers its chunks in their order. The node may take chunks
-back that have not begun, which lowers the batch's end::
+The node gives a worker one batch at a time. The worker answers the chunks in order. The node may take back chunks
+that have not begun. This lowers the batch's end::
 
     first ──answered── next ──done, on the board── the chunk that runs ──not begun── end ──taken back── first + count
 
-A worker is idle when it says so, or has answered its whole batch. It ends by itself when it retires, or the node kills
-it, or it dies. `charge` says what that makes of a chunk::
+A worker is idle when it sends IDLE, or has answered its batch. It ends when it retires, or the node kills it, or it
+dies. `charge` is then the status of the chunk that ran::
 
     STARTING ──IDLE──▶ NOTHING ──begin──▶ a batch ──its last RESULT, or IDLE──▶ NOTHING
 """
@@ -39,30 +39,30 @@ from .output import Flow
 __all__ = ["LATE_SECONDS", "NOTHING", "STARTING", "NodeJob", "NodeWorker", "start"]
 
 NEVER = float("inf")
-STARTING, NOTHING = Batch(0), Batch(0)  # the batch of a worker that is not ready yet, and of one that has none
-LATE_SECONDS = 0.02  # four times the 5 ms that a batch is worth
-LATE_BATCH_SECONDS = 0.1  # the same for the whole batch: a chunk waits at most twice that, 200 ms for one of 50 ms
-LATE_FACTOR = 4  # a worker at one chunk for four times as long as its whole batch should take is late
-RETIRE_SECONDS = 2.0  # for an idle worker to end by itself, its exit handlers included
-SOCKET_BYTES = 1 << 20  # buffer of a worker's socket pair: fewer switches for a large letter
+STARTING, NOTHING = Batch(0), Batch(0)  # in place of a batch: the worker is not ready yet; the worker is idle
+LATE_SECONDS = 0.02  # at one chunk: four times the 5 ms of a batch
+LATE_BATCH_SECONDS = 0.1  # for a whole batch: a chunk of a batch of 50 ms waits 200 ms at most
+LATE_FACTOR = 4  # a worker at one chunk is late after four times its batch's expected time
+RETIRE_SECONDS = 2.0  # for an idle worker to end by itself, with its exit handlers
+SOCKET_BYTES = 1 << 20  # buffer of a socket pair: fewer switches for a large letter
 
 
 class NodeJob(NamedTuple):
-    """A job of the server's, until END."""
+    """A job of the server, until END."""
 
-    names: tuple[str, str | None]  # of its context, and of its set of sources
-    owner: tuple[str | None, str | None]  # the same, but no context that any worker can serve
+    names: tuple[str, str | None]  # of its context and its set of sources
+    owner: tuple[str | None, str | None]  # the same, but None for a context that any worker can serve
     declaration: dict[str, Any]
-    letters: list[Letter]  # declaration, function, the context's initializer and the sources, or nothing in their place
-    flow: Flow  # of what its functions print here
+    letters: list[Letter]  # declaration, function, the context's initializer and the sources, perhaps empty
+    flow: Flow  # of the job's output here
 
 
 class NodeWorker:
-    """One worker process. Its owner writes and reads the channels when the selector says so.
+    """One worker process. Its owner writes and reads the channels.
 
-    :param lines: brings what its functions print.
-    :param number: which of the node's workers it is; its replacement has the same.
-    :param life: the node's end of a pipe. When it closes, the worker ends with all that its tasks started.
+    :param lines: brings the functions' output.
+    :param number: of the worker in its node; its replacement has the same number.
+    :param life: the node's end of a pipe. When it closes, the worker's whole process group ends.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class NodeWorker:
         self.channel.name = self.lines.name = f"worker {process.pid}"
         self._board = Board(shared)
         self.status = self._board.status
-        self.usable = True  # it may get batches: it neither retires nor was killed
-        self.charge: Status | None = Status.DIED  # the answer of the chunk under which it ends
-        self.told: set[int | str] = set()  # the jobs and the contexts that it was told of
-        self.owner: tuple[str | None, str | None] = None, None  # the context and the sources that it belongs to
+        self.usable = True  # it neither retires nor was killed
+        self.charge: Status | None = Status.DIED  # the status of the chunk that runs at its end
+        self.told: set[int | str] = set()  # the jobs and contexts that it knows
+        self.owner: tuple[str | None, str | None] = None, None  # its context and sources
         self.tasks_left = NEVER  # chunks that it may still begin: maxtasksperchild
-        self.job: Any = None  # the NodeJob of its batch, or of its last one
+        self.job: Any = None  # its batch's NodeJob, or its last batch's
         self.batch = STARTING
-        self.next = self.end = 0  # the first chunk that is not answered; behind the last chunk that is the worker's
-        self.seen = (UNNAMED, UNNAMED, IDLE)  # chunk, offset and phase when the node last looked
-        self.seen_at = self.chunk_at = time.monotonic()  # the node first saw these three; this chunk
-        self.since = self.owned_at = time.monotonic()  # it has been idle or at its batch; it has had its owner
+        self.next = self.end = 0  # the first unanswered chunk; behind the last chunk
+        self.seen = (UNNAMED, UNNAMED, IDLE)  # chunk, offset and phase at the node's last look
+        self.seen_at = self.chunk_at = time.monotonic()  # the first look at these three; at this chunk
+        self.since = self.owned_at = time.monotonic()  # the time of its last change: idle or batch; owner
         self.kill_at = NEVER  # monotonic
 
     @property
@@ -93,7 +93,7 @@ class NodeWorker:
         return self.usable and self.batch is NOTHING
 
     def begin(self, job: NodeJob, batch: Batch) -> None:
-        """Give it a batch. It is idle, so nobody else writes the status array now."""
+        """Give the worker a batch. It is idle, so it does not write the status array."""
         self.since = self.chunk_at = self.seen_at = time.monotonic()
         if self.owner != job.owner:
             self.owner, self.owned_at = job.owner, self.since
@@ -110,17 +110,17 @@ class NodeWorker:
         self.channel.send(Kind.TASK, batch)
 
     def fits(self, job: NodeJob) -> bool:
-        """Whether it may run batches of this job: it belongs to nobody, or to the job's context and sources."""
+        """Whether it may run batches of this job: it has no owner, or the job's context and sources."""
         return all(own in (None, name) for own, name in zip(self.owner, job.owner))
 
     def forget(self, name: int | str, kind: Kind, body: dict[str, Any] | Batch) -> None:
-        """END or CLOSE, if the worker was told of the job or the context."""
+        """Send END or CLOSE, if the worker knows the job or the context."""
         if name in self.told:
             self.told.remove(name)
             self.channel.send(kind, body)
 
     def answered(self, answer: Batch) -> None:
-        """Take note of a RESULT; ProtocolError unless it is of the batch that the worker has.
+        """Note a RESULT; ProtocolError unless it belongs to the worker's batch.
 
         Answers that the node took from the board come again.
         """
@@ -132,7 +132,7 @@ class NodeWorker:
             self.rest()
 
     def waiting(self, chunk: int) -> Iterator[Batch]:
-        """The answers on the board that did not come yet, of chunks before this one, the one that runs: one RESULT."""
+        """Yield one RESULT: the unsent answers on the board, before `chunk`, the chunk that runs."""
         if self.status[FIRST] == self.next < chunk < self.end and (
                 sum(self._board.lengths[: chunk - self.next]) <= len(self._board.letters)):
             answer = self._board.answers(self.batch, chunk - self.next)
@@ -142,7 +142,7 @@ class NodeWorker:
                     yield answer
 
     def last_answers(self, node: int) -> Iterator[Batch]:
-        """After its end: the answers that it did not send, and the one that charges the chunk that it ran."""
+        """After its end, yield its unsent answers, and the answer that charges the chunk that ran."""
         chunk, offset, phase = self.seen if self.charge is Status.TIMEOUT else tuple(self.status)[:LIMIT]
         yield from self.waiting(chunk)
         if self.charge is not None and phase > IDLE and self.next <= chunk < self.end:
@@ -154,7 +154,7 @@ class NodeWorker:
                              statuses=bytes([self.charge]))
 
     def rest(self) -> None:
-        """It has no batch any more: it is idle, or retires."""
+        """End the batch: the worker is idle, or retires."""
         self.tasks_left += self.end - self.next
         self.end = self.next
         self.batch, self.since, self.kill_at = NOTHING, time.monotonic(), NEVER
@@ -162,20 +162,20 @@ class NodeWorker:
             self.retire()
 
     def take_back(self) -> tuple[int, int]:
-        """Let no further chunk of the batch begin. The first chunk that will not, and the one behind the last."""
+        """Let no further chunk begin. Return the first chunk taken back, and the number behind the last."""
         last = self.end
-        for _ in range(2):  # if the worker has moved on meanwhile, it may have read the limit before
+        for _ in range(2):  # the worker may have read the old limit and moved on
             self.status[LIMIT] = limit = max(self.status[CHUNK] + 1, self.next)
         self.end = min(limit, last)
         self.tasks_left += last - self.end
         return self.end, last
 
     def look(self, now: float) -> bool:
-        """Take note of where it is, and kill it if it is over its time; whether chunks are to be taken back."""
+        """Note where the worker is. Kill it if it is over its time. Return whether to take chunks back."""
         seen = chunk, _, phase = tuple(self.status)[:LIMIT]
         if chunk != self.seen[0]:
             self.chunk_at = now
-            if self.seen[0] < self.batch.first:  # the time in which a worker loads a batch is none of the batch's
+            if self.seen[0] < self.batch.first:  # the time to load the batch does not count
                 self.since = now
         if seen != self.seen:
             self.seen, self.seen_at = seen, now
@@ -188,31 +188,31 @@ class NodeWorker:
         return late and self.batch.first <= chunk < self.end - 1
 
     def retire(self) -> None:
-        """Let it end when it has done its batch."""
+        """Let the worker end after its batch."""
         self.usable = False
         self.channel.finish()
         if self.batch is NOTHING:
             self.kill_at = time.monotonic() + RETIRE_SECONDS
 
     def kill(self, charge: Status | None) -> None:
-        """End it. Only a chunk that is over its time is charged for that."""
+        """End the worker. `charge` is TIMEOUT, or None: no chunk is charged."""
         self.usable, self.charge = False, charge
         self.process.kill()
 
     def close(self) -> None:
-        """After its end: end what its tasks have started, too."""
-        with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; or all have ended
+        """After its end, kill the processes that its tasks started."""
+        with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; or the group has ended
             os.killpg(self.process.pid, signal.SIGKILL)
         for thing in (self.channel, self.lines, self.life, self.process):
             thing.close()
 
 
 def start(method: str, node: int, number: int, inherited: Iterable[Any]) -> NodeWorker:
-    """Start a worker's process; the node's ends of the socket pairs do not block. OSError or EOFError if there is none.
+    """Start a worker's process. The node's ends of the socket pairs do not block. OSError or EOFError if that fails.
 
     :param method: "fork", "forkserver" or "spawn".
     :param number: of the worker in its node.
-    :param inherited: descriptors of the node's that a forked worker must close.
+    :param inherited: the node's descriptors, which a forked worker must close.
     """
     context = multiprocess.get_context(method)
     shared = context.RawArray("q", WORDS)
@@ -225,7 +225,7 @@ def start(method: str, node: int, number: int, inherited: Iterable[Any]) -> Node
         args=(theirs, theirs_of_lines, shared, theirs_of_life, number,
               (ours, lines, life, *inherited) if method == "fork" else (), node),
     )
-    sys.modules["__main__"] = types.ModuleType("__main__")  # a worker never runs the caller's script again
+    sys.modules["__main__"] = types.ModuleType("__main__")  # a worker never runs the node's script again
     try:
         with theirs, theirs_of_lines, theirs_of_life:
             process.start()

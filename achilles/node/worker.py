@@ -1,7 +1,7 @@
-"""A worker process: it reads batches from its node, has a Runner run them, and writes answers.
+"""A worker process: it reads batches from its node, lets a Runner run them, and writes answers.
 
-It knows the socket pairs and the status array that it shares with its node. It knows no server and no other worker. It
-reads a frame, works, writes, and reads again, so it does everything in the order in which the node said it.
+The module knows the socket pairs and the board that the worker shares with its node. It knows no server. The worker
+carries out each frame before it reads the next, so it keeps the node's order.
 
 ::
 
@@ -9,11 +9,11 @@ reads a frame, works, writes, and reads again, so it does everything in the orde
                                                               │ answers
     node ◀─────RESULT IDLE───── socket pair ◀── send ◀── board ◀┘
     node ◀──answers that a late or dead worker has not sent───┘                (board.py)
-    node ◀────────OUTPUT─────── another pair ◀── what functions print          (output.py)
+    node ◀────────OUTPUT─────── another pair ◀── the functions' lines          (output.py)
 
-The worker ends when its node shuts down writing. It leads a session of its own: the processes that its tasks start
-belong to that session's process group, and the node kills the whole group. The group also ends when the node is gone:
-the kernel sees the end of the pipe `life`, or a second thread does. Other threads are those of a user's function.
+The worker ends when its node shuts down writing. It leads a session and a process group, with the processes that its
+tasks start. The node kills the whole group. The group also ends when the node is gone: the kernel or a second thread
+sees the end of the pipe `life`. Only users' functions start other threads.
 
 Limits: a RESULT leaves after 5 ms, when the board is full, or at once with a letter of more than 256 KiB.
 """
@@ -42,8 +42,8 @@ from .runner import Runner
 
 __all__ = ["Worker", "main"]
 
-FLUSH_NS = 5_000_000  # an answer waits so long for others: the time that a batch is worth
-THREADS = dict.fromkeys((  # each worker has one core, not all of them
+FLUSH_NS = 5_000_000  # an answer waits so long for other answers: the time that a batch is worth
+THREADS = dict.fromkeys((  # each worker has one core
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
     "BLIS_NUM_THREADS"), "1")
 
@@ -51,7 +51,7 @@ THREADS = dict.fromkeys((  # each worker has one core, not all of them
 class Worker:
     """A worker's state and its loop.
 
-    :param sock, lines: blocking; the other ends are the node's. What functions print has a socket of its own.
+    :param sock, lines: blocking; the node has the other ends. Output goes to `lines`.
     :param shared: the memory of the board, which the node sees.
     :param node: the node's id, which exceptions name.
     """
@@ -71,21 +71,21 @@ class Worker:
         }
 
     def leave(self) -> None:
-        """In a forked child of this process: nothing of the batch is the child's."""
+        """In a forked child of this process, let go of the batch and the sockets."""
         self.output.batch = None
         for sock in self._sockets:
             sock.close()
         self.runner.abandon()
 
     def serve(self) -> None:
-        """Obey the node until it shuts down writing. Blocks."""
+        """Handle the node's frames until it shuts down writing. Blocks."""
         self._write(Kind.IDLE, Batch(0))
         while (received := self._channel.receive()) is not None:
-            while received:  # nothing of a frame is alive while the next read waits
+            while received:  # no frame is alive while the next read waits
                 self._handlers[received[0].kind](received.pop(0).body)
 
     def _run(self, batch: Batch) -> None:
-        """Answer the chunks of a batch, up to the limit that the node may lower meanwhile."""
+        """Answer the chunks of a batch, up to the limit, which the node may lower meanwhile."""
         board, clock = self._board, time.monotonic_ns
         lengths, statuses, letters = board.lengths, board.statuses, board.letters
         board.status[FIRST] = batch.first
@@ -115,11 +115,11 @@ class Worker:
         if count:
             self._send(batch, count, now - sent)
         self.output.batch = None
-        if board.status[FIRST] < batch.end:  # the rest was taken back
+        if board.status[FIRST] < batch.end:  # the node took the rest back
             self._write(Kind.IDLE, Batch(0))
 
     def _send(self, batch: Batch, count: int, ns: int, large: Sequence[Any] = ()) -> None:
-        """Write the answers on the board as one RESULT."""
+        """Write the answers on the board as a RESULT."""
         if self.output.batch is not None:
             self.output.count()
         self._write(Kind.RESULT, self._board.answers(batch, count, min(max(1, ns // 1000), U32), large))
@@ -135,16 +135,16 @@ def main(
     sock: socket.socket, lines: socket.socket, shared: Any, life: Any, number: int, inherited: Iterable[Any] = (),
     node: int | None = None,
 ) -> None:
-    """The target of a worker's process; returns when the node shuts down writing.
+    """Run a worker's process until the node shuts down writing.
 
     :param sock, lines, shared, node: as for Worker.
-    :param life: a pipe's end to read from. Nothing comes, until the node is gone: it alone has the other end.
+    :param life: the reading end of a pipe, which ends when the node is gone.
     :param number: of the worker in its node.
     :param inherited: the node's descriptors, which a forked worker must not keep open.
     """
     for thing in inherited:
         thing.close()
-    try:  # Linux kills this process and what its tasks start, also while C code holds the interpreter
+    try:  # Linux kills the group, also while C code holds the interpreter
         os.setsid()
         import fcntl
 
@@ -156,10 +156,10 @@ def main(
     console.keep_freed_memory()
     config.in_worker = True
     _take_name()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches workers too: the node ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches workers: the node ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(THREADS | os.environ | {f"{config.PREFIX}WORKER": str(number)})
-    if hasattr(sys.stdout, "reconfigure") and not sys.stdout.closed:  # the last print of a killed worker is not lost
+    if hasattr(sys.stdout, "reconfigure") and not sys.stdout.closed:  # a killed worker loses no line
         sys.stdout.reconfigure(line_buffering=True)
     worker, pid = Worker(sock, lines, shared, node), os.getpid()
     worker.output.install()
@@ -169,15 +169,15 @@ def main(
         with contextlib.suppress(ConnectionError):  # the node is gone
             worker.serve()
     finally:
-        if os.getpid() != pid:  # a child that the user's function forked, and that returned from the function
+        if os.getpid() != pid:  # a child that the user's function forked
             os._exit(0)
 
 
 def _take_name() -> None:
-    """Let `multiprocessing`, as `multiprocess` does, tell of a worker here, and of its name, number and parent.
+    """Let `multiprocessing`, as `multiprocess` does, tell the worker's name, number and parent.
 
-    Libraries ask for them: for a line of the screen, a log file, a device. A daemon may start no process, so the worker
-    is none in its own eyes.
+    Libraries choose a line of the screen, a log file or a device by them. A daemon may start no process, so the worker
+    is not a daemon here.
     """
     worker, parent = multiprocess.current_process(), multiprocess.parent_process()
     worker.daemon = False
@@ -190,7 +190,7 @@ def _take_name() -> None:
 
 
 def _watch(life: Any) -> None:
-    """Run in a thread: wait until the node is gone, and end the group."""
+    """In a thread, wait until the node is gone, and kill the process group."""
     with contextlib.suppress(AttributeError, OSError):  # Windows has no groups, and its pipe breaks
         life.poll(None)
         os.killpg(0, signal.SIGKILL)

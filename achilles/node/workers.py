@@ -1,7 +1,7 @@
 """A node's workers and its queue: giving batches, taking chunks back, charging deaths.
 
-It knows jobs, batches and worker processes. It knows no server: RESULT and RETURNED go to `send`. It never loads a
-letter, and opens none.
+The module knows jobs, batches and worker processes, and no server: RESULT and RETURNED go to `send`. It opens no
+letter.
 
 ::
 
@@ -11,17 +11,17 @@ letter, and opens none.
            RETURNED                 │ died: its board         ──▶ RESULT died, one chunk; RETURNED, the others
                                     └ killed by the node      ──▶ RESULT timeout, one chunk, or nothing; RETURNED
 
-Each chunk that comes leaves as an answer or as RETURNED. That frees the server's places, also for a job that is over.
-A late worker sends the answers on its board as well, when it goes on: the server drops what it has.
+Each chunk that comes leaves as an answer or as RETURNED. This frees the server's places, also after the job's end.
+A late worker that goes on sends the answers on its board again. The server drops these copies.
 
-The worker of a job with an initializer or with maxtasksperchild belongs to that context until CLOSE, or until another
-needs it more, and is then replaced. A worker also belongs to the set of sources that it has imported.
+The worker of a job with an initializer or maxtasksperchild belongs to that context until CLOSE, or until another
+context needs it more. Then it is replaced. A worker also belongs to the set of sources that it has imported.
 
-A death is seen in `exitcode`, which alone tells the truth: sentinel and end of file wait for the worker's own children,
-too. But the end of a worker's socket makes the node look at once.
+A death shows in `exitcode` alone: sentinel and end of file wait for the worker's children, too. The end of a worker's
+socket makes the node look at once.
 
-Everything runs in the one thread of the node's loop: the loop calls `turn`, and the selector's entries carry the
-function to call in `data`. There are no locks.
+All code runs in the thread of the node's loop, without locks. The loop calls `turn`, and the function in `data` of
+each selector entry.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from .process import LATE_SECONDS, STARTING, NodeJob, NodeWorker, start
 
 __all__ = ["LONG_SECONDS", "LOOK_SECONDS", "Workers", "pump"]
 
-LOOK_SECONDS = 0.02  # how often a node looks at its workers: the least time at one chunk that is late
-WAIT_SECONDS = 0.25  # what has waited so long in the queue goes back: workers of other nodes may be idle
-EXIT_SECONDS = 0.01  # for a worker to be gone after its socket has ended: most are sooner, none with a living child
+LOOK_SECONDS = 0.02  # between looks at the workers
+WAIT_SECONDS = 0.25  # a batch that has waited so long goes back: workers of other nodes may be idle
+EXIT_SECONDS = 0.01  # from a socket's end to the exit code: mostly less, unless a child lives
 CANCEL_SECONDS = 0.5  # for a cancelled chunk that runs to end by itself
-SHARE_SECONDS = 1.0  # a worker may belong to a context so long, busy or idle, while another context needs one
-KEEP_SECONDS = 60.0  # an idle worker may belong to a context so long that has no other one
+SHARE_SECONDS = 1.0  # a worker stays with its context so long while another context needs a worker
+KEEP_SECONDS = 60.0  # the same for an idle worker that is its context's only worker
 START_SECONDS = 0.5  # the pause after a worker that could not be started, or died before it was ready
-LONG_SECONDS = 1.0  # the server is told so often of chunks that have run so long: people read of them
+LONG_SECONDS = 1.0  # a chunk that has run so long is in each second's PING
 STOP_SECONDS = 5.0  # for killed workers to be gone
 
 log = logging.getLogger(__name__)
@@ -60,12 +60,12 @@ log = logging.getLogger(__name__)
 class Workers:
     """All workers of a node, for one connection to its server.
 
-    :param count: how many are kept alive.
+    :param count: how many workers are kept alive.
     :param method: "fork", "forkserver" or "spawn".
-    :param selector: the loop's; `data` of an entry is called with the events. A forked worker closes all that is in it.
+    :param selector: the loop's. It calls an entry's `data` with the events. A forked worker closes all its entries.
     :param send: takes OUTPUT, RESULT and RETURNED with their batch.
     :param node: the node's id, for the notes on deaths.
-    :ivar look_at: when `turn` is due even if nothing comes (monotonic).
+    :ivar look_at: `turn` is due then, even if no frame comes (monotonic).
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Workers:
         self._method = method
         self._selector = selector
         self._send = send
-        self._shared: dict[str, Letter] = {}  # initializers and sources, by the names of contexts and sets, until CLOSE
+        self._shared: dict[str, Letter] = {}  # initializers and sources, by context and set, until CLOSE
         self._jobs: dict[int, NodeJob] = {}
-        self._queue: dict[Batch, float] = {}  # batches that no worker has, since when (monotonic)
+        self._queue: dict[Batch, float] = {}  # batches that no worker has, with their arrival (monotonic)
         self._workers: list[NodeWorker] = []
         self._reason = Gone.RETURNED  # why chunks go back; LEFT when this node drains
         self.look_at = self._start_at = 0.0  # monotonic; no worker is started before the second
@@ -90,18 +90,18 @@ class Workers:
         return any(worker.batch.count for worker in self._workers)
 
     def long_chunks(self, now: float) -> list[dict[str, Any]]:
-        """Return the longest-running chunk of each job, if it has run for a second, as a PING has them."""
+        """Return the longest-running chunk of each job, if it has run for a second, in the form of a PING."""
         long = sorted((worker for worker in self._workers
                        if worker.next < worker.end and now - worker.chunk_at > LONG_SECONDS),
-                      key=lambda worker: -worker.chunk_at)  # the last one of a job stays
+                      key=lambda worker: -worker.chunk_at)  # a job's last entry stays
         return list({worker.batch.job: {
             "job": worker.batch.job, "seconds": now - worker.chunk_at, "pid": worker.process.pid} for worker in long
         }.values())
 
-    # Frames of the server.
+    # The server's frames.
 
     def declare(self, batch: Batch) -> None:
-        """JOB. ProtocolError if its context's initializer or its sources have never come."""
+        """Keep a JOB. ProtocolError if its initializer or its sources never came."""
         letters, options = [*batch.letters(), b"", b""][:4], batch.declaration
         names = context, sources = options["context"], options.get("sources")
         for place, name in enumerate((context if options["initializer"] else None, sources), 2):
@@ -114,30 +114,30 @@ class Workers:
         self._jobs[batch.job] = NodeJob(names, owner, options, letters, Flow())
 
     def add(self, batch: Batch) -> None:
-        """TASK: queue a batch. ProtocolError if its job is not known."""
+        """Queue the batch of a TASK. ProtocolError if its job is not known."""
         if batch.job not in self._jobs:
             raise ProtocolError(f"a batch of job {batch.job}, which was not declared")
         self._queue[batch] = time.monotonic()
 
     def cancel(self, number: int, first: int = 0, end: int = U64) -> None:
-        """CANCEL: of batches that overlap the range, give back the chunks that have not begun; kill the rest later."""
+        """Give back the chunks of batches that overlap the range. Kill running chunks later."""
         def overlaps(batch: Batch) -> bool:
             return batch.job == number and batch.first < end and first < batch.end
 
         self._take_back(overlaps, self._reason)
         for worker in self._workers:
-            if overlaps(worker.batch) and first < worker.end <= end:  # its last chunk is the one that runs
+            if overlaps(worker.batch) and first < worker.end <= end:  # its last chunk runs
                 worker.kill_at = time.monotonic() + CANCEL_SECONDS
 
     def end(self, number: int) -> None:
-        """END: cancel all of a job, and forget it."""
+        """Cancel all chunks of a job, and forget it."""
         self.cancel(number)
         self._jobs.pop(number, None)
         for worker in self._workers:
             worker.forget(number, Kind.END, Batch(number))
 
     def close_context(self, context: str) -> None:
-        """CLOSE: workers drop the context; those that belong to it are replaced."""
+        """Let workers drop a context. Replace the workers that belong to it."""
         self._shared.pop(context, None)
         for worker in self._workers:
             worker.forget(context, Kind.CLOSE, {"context": context})
@@ -145,12 +145,12 @@ class Workers:
                 worker.retire()
 
     def drain(self) -> None:
-        """Give back the chunks that have not begun. The loop calls this again and again: further batches may come."""
+        """Give back the chunks that have not begun. Call it every turn: further batches may come."""
         self._reason = Gone.LEFT
         self._take_back(lambda batch: True, self._reason)
 
     def _take_back(self, unwanted: Callable[[Batch], bool], reason: Gone) -> None:
-        """Give back the chunks of such batches that have not begun."""
+        """Give back the chunks of unwanted batches that have not begun."""
         for batch in filter(unwanted, list(self._queue)):
             del self._queue[batch]
             self._return(batch, batch.first, batch.end, reason)
@@ -159,14 +159,13 @@ class Workers:
                 self._return(worker.batch, *worker.take_back(), reason)
 
     def _return(self, batch: Batch, first: int, end: int, reason: Gone) -> None:
-        """RETURNED of these chunks, if there are any."""
         if first < end:
             self._send(Kind.RETURNED, Batch(batch.job, first, end - first, batch.attempt, flags=reason))
 
     # The loop.
 
     def turn(self) -> None:
-        """Look after the workers, give them batches, and write. Does not block."""
+        """Look at workers, give them batches, and write. Does not block."""
         now = time.monotonic()
         if now >= self.look_at:
             self._look(now)
@@ -176,7 +175,7 @@ class Workers:
             pump(self._selector, worker.channel)
 
     def stop(self) -> None:
-        """Kill all workers, and wait until they are gone: 5 s at most."""
+        """Kill all workers, and wait for their ends, 5 s at most."""
         self.count, deadline = 0, time.monotonic() + STOP_SECONDS
         for worker in self._workers:
             worker.kill(None)
@@ -185,7 +184,7 @@ class Workers:
             self._selector.select(0.005)
 
     def _look(self, now: float) -> None:
-        """Look at every worker and at the queue: every 20 ms, and when a worker's socket has ended."""
+        """Look at all workers and the queue: every 20 ms, and after the end of a worker's socket."""
         self.look_at = now + LOOK_SECONDS
         for worker in [worker for worker in self._workers if worker.process.exitcode is not None]:
             self._bury(worker, now)
@@ -200,16 +199,16 @@ class Workers:
             self._start(now)
 
     def _make_way(self, now: float) -> None:
-        """For batches that no worker may run, replace a worker that belongs to another context.
+        """For batches that wait, replace a worker of another context.
 
-        At once for a context that has no worker, even a busy one if it has served its second: one of them at a time,
-        the one with the latest batch. A context that has some gets an idle one after a time: it may have cost its pool
-        much to set up, and pools often take turns. An idle worker of a set of sources that is closed goes first, then
-        the one that has been idle for longest.
+        A context without a worker gets an idle worker at once. If all are busy, it gets the worker with the latest
+        batch, after the worker's second of service; one at a time. A context with workers gets an idle worker after
+        some time: workers may be slow to set up, and pools often take turns. An idle worker of a closed set of sources
+        goes first, then the worker that has been idle for longest.
         """
         if not self._queue or len(self._workers) < self.count or any(
                 not worker.batch.count and not worker.idle for worker in self._workers):
-            return  # where one is missing, starts or ends, one comes
+            return  # a worker is missing, starts or ends: a new worker comes
         usable = [worker for worker in self._workers if worker.usable]
         free = [worker for worker in usable if worker.idle]
         needy = [batch for batch in self._queue if not any(worker.fits(self._jobs[batch.job]) for worker in usable)]
@@ -223,11 +222,11 @@ class Workers:
         free.sort(key=lambda worker: (worker not in spent, worker.since if worker.idle else -worker.since))
         if free:
             free[0].retire()
-            first = dict.fromkeys(needy, now)  # the new worker is for the needy: they wait for it from now on
+            first = dict.fromkeys(needy, now)  # the new worker is for these batches: their wait begins anew
             self._queue = first | self._queue | first
 
     def _feed(self) -> None:
-        """Give batches to idle workers, the oldest first. Workers of their own context come first."""
+        """Give batches to idle workers, the oldest batch first. It prefers workers of its context."""
         idle = sorted((worker for worker in self._workers if worker.idle), key=lambda worker: worker.owner.count(None))
         for batch in list(self._queue):
             worker = next((worker for worker in idle if worker.fits(self._jobs[batch.job])), None)
@@ -251,12 +250,12 @@ class Workers:
             for channel in (worker.channel, worker.lines):
                 self._selector.register(
                     channel.socket, selectors.EVENT_READ, functools.partial(self._read, worker, channel))
-        except (OSError, EOFError) as e:  # no process or descriptor to be had; or the forkserver ended for want of one
+        except (OSError, EOFError) as e:  # no process or descriptor is left, here or in the forkserver
             log.error("a worker could not be started: %r", e)
             self._start_at = now + START_SECONDS
 
     def _read(self, worker: NodeWorker, channel: Channel, _: int = 0) -> None:
-        """Pass on what came. After the end of its socket a worker is of no more use."""
+        """Pass on the frames that came. Kill a worker after the end of its socket."""
         try:
             received = channel.receive()
             for kind, body in received or ():
@@ -276,13 +275,12 @@ class Workers:
             self.look_at = 0.0
 
     def _read_all(self, worker: NodeWorker, channel: Channel) -> None:
-        """Read until nothing is there."""
         with contextlib.suppress(OSError):
             while channel.socket.recv(1, socket.MSG_PEEK):
                 self._read(worker, channel)
 
     def _answer(self, worker: NodeWorker, answer: Batch) -> None:
-        """Pass on a RESULT, behind the lines that came before it, and the count of those that are left out."""
+        """Pass on a RESULT, after its lines and the count of left-out lines."""
         worker.answered(answer)
         if worker.job.declaration.get("output"):
             self._read_all(worker, worker.lines)
@@ -291,14 +289,14 @@ class Workers:
         self._send(Kind.RESULT, answer)
 
     def _pass_on(self, worker: NodeWorker, answers: Iterable[Batch]) -> None:
-        """Pass on answers that the worker did not send, and return the chunks before them that have none."""
+        """Pass on answers that the worker did not send. Return earlier chunks without an answer."""
         for answer in answers:
             self._return(worker.batch, worker.next, answer.first, self._reason)
             worker.next = answer.first
             self._answer(worker, answer)
 
     def _bury(self, worker: NodeWorker, now: float) -> None:
-        """A worker has ended: pass on its answers, charge one chunk at most, and return the others."""
+        """Pass on a dead worker's answers, charge one chunk at most, and return the others."""
         for channel in (worker.lines, worker.channel):
             self._read_all(worker, channel)
             self._selector.unregister(channel.socket)
@@ -314,7 +312,7 @@ class Workers:
 
 
 def pump(selector: selectors.BaseSelector, channel: Channel) -> None:
-    """Write all that the socket takes now, and have the selector say when it takes more. Reading tells of failures."""
+    """Write as much as the socket takes now. The selector tells when it takes more."""
     if channel.wants_write:
         with contextlib.suppress(OSError, KeyError):
             events = selectors.EVENT_READ | selectors.EVENT_WRITE * (not channel.flush())

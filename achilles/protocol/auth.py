@@ -1,7 +1,7 @@
 """The handshake and the tag of a frame, as functions over bytes.
 
-This module knows no socket, no file and no thread, and never waits. `connect.py` moves the bytes. PROTOCOL.md,
-section 2, is the rule. This ladder adds the computation of each side::
+The module knows no socket, file or thread, and never waits. `connect.py` moves the bytes. PROTOCOL.md, section 2, is
+the rule. This ladder adds the computation of each side::
 
       client                                              server
         │  ◀────────────── PLAIN + nonce_s ────────────────  │  M1
@@ -10,10 +10,10 @@ section 2, is the rule. This ladder adds the computation of each side::
         │                 keys for each secret of that user, compared with proof_c
         │  ◀──────────── proof_s, or REFUSAL ──────────────  │  M3
      compares proof_s                                        │
-        ▼  a Tagger for client_data, one for server_data     ▼  the other way round
+        ▼  Taggers for client_data and server_data           ▼  the other way round
 
-Every comparison of a proof or a tag is `hmac.compare_digest`. Keys live in this module's objects,
-and in nothing that is printed or logged. Any thread may call any function.
+`hmac.compare_digest` compares every proof and tag. Only this module's objects hold keys, and none of them is printed
+or logged. Any thread may call any function.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ CLAIM = struct.Struct(">4sHsx32s32s")  # magic, version, role, nonce_c, user
 NONCE_BYTES = PROOF_BYTES = USER_BYTES = 32
 AUTH_BYTES = CLAIM.size + PROOF_BYTES
 REFUSAL = bytes(PROOF_BYTES)
-# The modes: the first 8 bytes of a server. M1 is PLAIN and nonce_s. One that encrypts says TLS, and M1 inside.
+# The modes: the first 8 bytes of a server. M1 is PLAIN and nonce_s. A server that encrypts says TLS, and M1 inside.
 PLAIN, TLS = struct.pack(">4sH2x", MAGIC, VERSION), struct.pack(">4sH2x", b"ACHS", VERSION)
 OPENING_BYTES = len(PLAIN)
-MISMATCH = {  # what the other side does, with the remedy
+MISMATCH = {  # the mode of the other side, with the remedy
     PLAIN: "does not encrypt, and this side does: set ENCRYPT=yes there",
     TLS: "encrypts, and this side does not: set ENCRYPT=yes here, or --encrypt",
 }
 NO_BINDING = bytes(32)  # of a connection without TLS
 LABEL = b"achilles/1 "
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 1  # 16 MiB and 40 to 80 ms a guess
-KEPT_KEYS = 8  # derived keys that a process keeps: more secrets than a process uses in turns
+KEPT_KEYS = 8  # derived keys that a process keeps: it uses fewer secrets in turns
 
 
 class Key(bytes):
-    """Key material, which prints as ``Key(***)``, in a traceback that shows local variables too."""
+    """Key material. It prints as ``Key(***)``, also in a traceback that shows local variables."""
 
     def __repr__(self) -> str:
         return "Key(***)"
@@ -64,11 +64,11 @@ class Key(bytes):
     __str__ = __repr__
 
 
-_cache_key = Key(os.urandom(32))  # of this process: hashes with it tell nothing of a secret
+_cache_key = Key(os.urandom(32))  # this process's: a hash with it tells nothing of a secret
 
 
 class Keys(NamedTuple):
-    """The proofs and keys that both sides of one connection derive. The protocol's labels are these names."""
+    """The proofs and keys of a connection. The protocol's labels have these names."""
 
     client_proof: bytes
     server_proof: bytes
@@ -79,10 +79,10 @@ class Keys(NamedTuple):
 def derive_key(username: str, secret: str, known: bytes = b"") -> bytes:
     """Return K: 32 bytes from the username and the secret (scrypt, RFC 7914).
 
-    Takes 40 to 80 ms of one core, without the interpreter's lock. The last eight keys are kept, so a process pays
-    once for a secret. The cache knows the secret by a keyed hash alone.
+    Takes 40 to 80 ms of one core, without the interpreter's lock. A cache keeps the last eight keys. It knows a secret
+    by a keyed hash alone.
 
-    :param known: K, if another process has derived it; then this one does not.
+    :param known: K, if another process has derived it already.
     :raises ValueError: as :func:`check_user`.
     """
     hidden, secret = Key(secret.encode()), ""  # a traceback may show the locals
@@ -96,12 +96,12 @@ def derive_key(username: str, secret: str, known: bytes = b"") -> bytes:
 
 @functools.lru_cache(maxsize=KEPT_KEYS)
 def _place(name: bytes) -> list[Key]:
-    """Return the cache's place for one K, which is empty until K is derived."""
+    """Return the cache's place for a K, empty until K is derived."""
     return []
 
 
 def check_user(username: str) -> bytes:
-    """Return the username as it is signed; ValueError unless it is 1 to 32 bytes of UTF-8 without NUL."""
+    """Return the username as bytes; ValueError unless it is 1 to 32 bytes of UTF-8 without NUL."""
     user = username.encode()
     if not 1 <= len(user) <= USER_BYTES or b"\0" in user:
         raise ValueError(f"a username has 1 to {USER_BYTES} bytes of UTF-8 and no NUL, this one has {len(user)}")
@@ -111,7 +111,7 @@ def check_user(username: str) -> bytes:
 def check_opening(opening: bytes, mode: bytes) -> None:
     """Check that the first 8 bytes of a server are this side's mode, PLAIN or TLS.
 
-    :raises ProtocolError: they are something else. The message has the remedy.
+    :raises ProtocolError: the bytes differ. The message has the remedy.
     """
     check_mode(opening, mode)
     if opening[:4] != mode[:4] or opening[6:] != bytes(2):
@@ -124,7 +124,7 @@ def check_opening(opening: bytes, mode: bytes) -> None:
 
 
 def check_mode(opening: bytes, mode: bytes) -> None:
-    """Check that the first 8 bytes of a peer do not say the other mode, else ProtocolError. For both sides."""
+    """ProtocolError if the first 8 bytes of a peer are the other mode. For both sides."""
     if opening != mode and opening in MISMATCH:
         raise ProtocolError(f"the other side {MISMATCH[opening]}")
 
@@ -135,7 +135,7 @@ def claim(role: bytes, username: str, nonce: bytes) -> bytes:
 
 
 def read_claim(message: bytes) -> tuple[bytes, bytes]:
-    """Return the role and the user that M2, of AUTH_BYTES, claims: nobody has checked the proof yet.
+    """Return the role and the user that M2, of AUTH_BYTES, claims. Its proof is not checked yet.
 
     ProtocolError if M2 is malformed: then the client gets no answer.
     """
@@ -148,7 +148,7 @@ def read_claim(message: bytes) -> tuple[bytes, bytes]:
 
 
 def session_keys(key: bytes, m1: bytes, signed: bytes, binding: bytes = NO_BINDING) -> Keys:
-    """Return the four keys of one connection from K and the words of both sides (HKDF, RFC 5869).
+    """Return a connection's four keys from K and the words of both sides (HKDF, RFC 5869).
 
     :param binding: of the TLS connection that carries these words; NO_BINDING in the clear.
     """
@@ -157,18 +157,18 @@ def session_keys(key: bytes, m1: bytes, signed: bytes, binding: bytes = NO_BINDI
 
 
 def tls_key(username: str, key: bytes) -> tuple[str, Key]:
-    """Return the identity and the pre-shared key of TLS for K. The identity is seen on the network."""
+    """Return the identity and the pre-shared key of TLS for K. The network sees the identity."""
     prk = Key(hmac.digest(bytes(32), key, "sha256"))
     return f"{username}:{_expand(prk, 'psk id')[:4].hex()}", _expand(prk, "psk")
 
 
 def _expand(prk: bytes, label: str) -> Key:
-    """Return the 32 bytes of one label (HKDF-Expand, RFC 5869)."""
+    """Return a label's 32 bytes (HKDF-Expand, RFC 5869)."""
     return Key(hmac.digest(prk, LABEL + label.encode() + b"\x01", "sha256"))
 
 
 def accept_claim(keys: Sequence[bytes], m1: bytes, m2: bytes, binding: bytes = NO_BINDING) -> Keys | None:
-    """Return the session's keys if one of these K made the proof of M2, else None. Each K costs the same work."""
+    """Return the session's keys if any of these K made the proof of M2, else None. Each K costs the same work."""
     sessions = [session_keys(key, m1, m2[: CLAIM.size], binding) for key in keys]
     matches = [hmac.compare_digest(session.client_proof, m2[CLAIM.size :]) for session in sessions]
     return sessions[matches.index(True)] if any(matches) else None
@@ -182,7 +182,7 @@ def check_answer(keys: Keys, answer: bytes) -> None:
 
 
 class Tagger:
-    """Signs or checks the frames of one direction, in the order in which they travel. For one thread."""
+    """Signs or checks the frames of one direction, in their order. For one thread."""
 
     def __init__(self, key: bytes) -> None:
         self._base = hmac.new(key, digestmod="sha256")

@@ -1,6 +1,6 @@
 """An authenticated connection: an outbox of frames on one side, a FrameReader on the other.
 
-The module knows sockets, keys, heartbeats and the order of frames. It knows no job. A Channel's owner is one of two:
+The module knows sockets, keys, heartbeats and the order of frames, and no job. A Channel has threads, or a loop:
 
 ::
 
@@ -10,14 +10,14 @@ The module knows sockets, keys, heartbeats and the order of frames. It knows no 
     frames ◀── FrameReader ◀─ check ◀─receive── recv_into ◀─ [decrypt] ◀────┘
 
 - *Threads* (server, controller): `start_writer()`, and one thread calls `run(handle)`. The socket has a timeout of a
-  second, so that both threads look up from it. A thread that has queued frames may `push` them: little leaves at once,
-  without a switch of threads. A thread that reads never waits to write.
+  second, so that both threads look up from it. A thread may `push` the frames that it has queued: few bytes leave at
+  once, without a switch of threads. A thread that reads never waits to write.
 - *A loop* (node, and its end of each worker's socket pair): the socket does not block. The loop calls `receive()` and
   `flush()` when the selector says so, and `tick()`.
 
-Locks: `_lock` guards the outbox and the state, and is held for no system call. `_writing` is held by the
-thread that writes, and guards the tagger, the pieces, `_unsent` and the descriptor; only the writer thread and `close`
-wait for it.
+Locks: `_lock` guards the outbox and the state. No system call runs under it. The thread that writes holds `_writing`,
+which guards the tagger, the pieces, `_unsent` and the descriptor. Only the writer thread and `close` wait for
+`_writing`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from .reader import FrameReader
 __all__ = ["GOODBYE_SECONDS", "HEARTBEAT_SECONDS", "SILENCE_SECONDS", "TICK_SECONDS", "Channel"]
 
 HEARTBEAT_SECONDS = 5.0  # a quarter of the silence: three may be lost
-SILENCE_SECONDS = 20.0  # longer than a garbage collection, a suspended laptop's lid or a route's flap
-TRICKLE_BYTES = 1024  # fewer bytes than this in SILENCE_SECONDS inside a frame are silence: heartbeats are 168
-GOODBYE_SECONDS = 2.0  # how long a closing side reads on after it has shut down writing
-TICK_SECONDS = 1.0  # how often a blocked thread looks up from its socket
-WRITE_BYTES = 256 << 10  # small pieces joined for one send: a large one is never copied
+SILENCE_SECONDS = 20.0  # longer than a garbage collection or a route's flap
+TRICKLE_BYTES = 1024  # fewer bytes of a frame in SILENCE_SECONDS are silence: heartbeats are 168
+GOODBYE_SECONDS = 2.0  # how long a side reads on after it has shut down writing
+TICK_SECONDS = 1.0  # a blocked thread looks up from its socket so often
+WRITE_BYTES = 256 << 10  # small pieces joined for one send: a large piece is never copied
 PIECE_BYTES = 1 << 20  # of a letter; TLS takes this memory twice
-PUSH_BYTES = 64 << 10  # a pusher writes at most this: more takes longer than a switch of threads
-OPEN, FINISHING, SHUT, CLOSED = range(4)  # of a Channel: no frame is queued now; writing is shut down; all is over
+PUSH_BYTES = 64 << 10  # of a push: more takes longer than a switch of threads
+OPEN, FINISHING, SHUT, CLOSED = range(4)  # FINISHING takes no frame; SHUT ends writing; CLOSED ends all
 
 log = logging.getLogger(__name__)
 
@@ -55,22 +55,22 @@ log = logging.getLogger(__name__)
 class Channel:
     """One connection after its handshake.
 
-    :param sock: a socket, or a Tls: only a process that encrypts has that module, which brings OpenSSL along.
+    :param sock: a socket, or a Tls, which only a process that encrypts imports.
     :param link: the peer and this side, such as "CS" for a server that hears a controller.
-    :param keys: of this side's tags and of the peer's; None on a worker's link.
+    :param keys: for the tags of this side and of the peer; None on a worker's link.
     """
 
     def __init__(self, sock: Any, link: str, keys: tuple[bytes, bytes] | None = None) -> None:
         self.socket = sock
-        self.name = ""  # in the log; the role gives it
+        self.name = ""  # for the log; the role sets it
         self.last_heard = self.last_written = time.monotonic()
-        self._writing = threading.Lock()  # held by the thread that writes
-        self._tagger = auth.Tagger(keys[0]) if keys else None  # with `_writing`, as the next three
+        self._writing = threading.Lock()
+        self._tagger = auth.Tagger(keys[0]) if keys else None  # `_writing` guards this and the next three
         self._encrypt: Callable[[Buffer], memoryview] = getattr(sock, "encrypt", memoryview)
-        self._pieces: deque[Buffer] = deque()  # of a tagged frame
-        self._unsent = memoryview(b"")  # what the socket shall take next
-        self._reader = FrameReader(link, auth.Tagger(keys[1]).check if keys else None)  # the reader's own
-        self._trickled = 0  # bytes since last_heard; the reader's own
+        self._pieces: deque[Buffer] = deque()
+        self._unsent = memoryview(b"")  # the socket takes these bytes next
+        self._reader = FrameReader(link, auth.Tagger(keys[1]).check if keys else None)
+        self._trickled = 0  # bytes since last_heard; the reading thread's
         self._lock = threading.Lock()  # guards all below
         self._ready = threading.Condition(self._lock)
         self._queue: deque[tuple[Frame, bytes, list[memoryview]]] = deque()
@@ -82,7 +82,7 @@ class Channel:
     def send(self, kind: Kind, body: dict[str, Any] | Batch, *, wake: bool = True, ahead: bool = False) -> None:
         """Queue a frame, behind the others or `ahead` of them. Never blocks. Any thread.
 
-        The frame is dropped after `finish` or `abort`. An exception means that it cannot be encoded.
+        After `finish` or `abort` the frame is dropped. An exception means that it cannot be encoded.
 
         :param wake: tell the writer thread; else the caller calls `push`.
         """
@@ -96,9 +96,9 @@ class Channel:
     def push(self) -> None:
         """Write queued frames in this thread, if they are few and the socket takes them at once.
 
-        The writer thread writes the rest. Never blocks; a failure is the writer thread's to see. Any thread.
+        The writer thread writes the rest, and sees failures. Never blocks. Any thread.
         """
-        # Otherwise there is nothing to write, the writer thread is at it, or this is Windows: `write` takes no socket.
+        # On Windows, `os.write` takes no socket.
         if self._queue and not self._unsent and os.name == "posix" and self._writing.acquire(blocking=False):
             try:
                 self._write_safely(lambda data: os.write(self.socket.fileno(), data), PUSH_BYTES)
@@ -108,7 +108,7 @@ class Channel:
             self._go_on(OPEN)
 
     def drop_tasks(self, job: int, first: int = 0, end: float = float("inf")) -> None:
-        """Take those unwritten TASKs of a job out of the outbox that lie wholly in a cancelled range."""
+        """Remove a job's unwritten TASKs that lie wholly in a cancelled range from the outbox."""
         with self._lock:
             self._queue = deque(
                 entry for entry in self._queue
@@ -118,7 +118,7 @@ class Channel:
 
     @property
     def wants_write(self) -> bool:
-        """Whether anything waits to be written."""
+        """Whether bytes, or the end of writing, wait."""
         return bool(self._unsent or self._pieces or self._queue) or self._state == FINISHING
 
     @property
@@ -127,13 +127,13 @@ class Channel:
         return len(self._queue)
 
     def finish(self, reason: str | None = None) -> None:
-        """Say BYE (with a reason), let the outbox be written, then shut down writing. Never blocks."""
+        """Say BYE if there is a reason, write the outbox, then shut down writing. Never blocks."""
         if reason:
             self.send(Kind.BYE, {"reason": reason})
         self._go_on(FINISHING)
 
     def wait_written(self, timeout: float) -> None:
-        """Block until the writer thread has written all and ended, `timeout` seconds at most. After `finish`."""
+        """After `finish`, block until the writer thread has written all and ended, `timeout` seconds at most."""
         if self._writer is not None and timeout > 0:
             self._writer.join(timeout)
 
@@ -144,17 +144,17 @@ class Channel:
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Abort, wait for the writer thread (2 s at most), and give the descriptor back. Not from the writer."""
+        """Abort, wait for the writer thread (2 s at most), and close the descriptor. Not in the writer thread."""
         self.abort()
         self.wait_written(GOODBYE_SECONDS)
-        held = self._writing.acquire(timeout=GOODBYE_SECONDS)  # another connection may get this descriptor's number
+        held = self._writing.acquire(timeout=GOODBYE_SECONDS)  # a new connection may get this descriptor's number
         self.socket.close()
         self._reader.close()
         if held:
             self._writing.release()
 
     def _go_on(self, state: int) -> None:
-        """Go on to a state, if that is not behind, and wake the writer thread."""
+        """Go on to a state, if it is a later state, and wake the writer thread."""
         with self._lock:
             self._state = max(self._state, state)
             self._ready.notify()
@@ -162,19 +162,19 @@ class Channel:
     # The writer.
 
     def start_writer(self) -> None:
-        """Start the thread that writes the outbox and sends heartbeats. `close` joins it."""
+        """Start the writer thread, which also sends heartbeats. `close` joins it."""
         self._writer = threading.Thread(target=self._write_loop, name=f"achilles-writer {self.name}", daemon=True)
         self._writer.start()
 
     def flush(self) -> bool:
-        """Write as much as one send takes. Return whether nothing is left to write."""
+        """Write as much as a send takes. Return whether all is written."""
         self._write(self.socket.send)
         return not self.wants_write
 
     def tick(self) -> None:
-        """Queue a heartbeat where one is due; ServerUnreachable after too long a silence of the peer.
+        """Queue a heartbeat if it is due; ServerUnreachable if the peer was silent for SILENCE_SECONDS.
 
-        A length that was altered on the way may swallow the peer's heartbeats.
+        A length that was altered on its way may swallow the peer's heartbeats.
         """
         if time.monotonic() - self.last_heard > SILENCE_SECONDS:
             raise ServerUnreachable(f"no byte came for {SILENCE_SECONDS:.0f} s")
@@ -191,24 +191,24 @@ class Channel:
                 self.send(Kind.PING, {}, ahead=True)
 
     def _write_safely(self, send: Callable[[memoryview], int], limit: float = float("inf")) -> None:
-        """As `_write`; an error ends writing, so that no frame follows half of one."""
+        """As `_write`. An error ends writing, so that no frame follows half a frame."""
         try:
             self._write(send, limit)
-        except OSError as e:  # the reader's socket ends, too, but first it reads why: an ERROR, a BYE
+        except OSError as e:  # reading ends, too, but first the reader gets the reason: an ERROR, a BYE
             log.debug("%s: writing ended: %s", self.name, e)
             self._go_on(SHUT)
-        except BaseException as e:  # such as a MemoryError: half a connection must not live on
+        except BaseException as e:  # such as MemoryError: half a connection must not live on
             self.abort()
-            if not isinstance(e, Exception):  # Ctrl-C in the caller: the connection is made anew
+            if not isinstance(e, Exception):  # Ctrl-C in a caller, which connects again
                 raise
             log.exception("%s: writing failed", self.name)
 
     def _write(self, send: Callable[[memoryview], int], limit: float = float("inf")) -> None:
-        """Write as much as `send` takes of what waits. Needs `_writing`.
+        """Write as many waiting bytes as `send` takes, but none if more than `limit` wait. Needs `_writing`.
 
-        Nothing is written if there are more than `limit` bytes. When all is written after `finish`, shut down writing.
+        After `finish`, shut down writing when all is written.
         """
-        is_last = self._state == FINISHING  # asked first: from then on nothing is queued
+        is_last = self._state == FINISHING  # read first: in this state no frame is queued
         if not self._unsent:
             pieces = list(self._next_pieces())
             self._unsent = self._encrypt(pieces[0] if len(pieces) == 1 else b"".join(pieces))
@@ -217,11 +217,11 @@ class Channel:
             self._go_on(SHUT)
         elif 0 < len(self._unsent) <= limit:
             with contextlib.suppress(BlockingIOError, TimeoutError):
-                self._unsent = self._unsent[send(self._unsent) :] or memoryview(b"")  # lets written bytes go
+                self._unsent = self._unsent[send(self._unsent) :] or memoryview(b"")  # frees written bytes
                 self.last_written = time.monotonic()
 
     def _next_pieces(self) -> Iterator[Buffer]:
-        """Tag queued frames, and give what is sent next: small pieces together, or a large one. Needs `_writing`."""
+        """Tag queued frames, and yield the next pieces: some small pieces, or a large piece. Needs `_writing`."""
         size = 0
         while True:
             if not self._pieces:
@@ -241,7 +241,7 @@ class Channel:
     # The reader.
 
     def receive(self) -> list[Frame] | None:
-        """Return the frames that one recv completed, perhaps none; None at end of file.
+        """Return the frames that a recv completed, perhaps none; None at end of file.
 
         :raises ProtocolError: the peer sent bytes that are no frame for this link.
         :raises AuthenticationError: a tag is wrong.
@@ -251,7 +251,7 @@ class Channel:
             count = self.socket.recv_into(self._reader.space())
             received = self._reader.received(count) if count else None
         except (BlockingIOError, TimeoutError) as e:
-            count = getattr(e, "characters_written", 0)  # of a TLS record that is not whole yet
+            count = getattr(e, "characters_written", 0)  # bytes of a TLS record that is not whole
         self._trickled += count
         if received or self._trickled >= TRICKLE_BYTES:
             self._trickled, self.last_heard = 0, time.monotonic()
@@ -260,11 +260,11 @@ class Channel:
         return received
 
     def run(self, handle: Callable[[Frame], object], done: Callable[[], object] = lambda: None) -> Any:
-        """Read frames and hand each to `handle` until the connection ends; blocks. The connection is aborted then.
+        """Read frames and hand each to `handle` until the connection ends, then abort. Blocks.
 
-        A ProtocolError, the reader's or one of `handle`, is told to the peer as ERROR. A wrong tag has no answer.
+        The peer gets a ProtocolError, of the reader or of `handle`, as ERROR. A wrong tag has no answer.
 
-        :param done: is called after all frames that came together: time to push the answers.
+        :param done: called after all frames that came together, to push the answers.
         :returns: the reason of the end: a few words, or the ProtocolError.
         """
         try:
@@ -285,6 +285,6 @@ class Channel:
             self.abort()
 
     def complain(self, error: ProtocolError) -> None:
-        """Tell the peer its mistake, and finish. Never blocks."""
+        """Send the peer its mistake as ERROR, and finish. Never blocks."""
         self.send(Kind.ERROR, {"code": "protocol", "message": str(error)[: frames.TEXT_CHARS]})
         self.finish()

@@ -1,14 +1,14 @@
-"""How a connection begins: TCP, the handshake of PROTOCOL.md, section 2, and HELLO.
+"""The beginning of a connection: TCP, the handshake of PROTOCOL.md, section 2, and HELLO.
 
 ::
 
     client: connect ─▶ [TLS] ─▶ M1, M2, M3 ─▶ Channel         server: accept ─▶ [TLS] ─▶ M1, M2, M3 ─▶ Channel
 
-With ENCRYPT=yes on both sides, TLS carries the handshake and all that follows (`tls.py`). A side that is told to
-encrypt never goes on in the clear. Two sides of different modes say so to each other with 8 bytes, and end at once.
-The server decides how long a refusal takes.
+With ENCRYPT=yes on both sides, TLS carries the handshake and all frames (`tls.py`). A side with ENCRYPT=yes never goes
+on in the clear. Two sides of different modes tell each other their modes with 8 bytes, and end at once. The server
+decides how long a refusal takes.
 
-The module knows sockets and deadlines. The bytes of the handshake are `auth.py`'s. Every function blocks until its
+The module knows sockets and deadlines. `auth.py` makes the bytes of the handshake. Every function blocks until its
 deadline at most. Any thread may call it.
 """
 
@@ -33,7 +33,7 @@ from .channel import SILENCE_SECONDS, TICK_SECONDS, Channel
 __all__ = ["CONNECT_SECONDS", "PYTHON", "accept", "connect", "hello", "receive", "receive_exactly", "set_options"]
 
 CONNECT_SECONDS = 10.0  # for the connection and the handshake together
-RETRY_SECONDS = 0.2  # between two tries, with jitter; a server without a place has one again after some ms
+RETRY_SECONDS = 0.2  # between tries, with jitter: a full server has a place again after some ms
 # This Python's name for HELLO (PROTOCOL.md, section 6): "3.14", or "3.14t" for a free-threaded build.
 PYTHON = "{}.{}".format(*sys.version_info) + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 LOST = ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ServerUnreachable  # the server had no place
@@ -50,15 +50,15 @@ def connect(
     host: str, port: int, role: bytes, username: str, key: bytes, timeout: float = CONNECT_SECONDS,
     encrypt: bool = False,
 ) -> Channel:
-    """Connect to a server and authenticate; blocks up to `timeout` seconds.
+    """Connect to a server and authenticate. Blocks up to `timeout` seconds.
 
-    A server that closes before its WELCOME had no place for the client. The client tries again until the time is over.
+    A server that closes before its WELCOME had no place for the client. The client tries again until the deadline.
 
     :param key: `auth.derive_key(username, secret)`.
-    :param encrypt: by TLS, as the server must.
+    :param encrypt: by TLS; the server must do the same.
     :raises AuthenticationError: the server refuses, or does not know the secret itself.
     :raises ProtocolError: the peer is no achilles server, or a server of another version or mode.
-    :raises ServerUnreachable: there is no answer in time.
+    :raises ServerUnreachable: no answer came in time.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -83,15 +83,15 @@ def accept(
 ) -> tuple[Channel, bytes, bytes]:
     """Authenticate a client by `deadline` (monotonic). Return the connection, and the client's role and user.
 
-    :param find_keys: gives the K of each secret that would do for a user.
-    :param tls_keys: of each identity, where this server encrypts.
-    :param hold: is called before a refusal is sent.
+    :param find_keys: returns the K of each valid secret of a user.
+    :param tls_keys: the key of each identity; None if this server does not encrypt.
+    :param hold: called before a refusal is sent.
     :raises AuthenticationError: the client was refused.
-    :raises ProtocolError: the client has another mode or version, or is none of ours. It gets no answer.
+    :raises ProtocolError: the client has another mode or version, or is not an achilles client. It gets no answer.
     """
     stream: Any = sock
     if tls_keys is not None:
-        from .tls import server  # a process that does not encrypt pays for no OpenSSL
+        from .tls import server  # without encryption, no OpenSSL
 
         stream = server(sock, tls_keys, _begin(sock, auth.TLS, deadline), deadline, hold)
     m1 = auth.PLAIN + secrets.token_bytes(auth.NONCE_BYTES)
@@ -108,7 +108,7 @@ def accept(
 
 
 def _begin(sock: Any, said: bytes, deadline: float) -> bytes:
-    """Say the first words of a server, which begin with its mode. Return the first 8 bytes of the client."""
+    """Send a server's first bytes, which begin with its mode. Return the first 8 bytes of the client."""
     sock.sendall(said)  # so little never blocks
     opening = receive_exactly(sock, auth.OPENING_BYTES, deadline)
     auth.check_mode(opening, said[: auth.OPENING_BYTES])
@@ -125,7 +125,7 @@ def receive_exactly(sock: Any, count: int, deadline: float) -> bytes:
 
 
 def receive(sock: Any, place: memoryview, deadline: float) -> int:
-    """Return how many bytes came into `place`, perhaps 0 where a TLS record was cut.
+    """Return how many bytes came into `place`, perhaps 0 if a TLS record was cut.
 
     ServerUnreachable at end of file, TimeoutError after `deadline` (monotonic).
     """
@@ -141,22 +141,22 @@ def receive(sock: Any, place: memoryview, deadline: float) -> int:
 
 
 def set_options(sock: socket.socket) -> None:
-    """Set the options of every TCP connection of achilles, where the system has them."""
+    """Set the options of every TCP connection of achilles, if the system has them."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # data that nobody acknowledges ends the connection, too
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # unacknowledged data ends the connection, too
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_SECONDS * 1000))
 
 
 def _connect_once(
     address: tuple[str, int], role: bytes, username: str, key: bytes, deadline: float, encrypt: bool
 ) -> Channel:
-    """Connect, and climb the client's side of the ladder."""
+    """Connect and authenticate."""
     sock = socket.create_connection(address, timeout=max(deadline - time.monotonic(), 0.001))
     stream: Any = sock
     try:
         set_options(sock)
         if encrypt:
-            from .tls import client  # a process that does not encrypt pays for no OpenSSL
+            from .tls import client  # without encryption, no OpenSSL
 
             _read_opening(sock, auth.TLS, deadline)
             stream = client(sock, auth.tls_key(username, key), deadline)
@@ -173,7 +173,7 @@ def _connect_once(
 
 
 def _read_opening(sock: Any, mode: bytes, deadline: float) -> bytes:
-    """Read the first 8 bytes of a server, and check that it has this mode. If not, it is told this side's."""
+    """Read and check the first 8 bytes of a server. A server of another mode gets this side's mode as the answer."""
     opening = receive_exactly(sock, auth.OPENING_BYTES, deadline)
     try:
         auth.check_opening(opening, mode)

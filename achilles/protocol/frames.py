@@ -6,9 +6,9 @@ chunks of one job, with their letters or as a bare range.
 ::
 
     dict  ─▶ encode ─▶ head, JSON                                        ─▶ decode ─▶ dict, checked to its leaves
-    Batch ─▶ encode ─▶ head, envelope with the short letters, long ones  ─▶ decode ─▶ Batch; parts of letters follow
+    Batch ─▶ encode ─▶ head, envelope with short letters, long letters   ─▶ decode ─▶ Batch; parts of letters follow
 
-The module knows no socket, key or pickle. Its functions are pure, for any thread. A Batch is immutable by agreement.
+The module knows no socket, key or pickle. Its functions are pure, for any thread. No code changes a whole Batch.
 A peer's mistake is a ProtocolError. `reader.py` cuts a stream into frames and checks tags before `decode` sees a byte.
 """
 
@@ -55,18 +55,18 @@ HEAD = struct.Struct(">BBHI")  # kind, flags, zero, length of the envelope
 RANGE = struct.Struct(">IQIII")  # job, first chunk, count, attempt, number: the beginning of a Batch's envelope
 LENGTH_BYTES = 8  # of a letter's length in an envelope
 TAG_BYTES = DIGEST_BYTES = 32  # HMAC-SHA256, SHA-256
-SHORT_LETTER_BYTES = 1024  # a letter up to this rides in the envelope: to hash it twice is cheaper than a digest
-MAX_ENVELOPE_BYTES = 4 << 20  # four times MAX_SHORT_BYTES; bounds the memory of a frame that nobody has verified
+SHORT_LETTER_BYTES = 1024  # a letter up to this size is in the envelope: to hash it twice is cheaper than a digest
+MAX_ENVELOPE_BYTES = 4 << 20  # bounds the memory of an unverified frame; four times MAX_SHORT_BYTES
 MAX_SHORT_BYTES = 1 << 20  # short letters of a batch together
-MAX_LONG_BYTES = 8 << 20  # long letters of a batch together; a heartbeat waits for at most this, or for one letter
-LETTER_LIMIT_BYTES = 1 << 40  # of one letter; memory grows as bytes arrive, so the limit only stops nonsense
+MAX_LONG_BYTES = 8 << 20  # several long letters of a batch; a heartbeat waits for these, or for a single letter
+LETTER_LIMIT_BYTES = 1 << 40  # of a letter; it only stops nonsense: memory grows as bytes arrive
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 _STATUS_BYTES = bytes(Status)
 
 
 class LongLetter:
-    """A letter of more than SHORT_LETTER_BYTES, as buffers end to end, with its SHA-256."""
+    """A letter of more than SHORT_LETTER_BYTES: consecutive buffers, with their SHA-256."""
 
     def __init__(self, parts: Sequence[Buffer], digest: bytes, length: int) -> None:
         self.parts, self.digest, self.length = parts, digest, length
@@ -75,7 +75,7 @@ class LongLetter:
         return self.length
 
     def whole(self) -> bool:
-        """Return whether the letter matches its digest. A process that opens a letter asks this first."""
+        """Whether the letter matches its digest. A process that opens a letter checks this first."""
         return digest(self.parts) == self.digest
 
 
@@ -109,7 +109,7 @@ class Batch:
         cls, job: int, first: int, letters: Sequence[Letter], *, attempt: int = 0, number: int = 0, flags: int = 0,
         statuses: bytes = b"",
     ) -> Batch:
-        """Return a batch of these letters, one a chunk. A letter of more than SHORT_LETTER_BYTES is a LongLetter."""
+        """Return a batch with a letter for each chunk. A letter of more than SHORT_LETTER_BYTES is a LongLetter."""
         longs: list[Any] = [letter for letter in letters if len(letter) > SHORT_LETTER_BYTES]
         shorts: list[Any] = [letter for letter in letters if len(letter) <= SHORT_LETTER_BYTES]
         packed = b"".join([
@@ -118,7 +118,7 @@ class Batch:
 
     @property
     def end(self) -> int:
-        """The number behind that of the last chunk."""
+        """The number behind the last chunk."""
         return self.first + self.count
 
     @property
@@ -127,7 +127,7 @@ class Batch:
         return struct.unpack_from(f">{self.count}Q", self.packed)
 
     def letters(self) -> list[Letter]:
-        """Each chunk's letter."""
+        """Return the letters."""
         lengths = self.lengths
         start = LENGTH_BYTES * self.count + DIGEST_BYTES * len(self.longs)
         longs = iter(self.longs)
@@ -136,19 +136,19 @@ class Batch:
                 for (at, end), length in zip(pairwise(ends), lengths)]
 
     def renumbered(self, job: int) -> Batch:
-        """The same batch under another connection's number of the job."""
+        """Return the same batch with another connection's number of the job."""
         return Batch(job, self.first, self.count, self.attempt, self.number, self.flags, statuses=self.statuses,
                      packed=self.packed, longs=self.longs, declaration=self.declaration)
 
 
 class Frame(NamedTuple):
-    """One frame: a dict where the kind is a JSON one, else a Batch."""
+    """One frame: its body is a dict if the kind is a JSON kind, else a Batch."""
 
     kind: Kind
     body: Any
 
     def __str__(self) -> str:
-        """A line for the log: never a letter, nor a text of a JSON body but reason and context."""
+        """Return a line for the log. It has no letter, and of the texts in JSON only reason and context."""
         kind, body = self
         if not isinstance(body, Batch):
             return kind.name + "".join(f" {name} {body[name]!s:.16}" for name in ("reason", "context") if name in body)
@@ -160,7 +160,7 @@ class Frame(NamedTuple):
 
 
 def digest(parts: Iterable[Buffer]) -> bytes:
-    """SHA-256 of buffers end to end."""
+    """SHA-256 of consecutive buffers."""
     sha = hashlib.sha256()
     for part in parts:
         sha.update(part)
@@ -168,15 +168,15 @@ def digest(parts: Iterable[Buffer]) -> bytes:
 
 
 def joined(letter: Letter) -> Buffer:
-    """A letter in one piece."""
+    """Return a letter in one piece."""
     parts = letter.parts if isinstance(letter, LongLetter) else [letter]
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def letter_of(letter: Buffer, name: str = "a letter") -> Letter:
-    """A letter in one piece, as it travels: with its digest, if it is a long one.
+    """Return a letter in its travelling form: a LongLetter with a digest, if it is long.
 
-    LetterTooLarge, with the name of its contents, if it may not travel.
+    LetterTooLarge, with `name`, if it may not travel.
     """
     if len(letter) <= SHORT_LETTER_BYTES:
         return letter
@@ -187,7 +187,7 @@ def letter_of(letter: Buffer, name: str = "a letter") -> Letter:
 
 
 def encode(kind: Kind, body: dict[str, Any] | Batch) -> tuple[bytes, list[memoryview]]:
-    """Head and envelope of a frame in one piece, and its long letters; the channel puts the tag between them."""
+    """Return head and envelope of a frame in one piece, and its long letters. The channel puts the tag between them."""
     if not isinstance(body, Batch):
         envelope = json.dumps(body, separators=(",", ":")).encode()
         return HEAD.pack(kind, 0, 0, len(envelope)) + envelope, []
@@ -200,9 +200,9 @@ def encode(kind: Kind, body: dict[str, Any] | Batch) -> tuple[bytes, list[memory
 def decode(
     kind: Kind, flags: int, envelope: bytes, fields: Mapping[Kind, Mapping[str, Field]] = FIELDS
 ) -> dict[str, Any] | Batch:
-    """The body of a frame; ProtocolError if it is not one. The long letters of a Batch have no parts yet.
+    """Return the body of a frame; ProtocolError if it is malformed. The long letters of a Batch have no parts yet.
 
-    :param fields: what the sender may say in the JSON kinds: FIELDS, or SERVER_FIELDS.
+    :param fields: the sender's fields of the JSON kinds: FIELDS, or SERVER_FIELDS.
     """
     if flags not in FLAGS.get(kind, (0,)):
         raise ProtocolError(f"no {kind.name} with flags {flags} is known")
@@ -241,7 +241,7 @@ def _decode_letters(kind: Kind, batch: Batch, envelope: bytes) -> None:
     places = range(at, len(batch.packed), DIGEST_BYTES)
     batch.longs = [LongLetter((), batch.packed[at : at + DIGEST_BYTES], length) for at, length in zip(places, long)]
     if kind is Kind.JOB:
-        declaration = joined(batch.letters()[0])  # nothing, if it is a long letter: its parts have not come
+        declaration = joined(batch.letters()[0])  # a long letter is empty: its parts have not come
         batch.declaration = read_object("JOB", bytes(declaration), DECLARATION)
         for name, length in zip(("initializer", "sources"), lengths[2:]):
             if length and not batch.declaration.get(name):

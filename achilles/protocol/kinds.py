@@ -1,17 +1,17 @@
 """The vocabulary of a link: kinds, directions, statuses, flags, ranges, and the fields of every JSON with their check.
 
-The tables are those of PROTOCOL.md, sections 4 to 6; `frames.py` applies them. Every JSON of a peer comes through
-`read_object`: the envelopes of the JSON kinds, the declaration of a JOB (`frames.py`), and the notes on lost chunks
-(`controller/job.py`). A text that has passed may be written to a terminal, a log or an exception as it is.
+PROTOCOL.md, sections 4 to 6, has the same tables. `frames.py` applies them. Every JSON of a peer passes `read_object`:
+the envelopes of the JSON kinds, the declaration of a JOB (`frames.py`), and the notes on lost chunks
+(`controller/job.py`). A text that has passed may go to a terminal, a log or an exception as it is.
 
 ::
 
     bytes ─▶ JSON ─▶ each text, keys too, at any depth, known or not: printable; each number: finite
                  ─▶ each field of the table: type, range or length, form; the same for the fields inside
 
-Refused are control characters (C0, DEL, C1), direction marks and other invisible ones, line separators, surrogates,
-NaN and infinities. The refusal is a ProtocolError. Its text has names from the tables of achilles, and no text of the
-peer's. The module knows no frame and no socket. Any thread may call the functions.
+The check refuses control characters (C0, DEL, C1), direction marks and other invisible characters, line separators,
+surrogates, NaN and infinities. The ProtocolError names fields of the tables, and has no text of the peer. The module
+knows no frame and no socket. Any thread may call the functions.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ __all__ = [
     "TEXT_CHARS", "U16", "U32", "U64", "Field", "Gone", "Kind", "Status", "check_fields", "read_object",
 ]
 
-TEXT_CHARS = 4096  # the longest text in a field: a screen or two
+TEXT_CHARS = 4096  # the longest text in a field: two screens
 NAME_CHARS = 64  # versions, codes, reasons, addresses
-HEX_FORM = "[0-9a-f]*"  # lower case alone, so that equal digests are equal texts
+HEX_FORM = "[0-9a-f]*"  # lower case alone: equal digests are equal texts
 U16, U32, U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
-MAX_CHUNKS = 1 << 16  # in a batch: 50 ms of the quickest chunks
-MAX_PYTHONS = 64  # versions in a CLUSTER: people have two or three, and the list ends in an error message
-# Flags of a TASK. CAREFUL: the worker names each argument that it calls, since one may kill it. TELL: the server says
-# GIVEN when it gives the batch to a node.
+MAX_CHUNKS = 1 << 16  # in a batch: the quickest chunks of 50 ms
+MAX_PYTHONS = 64  # versions in a CLUSTER; an error message lists them
+# Flags of a TASK. CAREFUL: the worker names each argument, since an argument may kill it. TELL: the server says GIVEN
+# when it gives the batch to a node.
 CAREFUL, TELL = 0x01, 0x02
 MORE = 0x01  # flag of an OUTPUT: it counts lines that were left out
-# A frame's kind, and how a chunk was answered: one byte in a head, one byte a chunk in a RESULT.
+# A frame's kind is a byte in the head. A chunk's status is a byte in a RESULT.
 Kind = enum.IntEnum("Kind", {
     "HELLO": 1, "BYE": 2, "PING": 3, "ERROR": 4, "CLUSTER": 5, "JOB": 6, "TASK": 7, "GIVEN": 8,
     "RESULT": 9, "RETURNED": 10, "GONE": 11, "CANCEL": 12, "END": 13, "CLOSE": 14, "STATUS": 15, "KILL": 16,
@@ -48,7 +48,7 @@ Kind = enum.IntEnum("Kind", {
 })
 Status = enum.IntEnum("Status", {"VALUES": 0, "RAISED": 1, "DIED": 2, "TIMEOUT": 3, "ALTERED": 4, "FAILED": 5})
 
-# Why chunks have left a node without an answer: the flags of RETURNED and GONE.
+# The reasons why chunks leave a node without an answer: the flags of RETURNED and GONE.
 Gone = enum.IntEnum("Gone", {
     "RETURNED": 0,  # their worker was late, or died of another chunk, or they were cancelled
     "LEFT": 1,  # the node drains
@@ -64,7 +64,7 @@ DIRECTIONS: dict[Kind, tuple[str, ...]] = {
     Kind.STATUS: ("CS", "SC"), Kind.KILL: ("CS",), Kind.OUTPUT: ("WN", "NS", "SC"),
     Kind.IDLE: ("WN",),
 }
-# Kinds with a Batch for their body: the least and the greatest value of each field of its range but the job.
+# The kinds with a Batch: the least and the greatest value of each field of its range but the job.
 RANGE_FIELDS = ("first", "count", "attempt", "number")
 _ZERO, _ANY_U32, _CHUNKS, _CHUNK_NUMBER = (0, 0), (0, U32), (1, MAX_CHUNKS), (0, U64)
 RANGES: dict[Kind, tuple[tuple[int, int], ...]] = {
@@ -78,8 +78,8 @@ RANGES: dict[Kind, tuple[tuple[int, int], ...]] = {
     Kind.END: (_ZERO, _ZERO, _ZERO, _ZERO),
     Kind.OUTPUT: (_CHUNK_NUMBER, (1, 1), _ANY_U32, _ANY_U32), Kind.IDLE: (_ZERO, _ZERO, _ZERO, _ZERO),
 }
-LETTERS = frozenset({Kind.JOB, Kind.TASK, Kind.RESULT, Kind.OUTPUT})  # others are bare ranges
-# Flags that a kind may have; every other kind has none.
+LETTERS = frozenset({Kind.JOB, Kind.TASK, Kind.RESULT, Kind.OUTPUT})  # the others are bare ranges
+# The flags of kinds; every other kind has none.
 FLAGS: dict[Kind, tuple[int, ...]] = {
     Kind.TASK: (0, CAREFUL, TELL, CAREFUL | TELL), Kind.RETURNED: (Gone.RETURNED, Gone.LEFT, Gone.WAITED),
     Kind.GONE: (Gone.RETURNED, Gone.LEFT, Gone.LOST), Kind.OUTPUT: (0, MORE),
@@ -87,14 +87,14 @@ FLAGS: dict[Kind, tuple[int, ...]] = {
 
 
 class Field(NamedTuple):
-    """The limits of one field of an object.
+    """The limits of a field.
 
-    :ivar type: bool fits no other type than bool.
-    :ivar low, high: the range of a number; else of the length of a text, or of the count of entries.
+    :ivar type: a bool fits the type bool alone.
+    :ivar low, high: the range of a number, of a text's length, or of the count of entries.
     :ivar required: whether the field must be there; else it may be absent or null.
     :ivar form: a regular expression that matches a whole text, or each key of an object.
     :ivar inside: the fields of an object, or of each object in a list.
-    :ivar entry: each value of an object, where the peer chooses the keys; `form` bounds them.
+    :ivar entry: each value of an object with keys that the peer chooses; `form` bounds the keys.
     """
 
     type: type[Any] | tuple[type[Any], ...]
@@ -107,8 +107,8 @@ class Field(NamedTuple):
 
 
 PYTHON_FORM = r"[0-9]{1,31}\.[0-9]{1,31}t?"  # "3.14"; "3.14t" is a free-threaded build; NAME_CHARS at most
-CALLS = ("one", "star", "apply")  # how a worker calls a job's function
-PHASES = ("function", "load", "call", "dump")  # at which a worker may die
+CALLS = ("one", "star", "apply")  # the ways to call a job's function
+PHASES = ("function", "load", "call", "dump")  # of a worker
 _U16, _U32, _U64, _SECONDS = Field(int, 0, U16), Field(int), Field(int, 0, U64), Field((int, float), 0, U64)
 _NAME, _PYTHON = Field(str, 1, NAME_CHARS), Field(str, 1, NAME_CHARS, form=PYTHON_FORM)
 _TEXT, _CONTEXT = Field(str, 0, TEXT_CHARS), Field(str, 32, 32, form=HEX_FORM)
@@ -124,11 +124,11 @@ NOTE: dict[str, Field] = {
     "offset": Field(int, -1, U32), "phase": _NAME._replace(form="|".join(PHASES)),
     "node": Field(int, required=False), "pid": Field(int, required=False), "exitcode": Field(int, -U32, U32, False),
 }
-# The JSON kinds as clients say them. A kind without fields here may have any: they are ignored.
+# The JSON kinds of clients. Fields that are not here are ignored.
 FIELDS: dict[Kind, dict[str, Field]] = {
     Kind.HELLO: {"python": _PYTHON, "version": _NAME, "cpu_count": _U16, "pid": _U32},
     Kind.BYE: {"reason": _NAME._replace(form="leaving|restart|killed")},
-    # A node's chunks that have run long. A server adds to the seconds, and the sum must fit into a STATUS.
+    # A node's long-running chunks. A server adds to the seconds, and the sum must fit into a STATUS.
     Kind.PING: {
         "chunks": Field(list, 0, U16, False, inside={"job": _U32, "seconds": Field((int, float)), "pid": _U32}),
     },
@@ -141,7 +141,7 @@ FIELDS: dict[Kind, dict[str, Field]] = {
     Kind.STATUS: {},
     Kind.KILL: {},
 }
-# The same as a server says them.
+# The JSON kinds of servers.
 SERVER_FIELDS: dict[Kind, dict[str, Field]] = FIELDS | {
     Kind.HELLO: {"python": _PYTHON, "version": _NAME, "client_id": _U32, "connections": _U32},
     Kind.STATUS: {
@@ -160,21 +160,21 @@ SERVER_FIELDS: dict[Kind, dict[str, Field]] = FIELDS | {
     },
 }
 
-_SHOW = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # Python reads NaN and 1e999, which are no JSON
+_SHOW = json.JSONEncoder(ensure_ascii=False, allow_nan=False)  # Python reads NaN and 1e999, but they are no JSON
 
 
 def read_object(what: str, text: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
-    """Return the JSON object that `text` is, unknown keys included.
+    """Return the JSON object of a text, with unknown keys.
 
     :param what: the name of the object in error messages.
-    :raises ProtocolError: it is no JSON object, has a text that is not printable, or a known field that does not fit.
+    :raises ProtocolError: `text` is no JSON object, or has an unprintable text, or a known field that does not fit.
     """
     try:
         body = json.loads(text.decode())
         shown = _SHOW.encode(body)
     except (ValueError, RecursionError) as e:
         raise ProtocolError(f"{what} is not JSON: {type(e).__name__}") from None
-    # `shown` has each text as it is, but escapes: of control characters, and of the quote and the backslash.
+    # `shown` escapes control characters, the quote and the backslash.
     if not shown.isprintable() or "\\" in shown.replace(r"\\", "").replace(r'\"', ""):
         raise ProtocolError(f"{what} has a text that is not printable")
     check_fields(what, body, fields)
@@ -182,7 +182,7 @@ def read_object(what: str, text: bytes, fields: Mapping[str, Field]) -> dict[str
 
 
 def check_fields(what: str, body: object, fields: Mapping[str, Field]) -> None:
-    """ProtocolError unless `body` is an object, and its known fields fit, with the fields inside of them."""
+    """ProtocolError unless `body` is an object and its known fields fit, with the fields inside them."""
     if not isinstance(body, dict):
         raise ProtocolError(f"{what} is not an object")
     for name, field in fields.items():
@@ -197,7 +197,7 @@ def check_fields(what: str, body: object, fields: Mapping[str, Field]) -> None:
 
 
 def _fits(value: Any, field: Field) -> bool:
-    """Return whether a value has its field's type, range or length, form and entries, whatever is inside."""
+    """Whether a value has its field's type, range or length, form and entries. `check_fields` checks the inside."""
     if not isinstance(value, field.type) or isinstance(value, bool) is not (field.type is bool):
         return False
     measure = value if isinstance(value, (int, float)) else len(value)

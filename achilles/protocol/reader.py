@@ -4,8 +4,8 @@
 
     recv_into ─▶ space() ─▶ received(n) ─▶ head ─▶ envelope and tag ─verify─▶ decode ─▶ long letters ─▶ Frame
 
-`verify` sees an envelope before any other code does. Memory grows as bytes arrive: a length alone takes next to none.
-The module knows no socket and no key. A FrameReader belongs to the one thread that reads its connection.
+`verify` sees an envelope before any other code. Memory grows as bytes arrive: a length alone takes almost none.
+The module knows no socket and no key. A FrameReader belongs to the thread that reads its connection.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .kinds import DIRECTIONS, FIELDS, SERVER_FIELDS, Kind
 
 __all__ = ["FrameReader"]
 
-BUFFER_BYTES = 256 << 10  # one recv takes up to this much
-DIRECT_BYTES = 64 << 10  # a letter that lacks more than this is received at its final place; else it is copied there
-LETTER_STEP_BYTES = (8 << 20) + (64 << 10)  # memory for a long letter that has begun to come: 8 MiB and some room
+BUFFER_BYTES = 256 << 10  # a recv takes up to this much
+DIRECT_BYTES = 64 << 10  # a letter that lacks more is received in place, not copied
+LETTER_STEP_BYTES = (8 << 20) + (64 << 10)  # memory for a long letter that has begun: 8 MiB and some room
 
 _KINDS = {int(kind): kind for kind in Kind}
 
@@ -30,7 +30,7 @@ _KINDS = {int(kind): kind for kind in Kind}
 class FrameReader:
     """Cuts a stream into frames.
 
-    Use it in a loop: read into `space()`, tell `received(n)` how many bytes came, take the frames that it returns.
+    In a loop, read into `space()`, call `received(n)` with the count of bytes, and take its frames.
 
     :param link: the peer that speaks and the peer that reads, such as "CS"; see kinds.DIRECTIONS.
     :param verify: raises if a tag is wrong; None on a worker's link, which has no tags.
@@ -40,13 +40,13 @@ class FrameReader:
         self._link, self._verify = link, verify
         self._fields = SERVER_FIELDS if link[0] == "S" else FIELDS
         self._buffer = bytearray(BUFFER_BYTES)
-        self._start = self._end = 0  # of the bytes in the buffer that are not decoded yet
-        self._found: list[Frame] = []  # whole, and not given yet
+        self._start = self._end = 0  # of the bytes in the buffer that are not decoded
+        self._found: list[Frame] = []  # whole, and not returned yet
         self._parser = self._parse()
         self._place = next(self._parser)  # for the next bytes
 
     def space(self) -> memoryview:
-        """Return the place of the next bytes, 64 KiB at least. Release it, or let it go, before `received`."""
+        """Return the place of the next bytes, 64 KiB at least. Release it before `received`."""
         return self._place[:]
 
     def received(self, count: int) -> list[Frame]:
@@ -59,17 +59,17 @@ class FrameReader:
         return found
 
     def close(self) -> None:
-        """Let the buffer go now: parser and reader refer to each other. The reader may be at work in another thread."""
+        """Free the buffer now: parser and reader refer to each other. Another thread may be in `received`."""
         with contextlib.suppress(ValueError):
             self._parser.close()
 
     def _parse(self) -> Generator[memoryview, int, None]:
-        """Find frames. As all parsers here: give the place for further bytes, and take their count."""
+        """Find frames. All parsers yield the place of the next bytes, and are sent their count."""
         while True:
             yield from self._read_frame()
 
     def _read_frame(self) -> Generator[memoryview, int, None]:
-        """Find the next frame. Nothing here holds a frame that was given."""
+        """Find the next frame. No local name keeps a returned frame alive."""
         head = yield from self._read(HEAD.size)
         number, flags, zero, length = HEAD.unpack(head)
         if length > MAX_ENVELOPE_BYTES:
@@ -86,7 +86,7 @@ class FrameReader:
         self._found.append(Frame(kind, body))
 
     def _read(self, count: int) -> Generator[memoryview, int, bytearray]:
-        """Return the next `count` bytes. Their memory grows as they arrive."""
+        """Return the next `count` bytes."""
         whole = self._take(count)
         filled = len(whole)
         while filled < count:
@@ -96,7 +96,7 @@ class FrameReader:
                 filled = len(whole)
             else:
                 if len(whole) - filled < DIRECT_BYTES:
-                    # Little memory for a length alone, then 8 MiB, then twice the bytes.
+                    # Little memory at first, then 8 MiB, then twice the bytes.
                     least = LETTER_STEP_BYTES if filled >= DIRECT_BYTES else BUFFER_BYTES
                     old, whole = whole, bytearray(min(count, max(2 * filled, least)))
                     whole[:filled] = memoryview(old)[:filled]
@@ -104,6 +104,6 @@ class FrameReader:
         return whole
 
     def _take(self, count: int) -> bytearray:
-        """Take bytes out of the buffer, as many as there are up to `count`."""
+        """Take up to `count` bytes out of the buffer."""
         start, self._start = self._start, min(self._start + count, self._end)
         return self._buffer[start : self._start]

@@ -1,24 +1,23 @@
 """TLS 1.3 with the cluster's secret as its key: a socket that encrypts, for `channel.py` and `connect.py`.
 
-It knows one TCP socket and one pre-shared key. It knows no certificate, no frame and no role. PROTOCOL.md, section 2,
-is the rule. Python 3.13 or later: `config.py` refuses ENCRYPT=yes elsewhere.
+The module knows one TCP socket and one pre-shared key, and no certificate, frame or role. PROTOCOL.md, section 2,
+is the rule. It needs Python 3.13: `config.py` refuses ENCRYPT=yes for older versions.
 
 ::
 
     Channel ─▶ encrypt ─▶ outgoing ─▶ Channel ──send──▶ socket    the thread that writes: the Channel's `_writing`
     Channel ◀─ decrypt ◀─ incoming ◀───── recv_into ◀── socket    the thread that reads
 
-OpenSSL's object must not be used by two threads at once. So it works on memory alone. `_lock` guards it and both
-buffers, and is held for no system call. `send` sends bytes that are encrypted already: the Channel keeps those that the
-socket did not take.
+Two threads must not use OpenSSL's object at once. So it works on memory alone, and `_lock` guards it and both buffers.
+No system call runs under `_lock`. `send` sends encrypted bytes: the Channel keeps the bytes that the socket left.
 
-- *A selector sees the socket alone.* `recv_into` reads only as much as fits into its place when it is decrypted. So no
-  whole record stays in memory, if the place has 64 KiB. All places of a FrameReader have. Those of the handshake have
-  less, so a loop receives once before it waits.
+- *A selector sees the socket alone.* `recv_into` reads only as many bytes as fit into its place after decryption. So no
+  whole record stays in memory, if the place has 64 KiB. All places of a FrameReader are so large. Places of the
+  handshake are smaller, so a loop receives once before it waits.
 - *The end*: `shutdown(SHUT_WR)` sends close_notify first. An end without close_notify is an end of file, too. The
   frames tell whether an end is clean.
 
-Limits: 8 KiB of the peer before it has proved its key. OpenSSL chooses the cipher: ChaCha20-Poly1305.
+Limits: 8 KiB of a peer that has not proved its key. OpenSSL chooses the cipher: ChaCha20-Poly1305.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from .frames import Buffer
 
 __all__ = ["Tls", "client", "server"]
 
-HANDSHAKE_BYTES = 8 << 10  # a client of OpenSSL 3.6 says 1,584 before its proof is checked
+HANDSHAKE_BYTES = 8 << 10  # a client of OpenSSL 3.6 sends 1,584 before its proof is checked
 RECORD_BYTES = 17 << 10  # more than a record has: 2^14 and 261 (RFC 8446, 5.2)
 ALLOW_NO_DHE_KEX = 0x400  # an option of OpenSSL (ssl.h) that its configuration file may set: no forward secrecy
 
 
 class Tls:
-    """A connected socket, and what encrypts it. It has what a Channel asks of a socket, once `handshake` has returned.
+    """A connected socket that encrypts, for a Channel, after `handshake` has returned.
 
     :ivar binding: 32 bytes for `auth.session_keys`.
     :param begun: the bytes of the peer that were read already.
@@ -63,17 +62,17 @@ class Tls:
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side)
 
     def handshake(self, deadline: float, hold: Callable[[], object] = lambda: None) -> None:
-        """Prove the key to the peer, and have it proved, by `deadline` (monotonic). Blocks. For one thread.
+        """Prove the key to the peer, and check the peer's proof, by `deadline` (monotonic). Blocks. For one thread.
 
-        :param hold: is called before a peer is told that its key is wrong.
+        :param hold: called before a peer is told that its key is wrong.
         :raises AuthenticationError: the peer has another key, or none.
-        :raises ProtocolError: the peer says too much.
+        :raises ProtocolError: the peer sends more than HANDSHAKE_BYTES.
         """
         place = memoryview(bytearray(HANDSHAKE_BYTES))
         while True:
             try:
                 self._tls.do_handshake()
-                # SHA-256 of tls-unique, which both ends know. Every other connection has another one.
+                # SHA-256 of tls-unique, which both ends know, and which differs for each connection.
                 self.binding = hashlib.sha256(self._tls.get_channel_binding("tls-unique") or b"").digest()
                 return
             except ssl.SSLWantReadError:
@@ -84,8 +83,8 @@ class Tls:
                 said = "server refused the username or the secret" if told else "peer does not know the secret"
                 raise AuthenticationError(f"the {said} (TLS: {e.reason})") from None
             finally:
-                with contextlib.suppress(OSError):  # the peer may be gone: that is seen when it is read
-                    self._sock.sendall(self._outgoing.read())  # a step, or an alert: so little never blocks
+                with contextlib.suppress(OSError):  # the peer may be gone: the next recv tells
+                    self._sock.sendall(self._outgoing.read())  # a step or an alert: so few bytes never block
             if not len(place):
                 raise ProtocolError(f"a TLS handshake of more than {HANDSHAKE_BYTES} bytes")
             count = connect.receive(self._sock, place, deadline)
@@ -93,9 +92,9 @@ class Tls:
             place = place[count:]
 
     def recv_into(self, place: memoryview) -> int:
-        """Put decrypted bytes into `place`, and return their number; 0 at the end. One recv at most.
+        """Put decrypted bytes into `place`, and return their count; 0 at the end. One recv at most.
 
-        :raises BlockingIOError: no whole record is here; `characters_written` says how many bytes came.
+        :raises BlockingIOError: no whole record is here; `characters_written` is the count of bytes that came.
         :raises AuthenticationError: a record is not the peer's. The connection cannot go on.
         """
         with contextlib.suppress(BlockingIOError):
@@ -105,9 +104,9 @@ class Tls:
         return self._decrypt(place, came) if came else 0
 
     def _decrypt(self, place: memoryview, came: int) -> int:
-        """Decrypt whole records into `place`. Raises, and returns, as `recv_into`.
+        """Decrypt whole records into `place`. Raises and returns as `recv_into`.
 
-        :param came: how many new encrypted bytes `place` begins with.
+        :param came: the count of new encrypted bytes in `place`, at its front.
         """
         count = 0
         with self._lock:
@@ -125,13 +124,13 @@ class Tls:
         return count
 
     def encrypt(self, data: Buffer) -> memoryview:
-        """Return what the socket shall send for `data`, in this order. Nothing for no data."""
+        """Return the encrypted bytes of `data`, which the socket must send in this order. Empty for no data."""
         with self._lock:
             self._tls.write(data)
             return memoryview(self._outgoing.read())
 
     def sendall(self, data: bytes) -> None:
-        """Encrypt and send so little that it never blocks."""
+        """Encrypt and send few bytes, so that this never blocks."""
         self._sock.sendall(self.encrypt(data))
 
     def shutdown(self, how: int) -> None:
@@ -147,10 +146,10 @@ class Tls:
 
 
 def client(sock: socket.socket, known: tuple[str, bytes], deadline: float) -> Tls:
-    """Return a client's side after its handshake. Blocks, and raises, as `Tls.handshake`.
+    """Return a client's side after its handshake. Blocks and raises as `Tls.handshake`.
 
-    It demands a certificate that nobody can have: it trusts no authority. So a server fails that has certificates,
-    but not the key. Otherwise that server could relay all that follows, and read it.
+    The client demands a certificate and trusts no authority. So a server with a certificate but without the key fails.
+    Else that server could relay and read all frames.
 
     :param known: identity and key: `auth.tls_key`.
     """
@@ -166,13 +165,13 @@ def client(sock: socket.socket, known: tuple[str, bytes], deadline: float) -> Tl
 def server(
     sock: socket.socket, keys: Mapping[str, bytes], begun: bytes, deadline: float, hold: Callable[[], object]
 ) -> Tls:
-    """Return a server's side after its handshake. Blocks, and raises, as `Tls.handshake`.
+    """Return a server's side after its handshake. Blocks and raises as `Tls.handshake`.
 
-    :param keys: the key of each identity. An unknown one gets a key that nobody has, and fails as a wrong key does.
+    :param keys: the key of each identity. An unknown identity gets a random key, and fails as with a wrong key.
     :param begun: the bytes of the client that were read already.
     """
     context: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.num_tickets = 0  # no session is resumed, so there is no early data either
+    context.num_tickets = 0  # no session is resumed, so there is no early data
     context.set_psk_server_callback(lambda identity: keys.get(identity, os.urandom(32)))
     made = Tls(sock, context, True, begun)
     made.handshake(deadline, hold)

@@ -18,7 +18,7 @@ from .listen import run_server
 
 __all__ = ["ask_status", "main"]
 
-NO_NODES_STATUS = 3  # exit status of --status where no node is there
+NO_NODES_STATUS = 3  # exit status of --status without a node
 OPTIONS: dict[str, dict[str, Any]] = console.OPTIONS | {
     "--bind": {"metavar": "ADDRESS", "help": "listen at this address instead of --host, such as 0.0.0.0"},
     "--write-config": {"action": "store_true", "help": "write a configuration without asking, and exit"},
@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = console.OPTIONS | {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m achilles.server`: exit status 0 after a clean end, 1 unreachable, 2 wrong settings, 3 no node."""
+    """Run the command. Exit status: 0 after a clean end, 1 unreachable, 2 wrong settings, 3 no node."""
     parser = console.parser(
         "server", "Where nodes and callers meet. Started without settings, it asks for them.", OPTIONS)
     args = console.parse(parser, argv)
@@ -59,7 +59,7 @@ def _write_config(
     host: str | None, port: int | None, username: str | None, secret: config.Secret | None, env_file: str | None,
     encrypt: bool | None,
 ) -> str:
-    """Write a file for `--write-config`, with encryption where this Python can do it.
+    """Write a file for `--write-config`, with encryption if this Python has it.
 
     A secret and the encryption in the old file stay, because nodes may have them.
     """
@@ -76,8 +76,7 @@ def _write_config(
 def ask_status(settings: config.Settings, take: Callable[[Any], bool] = lambda state: False) -> Any:
     """Return a running server's STATUS. Blocks some seconds at most. Raises ServerUnreachable, AuthenticationError.
 
-    :param take: gets each STATUS. While it returns true, the server is asked again: every second, and when nodes come
-        or go.
+    :param take: gets each STATUS. While it returns true, ask again: every second, and when nodes come or go.
     """
     try:
         link = connect.connect(

@@ -1,7 +1,7 @@
-"""What the server does with frames: frames of peers in, events to the scheduler, frames to other peers out.
+"""The exchange: it turns peers' frames into events of the scheduler, and sends frames to other peers.
 
-The exchange knows peers, contexts, and jobs by the numbers that each side has for them. The scheduler decides what
-goes where. Sockets, threads and keys are `listen.py`'s. The exchange opens no letter.
+The exchange knows peers, contexts, and jobs by the numbers of each side. The scheduler chooses the node of each batch.
+Sockets, threads and keys are `listen.py`'s. The exchange opens no letter.
 
 ::
 
@@ -11,13 +11,13 @@ goes where. Sockets, threads and keys are `listen.py`'s. The exchange opens no l
 
 Any thread may call `handle`, `leave`, `tick` and `push`. None of them waits for a peer.
 
-- `_lock` guards everything here and in the scheduler, and the order of the outbox. Under it nothing is encoded,
-  hashed or logged.
-- `_delivering` belongs to the thread that moves frames from the outbox to their channels, so that each channel gets
-  them in the order of the outbox. A thread that finds it taken goes on: its holder looks at the outbox once more.
+- `_lock` guards everything here and in the scheduler, and the order of the outbox. A thread that holds it encodes,
+  hashes and logs nothing.
+- The thread that moves frames from the outbox to the channels holds `_delivering`, so that the order stays. Another
+  thread goes on at once: the holder looks at the outbox once more.
 
-A thread logs the coming and going of its own connection, after both locks. So a log that blocks (a terminal in
-Ctrl-S) stops that connection alone.
+A thread logs events of its own connection, after both locks. So a log that blocks (a terminal in Ctrl-S) stops that
+connection alone.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from .scheduler import Scheduler
 
 __all__ = ["Exchange", "Peer"]
 
-OUTPUT_FRAMES = 1024  # that wait for a controller: a line has 1,024 bytes at most, so these have 1 MiB
-ANNOUNCE_SECONDS = 0.1  # controllers are told of nodes this often at most: a lab joins at once
+OUTPUT_FRAMES = 1024  # frames that wait for a controller: 1,024 bytes a line at most, together 1 MiB
+ANNOUNCE_SECONDS = 0.1  # between CLUSTERs at least: all nodes of a lab join together
 
 log = logging.getLogger(__name__)
 
 
 class Peer:
-    """One authenticated connection. All but `channel` is guarded by the lock of the Exchange."""
+    """One authenticated connection. The lock of the Exchange guards all but `channel`."""
 
     def __init__(self, link: Channel, role: bytes, user: str, address: str) -> None:
         self.channel = link
@@ -59,17 +59,17 @@ class Peer:
         self.hello: dict[str, Any] = {}
         self.since = 0.0  # wall clock, for people to read
         self.long: list[tuple[float, int, int, int]] = []  # a node's chunks: begin (monotonic), node, worker's pid, job
-        self.jobs: dict[int, DeclaredJob] = {}  # a controller's: by its own numbers, until END
-        self.contexts: dict[str, Letter] = {}  # a controller's: initializer or sources, under the names that it opened
+        self.jobs: dict[int, DeclaredJob] = {}  # a controller's, by its numbers, until END
+        self.contexts: dict[str, Letter] = {}  # a controller's: initializer or sources, by open name
 
 
 class DeclaredJob(NamedTuple):
-    """What the server keeps of a JOB until END: enough to declare it to a node.
+    """A JOB until its END: enough to declare it to a node.
 
     :ivar number: the server's.  :ivar owners_number: the controller's.
     :ivar letters: declaration and function.  :ivar sources: the name of its set.
-    :ivar shared: initializer and sources, each with all nodes that have it, perhaps lost ones.
-    :ivar left_out: lines of output that the controller has not got, by their node.
+    :ivar shared: initializer and sources, each with all nodes that have it, perhaps lost nodes.
+    :ivar left_out: counts of output lines that the controller does not get, by node.
     """
 
     number: int
@@ -81,7 +81,7 @@ class DeclaredJob(NamedTuple):
     left_out: Counter[int]
 
     def declare_to(self, node: int) -> Batch:
-        """Return the JOB for a node, with the initializer and the sources that are new there."""
+        """Return the JOB for a node, with the initializer and the sources that the node lacks."""
         news = [b"" if node in nodes else letter for letter, nodes in self.shared]
         for _, nodes in self.shared:
             nodes.add(node)
@@ -98,18 +98,18 @@ class Exchange:
         self._lock = threading.Lock()  # guards all below
         self._outbox: deque[tuple[Channel, Kind, Any]] = deque()
         self._scheduler = Scheduler(self._tell)
-        self._peers: set[Peer] = set()  # also those that have not said HELLO
+        self._peers: set[Peer] = set()  # also peers before HELLO
         self._nodes: dict[int, Peer] = {}
-        self._contexts: dict[str, set[int]] = {}  # open ones, and sets -> nodes that know them, perhaps lost ones
-        self._open: Counter[str] = Counter()  # connections that have a context, or a set, open
+        self._contexts: dict[str, set[int]] = {}  # open contexts and sets -> nodes that know them, perhaps lost nodes
+        self._open: Counter[str] = Counter()  # context or set -> connections that have it open
         self._jobs: dict[int, DeclaredJob] = {}  # by the server's numbers
         self._ids: defaultdict[bytes | str, Iterator[int]] = defaultdict(count)  # of nodes, controllers and jobs
         self._goodbye = ""  # the reason of the last BYE, once the server ends
-        self._changed = False  # nodes came or went since controllers were told
+        self._changed = False  # nodes came or went since the last CLUSTER
         self._announce_after = 0.0  # monotonic
 
     def enter(self, peer: Peer, most: int) -> None:
-        """A client has authenticated. If there are `most` already, it is told so, and let go."""
+        """Take an authenticated client. If there are `most` peers already, send ERROR, and let it go."""
         with self._lock:
             if len(self._peers) < most:
                 self._peers.add(peer)
@@ -118,7 +118,7 @@ class Exchange:
         peer.channel.finish()
 
     def handle(self, peer: Peer, frame: Frame) -> None:
-        """Take one frame of a peer. The caller pushes afterwards. ProtocolError if the peer may not say that now."""
+        """Handle a peer's frame. The caller pushes afterwards. ProtocolError if the peer may not say that now."""
         kind, body = frame
         if kind is Kind.ERROR:
             log.warning("%s ends the connection: %s", peer.channel.name, ascii(body["message"]))
@@ -137,7 +137,7 @@ class Exchange:
                      peer.channel.name, peer.user, peer.hello["python"], frame)
 
     def leave(self, peer: Peer) -> None:
-        """The connection is gone: a node's batches are, too, and a controller's jobs end."""
+        """Remove a peer after its connection's end. A node loses its batches. A controller's jobs end."""
         with self._lock:
             self._peers.discard(peer)
             if self._nodes.get(peer.id) is peer:
@@ -151,14 +151,14 @@ class Exchange:
         self.push()
 
     def tick(self, now: float) -> None:
-        """Do what was put off; `now` is monotonic. The serving thread calls this a few times a second."""
+        """Do the work that is due; `now` is monotonic. The server calls this five times a second."""
         with self._lock:
             self._scheduler.tick(now)
             self._announce(now)
         self.push()
 
     def push(self) -> None:
-        """Write the frames of the outbox, whichever thread made them. The writer threads do the rest."""
+        """Write the outbox's frames, of all threads. The writer threads write the rest."""
         while self._outbox and self._delivering.acquire(blocking=False):
             links = set()
             try:
@@ -174,7 +174,7 @@ class Exchange:
                 link.push()
 
     def say_goodbye(self, reason: str) -> list[Peer]:
-        """Say BYE to all peers, and from now on to all that come. Return the peers."""
+        """Say BYE to all present and new peers. Return the present peers."""
         with self._lock:
             self._goodbye = reason
             peers = list(self._peers)
@@ -183,10 +183,10 @@ class Exchange:
         self.push()
         return peers
 
-    # Everything below is called with the lock.
+    # The caller of each method below holds the lock.
 
     def _greet(self, peer: Peer, kind: Kind, body: Any) -> None:
-        """The first frame, which must be HELLO; now the peer is one of the cluster."""
+        """Take the first frame, which must be HELLO."""
         if kind is not Kind.HELLO or peer.hello or (peer.role == auth.NODE and not body.get("cpu_count")):
             raise ProtocolError("a client begins with HELLO and says no second HELLO, and a node has workers")
         peer.hello, peer.since = body, time.time()
@@ -194,7 +194,7 @@ class Exchange:
         peer.channel.name = f"{'node' if peer.role == auth.NODE else 'controller'} {peer.id} at {peer.address}"
         self._send(peer, Kind.HELLO, connect.hello() | {"client_id": peer.id, "connections": len(self._peers)})
         if self._goodbye:
-            self._send(peer, Kind.BYE, {"reason": self._goodbye})  # its channel drops whatever follows
+            self._send(peer, Kind.BYE, {"reason": self._goodbye})  # its channel drops all later frames
         if peer.role == auth.NODE:
             self._nodes[peer.id] = peer
             self._scheduler.join(peer.id, body["python"], body["cpu_count"])
@@ -204,7 +204,7 @@ class Exchange:
             self._send(peer, Kind.CLUSTER, self._scheduler.cluster(body["python"]))
 
     def _handle_node(self, node: Peer, kind: Kind, body: Any) -> None:
-        """A node may speak of what it does not hold any more: that is ignored."""
+        """Handle a node's frame. The scheduler ignores chunks that the node does not hold."""
         if kind in (Kind.RESULT, Kind.RETURNED):
             self._scheduler.hear(node.id, kind, body, time.monotonic())
         elif kind is Kind.OUTPUT and (job := self._jobs.get(body.job)) is not None:
@@ -238,7 +238,7 @@ class Exchange:
                 self._end(job)
 
     def _declare(self, peer: Peer, batch: Batch) -> None:
-        """A JOB opens its context and its sources on this connection. Later JOBs need not bring their letters."""
+        """Open a JOB's context and sources on this connection. Later JOBs need not bring these letters."""
         letters: list[Letter] = [*batch.letters(), b"", b""]
         if batch.job in peer.jobs:
             raise ProtocolError(f"job {batch.job} is there already")
@@ -263,7 +263,7 @@ class Exchange:
             self._close(job.owner, job.sources)
 
     def _close(self, peer: Peer, name: str) -> None:
-        """The connection has a context or a set open no more."""
+        """Close a context or a set for a connection; after the last connection, for all nodes."""
         del peer.contexts[name]
         self._open[name] -= 1
         if not self._open[name]:
@@ -272,7 +272,7 @@ class Exchange:
                 self._send(self._nodes[node], Kind.CLOSE, {"context": name})
 
     def _tell(self, kind: Kind, node_id: int | None, batch: Batch) -> None:
-        """Send a frame of the scheduler's: to a node, or to the controller of the job, unless that has ended."""
+        """Send a frame of the scheduler to a node or the job's controller, until the job's end."""
         job = self._jobs.get(batch.job)
         if job is None:
             return
@@ -293,7 +293,7 @@ class Exchange:
         self._outbox.append((peer.channel, kind, body))
 
     def _announce(self, now: float) -> None:
-        """Tell controllers of the nodes there are, if these have changed: at once, but seldom."""
+        """Send CLUSTER to all controllers, if nodes came or went, and ANNOUNCE_SECONDS are over."""
         if self._changed and now >= self._announce_after:
             self._changed, self._announce_after = False, now + ANNOUNCE_SECONDS
             cluster = functools.cache(self._scheduler.cluster)  # once for each Python
@@ -304,7 +304,7 @@ class Exchange:
     def _status(self) -> dict[str, Any]:
         chunks = sorted((chunk for peer in self._nodes.values() for chunk in peer.long), reverse=True)
         longest = {job: {"longest": round(time.monotonic() - began), "node": node, "pid": pid}
-                   for began, node, pid, job in chunks}  # the earliest is the last, and stays
+                   for began, node, pid, job in chunks}  # the earliest chunk is last, and stays
         nodes = [
             {"id": peer.id, "address": peer.address, "python": peer.hello["python"], "version": peer.hello["version"],
              "cpu_count": node.cpu_count, "busy": min(len(node.held), node.cpu_count), "done": node.done,

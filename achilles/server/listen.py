@@ -1,7 +1,6 @@
-"""The server: it listens, gives places and threads, has clients authenticate, and reads each connection.
+"""The server: it listens, gives places and threads, authenticates clients, and reads each connection.
 
-`exchange.py` gives the frames their meaning. The server opens no letter: it imports neither pickle nor dill, and a
-test says so.
+`exchange.py` gives the frames their meaning. The server opens no letter: it imports no pickle or dill.
 
 ::
 
@@ -9,13 +8,13 @@ test says so.
     accepter thread  reader thread of the connection ─────────────┘             │
                      writer thread of each connection:  sends ◀──────────────────┘
 
-Threads: the thread that calls `run` waits for the reason to end, and closes all. The accepter is the loop of a
+Threads: the thread in `run` waits for the reason to end, and closes all. The accepter is the loop of a
 `socketserver.ThreadingTCPServer`. It gives each connection a place, then a reader thread. Each connection has a writer,
-too. A reader never waits for another connection's writer: it queues.
-`_places_lock` guards the places of connections that are not authenticated yet. Under this lock the server takes no
-other lock, writes no log and waits for nothing.
+too. A reader queues frames, so it never waits for another connection's writer.
+`_places_lock` guards the places of connections that are not authenticated yet. A thread that holds it takes no other
+lock, writes no log and does not wait.
 
-Without ENCRYPT=yes, not for a network where others may read your data (docs/security.md).
+Without ENCRYPT=yes, others in the network may read the data (docs/security.md).
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ from .exchange import Exchange, Peer
 
 __all__ = ["Server", "run_server"]
 
-BACKLOG = 1024  # a lab that starts 150 clients at once must not lose any (5 lost 107 of 150)
+BACKLOG = 1024  # a lab that starts 150 clients at once must lose none (a backlog of 5 lost 107)
 PLACES = 64  # connections that are not authenticated yet
 POLL_SECONDS = 0.2  # how soon accepting ends; how soon Windows sees Ctrl-C
-HANDSHAKE_SECONDS = 5.0  # for all of it, whatever arrives
-REFUSAL_SECONDS = 1.0  # a guess costs the guesser this, and its place meanwhile
-KILLED_SECONDS = 10.0  # after `kill_cluster`, the server still tells peers that come back
+HANDSHAKE_SECONDS = 5.0  # for the whole handshake
+REFUSAL_SECONDS = 1.0  # each guess takes so long, and holds its place
+KILLED_SECONDS = 10.0  # after `kill_cluster`, for peers that come back
 READ_AGAIN = "read again"  # in the queue of the reasons to end, but no reason to end
 JOIN_SECONDS = 2.0  # for a connection's threads, when the server ends
-NO_ROOM_SECONDS = 0.2  # a pause where no descriptor or thread is left: accept would be called again at once
-CONNECTIONS = 2_000  # at most: so many were tried
-SPARE_FILES = 8  # descriptors that the process needs besides connections
-REASONS = {  # not to listen, with remedies
+NO_ROOM_SECONDS = 0.2  # a pause if no descriptor or thread is left: accept would fail again at once
+CONNECTIONS = 2_000  # at most: no test had more
+SPARE_FILES = 8  # descriptors besides connections
+REASONS = {  # why the server cannot listen, with remedies
     errno.EADDRINUSE: "another program does; end it, or choose another port (port 0 takes any free one)",
     errno.EACCES: "ports below 1024 are the system's; choose another, such as 9999",
 }
@@ -62,27 +61,27 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """A server that listens at `settings.host` (or `bind`) and `settings.port`; port 0 takes any free one.
+    """A server that listens at `settings.host` (or `bind`) and `settings.port`; port 0 takes any free port.
 
-    `run()` blocks until `end(reason)`, which any thread and any signal handler may call. The keys take 40 to 80 ms
-    to derive. Raises AddressError if the server cannot listen.
+    `run()` blocks until `end(reason)`. Any thread and any signal handler may call `end`. To derive the keys takes 40 to
+    80 ms. Raises AddressError if the server cannot listen.
     """
 
     def __init__(self, settings: config.Settings, bind: str | None = None) -> None:
         self._bind = bind
         self._use(settings)
-        self._decoys = [secrets.token_bytes(32), secrets.token_bytes(32)]  # for unknown users: the same work
-        self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # to end; a signal handler may put
+        self._decoys = [secrets.token_bytes(32), secrets.token_bytes(32)]  # the same work for unknown users
+        self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()  # reasons to end; a signal handler may put
         self._exchange = Exchange(kill=lambda: self.end("killed"))
         self._readers: set[threading.Thread] = set()  # reader threads that have not ended
         self._places_lock = threading.Lock()
         # Connections before authentication, the oldest first: the address, and an event for the loss of the place.
         self._places: dict[socket.socket, tuple[str, threading.Event]] = {}
         self._listener = _Listener(bind or settings.host, settings.port, self)
-        self.address = settings.host, self._listener.server_address[1]  # the host as it was given; the port is never 0
+        self.address = settings.host, self._listener.server_address[1]  # the port is never 0
 
     def run(self) -> None:
-        """Serve until `end` is called; then say BYE to all peers, and close everything. Blocks."""
+        """Serve until `end`. Then say BYE to all peers, and close everything. Blocks."""
         console.keep_freed_memory()
         accepter = threading.Thread(
             target=self._listener.serve_forever, args=(POLL_SECONDS,), name="achilles-accepter", daemon=True)
@@ -97,24 +96,24 @@ class Server:
         self._close_all(reason)
 
     def end(self, reason: str) -> None:
-        """Let `run` return. `restart`: peers come back. `killed`: peers end, and so do those of the next 10 s.
+        """Let `run` return. `restart`: peers come back. `killed`: peers end, and so do peers of the next 10 s.
 
-        With READ_AGAIN, `run` takes the secrets that the file has now, and goes on; connections stay.
+        With READ_AGAIN, `run` reads the secrets from the file, and goes on; connections stay.
         """
         self._reasons.put(reason)
 
-    # In the thread that calls `run`.
+    # In the thread of `run`.
 
     def _use(self, settings: config.Settings) -> None:
-        """Take these settings, for the next client. A handshake under way has the old keys."""
+        """Use these settings from the next client on."""
         given = [each for each in (settings.secret, settings.previous) if each is not None]
         keys = [auth.derive_key(settings.username, each.reveal()) for each in given]
-        self._keys = [*keys, secrets.token_bytes(32)][:2]  # the same work, with and without a previous secret
+        self._keys = [*keys, secrets.token_bytes(32)][:2]  # always two: the same work
         self._tls_keys = dict(auth.tls_key(settings.username, key) for key in self._keys) if settings.encrypt else None
         self.settings = settings
 
     def _wait_for_reason(self, known: str = "", seconds: float = threading.TIMEOUT_MAX) -> str:
-        """Return the next reason to end but `known`; return `known` when the time is over."""
+        """Return the next reason to end but `known`; `known` when the time is over."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self._exchange.tick(time.monotonic())
@@ -127,7 +126,7 @@ class Server:
         return known
 
     def _read_again(self) -> None:
-        """Take the secrets that the file has now. If the file is bad, the old secrets stay good."""
+        """Read the secrets from the file. If the file is bad, the old secrets stay good."""
         before = self.settings
         try:
             self._use(config.read_again(before, "server", self._bind))
@@ -139,7 +138,6 @@ class Server:
             log.info("%s was read again: the secret is %s, %s", before.env_file, new, more)
 
     def _close_all(self, reason: str) -> None:
-        """End every connection, and wait for its threads."""
         peers = self._exchange.say_goodbye(reason)
         deadline = time.monotonic() + JOIN_SECONDS
         with self._places_lock:
@@ -154,7 +152,7 @@ class Server:
     # In the accepter's thread.
 
     def admit(self, sock: socket.socket, address: str) -> tuple[str, threading.Event]:
-        """Give a client a place. If there are too many, the address with most loses its oldest place.
+        """Give a client a place. If all places are taken, the address with most places loses its oldest.
 
         Return the client: its address, and the event for the loss of its place.
         """
@@ -167,7 +165,7 @@ class Server:
         return client
 
     def dismiss(self, sock: socket.socket) -> None:
-        """A client needs its place no longer, if it has it still. Any thread."""
+        """Free the client's place, if the client still has it. Any thread."""
         with self._places_lock:
             self._places.pop(sock, None)
 
@@ -176,7 +174,7 @@ class Server:
     def serve(self, sock: socket.socket, client: tuple[str, threading.Event], _: object) -> None:
         """Authenticate a client, then read its frames until it is gone. The listener closes the socket.
 
-        :param client: see `admit`. A client that has lost its place has no right to a thread either.
+        :param client: see `admit`. A client that loses its place loses its thread, too.
         """
         address, lost = client
         threading.current_thread().name = f"achilles-reader {address}"
@@ -217,15 +215,15 @@ def run_server(
 ) -> int:
     """Run a server in this thread until SIGTERM, Ctrl-C, or `kill_cluster`. Return its exit status.
 
-    On SIGHUP the server takes the secrets anew from their file, and goes on. If SIGHUP says that the terminal of its
+    On SIGHUP the server reads the secrets again from their file, and goes on. If SIGHUP says that the terminal of its
     start was closed, the server ends.
 
     :param host: nodes and callers reach the server at this address; the server listens there.
-    :param port: 0..65535, 9999 by default; 0 takes any free one.
+    :param port: 0..65535, 9999 by default; 0 takes any free port.
     :param bind: listen at this address instead, such as 0.0.0.0.
     :param encrypt: by TLS; nodes and callers must do the same.
-    A setting that is None is looked for in the environment and the file, then asked for on a terminal.
-    Prints two lines when it listens. Signals are handled in the main thread alone.
+    A setting that is None comes from the environment or the file; else a person on a terminal is asked.
+    Prints two lines when it listens. Only the main thread handles signals.
     :raises ConfigurationError: a setting is missing or malformed.
     :raises AddressError: the server cannot listen there.
     """
@@ -236,11 +234,11 @@ def run_server(
 
     def on_signal(number: int, _: object) -> None:
         if told:
-            os._exit(128 + number)  # at once: other threads may hold the locks of an orderly end
+            os._exit(128 + number)  # other threads may hold the locks that an orderly end needs
         told.append(number)
         server.end("restart")
 
-    # Before the lines: a program that waits for the lines may signal at once.
+    # A program that waits for the lines may signal at once.
     with console.signal_handlers(on_signal, lambda: server.end(READ_AGAIN)):
         console.say("ALERT: achilles_server initiated at {}:{}\nListening for connections...".format(*server.address))
         server.run()
@@ -248,9 +246,9 @@ def run_server(
 
 
 class _Listener(socketserver.ThreadingTCPServer):
-    """Accepts clients. Where the system has no descriptor or thread, it pauses: the next try would come at once."""
+    """Accepts clients. It pauses if no descriptor or thread is left."""
 
-    allow_reuse_address = os.name == "posix"  # elsewhere that option lets another process take the port over
+    allow_reuse_address = os.name == "posix"  # elsewhere another process could take the port over
     daemon_threads = True  # the server joins its readers itself, with a deadline
     request_queue_size = BACKLOG
 
@@ -269,7 +267,7 @@ class _Listener(socketserver.ThreadingTCPServer):
             raise error from e
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a client. It has a place before it has a thread."""
+        """Accept a client, and give it a place."""
         try:
             sock, address = super().get_request()
         except OSError as e:
@@ -279,14 +277,14 @@ class _Listener(socketserver.ThreadingTCPServer):
         return sock, self._server.admit(sock, address[0])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Our own error in a reader thread, or no thread for the reader or the writer: then pause as well."""
+        """Log an error of a reader thread, or the lack of a thread. Then pause as well."""
         self._server.dismiss(request)
         log.exception("a connection failed: %s", client_address[0])
         threading.Event().wait(NO_ROOM_SECONDS)
 
 
 def _take_away(sock: socket.socket, lost: threading.Event) -> None:
-    """End a client's handshake: its reader finds an end of file, and waits no longer."""
+    """End a client's handshake: its reader finds an end of file."""
     lost.set()
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)

@@ -1,7 +1,7 @@
-"""Which node runs which batch, and when: events in, frames to send out.
+"""The scheduler chooses the node and the time of each batch: events come in, frames go out.
 
-The scheduler knows nodes, jobs, batches and their ranges. It must not know letters, sockets, threads or a clock: an
-event brings the time where the scheduler needs it. It names each frame that it wants sent by a call of `tell`.
+The scheduler knows nodes, jobs, batches and their ranges. It must not know letters, sockets, threads or a clock. Some
+events bring the time. A call of `tell` names each frame to send.
 
 ::
 
@@ -9,20 +9,19 @@ event brings the time where the scheduler needs it. It names each frame that it 
               │                                  │
               └── cancel ──▶ GONE                └── returned, lose ───▶ GONE
 
-1. A batch is given once, whole, to one node. The scheduler keeps no letter of it. The controller sends again what
-   comes back.
-2. A node has a place for each worker, and a second one for each. A second place takes a batch that is quick. Idle
-   workers of all nodes are filled before any second place. The node that has waited longest is served first.
+1. The scheduler gives a batch once, whole, to one node. It keeps no letter of the batch. The controller sends again
+   the chunks that come back.
+2. A node has two places for each worker. A second place takes only a quick batch. Idle workers of all nodes are filled
+   before any second place. The node that has waited longest is served first.
 3. Jobs take turns, one batch each. A job goes to nodes of its Python alone.
-4. An answer or a return counts for the part of its range that the node holds under that attempt. It is ignored where
-   it has no such part. Else an answer is passed on whole: the controller accepts each chunk once. The part is cut
-   from the interval's front or end. Nodes answer in order: so the chunks in front of a part in the middle come back.
-5. A batch that waited in a node's queue and was returned takes one of the node's places away, as if the node held it
-   still. The node has all places again after its next answer, or after a pause. A node that holds nothing always
-   has a place.
+4. An answer or a return counts for the part of its range that the node holds under that attempt. Without a part, it
+   is ignored. Else an answer is passed on whole: the controller accepts each chunk once. The part is cut from the
+   interval's front or end. Nodes answer in order: so the chunks in front of a part in the middle come back.
+5. A batch that waited in a node's queue and was returned still takes a place of the node. The node has all places again
+   after its next answer, or after a pause. A node that holds no batch always has a place.
 
-The exchange's lock guards everything here. No method blocks. An event for one batch costs a constant, whatever the
-number of nodes and jobs.
+The exchange's lock guards everything here. No method blocks. An event for one batch costs a constant, for any number
+of nodes and jobs.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ from ..protocol.kinds import MAX_PYTHONS
 __all__ = ["Scheduler"]
 
 QUICK_US = 20_000  # a batch of at most this much work may wait in a second place
-PAUSE_SECONDS = 1.0  # a place is taken away for this long, if no answer comes
-MAX_PAUSE_SECONDS = 60.0  # the pause doubles up to this: a node that never answers is tried once a minute
+PAUSE_SECONDS = 1.0  # a taken place comes back after it, if no answer comes
+MAX_PAUSE_SECONDS = 60.0  # the pause doubles up to this
 
 
 class Scheduler:
     """All nodes and jobs of one server, by numbers that the server never gives again.
 
-    :param tell: is called with a frame's kind, the node that shall get it, or None for the controller of the batch's
-        job, and the batch. A JOB has no letters here. What is told to the controller of an ended job leads nowhere.
-    :ivar nodes, jobs: those there are, for STATUS.
+    :param tell: gets a frame's kind, its node (None for the controller of the batch's job), and the batch. A JOB has no
+        letters here. A frame for the controller of an ended job is dropped.
+    :ivar nodes, jobs: the present nodes and jobs, for STATUS.
     """
 
     def __init__(self, tell: Callable[[Kind, int | None, Batch], None]) -> None:
@@ -57,7 +56,7 @@ class Scheduler:
         self._groups: defaultdict[str, Group] = defaultdict(Group)  # by their Python
 
     def join(self, number: int, python: str, cpu_count: int) -> None:
-        """A node of `cpu_count` workers, at least 1, has come."""
+        """Add a node of `cpu_count` workers, at least 1."""
         group = self._groups[python]
         node = self.nodes[number] = ScheduledNode(number, group, cpu_count)
         group.sizes[cpu_count] += 1
@@ -65,14 +64,14 @@ class Scheduler:
         self._give(group)
 
     def drain(self, number: int) -> None:
-        """The node has said BYE. It gets no further batch. Its answers count until it is lost."""
+        """Give no further batch to a node that has said BYE. Its answers count until it is lost."""
         node = self.nodes[number]
         node.group.sizes[node.cpu_count] -= not node.draining
         node.draining = True
         node.group.place(node)
 
     def lose(self, number: int) -> None:
-        """The node's connection ended. As many batches as it has workers may have run there, the first ones."""
+        """Remove a node after its connection's end. Its first batches, as many as it has workers, may have run."""
         node = self.nodes[number]
         ran, others = (Gone.LEFT, Gone.LEFT) if node.draining else (Gone.LOST, Gone.RETURNED)
         self.drain(number)
@@ -81,11 +80,11 @@ class Scheduler:
             self._give_back(held, held.first, held.end, ran if place < node.cpu_count else others)
 
     def declare(self, number: int, python: str) -> None:
-        """A job begins."""
+        """Add a job."""
         self.jobs[number] = ServerJob(number, self._groups[python])
 
     def add(self, batch: Batch) -> None:
-        """A batch of a declared job has come. ProtocolError if its attempt is out, or if no worker can count so far."""
+        """Queue a batch of a declared job. ProtocolError if its attempt is out, or a chunk is beyond 2^63-2."""
         job = self.jobs[batch.job]
         if batch.attempt in job.waiting or batch.attempt in job.held or batch.end > U64 // 2:
             raise ProtocolError(f"attempt {batch.attempt} is out already, or chunk {batch.end - 1} is beyond 2^63-2")
@@ -94,7 +93,7 @@ class Scheduler:
         self._give(job.group)
 
     def hear(self, number: int, kind: Kind, batch: Batch, now: float) -> None:
-        """A RESULT or RETURNED of a node; the flags of a RETURNED say why. `now` is monotonic."""
+        """Take a RESULT or RETURNED of a node; a RETURNED's flags are the reason. `now` is monotonic."""
         node = self.nodes[number]
         held = node.held.get((batch.job, batch.attempt))
         if held is None or batch.first >= held.end or batch.end <= held.first:
@@ -118,7 +117,7 @@ class Scheduler:
         self._give(node.group)
 
     def cancel(self, number: int, first: int, end: int) -> None:
-        """Give waiting batches of a job back that overlap the range; tell the nodes that hold a part of it."""
+        """Give back a job's waiting batches that overlap the range. Tell the nodes that hold a part of it."""
         job = self.jobs[number]
         for batch in [each for each in job.waiting.values() if each.first < end and first < each.end]:
             del job.waiting[batch.attempt]
@@ -127,10 +126,10 @@ class Scheduler:
         for node in dict.fromkeys(each.node.number for each in held):
             self._tell(Kind.CANCEL, node, Batch(number, first, end - first))
         job.group.line_up(job)
-        self._give(job.group)  # the batch that is first now may be quick
+        self._give(job.group)  # the new first batch may be quick
 
     def end(self, number: int) -> None:
-        """The job is over. A node holds its part until it has answered or returned it."""
+        """End a job. A node holds its part until it has answered or returned it."""
         job = self.jobs.pop(number)
         job.waiting.clear()
         job.group.line_up(job)
@@ -138,7 +137,7 @@ class Scheduler:
             self._tell(Kind.END, node, Batch(number))
 
     def tick(self, now: float) -> None:
-        """Give nodes their places back after the pause. `now` is monotonic."""
+        """Give nodes back their places after the pause. `now` is monotonic."""
         for node in self.nodes.values():
             if node.taken and node.paused_until <= now:
                 node.taken = 0
@@ -173,12 +172,12 @@ class Scheduler:
             self._tell(Kind.TASK, node.number, batch)
 
     def _give_back(self, held: HeldBatch, first: int, end: int, reason: int) -> None:
-        """Tell the controller that chunks which a node held are with nobody now."""
+        """Tell the controller that a node no longer holds these chunks."""
         self._cut(held, first, end)
         self._tell(Kind.GONE, None, Batch(held.job.number, first, end - first, held.attempt, flags=reason))
 
     def _cut(self, held: HeldBatch, first: int, end: int) -> None:
-        """Take a range from a held batch, at its front or its end."""
+        """Cut a range from a held batch's front or end."""
         if end < held.end:
             held.first = end
         else:
@@ -192,7 +191,7 @@ class Line(OrderedDict[Any, None]):
     """An ordered set: the first member is served first."""
 
     def put(self, member: object, belongs: bool, served: bool) -> None:
-        """Let a member in that belongs here, at the end if it is new or was `served`; else remove it."""
+        """Let in a member that belongs here, at the end if it is new or was `served`; else remove it."""
         if served or not belongs:
             self.pop(member, None)
         if belongs:
@@ -205,46 +204,46 @@ class Group:
     def __init__(self) -> None:
         self.sizes: Counter[int] = Counter()  # cpu_count -> nodes that do not drain
         self.idle, self.spare = Line(), Line()  # nodes with idle workers; other nodes with free second places
-        self.turns, self.quick = Line(), Line()  # jobs with waiting batches; of these, jobs with a quick one next
+        self.turns, self.quick = Line(), Line()  # jobs with waiting batches; jobs with a quick batch next
 
     def place(self, node: ScheduledNode, served: bool = False) -> None:
-        """Put a node into the line where it belongs."""
+        """Put a node into its line."""
         used = len(node.held) + node.taken
         idle = used < node.cpu_count or not node.held
         self.idle.put(node, idle and not node.draining, served)
         self.spare.put(node, not idle and used < 2 * node.cpu_count and not node.draining, served)
 
     def line_up(self, job: ServerJob, served: bool = False) -> None:
-        """Put a job into the lines where it belongs."""
+        """Put a job into its lines."""
         batch = next(iter(job.waiting.values()), None)
         self.turns.put(job, batch is not None, served)
         self.quick.put(job, batch is not None and 1 <= batch.number <= QUICK_US, served)
 
 
 class ScheduledNode:
-    """One node, and the batches that it holds."""
+    """A node, and the batches that it holds."""
 
     def __init__(self, number: int, group: Group, cpu_count: int) -> None:
         self.number, self.group, self.cpu_count = number, group, cpu_count
         self.held: dict[tuple[int, int], HeldBatch] = {}  # (job, attempt) -> batch, in the order of giving
         self.draining = False
-        self.done = self.taken = 0  # chunks; places that were taken away
-        self.paused_until = 0.0  # then the taken places come back
+        self.done = self.taken = 0  # chunks; places taken away
+        self.paused_until = 0.0  # then all places come back
         self.pause_seconds = PAUSE_SECONDS  # of the next pause
 
 
 class ServerJob:
-    """One job, and its batches that are out."""
+    """A job, and its batches that are out."""
 
     def __init__(self, number: int, group: Group) -> None:
         self.number, self.group = number, group
         self.waiting: OrderedDict[int, Batch] = OrderedDict()  # by their attempt, as they came
         self.held: dict[int, HeldBatch] = {}  # by their attempt
-        self.told: set[int] = set()  # nodes that had a batch of the job; perhaps lost ones
+        self.told: set[int] = set()  # nodes that had a batch of the job, perhaps lost nodes
         self.done = 0  # chunks
 
     def counts(self) -> dict[str, int]:
-        """Return the counts of chunks that a STATUS has."""
+        """Return the counts of chunks for a STATUS."""
         return {
             "queued": sum(batch.count for batch in self.waiting.values()),
             "running": sum(held.end - held.first for held in self.held.values()), "done": self.done,
@@ -252,7 +251,7 @@ class ServerJob:
 
 
 class HeldBatch:
-    """The interval of a batch that a node has neither answered nor returned: `first` to before `end`."""
+    """The interval of a batch that a node has not answered or returned: `first` to before `end`."""
 
     def __init__(self, node: ScheduledNode, job: ServerJob, batch: Batch) -> None:
         self.node, self.job = node, job
