@@ -1,8 +1,9 @@
-"""What a check can hold of plain words: `python tests/plain_words.py [FOLDER]`, a part of the lint step.
+"""The rules of plain words that a check can hold: `python tests/plain_words.py [FOLDER]`, a part of the lint step.
 
 In comments and docstrings: no comment that the next one continues, no sentence of more than 28 words, no "who", "whom",
-"whoever" or "whose". Prints each place, and exits with status 1 if there is one. `tests/test_docs.py` holds the pages
-for people by the same rules: all of them but their blocks, tables and headings.
+"whoever" or "whose", and no "what" in the place of a noun. Prints each place, and exits with status 1 if there is one.
+`tests/test_docs.py` holds the pages for people by the same rules, but for "what": all of them but their blocks, tables
+and headings.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 LONGEST_SENTENCE = 28  # words; the aim is 20
 PRONOUN = re.compile(r"\b(who|whom|whoever|whose)\b", re.I)
+NO_NOUN = re.compile(r"(?<!:param )\bwhat\b", re.I)  # but a parameter may have that name
 PICTURE = re.compile(r"::\n.*", re.S)  # what follows in a docstring is drawn, or a table
 SENTENCE_END = re.compile(r"(?<=[.:;])\s")
 BLOCK = re.compile(r"^( *)```.*?^\1```$", re.M | re.S)  # of a page
@@ -44,7 +46,7 @@ def findings(source: str) -> Iterator[tuple[int, str]]:
     for line, text in prose_of(source):
         if text.startswith("...") or text.rstrip().endswith("..."):
             yield line, "a comment that another one continues"
-        if found := PRONOUN.search(text):
+        if found := PRONOUN.search(text) or NO_NOUN.search(text):
             yield line, f"{found[0]!r}: name the thing"
         for sentence in SENTENCE_END.split(re.sub(r"\s+", " ", PICTURE.sub("", text))):
             yield from too_long(line, sentence)

@@ -30,6 +30,7 @@ from fakes import SECRET, USER, address, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import achilles
 from achilles import (
     ClusterKilled,
     LetterTooLarge,
@@ -1114,26 +1115,36 @@ class RecordedLock:
         self.release()
 
 
-def test_a_map_of_a_list_starts_no_thread_and_has_five_locks(make, monkeypatch):
-    monkeypatch.setattr(threading, "Lock", RecordedLock)
-    pool, seen = make(), set()
-    others = set(threading.enumerate())
-    RecordedLock.used.clear()
+def threads_during(call):
+    """The names of our threads that begin while this is called."""
+    seen, before, done = set(), set(threading.enumerate()), threading.Event()
 
     def watch():
         while not done.wait(0.005):
-            seen.update(each.name.split()[0] for each in {*threading.enumerate()} - others
+            seen.update(each.name.split()[0] for each in {*threading.enumerate()} - before
                         if each.name.startswith("achilles-"))
 
-    done = threading.Event()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    pool.map(square, list(range(20_000)), 1)
-    monkeypatch.undo()
-    done.set()
-    watcher.join()
-    assert not seen
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return seen
+
+
+def test_a_map_of_a_list_starts_no_thread_and_has_five_locks(make, monkeypatch):
+    monkeypatch.setattr(threading, "Lock", RecordedLock)
+    pool = make()
+    RecordedLock.used.clear()
+    assert not threads_during(lambda: pool.map(square, list(range(20_000)), 1))
     assert len(RecordedLock.used) <= 5, RecordedLock.used
+
+
+def test_the_original_map_of_a_list_has_two_threads(cluster):
+    call = functools.partial(achilles.map, square, list(range(20_000)), chunksize=100, **where(cluster))
+    assert threads_during(call) == {"achilles-reader", "achilles-writer"}
 
 
 def test_single_calls_start_no_thread_and_make_one_lock_each(make, monkeypatch):
