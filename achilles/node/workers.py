@@ -165,12 +165,12 @@ class Workers:
     # The loop.
 
     def turn(self) -> None:
-        """Look at workers, give them batches, and write. Does not block."""
+        """Give workers batches, look at them, and write. Does not block."""
+        if self._queue:
+            self._feed()  # first: a look replaces workers for batches that no idle worker may run
         now = time.monotonic()
         if now >= self.look_at:
             self._look(now)
-        if self._queue:
-            self._feed()
         for worker in self._workers:
             pump(self._selector, worker.channel)
 

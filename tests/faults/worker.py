@@ -79,16 +79,14 @@ def worker_idle(bench: Bench) -> None:
     _kill_idle(bench, cluster, set(cluster.nodes[0].workers(2)))
 
 
-@fault(1, "worker SIGKILLed while idle, its own children live on", runs=20)
+@fault(1, "worker SIGKILLed while idle, its own children with it", runs=20)
 def worker_idle_with_a_child(bench: Bench) -> None:
     cluster = bench.cluster(2)
     call = bench.call(cluster, "map", leave_a_child, range(12))
     found = call.result()
     cluster.wait_idle(5)
     _kill_idle(bench, cluster, set(cluster.nodes[0].workers(2)))
-    for _, _, child in found.values():
-        assert alive(child)
-        tree.kill(child)
+    wait_until(lambda: not any(alive(child) for _, _, child in found.values()), "the end of what tasks have started")
 
 
 def _kill_idle(bench: Bench, cluster: Cluster, before: set[int]) -> None:

@@ -1016,6 +1016,23 @@ def test_contexts_that_take_turns_keep_their_workers(loop: Any, monkeypatch: Any
     assert set(it.pids) == pids
 
 
+def test_workers_that_were_idle_for_long_get_the_next_batches_and_are_not_replaced(
+    loop: Any, monkeypatch: Any
+) -> None:
+    """As after a server that was stopped for some seconds."""
+    it = loop(2)
+    it.declare(sleep)
+    it.add_each([0.1], [0.1])
+    it.until(lambda: it.done(2))
+    pids = set(it.pids)
+    monkeypatch.setattr(module, "SHARE_SECONDS", 0.0)
+    for number in range(2, 12):
+        it.workers.look_at = 0.0
+        it.add([0.0], first=number)
+        it.until(lambda: it.done(number + 1))  # noqa: B023
+    assert set(it.pids) == pids
+
+
 def test_maxtasksperchild_replaces_a_worker_after_so_many_chunks(loop: Any, monkeypatch: Any) -> None:
     # No batch is returned: its chunks would be given again one by one.
     monkeypatch.setattr(module, "WAIT_SECONDS", 3600.0)
