@@ -42,9 +42,11 @@ def endless(bench: Bench) -> None:
     with achilles.imap(echo, arguments, **cluster.address) as packets:
         for _ in range(20):
             next(packets)
-        before = -1
-        while before != last:  # 256 MiB are dumped until then
-            before = last
+        before, held = -1, 0
+        for _ in range(60):  # until 256 MiB are dumped, and have come back
+            if before == last and tree.memory(pids[0]) - held < MIB:
+                break
+            before, held = last, tree.memory(pids[0])
             _wait(2)
         memory = [tree.memory(pid) for pid in pids]
         _wait(3 if bench.short else 60)
