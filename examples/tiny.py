@@ -12,7 +12,7 @@ A cluster is a `multiprocessing.Pool` with a network in its middle. A task is a 
 The handshake and the frames are those of achilles/PROTOCOL.md, sections 2 and 3. Only a peer with the secret gets in,
 and nobody on the way can alter a byte. Nothing is encrypted. The server moves pickled bytes and never loads them.
 
-The file leaves out what makes a cluster dependable. These are its weaknesses, with the functions that show them:
+The file leaves out the parts that make a cluster dependable. These are its weaknesses, with the functions that show them:
 
 - Lost tasks: a killed worker or node takes its tasks along. The map waits for ever (`run_node`, `serve_client`).
 - Silence: nothing tells a stopped node, or a cut cable, from a long task (`recv`).
@@ -146,7 +146,7 @@ class Server:
             threading.Thread(target=self.serve_client, args=[sock, secret], daemon=True).start()
 
     def serve_client(self, sock, secret):
-        """Do what one client says, until it is gone."""
+        """Carry out a client's frames, until it is gone."""
         with suppress(OSError):
             link = welcome(sock, secret)
             while True:
@@ -157,7 +157,7 @@ class Server:
         sock.close()
 
     def handle(self, link, kind, number, payload):
-        """Do what one frame says, then give waiting tasks to idle workers."""
+        """Carry out one frame, then give waiting tasks to idle workers."""
         with self.lock:
             if kind == HELLO:  # a node has so many workers
                 self.idle.extend([link] * number)
