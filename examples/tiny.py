@@ -12,7 +12,7 @@ A cluster is a `multiprocessing.Pool` with a network in its middle. A task is a 
 The handshake and the frames are those of achilles/PROTOCOL.md, sections 2 and 3. Only a peer with the secret gets in,
 and nobody on the way can alter a byte. Nothing is encrypted. The server moves pickled bytes and never loads them.
 
-The file leaves out the parts that make a cluster dependable. These are its weaknesses, with the functions that show them:
+The file leaves out the parts that make a cluster dependable. Its weaknesses, with the functions that show them:
 
 - Lost tasks: a killed worker or node takes its tasks along. The map waits for ever (`run_node`, `serve_client`).
 - Silence: nothing tells a stopped node, or a cut cable, from a long task (`recv`).

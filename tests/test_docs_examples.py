@@ -248,7 +248,10 @@ def test_the_two_commands_are_those_of_ci():
     for pattern in (r"-m venv ", r"pip\" install (--quiet )?\.$", r"-m achilles\.local .*examples/\$example\.py",
                     r"for example in .*word_count", r"^pip install (--quiet )?tox$", r"^tox$"):
         assert re.search(pattern, ci, re.MULTILINE), pattern
-    assert "commands = pytest -n 4 {posargs}" in (ROOT / "tox.ini").read_text()
+    tox = (ROOT / "tox.ini").read_text()
+    assert "commands = pytest -n 4 {posargs}" in tox
+    for name, command in (("lint", "ruff check"), ("lint", "python tests/plain_words.py"), ("types", "mypy --strict")):
+        assert re.search(rf"^\[testenv:{name}\]\n(?:(?!\[).*\n)*.*{command}", tox, re.MULTILINE), name
 
 
 def test_kill_cluster_prints_what_its_page_says(cluster):
