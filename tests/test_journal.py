@@ -114,13 +114,12 @@ def test_a_file_torn_at_any_byte_loses_the_last_line_alone(path, written):
 def test_an_altered_byte_loses_its_line_or_two(path, written):
     whole, chance = b"".join(written), random.Random(3)
     for at in range(len(written[0]), len(whole)):
-        for _ in range(3):
-            altered = bytearray(whole)
-            altered[at] ^= chance.randrange(1, 256)
-            path.write_bytes(altered)
-            ran, results = run(path, CHUNKS)
-            assert results == RESULTS and len(ran) <= 2, at
-            assert run(path, CHUNKS) == ([], RESULTS), at
+        altered = bytearray(whole)
+        altered[at] ^= chance.randrange(1, 256)
+        path.write_bytes(altered)
+        ran, results = run(path, CHUNKS)
+        assert results == RESULTS and len(ran) <= 2, at
+        assert run(path, CHUNKS) == ([], RESULTS), at
 
 
 def test_an_altered_first_line_is_refused_and_left(path, written):

@@ -9,22 +9,15 @@ the oldest Python that can compile it.
 from __future__ import annotations
 
 import pytest
-from tables import FOLDER, check, check_fork, names_of, outcomes
+from tables import FOLDER, MODES, check, outcomes
 
 FILES = {file.stem: (file, None) for file in sorted(FOLDER.glob("cases_*.py"))}
 MODULES = {"relative": "__main__.py", "relative.mod": "mod.py"}  # run by `python -m`
 FILES |= {name: (FOLDER / "folder/relative" / file, name) for name, file in MODULES.items()}
-CASES = [(stem, name) for stem, (file, _) in FILES.items() for name in names_of(file)]
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stem", FILES)
-def test_multiprocessing_agrees(stem: str) -> None:
+def test_table(stem: str, mode: str) -> None:
     file, module = FILES[stem]
-    check_fork(file, outcomes(file, "fork", module))
-
-
-@pytest.mark.parametrize("mode", ["script", "notebook", "pool"])
-@pytest.mark.parametrize(("stem", "name"), CASES)
-def test_case(stem: str, name: str, mode: str) -> None:
-    file, module = FILES[stem]
-    check(outcomes(file, mode, module)[name])
+    check(file, outcomes(file, mode, module))

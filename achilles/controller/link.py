@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import json
-import operator
 import os
 import threading
 import weakref
@@ -213,5 +212,6 @@ def _of_this_process() -> weakref.WeakSet[Link]:
     """The links that are left to the parent where this process forks."""
     links: weakref.WeakSet[Link] = weakref.WeakSet()
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: [*map(operator.methodcaller("leave_to_parent"), links)])
+        # A list: where the collector runs meanwhile, it takes links out of the set.
+        os.register_at_fork(after_in_child=lambda: [link.leave_to_parent() for link in list(links)])
     return links

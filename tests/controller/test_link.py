@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 
 import pytest
-from conftest import SECONDS, wait_until
+from conftest import SECONDS, in_a_child, wait_until
 from fake_link import FakeLink, begin, begin_fed, begin_fixture, make_job, values  # noqa: F401
 
 from achilles.controller import link as link_module
 from achilles.controller.call import Call
 from achilles.controller.job import Job
-from achilles.controller.link import KEPT_BYTES, KEPT_JOBS
+from achilles.controller.link import KEPT_BYTES, KEPT_JOBS, Link
 from achilles.errors import ProtocolError, WorkerLost
 from achilles.objects import letters
 from achilles.objects.sources import Sources
@@ -443,3 +444,22 @@ def test_a_part_of_a_batch_that_is_given_ends_the_connection_and_not_every_one_a
     link.square(batch)
     assert values(call) == [n * n for n in range(6)]
     call.close(None, InterruptedError())
+
+
+def collect_and_leave(link):
+    gc.collect()
+    Link.leave_to_parent(link)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_fork_leaves_every_link_also_where_others_are_collected_meanwhile(monkeypatch):
+    monkeypatch.setattr(FakeLink, "leave_to_parent", collect_and_leave)
+    links, dropped = [FakeLink() for _ in range(5)], FakeLink()
+    dropped.itself = dropped  # so that only the collector finds it
+    gc.collect()
+    gc.disable()
+    try:
+        del dropped
+        assert in_a_child(lambda: [link.forked for link in links]) == str([True] * 5)
+    finally:
+        gc.enable()
