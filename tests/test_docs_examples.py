@@ -249,7 +249,7 @@ def test_the_two_commands_are_those_of_ci():
                     r"for example in .*word_count", r"^pip install (--quiet )?tox$", r"^tox$"):
         assert re.search(pattern, ci, re.MULTILINE), pattern
     tox = (ROOT / "tox.ini").read_text()
-    assert "commands = pytest -n 4 {posargs}" in tox
+    assert "commands = pytest -n 4 --dist worksteal {posargs}" in tox
     for name, command in (("lint", "ruff check"), ("lint", "python tests/plain_words.py"), ("types", "mypy --strict")):
         assert re.search(rf"^\[testenv:{name}\]\n(?:(?!\[).*\n)*.*{command}", tox, re.MULTILINE), name
 
