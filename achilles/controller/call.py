@@ -94,7 +94,7 @@ class Call:
         self._show, self._watchers, self._recall = show or NOBODY.hear, watchers, recall
         self._args, self._flat, self._eager, self._largest = args, flat, eager, largest
         self._size = chunksize if flat else min(chunksize, buffersize or chunksize)  # arguments in a chunk
-        self._sequence = isinstance(args, (list, tuple, range))
+        self._sequence = type(args) in (list, tuple, range)  # the iterator of a subclass may be of any kind
         self._iterator: Any = None
         self._lists = False if flat else None  # None while no argument has come
         self._inline = link.in_place  # the thread that takes feeds
