@@ -100,7 +100,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         """Wait for a node. Return how many calls may run at a time. NoNodesError after `wait_for_nodes`."""
         link = self._controller
         with link.lock:
-            self._dispatcher.wait_for(partial(link.changed.wait_for, lambda: link.workers))
+            self._dispatcher.wait_for(partial(link.changed.wait_for, lambda: link.workers or link.check_usable()))
         return self._processes
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:

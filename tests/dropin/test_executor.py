@@ -18,6 +18,7 @@ import time
 import pytest
 from cluster import PYTHON, Cluster, environment
 from conftest import SECONDS, in_a_child, wait_until
+from fakes import address, serving
 
 from achilles import Executor, LocalCluster, ServerUnreachable, cluster_status
 from achilles.controller.job import Job
@@ -412,6 +413,24 @@ def test_a_with_block_and_shutdown_may_follow_each_other(make):
     executor.shutdown(wait=False, cancel_futures=True)
     with executor, pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
         executor.submit(square, 1)
+
+
+def test_a_wait_for_workers_ends_with_the_connection(no_leftovers):
+    """Else it would last for ever."""
+    told = []
+
+    def wait():
+        with pytest.raises(ServerUnreachable, match="closed by its owner") as caught:
+            executor.wait_for_workers()
+        told.append(caught.value)
+
+    with serving() as server, Executor(**address(server.address[1])) as executor:
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        wait_until(lambda: executor._controller.changed._waiters, "the wait")
+        executor.terminate_workers()
+        thread.join(5)
+    assert told
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
