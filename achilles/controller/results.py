@@ -80,7 +80,7 @@ class Results(Sink):
     """
 
     def __init__(
-        self, lock: threading.Lock, ordered: bool, by_argument: bool, packets: bool = False,
+        self, lock: threading.RLock, ordered: bool, by_argument: bool, packets: bool = False,
         ready: Callable[[], object] | None = None, first: int = 0,
     ) -> None:
         self.changed = threading.Condition(lock)

@@ -150,8 +150,12 @@ class Taker(Watcher):
         self._taking = threading.RLock()
 
     def drain(self, later: Callable[..., Callable[[], object]] = partial) -> None:
-        """Let the dispatcher take all results, now and later. Takes no lock: `__del__` of iterators calls it."""
-        if (call := self.call) is not None:
+        """Let the dispatcher take all results, now and later. Takes no lock: `__del__` of iterators calls it.
+
+        The thread that takes may call it, as a progress function or a signal handler that ends the pool. That thread
+        goes on to take, and must not wait for a dispatcher that waits for `_taking`.
+        """
+        if (call := self.call) is not None and not self._taking._is_owned():  # type: ignore[attr-defined]
             call.results.ready = self.drain
             self._dispatcher.work.put(later(self.take_all, 0.0))
 

@@ -71,7 +71,7 @@ class Channel:
         self._unsent = memoryview(b"")  # the socket takes these bytes next
         self._reader = FrameReader(link, auth.Tagger(keys[1]).check if keys else None)
         self._trickled = 0  # bytes since last_heard; the reading thread's
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.RLock()  # guards all below; a signal handler may meet its own thread in it
         self._ready = threading.Condition(self._lock)
         self._queue: deque[tuple[Frame, bytes, list[memoryview]]] = deque()
         self._state = OPEN
