@@ -87,10 +87,10 @@ class Dispatcher:
         return True
 
     def wait(self) -> None:
-        """Block until all calls are over. Iterators keep their results."""
+        """Block until all calls are over, or the thread has ended. Iterators keep their results."""
         self.drain()
         with self.link.lock:
-            self.wait_for(partial(self.link.changed.wait_for, lambda: not self.open))
+            self.wait_for(partial(self.link.changed.wait_for, lambda: not (self.open and self._thread.is_alive())))
 
     def drain(self) -> None:
         """Let the thread take the results that perhaps no other thread takes."""
@@ -311,7 +311,7 @@ class BasePool:
                 self._dispatcher.open[taker] = taker, self
             taker.call.start(inline)
             if inline:
-                taker.take_all()
+                taker.take_all(None)
         except BaseException as error:
             taker.cancel(error)
             raise

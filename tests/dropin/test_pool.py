@@ -46,7 +46,7 @@ from achilles.controller.call import Call
 from achilles.controller.connection import Controller
 from achilles.controller.results import NOBODY
 from achilles.dropin.async_results import AsyncResult, PoolIterator, ResultTimeout
-from achilles.dropin.base_pool import STOP_SECONDS
+from achilles.dropin.base_pool import STOP_SECONDS, Singles
 from achilles.objects import letters
 from achilles.protocol.channel import Channel
 from achilles.protocol.frames import Kind
@@ -590,6 +590,13 @@ def test_the_thread_that_takes_may_terminate_its_pool(make, tmp_path, how, metho
     assert time.monotonic() - began < STOP_SECONDS and not pool._dispatcher._thread.is_alive()
 
 
+def test_a_pool_that_was_terminated_by_a_call_that_nobody_takes_any_more_is_joined(make):
+    pool = make()
+    iterator = pool.imap(square, [1, 2, 3], progress=lambda done, total: pool.terminate())
+    assert next(iterator) == 1
+    pool.join()
+
+
 @pytest.mark.parametrize("lock", [lambda link: link.lock, lambda link: link._channel._lock], ids=["link", "channel"])
 def test_a_pool_ends_in_a_thread_that_holds_a_lock_of_it(make, monkeypatch, lock):
     """Where a signal handler or the collector comes while the thread holds it."""
@@ -628,6 +635,25 @@ def test_ctrl_c_behind_the_beginning_of_a_call_leaves_nothing_open(make, monkeyp
     assert pool.map(square, [2]) == [4]
     pool.close()
     pool.join()
+
+
+@pytest.mark.parametrize("name", ["entries", "_dispatcher"])
+def test_ctrl_c_in_the_making_of_an_entry_leaves_no_half_of_it_in_the_job(make, monkeypatch, name):
+    """Else whatever ends all jobs would stop there, and leave the others waiting."""
+    def interrupted(self, attribute, value):
+        if attribute == name:
+            raise KeyboardInterrupt
+        object.__setattr__(self, attribute, value)
+
+    pool = make()
+    monkeypatch.setattr(Singles, "__setattr__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.apply_async(square, (1,))
+    monkeypatch.undo()
+    result = pool.map_async(after, [60])
+    pool.terminate()
+    with pytest.raises(InterruptedError):
+        result.get(SECONDS)
 
 
 def test_a_chunksize_that_is_no_int_leaves_no_job(make):
