@@ -284,7 +284,7 @@ class BasePool:
         :param args: an iterable, or a function that returns `iterable`.
         """
         buffersize, timeout, _ = checked(buffersize=buffersize, timeout=timeout, progress=progress)
-        if chunksize is not None and operator.index(chunksize) < 1:
+        if chunksize is not None and (chunksize < 1 or operator.index(chunksize) < 1):  # a float raises
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         link = self._controller
         watchers = watching(progress, iterable if callable(args) else args, link)

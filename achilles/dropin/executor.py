@@ -97,10 +97,13 @@ class Executor(BasePool, concurrent.futures.Executor):
         _left_open().add(self)
 
     def wait_for_workers(self) -> int:
-        """Wait for a node. Return how many calls may run at a time. NoNodesError after `wait_for_nodes`."""
+        """Wait for a node. Return how many calls may run at a time. NoNodesError after `wait_for_nodes`.
+
+        Raises as `submit`, where no node can come any more.
+        """
         link = self._controller
         with link.lock:
-            self._dispatcher.wait_for(partial(link.changed.wait_for, lambda: link.workers or link.check_usable()))
+            self._dispatcher.wait_for(partial(link.changed.wait_for, lambda: link.workers or not self._begin()))
         return self._processes
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:

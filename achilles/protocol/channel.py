@@ -209,7 +209,7 @@ class Channel:
 
         After `finish`, shut down writing when all is written.
 
-        :param busy: what `send` raises where the socket takes nothing. A TimeoutError in a push is a signal handler's.
+        :param busy: the error of `send` where the socket takes nothing. A TimeoutError in a push is a signal handler's.
         """
         is_last = self._state == FINISHING  # read first: in this state no frame is queued
         if not self._unsent:

@@ -415,20 +415,23 @@ def test_a_with_block_and_shutdown_may_follow_each_other(make):
         executor.submit(square, 1)
 
 
-def test_a_wait_for_workers_ends_with_the_connection(no_leftovers):
-    """Else it would last for ever."""
+@pytest.mark.parametrize(("ended", "error"), [("the executor", RuntimeError), ("the server", ServerUnreachable)])
+def test_a_wait_for_workers_ends_where_no_node_can_come(no_leftovers, ended, error):
     told = []
 
     def wait():
-        with pytest.raises(ServerUnreachable, match="closed by its owner") as caught:
+        with pytest.raises(error) as caught:
             executor.wait_for_workers()
         told.append(caught.value)
 
-    with serving() as server, Executor(**address(server.address[1])) as executor:
+    with serving() as server, Executor(**address(server.address[1]), reconnect_seconds=0.1) as executor:
         thread = threading.Thread(target=wait, daemon=True)
         thread.start()
         wait_until(lambda: executor._controller.changed._waiters, "the wait")
-        executor.terminate_workers()
+        if ended == "the server":
+            server.end("leaving")
+        else:
+            executor.terminate_workers()
         thread.join(5)
     assert told
 
