@@ -173,12 +173,10 @@ class Taker(Watcher):
                 return False
             except BaseException as error:  # of the iterable, or of the call as a whole
                 self.failure = error
-            self.call = None
-            try:
-                call.close(self.key, self.failure)
-            finally:
-                with self._dispatcher.link.lock:
-                    self._dispatcher.forget(self)
+            with self._dispatcher.link.lock:
+                self._dispatcher.forget(self)
+            self.call = None  # behind `forget`: where Ctrl-C comes in between, the end is taken again
+            call.close(self.key, self.failure)
             return True
 
     def take_all(self, timeout: float | None = 0.0) -> None:

@@ -46,7 +46,7 @@ from achilles.controller.call import Call
 from achilles.controller.connection import Controller
 from achilles.controller.results import NOBODY
 from achilles.dropin.async_results import AsyncResult, PoolIterator, ResultTimeout
-from achilles.dropin.base_pool import STOP_SECONDS, Singles
+from achilles.dropin.base_pool import STOP_SECONDS, Dispatcher, Singles
 from achilles.objects import letters
 from achilles.protocol.channel import Channel
 from achilles.protocol.frames import Kind
@@ -654,6 +654,24 @@ def test_ctrl_c_in_the_making_of_an_entry_leaves_no_half_of_it_in_the_job(make, 
     pool.terminate()
     with pytest.raises(InterruptedError):
         result.get(SECONDS)
+
+
+@pytest.mark.parametrize("method", ["map", "imap"])
+def test_ctrl_c_while_the_end_of_a_call_is_noted_leaves_nothing_to_wait_for(make, monkeypatch, method):
+    pool, forget = make(), Dispatcher.forget
+
+    def interrupted(self, key):
+        monkeypatch.setattr(Dispatcher, "forget", forget)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Dispatcher, "forget", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        [*getattr(pool, method)(square, [1])]
+    pool.close()
+    thread = threading.Thread(target=pool.join, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 def test_a_chunksize_that_is_no_int_leaves_no_job(make):
