@@ -474,10 +474,13 @@ def test_workers_that_do_not_end_in_time_are_not_watched_any_more(server: Server
     monkeypatch.setattr(loop, "Node", Watched)
     with in_thread(server):
         for _ in range(2):
+            if server.peer:
+                server.peer.close()
             server.accept()
             server.give(square, [3])
             assert server.results(1) == {0: 9}
         assert watched[-1] == 3  # the server, and a worker's two
+        monkeypatch.undo()
         server.say(Kind.BYE, {"reason": "killed"})
 
 
