@@ -123,11 +123,16 @@ def signal_handlers(
 ) -> Iterator[None]:
     """Handle SIGINT, SIGTERM and SIGHUP inside the block, in the main thread alone. An ignored signal stays ignored.
 
+    SIGCHLD has its default inside the block. A parent may hand an ignored SIGCHLD down: then a node would never learn
+    that a worker has ended.
+
     With `read_again`, SIGHUP calls `read_again`, as in other daemons. That holds under nohup too: nohup wants no end.
     Where the terminal in which this process was started has gone, SIGHUP says so, and goes to `handler`.
     """
-    handlers = {each: handler for each in signal.Signals
-                if each.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(each) is not signal.SIG_IGN}
+    handlers: dict[int, Any] = {
+        each: handler for each in signal.Signals
+        if each.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(each) is not signal.SIG_IGN}
+    handlers |= {each: signal.SIG_DFL for each in signal.Signals if each.name == "SIGCHLD"}
     if read_again is not None and hasattr(signal, "SIGHUP"):
         ends_with_terminal = signal.SIGHUP in handlers and _has_terminal()
         handlers[signal.SIGHUP] = lambda number, frame: (

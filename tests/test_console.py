@@ -99,11 +99,14 @@ def test_the_secret_of_a_file_is_its_first_line(tmp_path):
 
 def test_handlers_are_set_for_a_while_in_the_main_thread_alone():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    children = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     came = []
     with console.signal_handlers(lambda number, frame: came.append(number)):
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
     assert came == [signal.SIGTERM, signal.SIGINT]
+    assert signal.signal(signal.SIGCHLD, children) == signal.SIG_IGN
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
     def elsewhere():

@@ -552,10 +552,11 @@ def test_status_says_where_a_job_is_stuck(eight, tmp_path):
     with achilles.Pool(**eight.address) as pool:
         assert pool.map(tasks.square, [2]) == [4]
         result = pool.map_async(functools.partial(pid_or_stuck, str(path)), range(20), chunksize=2)
-        # On a busy machine the others may take a second, too.
+        pid = int(wait_until(lambda: path.exists() and path.read_text()))
+        # On a busy machine the others may take a second, too. The server tells of them until the node's next PING.
         job = wait_until(lambda: next(
-            (job for job in eight.status()["jobs"] if job["longest"] and job["running"] == 1), None))
-        assert (job["node"], job["pid"]) == (0, int(path.read_text()))
+            (job for job in eight.status()["jobs"] if job["pid"] == pid and job["running"] == 1), None))
+        assert job["node"] == 0
         assert job["longest"] >= 1
         quick, stuck = sorted(eight.status()["jobs"], key=lambda job: job["running"])
         assert (quick["longest"], quick["node"], quick["pid"]) == (0, None, None)

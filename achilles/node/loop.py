@@ -65,8 +65,7 @@ def run_node(
         raise ConfigurationError(f"cpu_count must be an int in 1..{U16}, not {count!r}")
     settings = config.resolve(host, port, username, secret_key, env_file=env_file, role="node", encrypt=encrypt)
     config.remove_from_environment()
-    method = start_method or default_start_method(count_threads())
-    Node(settings, count, method).run()
+    Node(settings, count, start_method or default_start_method(count_threads())).run()
 
 
 class Node:

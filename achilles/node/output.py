@@ -73,7 +73,7 @@ class Output:
 
     def __init__(self, status: Any, node: int, sock: socket.socket) -> None:
         self.batch: Batch | None = None  # the batch that runs, if its job wants output
-        self._status, self._node, self._socket = status, node, sock
+        self._status, self._node, self.socket = status, node, sock
         self._job, self._flow = -1, Flow()  # of the last batch
         self._taps: list[Tap] = []
 
@@ -113,7 +113,7 @@ class Output:
             self._write(frame)
 
     def _write(self, frame: Batch) -> None:
-        self._socket.sendall(encode(Kind.OUTPUT, frame)[0])
+        self.socket.sendall(encode(Kind.OUTPUT, frame)[0])
 
 
 class Tap:

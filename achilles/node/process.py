@@ -31,7 +31,7 @@ import multiprocess
 
 from ..errors import ProtocolError
 from ..protocol.channel import Channel
-from ..protocol.frames import HEAD, Batch, Kind, Letter, Status, decode, encode
+from ..protocol.frames import HEAD, U32, Batch, Kind, Letter, Status, decode, encode
 from . import worker as process_of_worker
 from .board import CALL, CHUNK, FIRST, IDLE, LIMIT, NO_LIMIT, OFFSET, PHASES, UNNAMED, WORDS, Board
 from .output import Flow
@@ -83,8 +83,8 @@ class NodeWorker:
         self.batch = STARTING
         self.next = self.end = 0  # the first unanswered chunk; behind the last chunk
         self.seen = (UNNAMED, UNNAMED, IDLE)  # chunk, offset and phase at the node's last look
-        self.seen_at = self.chunk_at = time.monotonic()  # the first look at these three; at this chunk
-        self.since = self.owned_at = time.monotonic()  # the time of its last change: idle or batch; owner
+        # The first look at these three; at this chunk. The time of its last change: idle or batch; owner.
+        self.seen_at = self.chunk_at = self.since = self.owned_at = time.monotonic()
         self.kill_at = NEVER  # monotonic
 
     @property
@@ -106,7 +106,6 @@ class NodeWorker:
         self.job, self.batch, self.next, self.end = job, batch, batch.first, batch.end
         self.seen = batch.first - 1, UNNAMED, IDLE  # not begun
         self.status[CHUNK], self.status[OFFSET], self.status[LIMIT] = batch.first - 1, UNNAMED, NO_LIMIT
-        self.tasks_left -= batch.count
         self.channel.send(Kind.TASK, batch)
 
     def fits(self, job: NodeJob) -> bool:
@@ -127,9 +126,17 @@ class NodeWorker:
         if (answer.job, answer.attempt) != (self.batch.job, self.batch.attempt) or not (
                 self.batch.first <= answer.first <= self.next <= answer.end <= self.batch.end):
             raise ProtocolError(f"worker {self.process.pid} answers chunks that it was not given")
+        self.tasks_left -= answer.end - self.next
         self.next = answer.end
         if self.next == self.batch.end:
             self.rest()
+
+    def place(self) -> tuple[int, int, int]:
+        """Return chunk, offset and phase. If a function wrote over them: the first unanswered chunk, called."""
+        chunk, offset, phase = tuple(self.status)[:LIMIT]
+        if self.batch.first - 1 <= chunk <= self.batch.end and UNNAMED <= offset <= U32 and phase in range(len(PHASES)):
+            return chunk, offset, phase
+        return self.next, UNNAMED, CALL if self.batch.count else IDLE
 
     def waiting(self, chunk: int) -> Iterator[Batch]:
         """Yield one RESULT: the unsent answers on the board, before `chunk`, the chunk that runs."""
@@ -143,7 +150,7 @@ class NodeWorker:
 
     def last_answers(self, node: int) -> Iterator[Batch]:
         """After its end, yield its unsent answers, and the answer that charges the chunk that ran."""
-        chunk, offset, phase = self.seen if self.charge is Status.TIMEOUT else tuple(self.status)[:LIMIT]
+        chunk, offset, phase = self.seen if self.charge is Status.TIMEOUT else self.place()
         yield from self.waiting(chunk)
         if self.charge is not None and phase > IDLE and self.next <= chunk < self.end:
             note = {
@@ -155,24 +162,22 @@ class NodeWorker:
 
     def rest(self) -> None:
         """End the batch: the worker is idle, or retires."""
-        self.tasks_left += self.end - self.next
         self.end = self.next
         self.batch, self.since, self.kill_at = NOTHING, time.monotonic(), NEVER
-        if not self.usable or self.tasks_left == 0:
+        if not self.usable or self.tasks_left <= 0:
             self.retire()
 
     def take_back(self) -> tuple[int, int]:
         """Let no further chunk begin. Return the first chunk taken back, and the number behind the last."""
         last = self.end
         for _ in range(2):  # the worker may have read the old limit and moved on
-            self.status[LIMIT] = limit = max(self.status[CHUNK] + 1, self.next)
+            self.status[LIMIT] = limit = max(self.place()[0] + 1, self.next)
         self.end = min(limit, last)
-        self.tasks_left += last - self.end
         return self.end, last
 
     def look(self, now: float) -> bool:
         """Note where the worker is. Kill it if it is over its time. Return whether to take chunks back."""
-        seen = chunk, _, phase = tuple(self.status)[:LIMIT]
+        seen = chunk, _, phase = self.place()
         if chunk != self.seen[0]:
             self.chunk_at = now
             if self.seen[0] < self.batch.first:  # the time to load the batch does not count
@@ -203,8 +208,9 @@ class NodeWorker:
         """After its end, kill the processes that its tasks started."""
         with contextlib.suppress(AttributeError, OSError):  # Windows has no groups; or the group has ended
             os.killpg(self.process.pid, signal.SIGKILL)
-        for thing in (self.channel, self.lines, self.life, self.process):
-            thing.close()
+        with contextlib.suppress(ValueError):  # it was not gone in time
+            for thing in (self.channel, self.lines, self.life, self.process):
+                thing.close()
 
 
 def start(method: str, node: int, number: int, inherited: Iterable[Any]) -> NodeWorker:

@@ -101,10 +101,9 @@ class Runner:
         name, set_name = declaration["context"], declaration.get("sources")
         if name not in self.contexts:
             self.contexts[name] = _Prepared(self._make_context(), initializer or None)
-        context = self.contexts[name]
         if sources and (set_name not in self._sources or self._sources[set_name].failure):
             self._sources[set_name] = _Prepared(self._make_context(), sources)
-        self.jobs[number] = _RunnerJob(context, self._sources[set_name], declaration, function)
+        self.jobs[number] = _RunnerJob(self.contexts[name], self._sources[set_name], declaration, function)
 
     def run(self, job_number: int, first: int, letters: Sequence[Letter], careful: bool = False) -> Iterator[Answer]:
         """Call the context's initializer and load the job's function, each once. Then run the job's chunks.

@@ -57,7 +57,6 @@ class Worker:
     """
 
     def __init__(self, sock: socket.socket, lines: socket.socket, shared: Any, node: int | None = None) -> None:
-        self._sockets = sock, lines
         self._channel = Channel(sock, "NW")
         self._channel.name = f"worker {os.getpid()}"
         self._board = Board(shared)
@@ -73,8 +72,8 @@ class Worker:
     def leave(self) -> None:
         """In a forked child of this process, let go of the batch and the sockets."""
         self.output.batch = None
-        for sock in self._sockets:
-            sock.close()
+        self._channel.socket.close()
+        self.output.socket.close()
         self.runner.abandon()
 
     def serve(self) -> None:
@@ -156,8 +155,10 @@ def main(
     console.keep_freed_memory()
     config.in_worker = True
     _take_name()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches workers: the node ends them
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A terminal's Ctrl-C reaches workers: the node ends them. A forked worker has the node's handlers of the others.
+    # Windows has no SIGHUP.
+    for name, action in (("SIGINT", signal.SIG_IGN), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
+        signal.signal(getattr(signal, name, signal.SIGTERM), action)
     os.environ.update(THREADS | os.environ | {f"{config.PREFIX}WORKER": str(number)})
     if hasattr(sys.stdout, "reconfigure") and not sys.stdout.closed:  # a killed worker loses no line
         sys.stdout.reconfigure(line_buffering=True)

@@ -38,7 +38,7 @@ from typing import Any
 from ..errors import AchillesError, ProtocolError
 from ..protocol.channel import Channel
 from ..protocol.frames import U64, Batch, Gone, Kind, Letter
-from .board import PHASE, PHASES
+from .board import PHASES
 from .output import Flow
 from .process import LATE_SECONDS, STARTING, NodeJob, NodeWorker, start
 
@@ -109,8 +109,7 @@ class Workers:
                 letters[place] = self._shared[name] = letters[place] or self._shared.get(name, b"")
                 if not letters[place]:
                     raise ProtocolError(f"job {batch.job} needs an initializer or sources that were not sent")
-        is_own = options["initializer"] or options.get("maxtasksperchild")
-        owner = context if is_own else None, sources
+        owner = context if options["initializer"] or options.get("maxtasksperchild") else None, sources
         self._jobs[batch.job] = NodeJob(names, owner, options, letters, Flow())
 
     def add(self, batch: Batch) -> None:
@@ -179,8 +178,10 @@ class Workers:
         self.count, deadline = 0, time.monotonic() + STOP_SECONDS
         for worker in self._workers:
             worker.kill(None)
-        while self._workers and time.monotonic() < deadline:
-            self._look(time.monotonic())
+        while self._workers:
+            for worker in [each for each in self._workers
+                           if each.process.exitcode is not None or time.monotonic() > deadline]:
+                self._bury(worker, deadline)
             self._selector.select(0.005)
 
     def _look(self, now: float) -> None:
@@ -302,7 +303,7 @@ class Workers:
             self._selector.unregister(channel.socket)
         if worker.usable:
             log.warning("worker %d ended with %s in phase %s",
-                        worker.process.pid, worker.process.exitcode, PHASES[worker.status[PHASE]])
+                        worker.process.pid, worker.process.exitcode, PHASES[worker.place()[2]])
         if worker.batch is STARTING:
             self._start_at = now + START_SECONDS
         self._pass_on(worker, worker.last_answers(self.node))

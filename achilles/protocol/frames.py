@@ -232,7 +232,8 @@ def _decode_letters(kind: Kind, batch: Batch, envelope: bytes) -> None:
     lengths, at = batch.lengths, LENGTH_BYTES * batch.count
     long = [length for length in lengths if length > SHORT_LETTER_BYTES]
     short_bytes = sum(lengths) - sum(long)
-    if len(batch.packed) != at + DIGEST_BYTES * len(long) + short_bytes or short_bytes > MAX_SHORT_BYTES:
+    if len(batch.packed) != at + DIGEST_BYTES * len(long) + short_bytes or short_bytes > MAX_SHORT_BYTES or (
+            long and kind is Kind.OUTPUT):
         raise ProtocolError(f"the letters of a {kind.name} do not fill its envelope")
     if max(long, default=0) > LETTER_LIMIT_BYTES or (
             len(long) > 1 and sum(long) > MAX_LONG_BYTES and kind is not Kind.JOB):

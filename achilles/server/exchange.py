@@ -211,7 +211,7 @@ class Exchange:
             if job.owner.channel.waiting < OUTPUT_FRAMES:
                 self._send(job.owner, kind, body.renumbered(job.owners_number))
             else:
-                job.left_out[body.number] += body.attempt if body.flags == frames.MORE else 1
+                job.left_out[node.id] += body.attempt if body.flags == frames.MORE else 1
         elif kind is Kind.PING:
             node.long = [(time.monotonic() - chunk["seconds"], node.id, chunk["pid"], chunk["job"])
                          for chunk in body.get("chunks") or ()]

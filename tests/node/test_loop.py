@@ -230,6 +230,11 @@ def sleep(seconds: float) -> float:
     return seconds
 
 
+def end_by(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(1)
+
+
 def test_it_joins_greets_and_runs_what_it_is_given(server: Server, start: Any) -> None:
     it = start(server.port)
     about = server.accept(client_id=5)
@@ -427,6 +432,56 @@ def test_it_tells_of_chunks_that_run_long_and_when_there_is_none(
     while time.monotonic() < deadline:
         server.read()
     assert Kind.PING not in [kind for kind, _ in server.frames]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_worker_dies_of_a_signal_that_its_node_handles(server: Server, start: Any, number: int) -> None:
+    start(server.port)
+    server.accept()
+    assert note_on_death(server, number)["exitcode"] == -number
+
+
+def test_a_death_is_seen_where_the_node_was_started_with_children_ignored(server: Server, start: Any) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        start(server.port)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    server.accept()
+    assert note_on_death(server, signal.SIGKILL)["phase"] == "call"
+
+
+def note_on_death(server: Server, number: int) -> Any:
+    """The answer of a worker that has ended by this signal."""
+    server.give(end_by, [number])
+    deadline = time.monotonic() + SECONDS
+    while not (found := [body for kind, body in server.frames if kind is Kind.RESULT]):
+        assert time.monotonic() < deadline
+        server.give_again()
+    assert found[0].statuses == bytes([Status.DIED])
+    return json.loads(joined(found[0].letters()[0]))
+
+
+def test_workers_that_do_not_end_in_time_are_not_watched_any_more(server: Server, monkeypatch: Any) -> None:
+    """Else their sockets stay open, and the ends of these wake the next connection's loop, again and again."""
+    monkeypatch.setattr("achilles.node.workers.STOP_SECONDS", 0.0)
+    watched: list[int] = []
+
+    class Watched(loop.Node):
+        def look(self) -> None:
+            watched.append(len(self.selector.get_map()))
+
+    monkeypatch.setattr(loop, "Node", Watched)
+    with in_thread(server):
+        for _ in range(2):
+            if server.peer:
+                server.peer.close()
+            server.accept()
+            server.give(square, [3])
+            assert server.results(1) == {0: 9}
+        assert watched[-1] == 3  # the server, and a worker's two
+        monkeypatch.undo()
+        server.say(Kind.BYE, {"reason": "killed"})
 
 
 def test_heartbeats_go_on_while_workers_work_and_silence_is_noticed(server: Server, monkeypatch: Any) -> None:

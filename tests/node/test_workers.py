@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import selectors
@@ -28,7 +29,7 @@ from multiprocess import forkserver, resource_tracker
 from achilles.errors import ProtocolError
 from achilles.node import process
 from achilles.node import workers as module
-from achilles.node.board import CALL, CHUNK, FIRST, IDLE, PHASE, WORDS
+from achilles.node.board import CALL, CHUNK, FIRST, IDLE, OFFSET, PHASE, WORDS, Board
 from achilles.node.cores import default_start_method, usable_cores
 from achilles.node.output import Flow
 from achilles.node.process import STARTING
@@ -233,6 +234,16 @@ def exit_on(x: Any) -> Any:
     if x == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     return x
+
+
+def write_over(given: Any) -> None:
+    """Write where the node reads, as C code does that writes behind its memory, and die."""
+    if given:
+        place, value = given
+        for board in [each for each in gc.get_objects() if isinstance(each, Board)]:
+            board.status[place] = value
+        time.sleep(0.1)  # the node looks
+        os._exit(7)
 
 
 def die_with_child(path: str) -> None:
@@ -747,6 +758,21 @@ def test_a_board_that_a_function_wrote_over_gives_no_answer(loop: Any, monkeypat
     worker.kill(None)
     it.until(lambda: not it.workers.busy)
     assert set(it.returned()) == {0, 1, 2} or wrong == "moved"
+
+
+@pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
+@pytest.mark.parametrize("place", [CHUNK, OFFSET, PHASE])
+@pytest.mark.parametrize("value", [77, -77, 2**63 - 1])
+def test_a_function_that_wrote_over_the_status_array_is_charged_all_the_same(
+        loop: Any, place: int, value: int) -> None:
+    it = loop(1, "fork")
+    it.declare(write_over)
+    it.add([(place, value)], [None], us=10**6)
+    it.until(lambda: it.answers() and 1 in it.returned(), seconds=10)
+    [(number, state, note)] = it.answers()
+    assert (number, state, note["exitcode"]) == (0, Status.DIED, 7)
+    it.workers.drain()
+    it.until(lambda: it.workers._workers[0].idle)
 
 
 def test_two_chunks_of_a_batch_may_wait_for_each_other(loop: Any, tmp_path: Path) -> None:

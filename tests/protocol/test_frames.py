@@ -135,6 +135,7 @@ BAD_LETTERS = [
     ("short letters over 1 MiB together", Kind.TASK, 1025, struct.pack(">1025Q", *[1024] * 1025) + bytes(1025 << 10)),
     ("a letter over the limit", Kind.TASK, 1, struct.pack(">Q", 2**40 + 1) + bytes(32)),
     ("letters of 2^64-1 bytes", Kind.TASK, 2, struct.pack(">QQ", U64, U64) + bytes(64)),
+    ("a long line", Kind.OUTPUT, 1, TABLE_1025 + bytes(32)),
     ("no status", Kind.RESULT, 1, struct.pack(">Q", 0)),
     ("a status that is not known", Kind.RESULT, 1, b"\6" + bytes(8)),
     ("a status that is not known among others", Kind.RESULT, 3, b"\0\xff\1" + bytes(24)),
@@ -150,7 +151,7 @@ BAD_LETTERS = [
 @pytest.mark.parametrize("bad", BAD_LETTERS, ids=[bad[0] for bad in BAD_LETTERS])
 def test_letters_that_break_the_rules_are_refused(bad):
     _, kind, count, rest = bad
-    with pytest.raises(ProtocolError, match=r"TASK|RESULT|JOB|letter of"):
+    with pytest.raises(ProtocolError, match=r"TASK|RESULT|JOB|OUTPUT|letter of"):
         decode(kind, 0, envelope_of(kind, count=count, rest=rest))
 
 

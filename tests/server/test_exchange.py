@@ -801,13 +801,13 @@ def test_lines_go_to_the_controller_under_its_own_number_and_in_front_of_the_ans
 def test_lines_for_a_controller_that_does_not_read_are_counted_and_results_are_not_kept_back(cluster):
     node, controller, given = with_output(cluster)
     controller.channel.waiting = exchange.OUTPUT_FRAMES
-    for _ in range(3):
-        cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"hello"], number=5))
-    cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b""], attempt=40, number=5, flags=MORE))
+    for number in (0, 5, 10**9):  # a node's word for its own id is not what the server counts by
+        cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b"hello"], number=number))
+    cluster.say(node, Kind.OUTPUT, Batch.pack(given.job, 0, [b""], attempt=40, number=0, flags=MORE))
     assert controller.channel.take() == []
     cluster.say(node, Kind.RESULT, Batch.pack(given.job, 0, [b"r"], attempt=given.attempt, statuses=b"\0"))
     (_, count), (kind, _) = controller.channel.take()
-    assert (count.job, count.attempt, count.number, count.flags) == (3, 43, 5, MORE) and kind is Kind.RESULT
+    assert (count.job, count.attempt, count.number, count.flags) == (3, 43, node.id, MORE) and kind is Kind.RESULT
 
 
 def test_lines_of_a_job_that_has_ended_lead_nowhere(cluster):
