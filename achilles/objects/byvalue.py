@@ -194,7 +194,7 @@ class Dumper(pickle.Pickler):
     def _module(self, module: types.ModuleType) -> Any:
         """A module that no import gives, with all its globals."""
         space = self.names.name(vars(module), kind=Space)
-        for name in vars(module):
+        for name in [*vars(module)]:  # another thread may set globals
             if not name.startswith("__"):
                 self.refs.setdefault(space.slot(name), len(self.refs))
         return MAKERS["module"], (vars(module),)

@@ -248,7 +248,7 @@ def _update_class(cls: type, attributes: dict[str, Any]) -> None:
 
     An attribute that running code has set since the last letter stays.
     """
-    own, last = vars(cls), vars(cls).get(CAME, {})
+    own, last = vars(cls).copy(), vars(cls).get(CAME, {})
     kept = {name for name in own if last and own[name] is not last.get(name, MISSING)}
     for name in (last.keys() & own.keys()) - attributes.keys() - kept:
         type.__delattr__(cls, name)

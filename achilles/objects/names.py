@@ -24,7 +24,7 @@ import os
 import sys
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -137,7 +137,7 @@ class Names:
         self.values = 0  # with a token
         self.changes = 0  # of versions, after the first
         self.numbers = itertools.count(1)  # of tokens and versions alike
-        self.owned: dict[int, Entry] = {}
+        self.owned: OrderedDict[int, Entry] = OrderedDict()
         self.scripts: list[Space] = []
         self.recent: deque[Any] = deque(maxlen=KEPT)
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()
@@ -173,7 +173,7 @@ class Names:
             self.owned.pop(entry.key, None)
             self.owned[entry.key] = entry
             if len(self.owned) > OWNED_KEPT:
-                del self.owned[next(iter(self.owned))]
+                self.owned.popitem(last=False)  # at once: a thing may die, in any thread, between two steps
         return entry
 
     def hold(self, value: Any, place: tuple[str, str, str] | None, is_named: bool = True) -> Entry | None:
