@@ -37,8 +37,8 @@ file is in memory: some 200 bytes a line. flock keeps two calls from one journal
 
 The time of a module's import is unknown. So two signs tell a change between its import and the first journal: the file
 is younger than the process, and Python's cached bytecode is of another version. A change goes unnoticed without /proc,
-or where another process has cached the new file. Without cached bytecode, a module that this process has written and
-then imported counts as changed.
+in a child that was forked after it, or where another process has cached the new file. Without cached bytecode, a module
+that this process has written and then imported counts as changed.
 
 Threads: the feeder reads, and the thread that takes writes, each by its own file object. `_lock` guards the end.
 """
@@ -96,7 +96,7 @@ class Journal:
         self._at: dict[bytes, int] = {}  # where lines begin, by index and digest
         self._out: dict[int, bytes] = {}  # the index and digest of running chunks, by index
         self._warned = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the call
         check_modules(self.path)
         of_callback = {} if callback is None else digests_of(callback)
         facts = {NAME: VERSION, **digests_of(func), "callback": of_callback, "chunksize": chunksize}
