@@ -97,7 +97,7 @@ class Output:
     def count(self) -> None:
         """Send the count of left-out lines: a RESULT follows."""
         for count in self._flow.count(self._job, self._node):
-            self._write(count)
+            self._socket.sendall(encode(Kind.OUTPUT, count)[0])
 
     def place(self, batch: Batch) -> tuple[Batch, int, int]:
         """Return the batch, the chunk that runs, and its argument's offset."""
@@ -110,10 +110,7 @@ class Output:
             frame = Batch.pack(batch.job, chunk, [piece], attempt=offset, number=self._node)
             if not self._flow.admits(frame):
                 return
-            self._write(frame)
-
-    def _write(self, frame: Batch) -> None:
-        self._socket.sendall(encode(Kind.OUTPUT, frame)[0])
+            self._socket.sendall(encode(Kind.OUTPUT, frame)[0])
 
 
 class Tap:

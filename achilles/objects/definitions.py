@@ -221,7 +221,7 @@ def _class(_: Any, cls: Any) -> tuple[list[Any], Any]:
     states = {name: {key: value for key, value in vars(member).items() if key != "_inverted_"}
               for name, member in members.items()}
     references = abc._get_dump(cls)[0] if isinstance(cls, abc.ABCMeta) else ()  # type: ignore[attr-defined]
-    registered = [ref() for ref in references if ref() is not None]
+    registered = [each for ref in references if (each := ref()) is not None]
     made = {name: arguments_of(member) for name, member in members.items()}
     arguments = type(cls), cls.__name__, cls.__bases__, namespace, code, made
     return pieces, (MAKERS["new_class"], arguments, (attributes, states, registered), None, None, MAKERS["fill_class"])

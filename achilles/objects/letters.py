@@ -67,6 +67,7 @@ class Context:
 
     Any thread may call any method.
 
+    :ivar refresh: looks again at classes and globals, at the beginning of a job.
     :param caller: whether this is the caller. A worker's letters only name the things that the caller has.
     :param node: the id of a worker's node, for its exceptions.
     :param own: whether the process is ours: its ``__main__`` may become the caller's script.
@@ -79,13 +80,10 @@ class Context:
         self.definitions = Definitions(self.names, caller)
         self._caller, self._own = caller, own
         self._dumped = functools.lru_cache(KEPT)(self.definitions.dump)  # of this job
+        self.refresh = self._dumped.cache_clear
         self._roots: deque[tuple[int, Any]] = deque()  # results may name them; each with its part of a letter's bytes
         self._root_bytes = 0
         self._loaded = functools.lru_cache(LETTERS_KEPT)(functools.partial(define, self.names))
-
-    def refresh(self) -> None:
-        """Look again at classes and globals, at the beginning of a job."""
-        self._dumped.cache_clear()
 
     def become_main(self) -> None:
         """Make the caller's script ``__main__``, with its `sys.argv`, as `pickle` in a user's function expects."""
@@ -147,7 +145,7 @@ class Context:
         roots = [*dumper.refs]
         with self.names.lock:
             is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # a worker's own things may change
-            is_known = is_fixed and all(root.version for root in roots)  # a closure that is made anew has no version
+            is_known = is_fixed and all(root.version or root.kind == "class" for root in roots)  # no new closure
             definitions = memoryview((self._dumped if is_known else self.definitions.dump)(*roots))
             if self._caller and not shared:
                 self._hold([root.thing for root in roots if root.kind in ("class", "function")], len(definitions))
@@ -266,8 +264,7 @@ def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[i
 
 def text_of(value: Any, text: Any = repr) -> str:
     """A value's repr, at most REPR_CHARACTERS of it; the name of its type where its repr raises."""
-    try:
+    with contextlib.suppress(Exception):
         made = str(text(value))
-    except Exception:
-        return f"<{type(value).__qualname__}>"
-    return made if len(made) <= REPR_CHARACTERS else made[:REPR_CHARACTERS] + "..."
+        return made if len(made) <= REPR_CHARACTERS else made[:REPR_CHARACTERS] + "..."
+    return f"<{type(value).__qualname__}>"

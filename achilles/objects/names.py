@@ -144,10 +144,11 @@ class Names:
         self._by_id: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
         self.ids: dict[int, Any] = self._by_id.data  # type: ignore[attr-defined]
 
-    def of_token(self, token: Any) -> Any:
-        """The entry of a token, or None if its thing is not here."""
-        entry = self._entries.get(token)
-        return None if entry is None or entry.thing is None else self.own(entry)
+    def of_token(self, token: Any) -> tuple[Any, Any]:
+        """The entry of a token, and its thing, which nobody else may hold; None for both if the thing is not here."""
+        entry: Any = self._entries.get(token)
+        thing = entry and entry.thing
+        return (None, None) if thing is None else (self.own(entry), thing)
 
     def find(self, thing: Any) -> Any:
         """The entry of a thing; None if it has none."""

@@ -38,7 +38,6 @@ __all__ = ["Sources", "install", "own_files", "own_sources", "reason", "root", "
 MAX_BYTES = 8 << 20  # of all sources: a larger set has data or a whole library in it
 LOOK_SECONDS = 0.1  # between two looks of single calls at the files
 PACKAGE = __package__.rpartition(".")[0]  # ours, under any name
-OF_PACKAGES = "/__init__.py", "\\__init__.py"  # the ends of paths; the caller's machine may be another one
 
 Module = tuple[str, bytes]  # path and source; both are empty for a namespace package
 Stamp = tuple[str, str, Any]  # name, path, and a value that changes with the file or the module
@@ -90,14 +89,11 @@ def own_sources(at_once: bool = True) -> Sources | None:
 
 def own_files(folder: str) -> dict[str, str]:
     """The paths of the own modules, by name; "" for a namespace package, which has no file."""
-    found = {}
-    for name, module in sorted(sys.modules.copy().items()):
-        path = file_of(module)
-        if not why_not(name, path, folder):
-            found[name] = path
+    files = {name: file_of(module) for name, module in sorted(sys.modules.copy().items())}
+    found = {name: path for name, path in files.items() if not why_not(name, path, folder)}
     for name in list(found):
         while name := name.rpartition(".")[0]:
-            if name not in found and not file_of(sys.modules.get(name)):
+            if name not in found and not files.get(name):
                 found[name] = ""
     return found
 
@@ -145,8 +141,8 @@ def is_installed(path: str) -> bool:
 
 @functools.cache
 def _library_folders() -> tuple[str, ...]:
-    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "scripts")]
-    folders += [os.path.join(prefix, "bin") for prefix in (sys.prefix, sys.base_prefix)]
+    folders = [*map(sysconfig.get_path, ("stdlib", "platstdlib", "scripts")),
+               *(os.path.join(prefix, "bin") for prefix in (sys.prefix, sys.base_prefix))]
     return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
 
@@ -182,8 +178,8 @@ def reason(name: str) -> str:
     """Why a worker did not find a module of this name: the rule and the remedy, for the caller."""
     if name not in sys.modules:
         return "this process has not imported it, so that it does not travel: import it here, too, or install it there"
-    rule = why_not(name, file_of(sys.modules[name]), root())
-    return rule or "it was imported here only after the call began: import it before"
+    return why_not(name, file_of(sys.modules[name]), root()) or (
+        "it was imported here only after the call began: import it before")
 
 
 class OwnLoader(machinery.SourceFileLoader):
@@ -214,7 +210,7 @@ class Finder:
             return None
         file, source = self._modules[name]
         places = None
-        if not file or file.endswith(OF_PACKAGES):
+        if not file or file.endswith(("/__init__.py", "\\__init__.py")):  # a path of the caller's system
             here = machinery.PathFinder.find_spec(name, path)  # the machines may have other modules of the package
             if not file:
                 return here or machinery.ModuleSpec(name, None, is_package=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import enum
 import gc
@@ -10,6 +11,7 @@ import json
 import pickle
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,14 +21,14 @@ from achilles.objects import letters, names, sources
 
 
 @contextlib.contextmanager
-def meanwhile(function: str, do: Callable[[int], object]) -> Iterator[None]:
-    """Do this before each instruction of a function of the package, and of its comprehensions, with its count."""
+def meanwhile(functions: str, do: Callable[[int], object], module: str = "achilles") -> Iterator[None]:
+    """Do this before each instruction of these functions, and of their comprehensions, with its count."""
     count, before = itertools.count(), sys.gettrace()
 
     def trace(frame: types.FrameType, event: str, _: object) -> Any:
         code, outer = frame.f_code, frame.f_back
-        inside = code.co_name.startswith("<") and outer is not None and outer.f_code.co_name == function
-        if (inside or code.co_name == function) and "achilles" in code.co_filename:
+        inside = code.co_name.startswith("<") and outer is not None and outer.f_code.co_name in functions.split()
+        if (inside or code.co_name in functions.split()) and module in code.co_filename:
             frame.f_trace_opcodes = True
             if event == "opcode":
                 do(next(count))
@@ -86,6 +88,64 @@ def test_a_class_gets_more_attributes() -> None:
     with meanwhile("_class", lambda at: setattr(cls, f"more_{at}", at)):
         assert made(cls).one == 1
     assert len(vars(cls)) > 20
+
+
+def test_a_function_that_a_result_names_dies() -> None:
+    """It is there, or the error says that it is not; never None."""
+    found = set()
+    for step in range(80):
+        space: dict[str, Any] = {"__name__": "__main__"}
+        exec("def function(): pass", space)
+        caller, worker = letters.Context(caller=True), letters.Context(caller=False)
+        letter = bytearray(b"".join(caller.dump((space["function"],))))
+        back = bytearray(b"".join(worker.dump([worker.load(letter)[0]])))
+
+        def die(at: int, space: dict[str, Any] = space, step: int = step) -> None:
+            if at == step:
+                space.clear()
+
+        with meanwhile("_made_and_filled", die):
+            try:
+                found.add(type(caller.load(back)[0]).__name__)
+            except pickle.UnpicklingError as error:
+                assert "not known here" in str(error)
+                found.add("an error")
+    assert found == {"function", "an error"}
+
+
+@pytest.mark.parametrize("kind", [weakref.WeakValueDictionary, weakref.WeakKeyDictionary])
+def test_a_thing_in_a_weak_dict_dies(kind: Any) -> None:
+    for step in range(60):
+        things, table = [Thing(), Thing()], kind()
+        for thing in things:
+            table.update({0: thing} if kind is weakref.WeakValueDictionary else {thing: 0})
+        del thing
+
+        def die(at: int, things: list[Thing] = things, step: int = step) -> None:
+            if at == step:
+                things.clear()
+
+        with meanwhile("items keys __getitem__", die, "weakref"):
+            assert type(made(table)) is kind
+
+
+def test_a_class_that_was_registered_dies() -> None:
+    gc.freeze()
+    try:
+        for step in range(400):
+            base: Any = abc.ABCMeta("Base", (), {"__module__": "__main__", "one": 1})
+            kids = [type("Kid", (), {"__module__": "__main__"})]
+            base.register(kids[0])
+
+            def die(at: int, kids: list[type] = kids, step: int = step) -> None:
+                if at == step:
+                    kids.clear()
+                    gc.collect()
+
+            with meanwhile("_class", die):
+                assert made(base).one == 1
+    finally:
+        gc.unfreeze()
 
 
 def test_a_function_gets_more_attributes() -> None:
