@@ -68,7 +68,6 @@ BELONGS: Any = {  # by a function's kind: the objects that it holds
 NAMED: Any = SimpleNamespace(refs={}, views=[], file=io.BytesIO(), content=None)
 DEEPEST, WIDEST = 10, 1000  # of a search for the object that cannot be dumped
 CODE = (FunctionType, staticmethod, classmethod)
-CLASS_NAMES = "__classdict__"  # the variable with the names for annotations (Python 3.14)
 MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
     "__annotations_cache__", CAME,
@@ -230,7 +229,7 @@ def _class(_: Any, cls: Any) -> tuple[list[Any], Any]:
 def _cell(entry: Any, cell: CellType) -> tuple[list[Any], Any]:
     contents = content_of(cell)
     pieces = [(content, entry.place) for content in contents]
-    if entry.place[1] == CLASS_NAMES:
+    if entry.place[1] == "__classdict__":  # the variable with the names for annotations (Python 3.14)
         pieces, contents = [], [{
             key: value for key, value in names.items()
             if not (key in MADE_ANEW or key[0] == key[-1] == "_" or isinstance(value, (*CODE, property)))

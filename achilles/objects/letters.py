@@ -222,13 +222,13 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     :param what: the value's name in an error; by default the function's.
     :raises DumpError: as `Context.dump` does.
     """
-    context.refresh()
     key = tuple(map(id, value))
-    _, known_counts, known_facts, letter = context.known.get(key, UNKNOWN)
-    counts = context.names.changes, len(sys.modules)  # a new module may be a needed submodule
-    if known_counts == counts and all(starmap(is_same, known_facts)):
-        return bytes(letter)
-    with context.names.lock:
+    with context.names.lock:  # no other dump comes between, with definitions of its own
+        context.refresh()
+        _, known_counts, known_facts, letter = context.known.get(key, UNKNOWN)
+        counts = context.names.changes, len(sys.modules)  # a new module may be a needed submodule
+        if known_counts == counts and all(starmap(is_same, known_facts)):
+            return bytes(letter)
         letter = b"".join(context.dump(value, what or name_of(value[0])))
         facts = context.definitions.facts(value)
         if facts is not None:

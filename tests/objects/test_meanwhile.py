@@ -10,6 +10,7 @@ import itertools
 import json
 import pickle
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -187,3 +188,31 @@ def test_a_module_is_imported_when_the_own_modules_are_looked_for(monkeypatch: p
         gc.set_threshold(*before)
         gc.enable()
     assert next(count) > 10
+
+
+def test_another_thread_dumps_the_same_function_and_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The facts of the one must not be taken for those of the other."""
+    space: dict[str, Any] = {"__name__": "__main__", "FACTOR": 1}
+    exec("def function(): return FACTOR\ndef other(): return 1", space)
+    context = letters.Context(caller=True)
+    refresh = context.refresh
+
+    def feed() -> None:
+        letters.dump_chunk(context, [space["function"]])
+        letters.dump_chunk(context, [space["other"]])
+
+    def refresh_and_wait() -> None:
+        refresh()
+        thread = threading.Thread(target=feed)
+        threads.append(thread)
+        thread.start()
+        thread.join(0.2)  # it may have to wait for this dump
+
+    threads: list[threading.Thread] = []
+    letters.dump_chunk(context, [space["function"]])
+    monkeypatch.setattr(context, "refresh", refresh_and_wait)
+    first = letters.dump_function(context, (space["function"], None))
+    threads[0].join(20)
+    monkeypatch.undo()
+    space["FACTOR"] = 2
+    assert letters.dump_function(context, (space["function"], None)) != first
