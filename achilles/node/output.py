@@ -146,6 +146,7 @@ class Tap:
 
     def end_line(self) -> None:
         """Send the rest of a line."""
-        if self._rest:
-            rest, self._rest = self._rest, ""
-            self._output.add(rest, self._place)
+        with self._cutting:
+            if self._rest:
+                rest, self._rest = self._rest, ""
+                self._output.add(rest, self._place)

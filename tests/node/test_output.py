@@ -345,6 +345,38 @@ def test_threads_lose_no_line(captured: Worker, monkeypatch: pytest.MonkeyPatch)
     assert len(captured.lines) == 400
 
 
+@pytest.mark.parametrize("steps", [range(0, 30), range(30, 60)])
+def test_a_function_ends_while_a_thread_of_it_prints(worker: Worker, steps: range) -> None:
+    """No part of the thread's line goes twice."""
+    def end(frame: Any, event: str, _: object) -> Any:
+        nonlocal count
+        if frame.f_code is not module.Tap.write.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count += 1
+            if count == step:
+                ending = threading.Thread(target=worker.output.end_lines)
+                endings.append(ending)
+                ending.start()
+                ending.join(0.02)  # it may have to wait
+        return end
+
+    before, endings = sys.gettrace(), list[threading.Thread]()
+    with worker.capturing():
+        worker.at(40)
+        for step in steps:
+            count, seen = 0, len(worker.lines)
+            print("half", end="")
+            sys.settrace(end)
+            print(" a line", end="")
+            sys.settrace(before)
+            for ending in endings:
+                ending.join(20)
+            worker.output.end_lines()
+            assert "".join(text for text, *_ in worker.lines[seen:]) == "half a line", step
+
+
 @inside
 def test_the_stream_in_the_place_of_stdout_has_what_stdout_has(captured: Worker) -> None:
     sys.stdout.flush()
