@@ -274,7 +274,7 @@ def _variable(variable: Any) -> Any:
 
 
 def _cache(cache: Any) -> Any:
-    own = {name: value for name, value in vars(cache).items() if not name.startswith("__")}
+    own = {name: value for name, value in vars(cache).copy().items() if not name.startswith("__")}
     return cache.__wrapped__, cache.cache_parameters(), own
 
 

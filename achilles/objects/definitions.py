@@ -217,7 +217,7 @@ def _class(_: Any, cls: Any) -> tuple[list[Any], Any]:
         attributes["_value2member_map_"] = {
             value: member for value, member in cls._value2member_map_.copy().items()
             if members.get(member._name_) is member}
-    states = {name: {key: value for key, value in vars(member).items() if key != "_inverted_"}
+    states = {name: {key: value for key, value in vars(member).copy().items() if key != "_inverted_"}
               for name, member in members.items()}
     references = abc._get_dump(cls)[0] if isinstance(cls, abc.ABCMeta) else ()  # type: ignore[attr-defined]
     registered = [each for ref in references if (each := ref()) is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import enum
+import functools
 import gc
 import itertools
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from achilles.objects import letters, names, sources
+from achilles.objects import canonical, letters, names, sources
 
 
 @contextlib.contextmanager
@@ -162,6 +163,21 @@ def test_flags_are_combined() -> None:
     with meanwhile("_class", lambda at: bits(at % 4096)):
         assert made(bits).BIT_3.value == 8
     assert len(bits._value2member_map_) > 50
+
+
+def test_a_member_of_an_enum_gets_more_attributes() -> None:
+    cls: Any = enum.Enum("cls", ["ONE", "TWO"], module="__main__")
+    with meanwhile("_class", lambda at: setattr(cls.ONE, f"more_{at}", at)):
+        assert made(cls).TWO.value == 2
+    assert len(vars(cls.ONE)) > 20
+
+
+def test_a_cache_gets_more_attributes() -> None:
+    cache: Any = functools.cache(types.FunctionType((lambda: 1).__code__, {"__name__": "__main__"}))
+    cache.one = 1
+    with meanwhile("_cache", lambda at: setattr(cache, f"more_{at}", at)):
+        assert len(canonical.digest_of(cache)) == 64
+    assert len(vars(cache)) > 20
 
 
 def test_a_module_is_imported_when_the_own_modules_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
