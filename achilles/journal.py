@@ -37,8 +37,8 @@ file is in memory: some 200 bytes a line. flock keeps two calls from one journal
 
 The time of a module's import is unknown. So two signs tell a change between its import and the first journal: the file
 is younger than the process, and Python's cached bytecode is of another version. A change goes unnoticed without /proc,
-or where another process has cached the new file. Without cached bytecode, a module that this process has written and
-then imported counts as changed.
+in a child that was forked after it, or where another process has cached the new file. Without cached bytecode, a module
+that this process has written and then imported counts as changed.
 
 Threads: the feeder reads, and the thread that takes writes, each by its own file object. `_lock` guards the end.
 """
@@ -96,7 +96,7 @@ class Journal:
         self._at: dict[bytes, int] = {}  # where lines begin, by index and digest
         self._out: dict[int, bytes] = {}  # the index and digest of running chunks, by index
         self._warned = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the call
         check_modules(self.path)
         of_callback = {} if callback is None else digests_of(callback)
         facts = {NAME: VERSION, **digests_of(func), "callback": of_callback, "chunksize": chunksize}
@@ -131,15 +131,13 @@ class Journal:
 
     def _letter(self, key: bytes) -> bytes | None:
         """The results of a line; None if the line is missing or altered."""
-        if key not in self._at:
-            return None
-        self._reader.seek(self._at[key])
-        try:
-            packed = binascii.a2b_base64(self._reader.readline()[len(key) + 1 :])
-        except binascii.Error:
-            return None
-        letter = packed[CHECKSUM_BYTES:]
-        return letter if packed[:CHECKSUM_BYTES] == checksum_of(key, letter) else None
+        if key in self._at:
+            self._reader.seek(self._at[key])
+            line = self._reader.readline()
+            with contextlib.suppress(binascii.Error):
+                letter = binascii.a2b_base64(line[len(key) + 1 :])[CHECKSUM_BYTES:]
+                return letter if line == line_of(key, letter) else None
+        return None
 
     # The thread that takes.
 
@@ -150,7 +148,7 @@ class Journal:
             return
         letter = dump_values(values)
         if letter is not None:
-            self._write(key + b" " + binascii.b2a_base64(checksum_of(key, letter) + letter))
+            self._write(line_of(key, letter))
         else:
             self._warn(f"from argument {start} on cannot be pickled: they are not kept in the journal {self.path}")
 
@@ -267,6 +265,6 @@ def began() -> float:
         return float("inf")
 
 
-def checksum_of(key: bytes, letter: bytes) -> bytes:
-    """A line's checksum."""
-    return hashlib.sha256(key + b" " + letter).digest()
+def line_of(key: bytes, letter: bytes) -> bytes:
+    """The line of a key and its results."""
+    return key + b" " + binascii.b2a_base64(hashlib.sha256(key + b" " + letter).digest() + letter)

@@ -437,6 +437,28 @@ def test_a_call_that_is_dropped_or_that_fails_leaves_the_journal_free(path, exec
     assert wait_until(free, "a free journal") == [[[x, x]] for x in range(3)]
 
 
+def test_a_signal_handler_may_close_the_iterator_that_it_interrupts(path, executor):
+    """Also while a line is written."""
+    class Interrupted:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, line):
+            count = self.file.write(line)
+            if bytes(line[:2]) == b"3 ":
+                signal.raise_signal(signal.SIGUSR1)
+            return count
+
+    found = achilles.imap(recorded, itertools.count, executor=executor, journal=path)
+    [journal] = found._call._watchers
+    journal._writer = Interrupted(journal._writer)
+    before = signal.signal(signal.SIGUSR1, lambda *_: found.close())
+    try:
+        assert [packet["ARGS_COUNTER"] for packet in found] == [0, 1, 2, 3]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_an_iterator_that_was_left_gives_its_journal_to_the_next_call(path, executor):
     for _ in range(3):
         for packet in achilles.imap(recorded, range(9), executor=executor, journal=path):

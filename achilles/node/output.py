@@ -74,6 +74,7 @@ class Output:
     def __init__(self, status: Any, node: int, sock: socket.socket) -> None:
         self.batch: Batch | None = None  # the batch that runs, if its job wants output
         self._status, self._node, self.socket = status, node, sock
+        self.lock = threading.RLock()  # guards the flow and the taps' rests; a signal handler may print
         self._job, self._flow = -1, Flow()  # of the last batch
         self._taps: list[Tap] = []
 
@@ -96,24 +97,22 @@ class Output:
 
     def count(self) -> None:
         """Send the count of left-out lines: a RESULT follows."""
-        for count in self._flow.count(self._job, self._node):
-            self._write(count)
+        with self.lock:
+            for count in self._flow.count(self._job, self._node):
+                self.socket.sendall(encode(Kind.OUTPUT, count)[0])
 
     def place(self, batch: Batch) -> tuple[Batch, int, int]:
         """Return the batch, the chunk that runs, and its argument's offset."""
         return batch, max(self._status[CHUNK], batch.first), max(self._status[OFFSET], 0)
 
     def add(self, line: str, place: tuple[Batch, int, int]) -> None:
-        """Send the part of a line that a terminal would show; a long line in pieces."""
+        """Send the part of a line that a terminal would show; a long line in pieces. Needs the lock."""
         batch, chunk, offset = place
         for piece in PIECE.findall(line.rstrip("\r").rpartition("\r")[2].encode(errors="replace")) or [b""]:
             frame = Batch.pack(batch.job, chunk, [piece], attempt=offset, number=self._node)
             if not self._flow.admits(frame):
                 return
-            self._write(frame)
-
-    def _write(self, frame: Batch) -> None:
-        self.socket.sendall(encode(Kind.OUTPUT, frame)[0])
+            self.socket.sendall(encode(Kind.OUTPUT, frame)[0])
 
 
 class Tap:
@@ -123,7 +122,6 @@ class Tap:
         self._output, self._stream = output, stream
         self._rest = ""  # of a line that has not ended
         self._place: Any = None  # of that line
-        self._cutting = threading.RLock()  # guards both
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -133,7 +131,7 @@ class Tap:
         batch = self._output.batch
         if batch is None:
             return self._stream.write(text)  # type: ignore[no-any-return]
-        with self._cutting:
+        with self._output.lock:
             place = self._output.place(batch)
             if place != self._place or len(self._rest) > REST_CHARACTERS:
                 self.end_line()
@@ -149,6 +147,7 @@ class Tap:
 
     def end_line(self) -> None:
         """Send the rest of a line."""
-        if self._rest:
-            rest, self._rest = self._rest, ""
-            self._output.add(rest, self._place)
+        with self._output.lock:
+            if self._rest:
+                rest, self._rest = self._rest, ""
+                self._output.add(rest, self._place)

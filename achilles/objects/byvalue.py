@@ -64,8 +64,8 @@ NAMELESS: Any = {  # by id: classes of C that are not under the name that they g
     **{id(kind): (type, (make(made),)) for kind, (make, made) in VIEWS.items()},
 }
 WEAK: dict[Any, Any] = {  # by the kind of a weak thing: its content
-    weakref.ref: lambda reference: reference(), weakref.WeakSet: set, weakref.WeakValueDictionary: dict,
-    weakref.WeakKeyDictionary: dict,
+    weakref.ref: lambda reference: reference(), weakref.WeakSet: set, weakref.WeakKeyDictionary: dict,
+    weakref.WeakValueDictionary: lambda table: dict(table.items()),  # `dict` asks for each value again: it may be dead
 }
 NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
 REDUCES = ("__reduce__", "__reduce_ex__")
@@ -194,7 +194,7 @@ class Dumper(pickle.Pickler):
     def _module(self, module: types.ModuleType) -> Any:
         """A module that no import gives, with all its globals."""
         space = self.names.name(vars(module), kind=Space)
-        for name in vars(module):
+        for name in [*vars(module)]:  # another thread may set globals
             if not name.startswith("__"):
                 self.refs.setdefault(space.slot(name), len(self.refs))
         return MAKERS["module"], (vars(module),)

@@ -193,7 +193,7 @@ def is_users(module: Any) -> bool:
 
 def is_users_module(thing: Any) -> bool:
     """Whether a value is a module that is not installed, or only has an installed module's name."""
-    return isinstance(thing, ModuleType) and (
+    return issubclass(type(thing), ModuleType) and (  # `__class__` of a proxy may raise
         is_users(thing.__name__) or sys.modules.get(thing.__name__) is not thing)
 
 
@@ -252,7 +252,7 @@ def _class(cls: Any) -> Any:
     """The text that dataclasses made of the signature does not count: like private tables, it may hold addresses."""
     if not is_users(cls.__module__) and not travels_by_value(cls):
         return cls.__module__, cls.__qualname__
-    own = {name: value for name, value in vars(cls).items()
+    own = {name: value for name, value in vars(cls).copy().items()
            if name not in OF_CLASSES and (name == FIELDS or not name.startswith(PRIVATE))}
     if "__dataclass_fields__" in own and str(own.get("__doc__")).startswith(f"{cls.__name__}("):
         del own["__doc__"]
@@ -274,7 +274,7 @@ def _variable(variable: Any) -> Any:
 
 
 def _cache(cache: Any) -> Any:
-    own = {name: value for name, value in vars(cache).items() if not name.startswith("__")}
+    own = {name: value for name, value in vars(cache).copy().items() if not name.startswith("__")}
     return cache.__wrapped__, cache.cache_parameters(), own
 
 

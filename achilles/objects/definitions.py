@@ -23,6 +23,7 @@ Threads: all callers have the context's lock. User code, such as a `__reduce__`,
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import functools
 import io
@@ -67,7 +68,6 @@ BELONGS: Any = {  # by a function's kind: the objects that it holds
 NAMED: Any = SimpleNamespace(refs={}, views=[], file=io.BytesIO(), content=None)
 DEEPEST, WIDEST = 10, 1000  # of a search for the object that cannot be dumped
 CODE = (FunctionType, staticmethod, classmethod)
-CLASS_NAMES = "__classdict__"  # the variable with the names for annotations (Python 3.14)
 MADE_ANEW = {  # by type.__new__, by abc, by annotationlib, by pickling itself
     "__dict__", "__weakref__", "__module__", "__qualname__", "__slots__", "__slotnames__", "_abc_impl",
     "__annotations_cache__", CAME,
@@ -193,7 +193,7 @@ def _function(entry: Any, function: Any) -> tuple[list[Any], Any]:
     pieces = [
         *_placed(function, "default", {**dict(zip(optional, defaults)), **(function.__kwdefaults__ or {})}),
         *_placed(function, "variable", dict(zip(code.co_freevars, function.__closure__ or ()))),
-        *_placed(function, "attribute", vars(function)), *_placed(function, "global", slots),
+        *_placed(function, "attribute", dict(vars(function))), *_placed(function, "global", slots),
     ]
     modules = [slot.thing.__name__ for slot in slots.values() if isinstance(slot.thing, ModuleType)]
     annotations = "__annotate__" if getattr(function, "__annotate__", None) else "__annotations__"  # unevaluated
@@ -206,7 +206,7 @@ def _class(_: Any, cls: Any) -> tuple[list[Any], Any]:
     """A class's functions and plain constants come twice: to make it, and among its attributes."""
     namespace = {name: vars(cls)[name] for name in ("__module__", "__slots__") if name in vars(cls)}
     namespace["__qualname__"] = cls.__qualname__
-    attributes = {name: value for name, value in vars(cls).items() if name not in MADE_ANEW and not (
+    attributes = {name: value for name, value in vars(cls).copy().items() if name not in MADE_ANEW and not (
         isinstance(value, MemberDescriptorType) and value.__objclass__ is cls)}  # of its `__slots__`
     code = {name: value for name, value in attributes.items() if type(value) in ATOMS or (
         type(value) in CODE and isinstance(getattr(value, "__func__", value), FunctionType))}
@@ -215,11 +215,12 @@ def _class(_: Any, cls: Any) -> tuple[list[Any], Any]:
     if isinstance(cls, enum.EnumMeta):  # its tables need its members; `_value2member_map_` has combined flags, too
         pieces, members = [], {name: member for name, member in cls._member_map_.items() if member._name_ == name}
         attributes["_value2member_map_"] = {
-            value: member for value, member in cls._value2member_map_.items() if members.get(member._name_) is member}
-    states = {name: {key: value for key, value in vars(member).items() if key != "_inverted_"}
+            value: member for value, member in cls._value2member_map_.copy().items()
+            if members.get(member._name_) is member}
+    states = {name: {key: value for key, value in vars(member).copy().items() if key != "_inverted_"}
               for name, member in members.items()}
     references = abc._get_dump(cls)[0] if isinstance(cls, abc.ABCMeta) else ()  # type: ignore[attr-defined]
-    registered = [ref() for ref in references if ref() is not None]
+    registered = [each for ref in references if (each := ref()) is not None]
     made = {name: arguments_of(member) for name, member in members.items()}
     arguments = type(cls), cls.__name__, cls.__bases__, namespace, code, made
     return pieces, (MAKERS["new_class"], arguments, (attributes, states, registered), None, None, MAKERS["fill_class"])
@@ -228,7 +229,7 @@ def _class(_: Any, cls: Any) -> tuple[list[Any], Any]:
 def _cell(entry: Any, cell: CellType) -> tuple[list[Any], Any]:
     contents = content_of(cell)
     pieces = [(content, entry.place) for content in contents]
-    if entry.place[1] == CLASS_NAMES:
+    if entry.place[1] == "__classdict__":  # the variable with the names for annotations (Python 3.14)
         pieces, contents = [], [{
             key: value for key, value in names.items()
             if not (key in MADE_ANEW or key[0] == key[-1] == "_" or isinstance(value, (*CODE, property)))
@@ -275,11 +276,12 @@ def way_to(names: Names, value: Any, way: str = "", owner: Any = None, left: int
 
     :param way: from the `owner` to the value.  :param left: steps left to look.
     """
-    for step, child in _children(value).items() if left else ():
-        try:
-            Dumper(names, child, shares=False)
-        except Exception:
-            return way_to(names, child, way + step, value, left - 1)
+    with contextlib.suppress(Exception):  # of a user's `__repr__` or `items`
+        for step, child in _children(value).items() if left else ():
+            try:
+                Dumper(names, child, shares=False)
+            except Exception:
+                return way_to(names, child, way + step, value, left - 1)
     return f"its {way}, held by an object of type {type(owner).__qualname__}: " if way else ""
 
 

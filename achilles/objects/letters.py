@@ -48,6 +48,7 @@ CHUNK_BYTES = 65_536  # of a first chunk: a larger chunk may hold arrays, which 
 FEW_ITEMS = 64  # of a longer list, the pickle is searched for names: quicker than a look at each type
 REPR_CHARACTERS = 500  # of a value that could not be dumped
 ROOTS_KEPT = 1024  # functions and classes of arguments, held for their results: nobody else may hold them
+HELD_BYTES = 256 << 20  # of the letters of these, and of the compared functions: as many as may be out
 LETTERS_KEPT, LETTER_BYTES = 16, 1 << 17  # of definitions, loaded once; the things of a larger letter are not held
 
 OWN_MAIN, OWN_ARGV = sys.modules["__main__"], sys.argv  # of this process
@@ -66,6 +67,7 @@ class Context:
 
     Any thread may call any method.
 
+    :ivar refresh: looks again at classes and globals, at the beginning of a job.
     :param caller: whether this is the caller. A worker's letters only name the things that the caller has.
     :param node: the id of a worker's node, for its exceptions.
     :param own: whether the process is ours: its ``__main__`` may become the caller's script.
@@ -78,12 +80,10 @@ class Context:
         self.definitions = Definitions(self.names, caller)
         self._caller, self._own = caller, own
         self._dumped = functools.lru_cache(KEPT)(self.definitions.dump)  # of this job
-        self._roots: deque[Any] = deque(maxlen=ROOTS_KEPT if caller else 0)  # results may name them
+        self.refresh = self._dumped.cache_clear
+        self._roots: deque[tuple[int, Any]] = deque()  # results may name them; each with its part of a letter's bytes
+        self._root_bytes = 0
         self._loaded = functools.lru_cache(LETTERS_KEPT)(functools.partial(define, self.names))
-
-    def refresh(self) -> None:
-        """Look again at classes and globals, at the beginning of a job."""
-        self._dumped.cache_clear()
 
     def become_main(self) -> None:
         """Make the caller's script ``__main__``, with its `sys.argv`, as `pickle` in a user's function expects."""
@@ -113,7 +113,7 @@ class Context:
             if shared:  # index 0 is the function or the initializer
                 way = way.replace("its [0].", "its .", 1)
             way = way or found
-            name = name_of(value) if hasattr(value, "__qualname__") else f"an object of type {type(value).__qualname__}"
+            name = text_of(value, name_of) if callable(value) else f"an object of type {type(value).__qualname__}"
             text = text_of(error, str).rstrip(".")
             told = DumpError(f"{what or name} cannot be sent {whither}: {way}{text}. {remedy}")
             told.where = way if "." in way or "'" in way else ""
@@ -145,11 +145,19 @@ class Context:
         roots = [*dumper.refs]
         with self.names.lock:
             is_fixed = self._caller or not any(map(self.definitions.carries, roots))  # a worker's own things may change
-            dump = self._dumped if is_fixed else self.definitions.dump
-            definitions = memoryview(dump(*roots))
-            if not shared:
-                self._roots.extend(root.thing for root in roots if root.kind in ("class", "function"))
+            is_known = is_fixed and all(root.version or root.kind == "class" for root in roots)  # no new closure
+            definitions = memoryview((self._dumped if is_known else self.definitions.dump)(*roots))
+            if self._caller and not shared:
+                self._hold([root.thing for root in roots if root.kind in ("class", "function")], len(definitions))
         return letter_of([dumper.file.getvalue(), definitions, *dumper.views])
+
+    def _hold(self, roots: list[Any], size: int) -> None:
+        """Hold the functions and classes of arguments, and let the oldest go; `size` is their definitions'."""
+        for root in roots:
+            self._roots.append((size // len(roots), root))
+            self._root_bytes += size // len(roots)
+        while len(self._roots) > ROOTS_KEPT or self._root_bytes > max(HELD_BYTES, size):
+            self._root_bytes -= self._roots.popleft()[0]
 
 
 def dump_chunk(context: Context, arguments: list[Any]) -> list[Buffer]:
@@ -197,7 +205,7 @@ def dump_plain(value: Any) -> list[Buffer] | None:
 
 def is_plain(data: bytes) -> bool:
     """Whether a pickle names only modules that other processes find, and no manager's proxy."""
-    return not (GLOBAL_OPCODE in data and (b".managers" in data or any(name in data for name in UNFOUND)))
+    return not (GLOBAL_OPCODE in data and (b".managers" in data or any(name in data for name in [*UNFOUND])))
 
 
 def joined(parts: Sequence[Buffer]) -> Buffer:
@@ -214,17 +222,17 @@ def dump_function(context: Context, value: tuple[Any, ...], what: str | None = N
     :param what: the value's name in an error; by default the function's.
     :raises DumpError: as `Context.dump` does.
     """
-    context.refresh()
     key = tuple(map(id, value))
-    _, known_counts, known_facts, letter = context.known.get(key, UNKNOWN)
-    counts = context.names.changes, len(sys.modules)  # a new module may be a needed submodule
-    if known_counts == counts and all(starmap(is_same, known_facts)):
-        return bytes(letter)
-    with context.names.lock:
+    with context.names.lock:  # no other dump comes between, with definitions of its own
+        context.refresh()
+        _, known_counts, known_facts, letter = context.known.get(key, UNKNOWN)
+        counts = context.names.changes, len(sys.modules)  # a new module may be a needed submodule
+        if known_counts == counts and all(starmap(is_same, known_facts)):
+            return bytes(letter)
         letter = b"".join(context.dump(value, what or name_of(value[0])))
         facts = context.definitions.facts(value)
         if facts is not None:
-            if len(context.known) >= KEPT:
+            if len(context.known) >= KEPT or sum(len(known[-1]) for known in context.known.values()) > HELD_BYTES:
                 context.known.clear()
             context.known[key] = value, counts, facts, letter
     return letter
@@ -256,8 +264,7 @@ def load_chunk(context: Context, letter: Buffer) -> tuple[list[Any], frozenset[i
 
 def text_of(value: Any, text: Any = repr) -> str:
     """A value's repr, at most REPR_CHARACTERS of it; the name of its type where its repr raises."""
-    try:
+    with contextlib.suppress(Exception):
         made = str(text(value))
-    except Exception:
-        return f"<{type(value).__qualname__}>"
-    return made if len(made) <= REPR_CHARACTERS else made[:REPR_CHARACTERS] + "..."
+        return made if len(made) <= REPR_CHARACTERS else made[:REPR_CHARACTERS] + "..."
+    return f"<{type(value).__qualname__}>"

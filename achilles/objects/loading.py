@@ -57,10 +57,9 @@ CAME = "_abc_came"
 def take_large(views: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
     """Take a large buffer out of a pickle's band, or leave it there (true)."""
     view = buffer.raw()
-    if view.nbytes < OUT_OF_BAND_BYTES:
-        return True
-    views.append(view)
-    return False
+    if view.nbytes >= OUT_OF_BAND_BYTES:
+        views.append(view)
+    return view.nbytes < OUT_OF_BAND_BYTES
 
 
 def letter_of(pieces: Sequence[Buffer], form: int = FORM) -> list[Buffer]:
@@ -145,12 +144,12 @@ class Part(Loader):
         return self.value
 
     def _made_and_filled(self) -> Generator[None]:
-        self.entry = entry = self.names.of_token(self.token) if self.kind != "slot" else None
-        if not self.kind and entry is None:
+        self.entry, thing = self.names.of_token(self.token) if self.kind != "slot" else (None, None)
+        if not self.kind and thing is None:
             raise pickle.UnpicklingError("a class or function is not known here any more; dump its instance again")
         is_own = not self.kind or self.token[:16] == self.names.process  # never out of date
-        if entry is not None and (is_own or entry.version == self.version):
-            self.value = entry.thing
+        if thing is not None and (is_own or self.entry.version == self.version):
+            self.value = thing
             return
         maker, arguments = self.load()
         self.value = maker(*arguments)
@@ -248,7 +247,7 @@ def _update_class(cls: type, attributes: dict[str, Any]) -> None:
 
     An attribute that running code has set since the last letter stays.
     """
-    own, last = vars(cls), vars(cls).get(CAME, {})
+    own, last = vars(cls).copy(), vars(cls).get(CAME, {})
     kept = {name for name in own if last and own[name] is not last.get(name, MISSING)}
     for name in (last.keys() & own.keys()) - attributes.keys() - kept:
         type.__delattr__(cls, name)

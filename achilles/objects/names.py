@@ -24,7 +24,7 @@ import os
 import sys
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -137,17 +137,18 @@ class Names:
         self.values = 0  # with a token
         self.changes = 0  # of versions, after the first
         self.numbers = itertools.count(1)  # of tokens and versions alike
-        self.owned: dict[int, Entry] = {}
+        self.owned: OrderedDict[int, Entry] = OrderedDict()
         self.scripts: list[Space] = []
         self.recent: deque[Any] = deque(maxlen=KEPT)
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()
         self._by_id: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary()
         self.ids: dict[int, Any] = self._by_id.data  # type: ignore[attr-defined]
 
-    def of_token(self, token: Any) -> Any:
-        """The entry of a token, or None if its thing is not here."""
-        entry = self._entries.get(token)
-        return None if entry is None or entry.thing is None else self.own(entry)
+    def of_token(self, token: Any) -> tuple[Any, Any]:
+        """The entry of a token, and its thing, which nobody else may hold; None for both if the thing is not here."""
+        entry: Any = self._entries.get(token)
+        thing = entry and entry.thing
+        return (None, None) if thing is None else (self.own(entry), thing)
 
     def find(self, thing: Any) -> Any:
         """The entry of a thing; None if it has none."""
@@ -173,7 +174,7 @@ class Names:
             self.owned.pop(entry.key, None)
             self.owned[entry.key] = entry
             if len(self.owned) > OWNED_KEPT:
-                del self.owned[next(iter(self.owned))]
+                self.owned.popitem(last=False)  # at once: a thing may die, in any thread, between two steps
         return entry
 
     def hold(self, value: Any, place: tuple[str, str, str] | None, is_named: bool = True) -> Entry | None:

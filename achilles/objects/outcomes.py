@@ -65,10 +65,9 @@ def load_values(context: Context, letters: Iterable[Buffer]) -> list[list[Any]]:
 
 def encoding_error(error: BaseException, value: Any) -> BaseException:
     """`multiprocessing.pool.MaybeEncodingError` of a value that cannot travel, with a short repr."""
-    made: BaseException = importlib.import_module("multiprocessing.pool").MaybeEncodingError(error, None)
-    made.value = text = text_of(value)  # type: ignore[attr-defined]
-    made.args = (repr(error), text)
-    return made
+    made: Any = importlib.import_module("multiprocessing.pool").MaybeEncodingError(None, None)
+    made.exc, made.value = made.args = text_of(error), text_of(value)
+    return made  # type: ignore[no-any-return]
 
 
 def mark(error: BaseException, **attributes: object) -> Any:
@@ -76,7 +75,7 @@ def mark(error: BaseException, **attributes: object) -> Any:
     for name, value in attributes.items():
         with contextlib.suppress(Exception):  # of a property
             if isinstance(error, AchillesError) or not hasattr(error, name):
-                setattr(error, name, value)
+                BaseException.__setattr__(error, name, value)
     return error
 
 
@@ -109,7 +108,8 @@ def _error_of(
         loaded = context.load(letter) if letter is not None else None
         error = loaded if isinstance(loaded, BaseException) else error
     if remote_traceback:
-        error.__cause__ = importlib.import_module("multiprocessing.pool").RemoteTraceback(remote_traceback)
+        cause = importlib.import_module("multiprocessing.pool").RemoteTraceback(remote_traceback)
+        BaseException.__setattr__(error, "__cause__", cause)  # a frozen dataclass refuses an assignment
     return mark(error, node=node)  # type: ignore[no-any-return]
 
 

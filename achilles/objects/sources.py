@@ -26,7 +26,8 @@ import pickle
 import sys
 import sysconfig
 import time
-from importlib import abc, machinery, readers, util
+from collections.abc import Iterable
+from importlib import machinery, util
 from typing import Any, NamedTuple
 
 from ..errors import DumpError
@@ -38,7 +39,8 @@ MAX_BYTES = 8 << 20  # of all sources: a larger set has data or a whole library 
 LOOK_SECONDS = 0.1  # between two looks of single calls at the files
 PACKAGE = __package__.rpartition(".")[0]  # ours, under any name
 
-Module = tuple[str, bool, bytes]  # path, whether it is a package, source
+Module = tuple[str, bytes]  # path and source; both are empty for a namespace package
+Stamp = tuple[str, str, Any]  # name, path, and a value that changes with the file or the module
 
 
 class Sources(NamedTuple):
@@ -52,13 +54,13 @@ class Sources(NamedTuple):
 
 
 class Look(NamedTuple):
-    """The result of a look at the files of a root, among so many `modules`; single calls look again at a time."""
+    """The result of a look at the files: the modules `found`, until single calls look again at a time.
 
-    root: str = ""
-    modules: int = -1
+    :ivar seen: the count of all modules, the root, and the stamps of the own modules.
+    """
+
+    seen: tuple[int, str, tuple[Stamp, ...]] = (-1, "", ())
     again_at: float = 0.0  # monotonic
-    files: dict[str, str] = {}  # of own modules, by name
-    stamps: tuple[Any, ...] = ()  # of each: they change with the file or the module
     found: Sources | None = None
 
 
@@ -72,29 +74,26 @@ def own_sources(at_once: bool = True) -> Sources | None:
     :raises DumpError: the modules are too large.
     """
     global _look
-    last, count = _look, len(sys.modules)
-    if not at_once and count == last.modules and (not last.stamps or time.monotonic() < last.again_at):
-        return last.found
-    folder = root()
-    files, stamps = last.files, _stamps(last.files)
-    if (folder, count, stamps) != (last.root, last.modules, last.stamps):
-        files = own_files(folder)
-        stamps = _stamps(files)
-    found = last.found if stamps == last.stamps else collect(files)
-    _look = Look(folder, count, time.monotonic() + LOOK_SECONDS, files, stamps, found)
+    (last_count, last_folder, last_stamps), again_at, found = _look
+    count = len(sys.modules)
+    if not at_once and count == last_count and time.monotonic() < again_at:
+        return found
+    folder, stamps = root(), _stamps(each[:2] for each in last_stamps)
+    if (count, folder, stamps) != (last_count, last_folder, last_stamps):
+        stamps = _stamps(own_files(folder).items())
+    if stamps != last_stamps:
+        found = collect(stamps)
+    _look = Look((count, folder, stamps), time.monotonic() + LOOK_SECONDS, found)
     return found
 
 
 def own_files(folder: str) -> dict[str, str]:
     """The paths of the own modules, by name; "" for a namespace package, which has no file."""
-    found = {}
-    for name, module in sorted(sys.modules.items()):
-        path = file_of(module)
-        if not why_not(name, path, folder):
-            found[name] = path
+    files = {name: file_of(module) for name, module in sorted(sys.modules.copy().items())}
+    found = {name: path for name, path in files.items() if not why_not(name, path, folder)}
     for name in list(found):
         while name := name.rpartition(".")[0]:
-            if name not in found and not file_of(sys.modules.get(name)):
+            if name not in found and not files.get(name):
                 found[name] = ""
     return found
 
@@ -105,19 +104,17 @@ def root() -> str:
     path = file_of(main)
     if path and getattr(main, "__spec__", None) is None and not is_installed(path):
         return os.path.dirname(os.path.realpath(path))
-    try:
+    with contextlib.suppress(OSError):  # it was removed
         return os.getcwd()
-    except OSError:  # it was removed
-        return os.devnull
+    return os.devnull
 
 
 def file_of(module: Any) -> str:
     """The path of a module's file, or ""; never loads a lazy module."""
-    try:
+    with contextlib.suppress(AttributeError):
         path = object.__getattribute__(module, "__dict__").get("__file__")
-    except AttributeError:
-        return ""
-    return path if isinstance(path, str) else ""
+        return path if isinstance(path, str) else ""
+    return ""
 
 
 def why_not(name: str, path: str, folder: str) -> str:
@@ -144,86 +141,82 @@ def is_installed(path: str) -> bool:
 
 @functools.cache
 def _library_folders() -> tuple[str, ...]:
-    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "scripts")]
-    folders += [os.path.join(prefix, "bin") for prefix in (sys.prefix, sys.base_prefix)]
+    folders = [*map(sysconfig.get_path, ("stdlib", "platstdlib", "scripts")),
+               *(os.path.join(prefix, "bin") for prefix in (sys.prefix, sys.base_prefix))]
     return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
 
-def collect(files: dict[str, str]) -> Sources | None:
+def collect(stamps: Iterable[Stamp]) -> Sources | None:
     """Read the files of these modules, if there are any. DumpError if they are too large."""
     modules: dict[str, Module] = {}
-    for name, path in files.items():
-        with contextlib.suppress(OSError):  # the file is gone, and the next look sees that
-            with open(path or os.devnull, "rb") as file:  # a namespace package has no source
-                modules[name] = path, not path or os.path.basename(path) == "__init__.py", file.read()
-    size = sum(len(source) for _, _, source in modules.values())
+    for name, path, _ in stamps:  # a namespace package has no source; where a file is gone, the next look sees that
+        with contextlib.suppress(OSError), open(path or os.devnull, "rb") as file:
+            modules[name] = path, file.read()
+    size = sum(len(source) for _, source in modules.values())
     if size > MAX_BYTES:
-        largest = max(modules, key=lambda name: len(modules[name][2]))
+        path, source = max(modules.values(), key=lambda module: len(module[1]))
         raise DumpError(
             f"the modules beside the script have {size:,} bytes, and at most {MAX_BYTES:,} travel with a function. The "
-            f"largest is {files[largest]} with {len(modules[largest][2]):,}. Install them on the nodes, or keep data "
-            "in files of another kind")
+            f"largest is {path} with {len(source):,}. Install them on the nodes, or keep data in files of another kind")
     letter = pickle.dumps(modules, 5)
     return Sources(hashlib.sha256(letter).hexdigest()[:32], letter) if modules else None
 
 
-def _stamps(files: dict[str, str]) -> tuple[tuple[str, str, Any], ...]:
-    return tuple((name, path, (file_of(sys.modules.get(name)), stamp_of(path))) for name, path in files.items())
+def _stamps(files: Iterable[tuple[str, str]]) -> tuple[Stamp, ...]:
+    return tuple((name, path, (file_of(sys.modules.get(name)), stamp_of(path))) for name, path in files)
 
 
 def stamp_of(path: str) -> tuple[int, ...]:
     """A stamp that changes with a file."""
-    try:
+    with contextlib.suppress(OSError):
         found = os.stat(path)
-    except OSError:
-        return ()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+        return found.st_mtime_ns, found.st_size, found.st_ino
+    return ()
 
 
 def reason(name: str) -> str:
     """Why a worker did not find a module of this name: the rule and the remedy, for the caller."""
     if name not in sys.modules:
         return "this process has not imported it, so that it does not travel: import it here, too, or install it there"
-    rule = why_not(name, file_of(sys.modules[name]), root())
-    return rule or "it was imported here only after the call began: import it before"
+    return why_not(name, file_of(sys.modules[name]), root()) or (
+        "it was imported here only after the call began: import it before")
 
 
-class Finder(abc.MetaPathFinder, abc.ExecutionLoader):
-    """Finds and loads a set of modules from memory."""
+class OwnLoader(machinery.SourceFileLoader):
+    """Loads a module from memory, as `importlib` loads it from its file."""
+
+    def __init__(self, name: str, path: str, source: bytes) -> None:
+        super().__init__(name, path)
+        self._source = source
+
+    def get_data(self, path: str) -> bytes:
+        """The source. Data files do not travel, but workers on the caller's machine find them."""
+        return self._source if path == self.path else super().get_data(path)
+
+    def path_stats(self, path: str) -> Any:
+        """There is no cached bytecode."""
+        raise OSError
+
+
+class Finder:
+    """Finds a set of modules before files of the same names."""
 
     def __init__(self, modules: dict[str, Module]) -> None:
         self._modules = modules
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> machinery.ModuleSpec | None:
         """As `importlib` says."""
-        if fullname not in self._modules:
+        if name not in self._modules:
             return None
-        file, is_package, _ = self._modules[fullname]
-        found = machinery.PathFinder.find_spec(fullname, path) if is_package else None  # the node's part
-        if not file:
-            return found or machinery.ModuleSpec(fullname, None, is_package=True)
-        spec = machinery.ModuleSpec(fullname, self, origin=file, is_package=is_package)
-        spec.has_location = True
-        if is_package:  # the caller's machine has other modules of the package, too
-            spec.submodule_search_locations = [
-                os.path.dirname(file), *((found and found.submodule_search_locations) or ())]
-        return spec
-
-    def is_package(self, fullname: str) -> bool:
-        """As `importlib` says."""
-        return self._modules[fullname][1]
-
-    def get_filename(self, fullname: str) -> str:
-        """As `importlib` says."""
-        return self._modules[fullname][0]
-
-    def get_resource_reader(self, fullname: str) -> Any:
-        """As `importlib` says: data files do not travel, but workers on the caller's machine find them."""
-        return readers.FileReader(machinery.SourceFileLoader(fullname, self.get_filename(fullname)))
-
-    def get_source(self, fullname: str) -> str:
-        """As `importlib` says."""
-        return util.decode_source(self._modules[fullname][2])
+        file, source = self._modules[name]
+        places = None
+        if not file or file.endswith(("/__init__.py", "\\__init__.py")):  # a path of the caller's system
+            here = machinery.PathFinder.find_spec(name, path)  # the machines may have other modules of the package
+            if not file:
+                return here or machinery.ModuleSpec(name, None, is_package=True)
+            places = [os.path.dirname(file), *((here and here.submodule_search_locations) or ())]
+        return util.spec_from_file_location(
+            name, file, loader=OwnLoader(name, file, source), submodule_search_locations=places)
 
 
 def install(modules: dict[str, Module]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import socket
 import subprocess
@@ -343,6 +344,58 @@ def test_threads_lose_no_line(captured: Worker, monkeypatch: pytest.MonkeyPatch)
     for thread in threads:
         thread.join(30)
     assert len(captured.lines) == 400
+
+
+@contextlib.contextmanager
+def meanwhile(function: Callable[..., Any], step: int, do: Callable[[], object]) -> Iterator[None]:
+    """Before so many instructions of a function, another thread does this. It may have to wait for the function."""
+    count, before, others = itertools.count(), sys.gettrace(), list[threading.Thread]()
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        if frame.f_code is not function.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and next(count) == step:
+            others.append(threading.Thread(target=do))
+            others[0].start()
+            others[0].join(0.02)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+        for other in others:
+            other.join(20)
+
+
+def test_a_function_ends_while_a_thread_of_it_prints(worker: Worker) -> None:
+    """No part of the thread's line goes twice."""
+    with worker.capturing():
+        worker.at(40)
+        for step in range(60):
+            seen = len(worker.lines)
+            print("half", end="")
+            with meanwhile(module.Tap.write, step, worker.output.end_lines):
+                print(" a line", end="")
+            worker.output.end_lines()
+            assert "".join(text for text, *_ in worker.lines[seen:]) == "half a line", step
+
+
+def test_lines_are_counted_while_a_thread_of_the_function_prints(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "SHARE_BYTES", 0)
+    with worker.capturing():
+        worker.at(40)
+        for step in range(80):
+            seen = sum(worker.counts)
+            print("left out")
+            with meanwhile(Flow.admits, step, worker.output.count):
+                print("left out")
+            worker.output.count()
+            assert sum(worker.counts) - seen == 2, step
 
 
 @inside

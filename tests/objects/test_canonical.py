@@ -388,3 +388,16 @@ def test_what_no_import_finds_is_not_dumped(value):
 
 def test_values_are_plain_letters():
     assert dump_values([1, Pair(1, 2)])[0] == 0x80
+
+
+class Unbound:
+    """As a proxy of a web framework is, outside of a request."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError(f"outside of a request: {name}")
+
+
+def test_a_global_that_raises_whatever_is_asked_counts_by_its_type():
+    space = {"__name__": "__main__", "request": Unbound()}
+    exec("def function(x): return request.path", space)
+    assert [*digests_of(space["function"])] == ["the code of function", "the global request"]

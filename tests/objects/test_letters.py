@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import array
 import collections
+import dataclasses
+import gc
 import json
 import pickle
 import re
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,87 @@ def test_exception_that_loads_as_something_else_is_text() -> None:
     raised, parts = outcomes.dump_outcomes(context, [None], {0: Odd("why")})
     error = outcomes.load_outcomes(context, joined(parts), raised)[1][0]
     assert isinstance(error, RemoteError) and "Odd: why" in str(error)
+
+
+class Mute(Exception):
+    def __repr__(self) -> str:
+        raise ZeroDivisionError("of a repr")
+
+
+class Refusing:
+    def __reduce__(self) -> Any:
+        raise Mute
+
+
+class Unbound:
+    """As a proxy of a web framework is, outside of a request."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"outside of a request: {name}")
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Refusing, "<Mute>"), (Unbound, "outside of a request")])
+def test_whatever_a_value_raises_in_its_dump_is_its_own_error(kind: type, reason: str) -> None:
+    """Else it would end the worker."""
+    raised, parts = outcomes.dump_outcomes(letters.Context(caller=False), [1, kind()], {})
+    values, errors = outcomes.load_outcomes(letters.Context(caller=True), joined(parts), raised)
+    assert values == [1, None] and type(errors[1]).__name__ == "MaybeEncodingError" and reason in str(errors[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    code: int
+
+
+def test_a_frozen_exception_has_its_traceback_its_node_and_its_index() -> None:
+    raised, parts = outcomes.dump_outcomes(letters.Context(caller=False, node=4), [None], {0: Frozen(7)})
+    error: Any = outcomes.load_outcomes(letters.Context(caller=True), joined(parts), raised)[1][0]
+    outcomes.mark(error, index=3)
+    assert type(error) is Frozen and error.code == 7 and (error.node, error.index) == (4, 3)
+    assert "Frozen" in str(error.__cause__)
+
+
+class Hiding(dict[Any, Any]):
+    def items(self) -> Any:
+        raise ZeroDivisionError("of items")
+
+
+@pytest.mark.parametrize("kind", [dict, Hiding])
+def test_dump_error_is_the_error_where_the_way_to_the_object_cannot_be_told(kind: type) -> None:
+    with pytest.raises(DumpError, match="^an argument of type (dict|Hiding) cannot be sent"):
+        letters.dump_chunk(letters.Context(caller=True), [kind({Mute(): (x for x in ())})])
+
+
+def closure(megabytes: int) -> Any:
+    """A function by value that refers to so much, and nobody else does."""
+    data = bytes(megabytes << 20)
+    space: dict[str, Any] = {"__name__": "__main__"}
+    exec("def make(data):\n    return lambda: len(data)", space)
+    return space["make"](data)
+
+
+@pytest.mark.parametrize("dump", [
+    lambda context, function: letters.dump_function(context, (function, None)),
+    lambda context, function: letters.dump_chunk(context, [function])])
+def test_the_functions_that_are_held_are_bounded_by_their_bytes(dump: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(letters, "HELD_BYTES", 4 << 20)
+    context, alive = letters.Context(caller=True), weakref.WeakSet[Any]()
+    for _ in range(30):
+        function = closure(1)
+        alive.add(function)
+        dump(context, function)
+    gc.collect()
+    assert 2 <= len(alive) <= 7
+
+
+def test_a_function_that_is_larger_than_all_that_are_held_is_known_in_its_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(letters, "HELD_BYTES", 1 << 10)
+    caller, worker = letters.Context(caller=True), letters.Context(caller=False)
+    letter = joined(letters.dump_chunk(caller, [closure(1)]))
+    function = caller.load(joined(worker.dump(worker.load(letter))))[0]
+    assert function() == 1 << 20
 
 
 def test_dump_error_names_the_argument() -> None:

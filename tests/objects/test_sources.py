@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.resources
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 import time
@@ -55,9 +56,9 @@ def test_what_was_imported_from_the_folder_travels_with_its_package_and_nothing_
         importlib.import_module(name)
     found = modules()
     assert sorted(found) == ["one", "pack", "pack.part", "plain", "plain.deep", "plain.deep.leaf"]
-    assert found["one"] == (str(folder / "one.py"), False, b"NAME = 'one.py'\n")
-    assert found["pack"][:2] == (str(folder / "pack" / "__init__.py"), True)
-    assert found["plain"] == ("", True, b"")
+    assert found["one"] == (str(folder / "one.py"), b"NAME = 'one.py'\n")
+    assert found["pack"][0] == str(folder / "pack" / "__init__.py")
+    assert found["plain"] == ("", b"")
 
 
 @pytest.mark.parametrize(("place", "rule"), [
@@ -189,7 +190,7 @@ def test_another_module_under_the_same_name_is_seen(folder, monkeypatch, tmp_pat
     for name in ("first", "second"):
         monkeypatch.syspath_prepend(str(folder / name))
         importlib.import_module("cfg")
-        assert name.encode() in modules()["cfg"][2]
+        assert name.encode() in modules()["cfg"][1]
         count = len(sys.modules)
         if name == "first":
             del sys.modules["cfg"]
@@ -262,9 +263,9 @@ def import_from(monkeypatch, tmp_path):
 
 def test_modules_come_from_memory_with_packages_and_relative_imports(import_from):
     load = import_from(**{
-        "pack": ["/nowhere/pack/__init__.py", True, b"from . import part\n"],
-        "pack.part": ["/nowhere/pack/part.py", False, b"from .deep.leaf import VALUE\n"],
-        "pack.deep": ["", True, b""], "pack.deep.leaf": ["/nowhere/pack/deep/leaf.py", False, b"VALUE = 5\n"]})
+        "pack": ["/nowhere/pack/__init__.py", b"from . import part\n"],
+        "pack.part": ["/nowhere/pack/part.py", b"from .deep.leaf import VALUE\n"],
+        "pack.deep": ["", b""], "pack.deep.leaf": ["/nowhere/pack/deep/leaf.py", b"VALUE = 5\n"]})
     pack = load("pack")
     assert pack.part.VALUE == 5 and pack.__file__ == "/nowhere/pack/__init__.py"
     assert pack.part.__package__ == "pack" and pack.part.__name__ == "pack.part"
@@ -272,25 +273,25 @@ def test_modules_come_from_memory_with_packages_and_relative_imports(import_from
 
 def test_they_come_before_a_file_of_the_same_name(import_from, folder):
     write(folder, "one.py", "VALUE = 'the node’s'\n")
-    assert import_from(one=["/nowhere/one.py", False, b"VALUE = 'the caller'\n"])("one").VALUE == "the caller"
+    assert import_from(one=["/nowhere/one.py", b"VALUE = 'the caller'\n"])("one").VALUE == "the caller"
 
 
 def test_a_traceback_shows_their_lines(import_from):
     import traceback
 
-    one = import_from(one=["/nowhere/one.py", False, b"def fail():\n    raise ValueError('x')  # this line\n"])("one")
+    one = import_from(one=["/nowhere/one.py", b"def fail():\n    raise ValueError('x')  # this line\n"])("one")
     with pytest.raises(ValueError, match="x") as caught:
         one.fail()
     assert "# this line" in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_source_in_another_encoding(import_from):
-    one = import_from(one=["/nowhere/one.py", False, "# coding: latin-1\nVALUE = 'ü'\n".encode("latin-1")])("one")
+    one = import_from(one=["/nowhere/one.py", "# coding: latin-1\nVALUE = 'ü'\n".encode("latin-1")])("one")
     assert one.VALUE == "ü"
 
 
 def test_what_is_not_in_the_set_is_found_as_ever(import_from):
-    load = import_from(one=["/nowhere/one.py", False, b""])
+    load = import_from(one=["/nowhere/one.py", b""])
     assert load("json").dumps(1) == "1"
     with pytest.raises(ModuleNotFoundError):
         load("not_there_at_all")
@@ -300,18 +301,44 @@ def test_a_worker_that_had_another_module_of_that_name_imports_the_set(monkeypat
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     for name in ("stale_one", "achilles"):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name) or types.ModuleType(name))
-    module.install({"stale_one": ("/nowhere/stale_one.py", False, b"VALUE = 'new'\n"), "achilles": ("", True, b"")})
+    module.install({"stale_one": ("/nowhere/stale_one.py", b"VALUE = 'new'\n"), "achilles": ("", b"")})
     assert importlib.import_module("stale_one").VALUE == "new" and sys.modules["achilles"] is achilles
 
 
 def test_a_namespace_package_does_not_hide_what_the_node_has(import_from, folder):
     write(folder, "acme/core.py", "VALUE = 'of the node'\n")
-    load = import_from(**{"acme": ["", True, b""], "acme.app": ["/nowhere/acme/app.py", False, b"VALUE = 'own'\n"]})
+    load = import_from(**{"acme": ["", b""], "acme.app": ["/nowhere/acme/app.py", b"VALUE = 'own'\n"]})
     assert load("acme.core").VALUE == "of the node" and load("acme.app").VALUE == "own"
 
 
 def test_an_own_package_does_not_hide_the_rest_of_it_on_the_node(import_from, folder):
     write(folder, "acme/__init__.py")
     write(folder, "acme/core.py", "VALUE = 'of the node'\n")
-    load = import_from(acme=["/nowhere/acme/__init__.py", True, b""])
+    load = import_from(acme=["/nowhere/acme/__init__.py", b""])
     assert load("acme.core").VALUE == "of the node" and load("acme").__file__ == "/nowhere/acme/__init__.py"
+
+
+def test_neither_a_file_nor_its_bytecode_counts_at_the_place_of_the_callers_file(import_from, folder, monkeypatch):
+    """As on the caller's own machine, where the file may have changed meanwhile."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = write(folder, "one.py", "VALUE = 'of the file'\n")
+    assert importlib.import_module("one").VALUE == "of the file"
+    [cached] = (folder / "__pycache__").iterdir()
+    before = cached.read_bytes()
+    del sys.modules["one"]
+    assert import_from(one=[str(path), b"VALUE = 'of the set'\n"])("one").VALUE == "of the set"
+    assert cached.read_bytes() == before
+
+
+def test_data_files_are_found_on_the_callers_machine(import_from, folder):
+    path = write(folder, "pack/__init__.py")
+    write(folder, "pack/table.txt", "some data")
+    pack = import_from(pack=[str(path), b""])("pack")
+    assert importlib.resources.files(pack).joinpath("table.txt").read_text() == "some data"
+    assert pkgutil.get_data("pack", "table.txt") == b"some data"
+
+
+def test_a_package_of_another_system_is_one(import_from):
+    load = import_from(**{
+        "pack": [r"C:\scripts\pack\__init__.py", b""], "pack.part": [r"C:\scripts\pack\part.py", b"A = 1"]})
+    assert load("pack.part").A == 1
