@@ -59,7 +59,7 @@ class Dispatcher:
         self.link = link
         self.work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None ends the thread
         # Singles with entries, by the key of their job; Takers, by themselves. Each keeps its pool alive.
-        self.open: dict[Any, tuple[Any, object]] = {}
+        self.open: dict[Any, tuple[Any, BasePool]] = {}
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
         self._thread.start()
 
@@ -85,11 +85,11 @@ class Dispatcher:
             self.link.look()
         return True
 
-    def wait(self) -> None:
-        """Block until all calls are over. Iterators keep their results."""
+    def wait(self, until: Callable[[], object]) -> None:
+        """Block until this holds of the cluster or of the open calls. Iterators keep their results."""
         self.drain()
         with self.link.lock:
-            self.wait_for(partial(self.link.changed.wait_for, lambda: not self.open))
+            self.wait_for(partial(self.link.changed.wait_for, until))
 
     def drain(self) -> None:
         """Let the thread take the results that perhaps no other thread takes."""
@@ -104,8 +104,14 @@ class Dispatcher:
             self._thread.join()
 
     def _run(self) -> None:
-        while (call := self.work.get()) is not None:
+        """The thread. It looks for nodes while futures are open: threads that wait for futures do not."""
+        call: Callable[[], object] | None = bool
+        while call is not None:
             self.do(call)
+            try:
+                call = self.work.get(timeout=self.link.look_seconds)
+            except queue.Empty:
+                call = next((pool._look for _, pool in [*self.open.values()] if pool._state == RUN), bool)
         self.link.close()
         while not self.work.empty():  # a call that began meanwhile has failed
             self.do(self.work.get() or bool)
@@ -227,13 +233,16 @@ class BasePool:
         """Block until all calls are done. ValueError before `close` or `terminate`."""
         if self._state == RUN:
             raise ValueError("Pool is still running")
-        self._dispatcher.wait()
+        self._dispatcher.wait(lambda: not self._dispatcher.open)
         self._dispatcher.stop()
 
     def __del__(self, terminate: str = TERMINATE) -> None:
         """Let the dispatcher close the connection. Takes no lock: any thread runs it at any moment."""
         if self._state != terminate:  # an argument, because the module's names may be gone
             self._dispatcher.work.put(None)
+
+    def _look(self) -> None:
+        """Do nothing: a thread that waits for a Pool's result looks for nodes itself. The dispatcher calls this."""
 
     def _begin(self) -> Dispatcher:
         """Return the dispatcher for a new call, or raise if no call may begin."""

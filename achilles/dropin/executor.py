@@ -24,7 +24,7 @@ from typing import Any
 
 from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS, tell
-from ..errors import AchillesError
+from ..errors import AchillesError, NoNodesError
 from .async_results import Answer, PoolIterator, open_answer
 from .base_pool import SEQUENCES, BasePool, Dispatcher, Singles
 
@@ -43,8 +43,8 @@ class Future(concurrent.futures.Future[Any]):
 
     def running(self) -> bool:
         """Whether the call was sent and is not done."""
-        waits = self.singles and any(run.first <= self.number < run.end for run in [*self.singles.job.waiting])
-        return not waits and not self.done()
+        return not self.done() and not (
+            self.singles and any(run.first <= self.number < run.end for run in [*self.singles.job.waiting]))
 
     def cancel(self, kill: bool = False) -> bool:
         """Cancel the call if it was not sent yet; with `kill`, also while it runs. Return whether it is cancelled."""
@@ -98,10 +98,17 @@ class Executor(BasePool, concurrent.futures.Executor):
 
     def wait_for_workers(self) -> int:
         """Wait for a node. Return how many calls may run at a time. NoNodesError after `wait_for_nodes`."""
-        link = self._controller
-        with link.lock:
-            self._dispatcher.wait_for(partial(link.changed.wait_for, lambda: link.workers))
+        self._dispatcher.wait(lambda: self._controller.workers)
         return self._processes
+
+    def _look(self) -> None:
+        """The dispatcher looks for nodes. If there was none for `wait_for_nodes`, all calls end with NoNodesError."""
+        try:
+            self._controller.look()
+        except NoNodesError as error:
+            with self._controller.lock:
+                self._controller.fail_jobs(error)
+            self._controller.push()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Have a worker call `fn(*args, **kwargs)`. Return its future at once. RuntimeError after `shutdown`."""
@@ -121,8 +128,8 @@ class Executor(BasePool, concurrent.futures.Executor):
         if chunksize is not None and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
         if getattr(self.submit, "__func__", None) is not Executor.submit:  # a subclass counts the calls
-            known = {} if buffersize is None else {"buffersize": buffersize}  # since Python 3.14
-            return super().map(fn, *iterables, timeout=timeout, **known)
+            return super().map(  # `buffersize` since Python 3.14
+                fn, *iterables, timeout=timeout, **({} if buffersize is None else {"buffersize": buffersize}))
         short = all(isinstance(each, SEQUENCES) for each in iterables)
         args: Any = list(zip(*iterables)) if short else zip(*iterables)
         results = PoolIterator(self._begin())
@@ -186,7 +193,7 @@ def _finish(executors: Iterable[Executor]) -> None:
     for executor in [*executors]:
         try:
             if executor._dispatcher.open and not executor._controller.forked:
-                executor._dispatcher.wait()
+                executor._dispatcher.wait(lambda: not executor._dispatcher.open)  # noqa: B023
                 executor._controller.check_usable()
             executor._dispatcher.stop()  # it runs the waiting callbacks
         except (AchillesError, KeyboardInterrupt) as error:
