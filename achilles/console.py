@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of server and node; a secret has none,
     "--encrypt": {
         "action": argparse.BooleanOptionalAction, "help": "by TLS 1.3, as all of this cluster (Python 3.13 or later)"},
     "--env-file": {
-        "metavar": "FILE", "help": "a configuration file; by default ACHILLES_ENV_FILE, or else the package's own .env"},
+        "metavar": "FILE", "help": "a configuration file; by default ACHILLES_ENV_FILE, or else the package's .env"},
     "--log-level": {
         "choices": ("debug", "info", "warning", "error"), "default": "info", "help": "of the log on stderr (info)"},
 }
