@@ -5,7 +5,7 @@ import sys
 import weakref
 
 sys.path.insert(0, sys.argv[-1])
-from peer import MODE, ask, expect, main, program  # noqa: E402
+from peer import ask, expect, main, program  # noqa: E402
 
 LATER = "what the caller does after the fork is not seen"
 MADE = "a class that is made at run time has no name by which pickle finds it"
