@@ -94,7 +94,7 @@ class Call:
         self._show, self._watchers, self._recall = show or NOBODY.hear, watchers, recall
         self._args, self._flat, self._eager, self._largest = args, flat, eager, largest
         self._size = chunksize if flat else min(chunksize, buffersize or chunksize)  # arguments in a chunk
-        self._sequence = isinstance(args, (list, tuple, range))
+        self._sequence = type(args) in (list, tuple, range)  # a subclass may iterate as it likes
         self._iterator: Any = None
         self._lists = False if flat else None  # None while no argument has come
         self._inline = link.in_place  # the thread that takes feeds
@@ -240,7 +240,7 @@ class Call:
     def _read(self, wanted: int) -> bool:
         """Let the iterator add to the open chunk; False if it has ended. A nudger sees each argument as it comes."""
         began, until, more = time.monotonic(), self._index + len(self._open) + wanted, False
-        self._pulling = began if self._lists is False else 0.0
+        self._pulling = began if self._lists is False and not self._sequence else 0.0
         try:
             self._open.extend(islice(self._iterator, wanted))
             more = self._left() > 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import os
 import threading
 import weakref
@@ -213,5 +214,5 @@ def _of_this_process() -> weakref.WeakSet[Link]:
     links: weakref.WeakSet[Link] = weakref.WeakSet()
     if hasattr(os, "register_at_fork"):
         # A list: where the collector runs meanwhile, it takes links out of the set.
-        os.register_at_fork(after_in_child=lambda: [link.leave_to_parent() for link in list(links)])
+        os.register_at_fork(after_in_child=lambda: [*map(operator.methodcaller("leave_to_parent"), list(links))])
     return links

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import SECONDS, wait_until
-from fake_link import FakeLink, begin, begin_fixture, make_job, take_all, values  # noqa: F401
+from fake_link import FakeLink, begin, begin_fed, begin_fixture, make_job, take_all, values  # noqa: F401
 
 from achilles.controller.call import Call, NotYet
 from achilles.errors import ServerUnreachable
@@ -172,11 +172,12 @@ def shown():
 
 
 @pytest.fixture
-def printing(start, shown):
+def printing(shown):
     """A call of chunks of two arguments each, in one batch, and that batch."""
-    call = start([*range(6)], workers=1, flat=True, chunksize=2, us=1.0, show=lambda *line: shown.append(line))
+    call = begin_fed(FakeLink(1), [*range(6)], chunksize=2, us=1.0, show=lambda *line: shown.append(line))
     [batch] = call.link.batches(1)
-    return call, batch
+    yield call, batch
+    call.close(None, InterruptedError())
 
 
 def test_a_line_is_shown_before_the_result_of_its_chunk_with_the_index_of_its_argument(printing, shown):

@@ -10,7 +10,8 @@ import pytest
 from conftest import SECONDS, wait_until
 from fake_link import MOMENT_SECONDS, FakeLink, begin, begin_fixture, make_job, take_all, values  # noqa: F401
 
-from achilles.controller.call import Call, NotYet
+from achilles.controller import call as module
+from achilles.controller.call import PAUSE_SECONDS, Call, NotYet
 from achilles.controller.results import Results
 from achilles.errors import DumpError, LetterTooLarge
 from achilles.protocol.frames import Kind
@@ -46,11 +47,19 @@ def numbers():
     yield from range(5)
 
 
+class Walked(list):
+    """A list by name."""
+
+    def __iter__(self):
+        return numbers()
+
+
 # Cutting.
 
 
 @pytest.mark.parametrize("args", [
-    [0, 1, 2, 3, 4], (0, 1, 2, 3, 4), range(5), numbers, numbers(), iter(range(5)), {n: n for n in range(5)}])
+    [0, 1, 2, 3, 4], (0, 1, 2, 3, 4), range(5), numbers, numbers(), iter(range(5)), {n: n for n in range(5)},
+    Walked([7, 8])])
 def test_args_of_all_kinds_are_cut_into_chunks_of_chunksize(start, args):
     call = start(args, chunksize=2, flat=True)
     assert fed(call) == [[0, 1], [2, 3], [4]]
@@ -285,6 +294,20 @@ def test_what_a_nudge_sends_while_the_iterator_runs_is_sent_once_and_kept_no_lon
     assert [x for arguments in link.chunks() for x in arguments] == [*range(60)]
     assert not call._open
     call.close(None, InterruptedError())
+
+
+def test_a_sequence_whose_feeder_has_no_processor_is_no_pause(start, monkeypatch):
+    """Else a busy machine would cut packets short."""
+    monkeypatch.setattr(module, "islice", lambda *given: time.sleep(2 * PAUSE_SECONDS) or itertools.islice(*given))
+    call = start(range(8))
+    call.link.give(call.link.batches(1)[0], 8)
+    with pytest.raises(NotYet):
+        call.take(6 * PAUSE_SECONDS)
+    wait_until(lambda: call.ended)
+    for batch in call.link.batches(8)[1:]:
+        call.link.give(batch, 8)
+    answer_all(call)
+    assert take_all(call) == [(0, [n * n for n in range(8)], {})]
 
 
 def test_a_nudge_that_waits_while_the_feeder_cuts_sends_nothing_more(start):

@@ -947,11 +947,11 @@ def test_a_context_waits_a_second_for_a_worker_of_one_that_is_always_busy(loop: 
     it = loop(1)
     it.declare(sleep, job=1, context="c", initializer=set_up)
     it.declare(sleep, job=2, context="d")
-    it.add_each(*([0.01] for _ in range(1000)), job=1)
+    it.add_each(*([0.01] for _ in range(2000)), job=1)
     it.until(lambda: it.answers(1))
     it.add([0.01], job=2)
     it.until(lambda: it.done(1, job=2))
-    assert len(it.answers(1)) < 1000
+    assert len(it.answers(1)) < 2000
 
 
 @pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
