@@ -79,7 +79,8 @@ def ask_missing(found: Found, path: str, role: Role) -> str:
     """
     secret = ("secret [Enter: make one]: ", make_secret()) if role == "server" else ("secret: ", "")
     questions = {
-        "HOST": (f"host [{DEFAULT_HOST}]: ", DEFAULT_HOST), "PORT": (f"port [{DEFAULT_PORT}]: ", str(DEFAULT_PORT)),
+        "HOST": (f"the server's host [{DEFAULT_HOST}]: ", DEFAULT_HOST),
+        "PORT": (f"port [{DEFAULT_PORT}]: ", str(DEFAULT_PORT)),
         "USERNAME": ("username: ", ""), "SECRET_KEY": secret,
     }
     answers = dict(found)
@@ -118,7 +119,9 @@ def missing(found: Found, path: str, role: Role) -> str:
             f"  a file       {path}{'' if os.path.exists(path) else ' (it does not exist)'}, "
             f"or the one named by {config.PREFIX}ENV_FILE or --env-file\n"
             f"  a terminal   there it asks, and saves the answers in that file\n"
-            f"python -m {__package__}.server --write-config makes such a file; copy it to each machine.")
+            f"python -m {__package__}.server --write-config makes such a file; copy it to each machine."
+            + (f"\nOne machine needs none of this: python -m {__package__}.local SCRIPT, or host=\"local\" in a call."
+               if role == "controller" else ""))
 
 
 def next_step(path: str) -> str:

@@ -35,9 +35,10 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of server and node; a secret has none,
     "--secret-key-file": {"metavar": "FILE", "help": "a file with the secret in its first line"},
     "--encrypt": {
         "action": argparse.BooleanOptionalAction, "help": "by TLS 1.3, as all of this cluster (Python 3.13 or later)"},
-    "--env-file": {"metavar": "FILE", "help": "a configuration file; by default the package's own .env"},
+    "--env-file": {
+        "metavar": "FILE", "help": "a configuration file; by default ACHILLES_ENV_FILE, or else the package's .env"},
     "--log-level": {
-        "choices": ("debug", "info", "warning", "error"), "default": "info", "help": "of the log on stderr"},
+        "choices": ("debug", "info", "warning", "error"), "default": "info", "help": "of the log on stderr (info)"},
 }
 TABLES = {  # of a status; the columns of each
     "nodes": ("id", "address", "python", "version", "cpu_count", "busy", "done"),
@@ -131,8 +132,8 @@ def signal_handlers(
     """
     handlers: dict[int, Any] = {
         each: handler for each in signal.Signals
-        if each.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(each) is not signal.SIG_IGN}
-    handlers |= {each: signal.SIG_DFL for each in signal.Signals if each.name == "SIGCHLD"}
+        if each.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(each) is not signal.SIG_IGN
+    } | {each: signal.SIG_DFL for each in signal.Signals if each.name == "SIGCHLD"}
     if read_again is not None and hasattr(signal, "SIGHUP"):
         ends_with_terminal = signal.SIGHUP in handlers and _has_terminal()
         handlers[signal.SIGHUP] = lambda number, frame: (

@@ -221,8 +221,8 @@ class Journal:
         if type(found) is not dict or found.get(NAME) != VERSION:
             return f"{self.path} is no journal of this version of achilles: give another path"
         names = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
-        return (f"the journal {self.path} is of another call: {', '.join(names)} differ. Give another path, or remove "
-                "the file to run everything again")
+        return (f"the journal {self.path} is of another call, which differs in {', '.join(names)}. "
+                "Give another path, or remove the file to run everything again")
 
 
 def opened(path: str, flags: int) -> int:

@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the command
     "--hosts": {"metavar": "FILE", "help": "nodes on other machines by ssh, a line each: host [cores] [python=PATH]"},
     "--ssh-command": {
         "metavar": "COMMAND", "type": shlex.split, "default": ["ssh"], "help": "the ssh client with its options (ssh)"},
-    "script": {}, "args": {"nargs": "..."},  # argparse.REMAINDER
+    "script": {"help": "the Python file to run"}, "args": {"nargs": "...", "help": "its own"},  # argparse.REMAINDER
 }
 CHILD = ("-P", "-c", f"from {__package__}.launch.child import main; main()")  # -P: the path is the caller's
 

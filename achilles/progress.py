@@ -6,7 +6,7 @@ progress import this module. There is no thread: the thread that takes results d
 ::
 
     1,204 of 5,000 · 16 workers · 310/s · 12 s left        while the call runs
-    5,000 of 5,000 · 16 workers · 298/s · 17 s             once, at its end, however it ended
+    5,000 of 5,000 · 16 workers · 298/s · in 17 s          once, at its end, however it ended
 
 `done` counts the arguments that have a result or an error which was taken. A result from a journal counts, too. `total`
 is None, and "of 5,000" is left out, where the length of the input is not known: `args` is a generator, or a function.
@@ -85,7 +85,7 @@ class Progress:
         parts = [f"{self._done:,}" if self._total is None else f"{self._done:,} of {self._total:,}"]
         parts += [f"{workers:,} worker{'s' * (workers != 1)}", f"{rate:,.0f}/s" if rate >= FEW else f"{rate:.2g}/s"]
         if is_last:
-            parts.append(time_of(now - self._began))
+            parts.append(f"in {time_of(now - self._began)}")
         elif self._total is not None and rate:
             parts.append(f"{time_of((self._total - self._done) / rate)} left")
         return " · ".join(parts)

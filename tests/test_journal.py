@@ -173,21 +173,21 @@ def with_other_default(x, more=2):
     ({"chunksize": 3}, "chunksize"),
 ])
 def test_another_call_is_an_error_that_names_the_file_and_what_differs(path, written, options, named):
-    with pytest.raises(ValueError, match=f"the journal {path} is of another call: {named} differ"):
+    with pytest.raises(ValueError, match=f"the journal {path} is of another call, which differs in {named}"):
         run(path, CHUNKS, **options)
     assert path.read_bytes() == b"".join(written)
 
 
 def test_a_changed_global_is_another_call(path, written, monkeypatch):
     monkeypatch.setattr(f"{__name__}.FACTOR", 3)
-    with pytest.raises(ValueError, match="of another call: the global FACTOR differ"):
+    with pytest.raises(ValueError, match="of another call, which differs in the global FACTOR"):
         run(path, CHUNKS)
 
 
 def test_a_changed_default_is_another_call(path):
     with_other_default.__qualname__ = "with_default"
     run(path, [[1]], with_default)
-    with pytest.raises(ValueError, match="of another call: the code of with_default differ"):
+    with pytest.raises(ValueError, match="of another call, which differs in the code of with_default"):
         run(path, [[1]], with_other_default)
 
 
@@ -480,7 +480,7 @@ def test_an_input_that_pauses_is_cut_into_the_same_chunks(path, executor):
 
 def test_a_buffersize_that_is_less_than_a_chunk_makes_the_chunks(path, executor):
     assert len(packets(achilles.map, range(6), chunksize=4, buffersize=2, executor=executor, journal=path)) == 3
-    with pytest.raises(ValueError, match="chunksize differ"):
+    with pytest.raises(ValueError, match="differs in chunksize"):
         packets(achilles.map, range(6), chunksize=4, executor=executor, journal=path)
 
 
@@ -615,7 +615,7 @@ def test_a_module_beside_the_script_counts_by_what_the_function_names_of_it(tmp_
         assert was == first
         assert changed.startswith(f"{helper} has changed since this process imported it")
         [other] = run()
-        assert other.startswith(f"the journal {path} is of another call: the global helper.scale differ")
+        assert other.startswith(f"the journal {path} is of another call, which differs in the global helper.scale")
         helper.write_text(HELPER)
         assert run() == [first], "what it was again"
 
@@ -632,7 +632,7 @@ def test_a_module_that_is_reloaded_after_a_change_is_looked_at_anew(path, tmp_pa
     with pytest.raises(ValueError, match=f"{helper} has changed since this process imported it"):
         run(path, [[1]], module.scale)
     importlib.reload(module)
-    with pytest.raises(ValueError, match="the code of scale differ"):
+    with pytest.raises(ValueError, match="differs in the code of scale"):
         run(path, [[1]], module.scale)
     del sys.modules["changed_helper"]
 

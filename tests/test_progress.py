@@ -89,7 +89,7 @@ def test_the_line_on_a_terminal(monkeypatch):
     assert drawn.after(0.05, 1) == "1,206 of 5,000 · 16 workers · 284/s · 13 s left\r"
     drawn.link.workers = 1
     assert drawn.after(1, 3794) == "5,000 of 5,000 · 1 worker · 952/s · 0 s left   \r", "what was longer is covered"
-    assert drawn.end() == "5,000 of 5,000 · 1 worker · 952/s · 5 s     \n"
+    assert drawn.end() == "5,000 of 5,000 · 1 worker · 952/s · in 5 s  \n"
     assert drawn.end() == "", "once"
 
 
@@ -114,13 +114,13 @@ def test_elsewhere_a_line_comes_after_ten_seconds_and_then_ever_more_rarely(monk
     assert drawn.after(1, 50) == "500 · 16 workers · 50/s\n"
     lines = [line for _ in range(7 * 24 * 60) if (line := drawn.after(60, 3000))]
     assert 50 < len(lines) < 100, "a week"
-    assert drawn.end() == "30,240,500 · 16 workers · 50/s · 168.0 h\n"
+    assert drawn.end() == "30,240,500 · 16 workers · 50/s · in 168.0 h\n"
 
 
 def test_a_short_call_elsewhere_has_one_line(monkeypatch):
     drawn = Drawn(monkeypatch, total=3, terminal=False, workers=1)
     assert drawn.after(0.5, 3) == ""
-    assert drawn.end(0.5) == "3 of 3 · 1 worker · 3/s · 1 s\n"
+    assert drawn.end(0.5) == "3 of 3 · 1 worker · 3/s · in 1 s\n"
 
 
 def test_the_rate_follows_the_work(monkeypatch):

@@ -100,7 +100,7 @@ class Controller(Link):
         except ServerUnreachable as e:
             raise ServerUnreachable(
                 f"{e}. Is a server running, and is this its address? Start one: python -m {config.PACKAGE}.server"
-            ) from e
+            ) from None  # the message has all
         try:
             self._reader.start()
             self._wait_for(Kind.CLUSTER, "its first word")

@@ -126,5 +126,5 @@ def worker_lost(text: str, note: Mapping[str, Any]) -> BaseException:
     exitcode, pid, node = note.get("exitcode"), note.get("pid"), note.get("node")
     if pid is not None:
         how = f"signal {-exitcode}" if isinstance(exitcode, int) and exitcode < 0 else f"status {exitcode}"
-        text += f"; the last one on node {node}, pid {pid}, ended with {how}"
+        text += f"; the last one on node {node}, pid {pid}, ended with {how}: did it crash, or lack memory there?"
     return mark(WorkerLost(text), node=node, pid=pid, exitcode=exitcode)  # type: ignore[no-any-return]

@@ -60,7 +60,7 @@ class Dispatcher:
         self.link = link
         self.work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None ends the thread
         # Singles with entries, by the key of their job; Takers, by themselves. Each keeps its pool alive.
-        self.open: dict[Any, tuple[Any, object]] = {}
+        self.open: dict[Any, tuple[Any, BasePool]] = {}
         self._thread = threading.Thread(target=self._run, name="achilles-dispatcher", daemon=True)
         self._thread.start()
 
@@ -105,8 +105,14 @@ class Dispatcher:
             self._thread.join(seconds)
 
     def _run(self) -> None:
-        while (call := self.work.get()) is not None:
+        """The thread. It looks for nodes while futures are open: threads that wait for futures do not."""
+        call: Callable[[], object] | None = bool
+        while call is not None:
             self.do(call)
+            try:
+                call = self.work.get(timeout=self.link.look_seconds)
+            except queue.Empty:
+                call = next((pool._look for _, pool in [*self.open.values()] if pool._state == RUN), bool)
         self.link.close()
         while not self.work.empty():  # a call that began meanwhile has failed
             self.do(self.work.get() or bool)
@@ -236,6 +242,9 @@ class BasePool:
         """Let the dispatcher close the connection. Takes no lock: any thread runs it at any moment."""
         if self._state != terminate:  # an argument, because the module's names may be gone
             self._dispatcher.work.put(None)
+
+    def _look(self) -> None:
+        """Do nothing: a thread that waits for a Pool's result looks for nodes itself. The dispatcher calls this."""
 
     def _begin(self) -> Dispatcher:
         """Return the dispatcher for a new call, or raise if no call may begin."""

@@ -116,15 +116,16 @@ class Engine(Link):
         if future.cancelled():
             self.handle_batch(
                 Kind.GONE, Batch(batch.job, batch.first, batch.count, batch.attempt, flags=Gone.RETURNED))
-            return
-        us, statuses, letters = future.result()
-        self.handle_batch(Kind.RESULT, Batch.pack(
-            batch.job, batch.first, [*map(letter_of, letters)], attempt=batch.attempt, number=us, statuses=statuses))
+        else:
+            us, statuses, letters = future.result()
+            self.handle_batch(Kind.RESULT, Batch.pack(
+                batch.job, batch.first, [*map(letter_of, letters)], attempt=batch.attempt, number=us,
+                statuses=statuses))
 
     def _cancel(self, chunks: Batch, kind: Kind) -> None:
         for future, batch in list(self._submitted.items()):
-            overlap = batch.first < chunks.end and chunks.first < batch.end
-            if batch.job == chunks.job and (kind is Kind.END or overlap):
+            if batch.job == chunks.job and (
+                    kind is Kind.END or batch.first < chunks.end and chunks.first < batch.end):
                 future.cancel()
 
 

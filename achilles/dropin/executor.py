@@ -24,7 +24,7 @@ from typing import Any
 
 from ..config import SecretKey
 from ..controller.connection import RECONNECT_SECONDS, tell
-from ..errors import AchillesError
+from ..errors import AchillesError, NoNodesError
 from .async_results import Answer, PoolIterator, open_answer
 from .base_pool import SEQUENCES, BasePool, Dispatcher, Singles
 
@@ -43,8 +43,8 @@ class Future(concurrent.futures.Future[Any]):
 
     def running(self) -> bool:
         """Whether the call was sent and is not done."""
-        waits = self.singles and any(run.first <= self.number < run.end for run in [*self.singles.job.waiting])
-        return not waits and not self.done()
+        return not self.done() and not (
+            self.singles and any(run.first <= self.number < run.end for run in [*self.singles.job.waiting]))
 
     def cancel(self, kill: bool = False) -> bool:
         """Cancel the call if it was not sent yet; with `kill`, also while it runs. Return whether it is cancelled."""
@@ -106,6 +106,15 @@ class Executor(BasePool, concurrent.futures.Executor):
             self._dispatcher.wait_for(partial(link.changed.wait_for, lambda: link.workers or not self._begin()))
         return self._processes
 
+    def _look(self) -> None:
+        """The dispatcher looks for nodes. If there was none for `wait_for_nodes`, all calls end with NoNodesError."""
+        try:
+            self._controller.look()
+        except NoNodesError as error:
+            with self._controller.lock:
+                self._controller.fail_jobs(error)
+            self._controller.push()
+
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Have a worker call `fn(*args, **kwargs)`. Return its future at once. RuntimeError after `shutdown`."""
         return self._submit(Future(self._begin()), fn, args, kwargs)  # type: ignore[no-any-return]
@@ -124,8 +133,8 @@ class Executor(BasePool, concurrent.futures.Executor):
         if chunksize is not None and chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
         if getattr(self.submit, "__func__", None) is not Executor.submit:  # a subclass counts the calls
-            known = {} if buffersize is None else {"buffersize": buffersize}  # since Python 3.14
-            return super().map(fn, *iterables, timeout=timeout, **known)
+            return super().map(  # `buffersize` since Python 3.14
+                fn, *iterables, timeout=timeout, **({} if buffersize is None else {"buffersize": buffersize}))
         short = all(isinstance(each, SEQUENCES) for each in iterables)
         args: Any = list(zip(*iterables)) if short else zip(*iterables)
         results = PoolIterator(self._begin())

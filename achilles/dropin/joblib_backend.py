@@ -51,10 +51,10 @@ class _Batches(_Joblibs):  # type: ignore[misc]
         if self.executor is None:
             options = {"max_workers": self.bound, **self.backend_kwargs}
             if self.inner_max_num_threads is not None:
-                initializer = options.get("initializer"), options.get("initargs", ())
                 begin = types.FunctionType(_begin_worker.__code__, {"__name__": "__main__"})  # by value
                 options |= {"initializer": begin, "initargs": (
-                    self.inner_max_num_threads, self.MAX_NUM_THREADS_VARS, *initializer)}
+                    self.inner_max_num_threads, self.MAX_NUM_THREADS_VARS,
+                    options.get("initializer"), options.get("initargs", ()))}
             self.executor = Executor(**options)
         return self.executor
 

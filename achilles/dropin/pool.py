@@ -61,11 +61,10 @@ class Pool(BasePool):
     ) -> None:
         if processes is not None and processes < 1:
             raise ValueError("Number of processes must be at least 1")
-        processes = None if processes is None else operator.index(processes)
         if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0):
             raise ValueError("maxtasksperchild must be a positive int or None")
-        super().__init__(processes, initializer, initargs, maxtasksperchild, wait_for_nodes, reconnect_seconds,
-                         executor, host, port, username, secret_key, encrypt)
+        super().__init__(processes and operator.index(processes), initializer, initargs, maxtasksperchild,
+                         wait_for_nodes, reconnect_seconds, executor, host, port, username, secret_key, encrypt)
 
     def apply(self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}) -> Any:  # noqa: B006
         """Return `func(*args, **kwds)`, called in a worker. Blocks."""
@@ -76,8 +75,8 @@ class Pool(BasePool):
         callback: Callback | None = None, error_callback: Callback | None = None,
     ) -> AsyncResult:
         """As `apply`, but return at once. The dispatcher thread calls a callback with the result or error."""
-        result = AsyncResult(self._begin(), callback, error_callback)
-        return self._submit(result, func, args, kwds)  # type: ignore[no-any-return]
+        return self._submit(  # type: ignore[no-any-return]
+            AsyncResult(self._begin(), callback, error_callback), func, args, kwds)
 
     def map(
         self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int | None = None, *,
@@ -138,17 +137,16 @@ class Pool(BasePool):
         self, call: str, inline: bool, func: Any, iterable: Any, chunksize: int | None, buffersize: int | None,
         timeout: float | None, seed: int | None, output: Output, progress: Show, *callbacks: Callback | None,
     ) -> MapResult:
-        inline = inline or self._controller.in_place
         result = MapResult(self._begin(), *callbacks)
         self._start(result, func, _copied(iterable), chunksize, buffersize, timeout, seed, output, progress, call=call,
-                    ordered=False, inline=inline)
+                    ordered=False, inline=inline or self._controller.in_place)
         result.drain()
         return result
 
     def _iterate(self, ordered: bool, func: Any, iterable: Any, *more: Any) -> PoolIterator:
         results = PoolIterator(self._begin())
-        args = _copied(iterable) if type(iterable) in SEQUENCES else lambda: iterable
-        self._start(results._stream, func, args, *more, ordered=ordered, iterable=iterable)
+        self._start(results._stream, func, _copied(iterable) if type(iterable) in SEQUENCES else lambda: iterable,
+                    *more, ordered=ordered, iterable=iterable)
         return results
 
     def __enter__(self) -> Pool:

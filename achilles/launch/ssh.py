@@ -145,7 +145,8 @@ class Launcher:
 
     def __init__(self, hosts: str | os.PathLike[str] | Sequence[str], ssh: Sequence[str]) -> None:
         if not ssh or shutil.which(ssh[0]) is None:
-            raise ConfigurationError(f"ssh_command must be a list of words that begins with a program, not {ssh!r}")
+            raise ConfigurationError(
+                f"ssh_command must be a list of words, the first of them a program on this machine, not {ssh!r}")
         self._ssh = ssh
         self._hosts = read_hosts(hosts)
 

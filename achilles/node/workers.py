@@ -268,7 +268,7 @@ class Workers:
                 elif worker.job.flow.admits(body):
                     self._send(kind, body)
         except (OSError, AchillesError) as e:
-            log.info("%s: %s", channel.name, e)
+            log.log(logging.INFO if worker.usable else logging.DEBUG, "%s: %s", channel.name, e)  # DEBUG: killed by us
             received = None
         if received is None:
             worker.process.kill()

@@ -80,8 +80,9 @@ class Tls:
             except ssl.SSLError as e:
                 hold()
                 told = "ALERT" in str(e.reason) and not self._tls.server_side
-                said = "server refused the username or the secret" if told else "peer does not know the secret"
-                raise AuthenticationError(f"the {said} (TLS: {e.reason})") from None
+                said = "server refused the username or the secret" if told else (
+                    f"peer does not know the secret (TLS: {e.reason})")
+                raise AuthenticationError(f"the {said}") from None
             finally:
                 with contextlib.suppress(OSError):  # the peer may be gone: the next recv tells
                     self._sock.sendall(self._outgoing.read())  # a step or an alert: so few bytes never block

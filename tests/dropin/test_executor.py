@@ -20,7 +20,7 @@ from cluster import PYTHON, Cluster, environment
 from conftest import SECONDS, in_a_child, wait_until
 from fakes import address, serving
 
-from achilles import Executor, LocalCluster, ServerUnreachable, cluster_status
+from achilles import Executor, LocalCluster, NoNodesError, ServerUnreachable, cluster_status
 from achilles.controller.job import Job
 from achilles.dropin.base_pool import Singles
 
@@ -584,6 +584,14 @@ def test_at_the_end_of_the_interpreter_nothing_more_is_taken(cluster):
                 print(error)"""
     done = subprocess.run([*PYTHON, "-c", script], env=environment(), capture_output=True, timeout=SECONDS)
     assert (done.stdout, done.stderr) == (b"cannot schedule new futures after shutdown\n", b"")
+
+
+def test_futures_that_wait_for_nodes_in_vain_end_and_so_do_the_next_ones():
+    with serving() as server, Executor(wait_for_nodes=0.2, **address(server.address[1])) as executor:
+        for _ in range(2):
+            futures = [executor.submit(square, n) for n in range(3)]
+            done, _ = concurrent.futures.wait(futures, SECONDS)
+            assert [type(future.exception(0)) for future in done] == [NoNodesError] * 3
 
 
 LATE = """

@@ -80,7 +80,7 @@ def test_a_file_of_hosts_and_none(tmp_path):
 
 @pytest.mark.parametrize("command", [[], "ssh -p 22", ["/nowhere/ssh"], [""]])
 def test_a_command_that_is_no_program(command):
-    with pytest.raises(ValueError, match="ssh_command must be a list of words that begins with a program, not "):
+    with pytest.raises(ValueError, match="the first of them a program on this machine, not "):
         LocalCluster(hosts=["alpha"], ssh_command=command)
 
 
@@ -196,7 +196,7 @@ def test_ctrl_c_while_hosts_are_awaited_leaves_nothing(fake, no_leftovers, monke
 
 COMMANDS = [
     (["alpha eight"], "ssh", 2, "line 1 of the hosts must be"), (["alpha"], "'", 2, "--ssh-command"),
-    (["alpha"], "/nowhere/ssh", 2, "begins with a program"),
+    (["alpha"], "/nowhere/ssh", 2, "a program on this machine"),
     (["refused"], "FAKE", 1, "refused: ssh: connect"), (["good 2"], "FAKE", 7, ""),
 ]
 
