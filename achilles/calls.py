@@ -318,5 +318,5 @@ def _resolve(
 
 
 def _cancel(call: Call, controller: Controller) -> None:
-    call.close(None, InterruptedError("the job was cancelled"))
-    controller.close()
+    with contextlib.closing(controller):  # also where a journal's end, or Ctrl-C, ends the next line
+        call.close(None, InterruptedError("the job was cancelled"))

@@ -145,12 +145,12 @@ class LocalCluster:
         self.stop()
 
 
-_embedded_lock = threading.Lock()
+_embedded_locks: dict[int, threading.Lock] = {}  # by process: a forked child may find the parent's lock held
 
 
 def embedded() -> LocalCluster:
     """Return the cluster of `host="local"`. It starts at the first call, and ends with this process."""
-    with _embedded_lock:
+    with _embedded_locks.setdefault(os.getpid(), threading.Lock()):
         return _start_embedded(os.getpid())
 
 

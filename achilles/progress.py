@@ -91,10 +91,10 @@ class Progress:
         return " · ".join(parts)
 
     def _write(self, line: str, end: str) -> None:
-        """A closed stderr is no error."""
+        """A stderr that is closed, or broken, is no error."""
         text = line.ljust(self._width) + end
         self._width = len(line) * self._terminal
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(Exception):
             sys.stderr.write(text)
             sys.stderr.flush()
 

@@ -23,6 +23,7 @@ from achilles import errors
 from achilles.calls import cluster_status, imap, imap_unordered, kill_cluster
 from achilles.calls import map as map_
 from achilles.controller import connection
+from achilles.journal import Journal
 from achilles.lineReceiver import achilles_main, achilles_node, achilles_server
 from achilles.options import checked
 from achilles.protocol.frames import Kind
@@ -330,6 +331,36 @@ def test_ctrl_c_in_the_taking_thread_cancels_and_the_next_call_works(server, whe
         ended(server)
         node.let()
         assert map_(square, [3], **where) == [[9]]
+
+
+class Twice(list):
+    """A list with an iterator of its own, which does not know how long it is."""
+
+    def __iter__(self):
+        for item in super().__iter__():
+            yield item
+            yield item
+
+
+@pytest.mark.parametrize("chunksize", [1, 3])
+def test_a_list_is_read_by_its_own_iterator_to_its_end(chunksize):
+    with ThreadPoolExecutor(1) as executor:
+        found = map_(square, Twice(range(100)), chunksize=chunksize, executor=executor)
+    assert sum(found, []) == [n * n for n in range(100) for _ in range(2)]
+
+
+def test_the_connection_ends_also_where_the_end_of_a_journal_is_an_error(where, node, tmp_path, monkeypatch):
+    """As on a network's disk that is full."""
+    def fail(self):
+        close(self)
+        raise OSError("no space left")
+
+    close = Journal.close
+    monkeypatch.setattr(Journal, "close", fail)
+    packets = imap(square, range(5), journal=tmp_path / "journal", **where)
+    with pytest.raises(OSError, match="no space left"):
+        packets.close()
+    assert not packets._controller._reader.is_alive()
 
 
 # Errors of arguments.

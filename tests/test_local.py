@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import tasks
 from cluster import PYTHON, Process, alive, children, descendants, environment
-from conftest import SECONDS, wait_until
+from conftest import SECONDS, in_a_child, wait_until
 
 from achilles import ClusterKilled, LocalCluster, ServerUnreachable, cluster_status, imap, map  # noqa: A004
+from achilles import local as module
 from achilles.launch.child import share
 from achilles.local import START_SECONDS, STOP_SECONDS
 from achilles.node.cores import usable_cores
@@ -251,6 +253,29 @@ def test_the_embedded_cluster_is_one_a_process(tmp_path, no_leftovers):
     assert "atexit" not in caller.err.read_text(), caller.err.read_text()
     pids = [int(pid) for pid in caller.out.read_text().split()]
     assert not any(map_alive(pids))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_that_is_forked_while_the_embedded_cluster_starts_has_its_own(monkeypatch):
+    """The thread that holds the lock is the parent's alone."""
+    starts, go = threading.Event(), threading.Event()
+
+    def start_embedded(pid):
+        if pid == parent:
+            starts.set()
+            go.wait(SECONDS)
+        return "a cluster"
+
+    parent = os.getpid()
+    monkeypatch.setattr(module, "_start_embedded", start_embedded)
+    thread = threading.Thread(target=module.embedded)
+    thread.start()
+    assert starts.wait(SECONDS)
+    try:
+        assert in_a_child(module.embedded) == "a cluster"
+    finally:
+        go.set()
+        thread.join()
 
 
 # python -m achilles.local.

@@ -175,6 +175,19 @@ def test_a_stderr_that_is_none_is_no_error(monkeypatch, stream):
     Progress(True, 3, SimpleNamespace(workers=1, processes=1)).close()
 
 
+class Broken(Stream):
+    """As an object that somebody has put in the place of stderr."""
+
+    def write(self, text):
+        raise RuntimeError("nobody reads this any more")
+
+
+def test_a_stderr_that_is_broken_ends_no_call(monkeypatch, pool):
+    monkeypatch.setattr(sys, "stderr", Broken(True))
+    tell("a line")
+    assert pool.map_async(double, range(3), progress=True).get(20) == [0, 2, 4]
+
+
 def test_a_length_that_was_too_short_is_none(executor):
     seen = []
     list(CALLS[0](double, iter([[1, 2], [3]]), executor=executor, progress=lambda *counts: seen.append(counts)))

@@ -77,18 +77,17 @@ class Call:
     :param watchers: hear of each delivery, in their order.
     :param recall: gives the results of arguments that need not run. Then each chunk is a packet, and goes when it is
         whole. The thread that feeds calls it.
-    :param ready: is called under the connection's lock when there may be something to take; must not block.
     """
 
     def __init__(
         self, link: Link, job: Job, args: Any, *, chunksize: int = 1, ordered: bool = True, flat: bool = False,
         eager: bool = False, buffersize: int | None = None, largest: int | None = None,
-        ready: Callable[[], object] | None = None, show: Callable[[str, int | None, int], object] | None = None,
-        watchers: Sequence[Watcher] = (), recall: Recall | None = None,
+        show: Callable[[str, int | None, int], object] | None = None, watchers: Sequence[Watcher] = (),
+        recall: Recall | None = None,
     ) -> None:
         self.link, self.job, self._buffersize = link, job, buffersize
         self.results = job.sink = Results(
-            link.lock, ordered, buffersize is not None and not flat, not flat, ready, job.next)
+            link.lock, ordered, buffersize is not None and not flat, not flat, job.next)
         self.ended = False  # all is fed
         self.results.single = recall is not None
         self._show, self._watchers, self._recall = show or NOBODY.hear, watchers, recall

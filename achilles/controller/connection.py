@@ -66,6 +66,8 @@ class Controller(Link):
     :param processes: see Link.
     """
 
+    _channel: Channel | None = None  # of the class: a fork may find a Controller that is half made
+
     def __init__(
         self, resolve: Callable[[], config.Settings], *, reconnect_seconds: float = RECONNECT_SECONDS,
         wait_for_nodes: float | None = None, processes: int | None = None,
@@ -78,7 +80,6 @@ class Controller(Link):
         self.settings: config.Settings = resolve()
         self._resolve = resolve
         self._reconnect_seconds = reconnect_seconds
-        self._channel: Channel | None = None
         self.connected = False
         self._cluster: dict[str, Any] = {}  # the last CLUSTER of this connection; empty before
         self._breaches = 0  # of the protocol, by the server or by us, which ended connections, and no batch between
@@ -100,8 +101,8 @@ class Controller(Link):
             raise ServerUnreachable(
                 f"{e}. Is a server running, and is this its address? Start one: python -m {config.PACKAGE}.server"
             ) from None  # the message has all
-        self._reader.start()
         try:
+            self._reader.start()
             self._wait_for(Kind.CLUSTER, "its first word")
         except BaseException:
             self.close()
@@ -119,8 +120,7 @@ class Controller(Link):
     def close(self) -> None:
         """Say BYE, end the connection and join its threads; some 4 s at most. Jobs that are open have failed then."""
         self._closing.set()
-        with self.lock:  # a connection that is being made sees `_closing` under it
-            self.fail_jobs(ServerUnreachable(CLOSED))
+        self.fail_jobs(ServerUnreachable(CLOSED))  # a connection that is being made sees `_closing` under `lock`
         if self._channel is not None:
             self._channel.finish("leaving")
             if self._reader.ident not in (None, threading.get_ident()):
@@ -294,7 +294,7 @@ class Controller(Link):
 
 def tell(text: str) -> None:
     """Write a line to stderr, so that stdout stays the caller's."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(Exception):  # stderr may be anybody's object
         columns = LINE_COLUMNS if getattr(sys.stderr, "isatty", bool)() else 0
         sys.stderr.write(text.ljust(columns) + "\n")
         sys.stderr.flush()

@@ -9,7 +9,8 @@ Knows jobs, and how many batches may be out; knows no socket. The Controller is 
                       │ fewer than 2 * workers + 2 batches are out, or than `processes`; jobs take turns
 
 One lock, `lock`, guards everything of a connection: its jobs, their chunks, results and windows. It is held for no
-system call and while no code of a user runs.
+system call and while no code of a user runs, but for signal handlers and `__del__`. Either may end a pool in the thread
+that holds the lock, so it is an RLock.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Link:
     _lost: BaseException | None = None  # why no job can be started any more
 
     def __init__(self, processes: int | None = None) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)  # the cluster or the connection has changed
         self.processes = processes or U32
         self.jobs: OrderedDict[int, Job] = OrderedDict()  # the next to send a batch first
@@ -128,11 +129,12 @@ class Link:
             job.sink.error = self._lost
 
     def fail_jobs(self, error: BaseException) -> None:
-        """Tell every call, and end its job."""
-        for job in list(self.jobs.values()):
-            job.sink.fail(error)
-            self.end(job)
-        self._kept.clear()
+        """Tell every call, and end its job. Takes `lock`."""
+        with self.lock:
+            for job in list(self.jobs.values()):
+                job.sink.fail(error)
+                self.end(job)
+            self._kept.clear()
 
     def cancel(self, job: Job, number: int) -> None:
         """Stop a chunk that is out. GONE says that it is not, and the job does not send it again."""

@@ -76,15 +76,14 @@ class Results(Sink):
 
     :param by_argument: whether the window counts arguments (`buffersize`), not chunks.
     :param packets: deliver packets, which the GIVEN frames cut, and lists, each of which is a packet.
-    :param ready: called when there may be something to take; must not block, nor take the lock.
+    :ivar ready: called when there may be something to take; must not block.
     """
 
     def __init__(
-        self, lock: threading.Lock, ordered: bool, by_argument: bool, packets: bool = False,
-        ready: Callable[[], object] | None = None, first: int = 0,
+        self, lock: threading.RLock, ordered: bool, by_argument: bool, packets: bool = False, first: int = 0,
     ) -> None:
         self.changed = threading.Condition(lock)
-        self.ready = ready
+        self.ready: Callable[[], object] | None = None
         self.by_argument = by_argument
         self.last_error: BaseException | None = None  # raised behind the last result
         self.next = self._cut = first  # the chunk that is delivered next, in order; chunks below `_cut` have a unit

@@ -18,7 +18,7 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -149,11 +149,15 @@ class Taker(Watcher):
         # generator that reads its own results then gets an error, and does not wait for itself.
         self._taking = threading.RLock()
 
-    def drain(self, later: Callable[..., Callable[[], object]] = partial) -> None:
-        """Let the dispatcher take all results, now and later. Takes no lock: `__del__` of iterators calls it."""
-        if (call := self.call) is not None:
+    def drain(self) -> None:
+        """Let the dispatcher take all results, now and later. Takes no lock: `__del__` of iterators calls it.
+
+        The thread that takes may call it, as a progress function or a signal handler that ends the pool. That thread
+        goes on to take, and must not wait for a dispatcher that waits for `_taking`.
+        """
+        if (call := self.call) is not None and not self._taking._is_owned():  # type: ignore[attr-defined]
             call.results.ready = self.drain
-            self._dispatcher.work.put(later(self.take_all, 0.0))
+            self._dispatcher.work.put(self.take_all)
 
     def take(self, timeout: float) -> bool:
         """Take some results, or end the call; False if none came after `timeout` seconds."""
@@ -169,16 +173,14 @@ class Taker(Watcher):
                 return False
             except BaseException as error:  # of the iterable, or of the call as a whole
                 self.failure = error
-            self.call = None
-            try:
-                call.close(self.key, self.failure)
-            finally:
-                with self._dispatcher.link.lock:
-                    self._dispatcher.forget(self)
+            with self._dispatcher.link.lock:
+                self._dispatcher.forget(self)
+            self.call = None  # behind `forget`: where Ctrl-C comes in between, the end is taken again
+            call.close(self.key, self.failure)
             return True
 
-    def take_all(self, timeout: float | None = None) -> None:
-        """Take results until the call is over, or none comes within `timeout` seconds. Raises NoNodesError."""
+    def take_all(self, timeout: float | None = 0.0) -> None:
+        """Take results until the call is over, or none comes within `timeout` seconds. Raises NoNodesError if None."""
         while self.call is not None and self._dispatcher.wait_for(self.take, timeout):
             pass
 
@@ -187,7 +189,7 @@ class Taker(Watcher):
         if (call := self.call) is not None:
             with self._dispatcher.link.lock:
                 call.results.fail(error)
-            self.take_all()
+            self.take_all(None)
 
     def answer(self, answer: Answer) -> None:
         """The call cannot begin."""

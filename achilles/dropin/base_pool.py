@@ -17,11 +17,11 @@ Locks: the connection's lock guards `open` and `entries`. `_state` needs no lock
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import operator
 import queue
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -48,6 +48,7 @@ __all__ = ["CLOSE", "RUN", "SEQUENCES", "TERMINATE", "BasePool", "Dispatcher", "
 RUN, CLOSE, TERMINATE = "RUN", "CLOSE", "TERMINATE"
 LARGEST_CHUNK = 1 << 16  # arguments, of an endless input
 CHUNKS_A_WORKER = 4  # at least, of a sequence: multiprocessing's choice
+STOP_SECONDS = 5.0  # for the dispatcher, which may wait for the thread that calls `terminate`: a little over `close`
 SEQUENCES = list, tuple, range  # cut without an iterator
 APPLY = {"call": "apply"}
 
@@ -85,23 +86,23 @@ class Dispatcher:
             self.link.look()
         return True
 
-    def wait(self, until: Callable[[], object]) -> None:
-        """Block until this holds of the cluster or of the open calls. Iterators keep their results."""
+    def wait(self) -> None:
+        """Block until all calls are over, or the thread has ended. Iterators keep their results."""
         self.drain()
         with self.link.lock:
-            self.wait_for(partial(self.link.changed.wait_for, until))
+            self.wait_for(partial(self.link.changed.wait_for, lambda: not (self.open and self._thread.is_alive())))
 
     def drain(self) -> None:
         """Let the thread take the results that perhaps no other thread takes."""
         for call, _ in [*self.open.values()]:
             call.drain()
 
-    def stop(self) -> None:
-        """Close the connection when all of `work` is done. Joins the thread. Idempotent."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Close the connection when all of `work` is done. Joins the thread, for some seconds at most. Idempotent."""
         self.drain()
         self.work.put(None)
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(seconds)
 
     def _run(self) -> None:
         """The thread. It looks for nodes while futures are open: threads that wait for futures do not."""
@@ -117,11 +118,13 @@ class Dispatcher:
             self.do(self.work.get() or bool)
 
     def do(self, call: Callable[..., object], *args: Any) -> None:
-        """Call a function. `threading.excepthook` gets its exception, and the thread goes on."""
+        """Call a function. `threading.excepthook` gets its exception, and the thread goes on, even if that raises."""
         try:
             call(*args)
-        except BaseException:
-            threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
+        except BaseException as error:
+            with contextlib.suppress(BaseException):
+                threading.excepthook(threading.ExceptHookArgs(
+                    (type(error), error, error.__traceback__, threading.current_thread())))
 
 
 class Singles(Sink):
@@ -132,9 +135,9 @@ class Singles(Sink):
 
     def __init__(self, dispatcher: Dispatcher, job: Job, key: Any) -> None:
         self.job, self.key = job, key
-        job.sink = self
         self.entries: dict[int, Any] = {}  # by chunk
         self._dispatcher = dispatcher
+        job.sink = self  # last, because Ctrl-C may come anywhere
 
     def enter(self, single: Any, letter: Letter) -> None:
         """Put a call into the job. The entry is made last, because Ctrl-C may come anywhere."""
@@ -225,15 +228,14 @@ class BasePool:
     def terminate(self) -> None:
         """Stop all calls, and close the connection: some seconds at most. Missing results become InterruptedError."""
         self._state = TERMINATE
-        with self._controller.lock:
-            self._controller.fail_jobs(InterruptedError("the pool was terminated before this was done"))
-        self._dispatcher.stop()
+        self._controller.fail_jobs(InterruptedError("the pool was terminated before this was done"))
+        self._dispatcher.stop(STOP_SECONDS)
 
     def join(self) -> None:
         """Block until all calls are done. ValueError before `close` or `terminate`."""
         if self._state == RUN:
             raise ValueError("Pool is still running")
-        self._dispatcher.wait(lambda: not self._dispatcher.open)
+        self._dispatcher.wait()
         self._dispatcher.stop()
 
     def __del__(self, terminate: str = TERMINATE) -> None:
@@ -291,7 +293,7 @@ class BasePool:
         :param args: an iterable, or a function that returns `iterable`.
         """
         buffersize, timeout, _ = checked(buffersize=buffersize, timeout=timeout, progress=progress)
-        if chunksize is not None and chunksize < 1:
+        if chunksize is not None and (chunksize < 1 or operator.index(chunksize) < 1):  # a float raises
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         link = self._controller
         watchers = watching(progress, iterable if callable(args) else args, link)
@@ -305,20 +307,20 @@ class BasePool:
         except DumpError as error:
             taker.answer((None, 0, error))
             return
-        with link.lock:
-            job = link.take(taker.key, partial(
-                self._job, function, options={**self._options, **options}, sources=taker.key[1]))
-            largest = None
-            if chunksize is None:
-                wanted = CHUNKS_A_WORKER * self._processes
-                largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
-            taker.call = Call(link, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered, flat=True,
-                              buffersize=buffersize, largest=largest, show=show, watchers=[*watchers, taker])
-            self._dispatcher.open[taker] = taker, self
         try:
+            with link.lock:
+                job = link.take(taker.key, partial(
+                    self._job, function, options={**self._options, **options}, sources=taker.key[1]))
+                largest = None
+                if chunksize is None:
+                    wanted = CHUNKS_A_WORKER * self._processes
+                    largest = -(-len(args) // wanted) or 1 if isinstance(args, SEQUENCES) else LARGEST_CHUNK
+                taker.call = Call(link, job, args, chunksize=operator.index(chunksize or 1), ordered=ordered, flat=True,
+                                  buffersize=buffersize, largest=largest, show=show, watchers=[*watchers, taker])
+                self._dispatcher.open[taker] = taker, self
             taker.call.start(inline)
             if inline:
-                taker.take_all()
+                taker.take_all(None)
         except BaseException as error:
             taker.cancel(error)
             raise

@@ -59,9 +59,8 @@ class Engine(Link):
 
     def close(self) -> None:
         """Cancel the open jobs, and join the thread. Idempotent."""
-        with self.lock:
-            self._lost = InterruptedError("the engine was closed")
-            self.fail_jobs(self._lost)
+        self._lost = InterruptedError("the engine was closed")
+        self.fail_jobs(self._lost)
         self._events.put(None)
         if self._thread.ident not in (None, threading.get_ident()):
             self._thread.join()

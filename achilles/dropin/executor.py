@@ -97,8 +97,13 @@ class Executor(BasePool, concurrent.futures.Executor):
         _left_open().add(self)
 
     def wait_for_workers(self) -> int:
-        """Wait for a node. Return how many calls may run at a time. NoNodesError after `wait_for_nodes`."""
-        self._dispatcher.wait(lambda: self._controller.workers)
+        """Wait for a node. Return how many calls may run at a time. NoNodesError after `wait_for_nodes`.
+
+        Raises as `submit`, where no node can come any more.
+        """
+        link = self._controller
+        with link.lock:
+            self._dispatcher.wait_for(partial(link.changed.wait_for, lambda: link.workers or not self._begin()))
         return self._processes
 
     def _look(self) -> None:
@@ -106,8 +111,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         try:
             self._controller.look()
         except NoNodesError as error:
-            with self._controller.lock:
-                self._controller.fail_jobs(error)
+            self._controller.fail_jobs(error)
             self._controller.push()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
@@ -193,7 +197,7 @@ def _finish(executors: Iterable[Executor]) -> None:
     for executor in [*executors]:
         try:
             if executor._dispatcher.open and not executor._controller.forked:
-                executor._dispatcher.wait(lambda: not executor._dispatcher.open)  # noqa: B023
+                executor._dispatcher.wait()
                 executor._controller.check_usable()
             executor._dispatcher.stop()  # it runs the waiting callbacks
         except (AchillesError, KeyboardInterrupt) as error:

@@ -166,9 +166,9 @@ class Pool(BasePool):
         return types.SimpleNamespace, (), dict.fromkeys(METHODS, absent)
 
     def __del__(self, run: str = RUN, warn: Callable[..., object] = warnings.warn) -> None:
+        super().__del__()  # first: a warning may be an error
         if self._state == run and not self._controller.forked:
             warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, 2, source=self)
-        super().__del__()
 
 
 def _copied(iterable: Iterable[Any]) -> Any:

@@ -71,7 +71,7 @@ class Channel:
         self._unsent = memoryview(b"")  # the socket takes these bytes next
         self._reader = FrameReader(link, auth.Tagger(keys[1]).check if keys else None)
         self._trickled = 0  # bytes since last_heard; the reading thread's
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.RLock()  # guards all below; a signal handler may meet its own thread in it
         self._ready = threading.Condition(self._lock)
         self._queue: deque[tuple[Frame, bytes, list[memoryview]]] = deque()
         self._state = OPEN
@@ -101,7 +101,7 @@ class Channel:
         # On Windows, `os.write` takes no socket.
         if self._queue and not self._unsent and os.name == "posix" and self._writing.acquire(blocking=False):
             try:
-                self._write_safely(lambda data: os.write(self.socket.fileno(), data), PUSH_BYTES)
+                self._write_safely(lambda data: os.write(self.socket.fileno(), data), PUSH_BYTES, BlockingIOError)
             finally:
                 self._writing.release()
         if self.wants_write:
@@ -186,27 +186,30 @@ class Channel:
             with self._writing:
                 self._write_safely(self.socket.send)
             with self._lock:
-                ready = self._ready.wait_for(lambda: self._state >= SHUT or self.wants_write, HEARTBEAT_SECONDS)
-            if not ready:
-                self.send(Kind.PING, {}, ahead=True)
+                if not self._ready.wait_for(lambda: self._state >= SHUT or self.wants_write, HEARTBEAT_SECONDS):
+                    self.send(Kind.PING, {}, ahead=True)
 
-    def _write_safely(self, send: Callable[[memoryview], int], limit: float = float("inf")) -> None:
+    def _write_safely(self, send: Callable[[memoryview], int], *more: Any) -> None:
         """As `_write`. An error ends writing, so that no frame follows half a frame."""
         try:
-            self._write(send, limit)
-        except OSError as e:  # reading ends, too, but first the reader gets the reason: an ERROR, a BYE
-            log.debug("%s: writing ended: %s", self.name, e)
-            self._go_on(SHUT)
-        except BaseException as e:  # such as MemoryError: half a connection must not live on
-            self.abort()
-            if not isinstance(e, Exception):  # Ctrl-C in a caller, which connects again
-                raise
-            log.exception("%s: writing failed", self.name)
+            self._write(send, *more)
+        except BaseException as e:
+            if not (isinstance(e, OSError) and e.errno):  # no error of the socket: half a connection must not live on
+                self.abort()
+                if threading.current_thread() is threading.main_thread():  # Ctrl-C, or a signal handler's
+                    raise
+            level = logging.DEBUG if isinstance(e, OSError) else logging.ERROR
+            log.log(level, "%s: writing ended", self.name, exc_info=True)
+            self._go_on(SHUT)  # reading ends, too, but first the reader gets the reason: an ERROR, a BYE
 
-    def _write(self, send: Callable[[memoryview], int], limit: float = float("inf")) -> None:
+    def _write(
+        self, send: Callable[[memoryview], int], limit: float = float("inf"), busy: type[OSError] = TimeoutError
+    ) -> None:
         """Write as many waiting bytes as `send` takes, but none if more than `limit` wait. Needs `_writing`.
 
         After `finish`, shut down writing when all is written.
+
+        :param busy: the error of `send` where the socket takes nothing. A TimeoutError in a push is a signal handler's.
         """
         is_last = self._state == FINISHING  # read first: in this state no frame is queued
         if not self._unsent:
@@ -216,7 +219,7 @@ class Channel:
             self.socket.shutdown(socket.SHUT_WR)
             self._go_on(SHUT)
         elif 0 < len(self._unsent) <= limit:
-            with contextlib.suppress(BlockingIOError, TimeoutError):
+            with contextlib.suppress(BlockingIOError, busy):
                 self._unsent = self._unsent[send(self._unsent) :] or memoryview(b"")  # frees written bytes
                 self.last_written = time.monotonic()
 

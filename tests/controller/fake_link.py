@@ -41,7 +41,7 @@ class FakeLink(Link):
         self.posts: list[tuple[Kind, Batch]] = []
 
     def post(self, kind: Kind, body: Batch) -> None:
-        assert self.lock.locked()
+        assert self.lock._is_owned()
         with self.came:
             self.posts.append((kind, body))
             self.came.notify_all()

@@ -120,7 +120,8 @@ def answer(link, call, count):
 
 def test_who_takes_elsewhere_is_told(start):
     told = []
-    call = start(range(3), flat=True, ordered=False, ready=lambda: told.append(1))
+    call = start(range(3), flat=True, ordered=False)
+    call.results.ready = lambda: told.append(1)
     before = len(told)
     for batch in call.link.batches(3):
         call.link.square(batch)

@@ -10,7 +10,7 @@ import signal
 import threading
 
 import pytest
-from conftest import wait_until
+from conftest import in_a_child, wait_until
 from fakes import SECONDS, SECRET, Node, serving, settings
 from faults.proxy import Proxy
 
@@ -18,6 +18,7 @@ from achilles.controller import connection as controller_module
 from achilles.controller.call import Call
 from achilles.controller.connection import Controller
 from achilles.controller.job import Job
+from achilles.controller.link import Link
 from achilles.errors import (
     AuthenticationError,
     ClusterKilled,
@@ -409,6 +410,41 @@ def test_without_any_node_a_job_waits(server, connect):
         job.take(0.05)
     with Node(server.address[1]):
         assert results(job) == [n * n for n in range(9)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_beside_a_controller_that_is_half_made_leaves_the_others_too(server):
+    """Its settings may take their time, as a local cluster does, or an answer at a terminal."""
+    asked, answer = threading.Event(), threading.Event()
+
+    def resolve():
+        asked.set()
+        answer.wait(SECONDS)
+        return settings(server.address[1])
+
+    thread = threading.Thread(target=Controller, args=(resolve,))
+    thread.start()
+    assert asked.wait(SECONDS)
+    others = [Link() for _ in range(20)]
+    try:
+        assert in_a_child(lambda: sum(link.forked for link in others)) == "20"
+    finally:
+        answer.set()
+        thread.join()
+
+
+def test_ctrl_c_while_a_controller_opens_leaves_nothing(server, monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        if thread.name == "achilles-reader":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Controller(lambda: settings(server.address[1])).open()
+    wait_until(lambda: not server._exchange._peers, "the end of the connection, as the server sees it")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import threading
 
 import pytest
 from conftest import SECONDS, in_a_child, wait_until
@@ -444,6 +445,24 @@ def test_a_part_of_a_batch_that_is_given_ends_the_connection_and_not_every_one_a
     link.square(batch)
     assert values(call) == [n * n for n in range(6)]
     call.close(None, InterruptedError())
+
+
+def test_a_wait_that_ctrl_c_ends_releases_the_lock_of_no_other_thread():
+    """Between the release and the wait, or before it has the lock again, nobody can catch it: `with` releases, too."""
+    link, held, done = FakeLink(), threading.Event(), threading.Event()
+
+    def hold():
+        with link.lock:
+            held.set()
+            done.wait(SECONDS)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(SECONDS)
+    with pytest.raises(RuntimeError):
+        link.lock.release()
+    done.set()
+    thread.join()
 
 
 def collect_and_leave(link):

@@ -45,8 +45,8 @@ def ordered(request):
     return request.param
 
 
-def flat(ordered, *, first=0, ready=None):
-    return told(Results(threading.Lock(), ordered, False, False, ready, first))
+def flat(ordered, *, first=0):
+    return told(Results(threading.Lock(), ordered, False, False, first))
 
 
 def packets(ordered, by_argument=False):
@@ -118,7 +118,8 @@ def test_nothing_at_all_is_over_at_once(ordered):
 
 def test_who_takes_is_told_when_the_next_one_is_there_and_of_the_end(ordered):
     told = []
-    buf = flat(ordered, ready=lambda: told.append(1))
+    buf = flat(ordered)
+    buf.ready = lambda: told.append(1)
     buf.put(answered(1, "b"))
     assert len(told) == (not ordered)
     buf.put(answered(0, "a"))

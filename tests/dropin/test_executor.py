@@ -415,6 +415,27 @@ def test_a_with_block_and_shutdown_may_follow_each_other(make):
         executor.submit(square, 1)
 
 
+@pytest.mark.parametrize(("ended", "error"), [("the executor", RuntimeError), ("the server", ServerUnreachable)])
+def test_a_wait_for_workers_ends_where_no_node_can_come(no_leftovers, ended, error):
+    told = []
+
+    def wait():
+        with pytest.raises(error) as caught:
+            executor.wait_for_workers()
+        told.append(caught.value)
+
+    with serving() as server, Executor(**address(server.address[1]), reconnect_seconds=0.1) as executor:
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        wait_until(lambda: executor._controller.changed._waiters, "the wait")
+        if ended == "the server":
+            server.end("leaving")
+        else:
+            executor.terminate_workers()
+        thread.join(5)
+    assert told
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_in_a_child_of_the_caller_submit_raises_and_shutdown_returns(make, tmp_path):
     executor = make()

@@ -42,9 +42,11 @@ from achilles import (
     WorkerLost,
     kill_cluster,
 )
+from achilles.controller.call import Call
 from achilles.controller.connection import Controller
 from achilles.controller.results import NOBODY
 from achilles.dropin.async_results import AsyncResult, PoolIterator, ResultTimeout
+from achilles.dropin.base_pool import STOP_SECONDS, Dispatcher, Singles
 from achilles.objects import letters
 from achilles.protocol.channel import Channel
 from achilles.protocol.frames import Kind
@@ -568,6 +570,131 @@ def test_a_thread_that_waits_for_an_iterator_sees_what_another_thread_has_taken(
     timer.join()
 
 
+@pytest.mark.parametrize("method", ["map", "imap"])
+@pytest.mark.parametrize("how", ["a progress function", "a signal handler"])
+def test_the_thread_that_takes_may_terminate_its_pool(make, tmp_path, how, method):
+    """It holds the lock of what takes, which the dispatcher must not wait for while that thread waits for the end."""
+    pool, never = make(), tmp_path / "never"
+    began, progress = time.monotonic(), None
+    if how == "a progress function":
+        progress = lambda done, total: pool.terminate()  # noqa: E731
+    else:
+        signal.signal(signal.SIGALRM, lambda *_: pool.terminate())
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(InterruptedError, match="the pool was terminated"):
+            [*getattr(pool, method)(lambda x: until(never) if x else x, [0, 1, 2], 1, progress=progress)]
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    pool.join()
+    assert time.monotonic() - began < STOP_SECONDS and not pool._dispatcher._thread.is_alive()
+
+
+def test_a_pool_that_was_terminated_by_a_call_that_nobody_takes_any_more_is_joined(make):
+    pool = make()
+    iterator = pool.imap(square, [1, 2, 3], progress=lambda done, total: pool.terminate())
+    assert next(iterator) == 1
+    pool.join()
+
+
+@pytest.mark.parametrize("lock", [lambda link: link.lock, lambda link: link._channel._lock], ids=["link", "channel"])
+def test_a_pool_ends_in_a_thread_that_holds_a_lock_of_it(make, monkeypatch, lock):
+    """Where a signal handler or the collector comes while the thread holds it."""
+    monkeypatch.setattr("achilles.dropin.base_pool.STOP_SECONDS", 0.2)
+    pool = make()
+    result = pool.apply_async(after, (60,))
+    with lock(pool._controller):
+        pool.terminate()
+    with pytest.raises(InterruptedError):
+        result.get(SECONDS)
+    pool.join()
+
+
+def test_ctrl_c_behind_the_beginning_of_a_call_leaves_nothing_open(make, monkeypatch):
+    """Else `join` would wait for a call that nobody feeds."""
+    pool, begin = make(), Call.__init__
+
+    def interrupted(self, *args, **more):
+        begin(self, *args, **more)
+        open_ = pool._dispatcher.open
+
+        class Once(dict):
+            def __setitem__(self, key, value):
+                super().__setitem__(key, value)
+                pool._dispatcher.open = open_
+                open_[key] = value
+                raise KeyboardInterrupt
+
+        pool._dispatcher.open = Once()
+
+    monkeypatch.setattr(Call, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.map(square, [1])
+    monkeypatch.undo()
+    assert not pool._dispatcher.open and not pool._controller.jobs
+    assert pool.map(square, [2]) == [4]
+    pool.close()
+    pool.join()
+
+
+@pytest.mark.parametrize("name", ["entries", "_dispatcher"])
+def test_ctrl_c_in_the_making_of_an_entry_leaves_no_half_of_it_in_the_job(make, monkeypatch, name):
+    """Else whatever ends all jobs would stop there, and leave the others waiting."""
+    def interrupted(self, attribute, value):
+        if attribute == name:
+            raise KeyboardInterrupt
+        object.__setattr__(self, attribute, value)
+
+    pool = make()
+    monkeypatch.setattr(Singles, "__setattr__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.apply_async(square, (1,))
+    monkeypatch.undo()
+    result = pool.map_async(after, [60])
+    pool.terminate()
+    with pytest.raises(InterruptedError):
+        result.get(SECONDS)
+
+
+@pytest.mark.parametrize("method", ["map", "imap"])
+def test_ctrl_c_while_the_end_of_a_call_is_noted_leaves_nothing_to_wait_for(make, monkeypatch, method):
+    pool, forget = make(), Dispatcher.forget
+
+    def interrupted(self, key):
+        monkeypatch.setattr(Dispatcher, "forget", forget)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Dispatcher, "forget", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        [*getattr(pool, method)(square, [1])]
+    pool.close()
+    thread = threading.Thread(target=pool.join, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_chunksize_that_is_no_int_leaves_no_job(make):
+    pool = make()
+    for _ in range(3):
+        with pytest.raises(TypeError):
+            pool.map(square, [1], 1.5)
+    assert not pool._controller.jobs
+
+
+@pytest.mark.parametrize("error", [SystemExit, ZeroDivisionError])
+def test_a_hook_for_exceptions_that_raises_does_not_end_the_dispatcher(make, monkeypatch, error):
+    pool, told = make(), []
+
+    def hook(about):
+        told.append(about.exc_type)
+        raise error
+
+    monkeypatch.setattr(threading, "excepthook", hook)
+    assert pool.apply_async(square, (2,), callback=lambda _: inverse(0)).get(SECONDS) == 4
+    assert pool.map_async(square, [3]).get(SECONDS) == [9] and told == [ZeroDivisionError]
+
+
 def test_where_no_thread_can_be_started_the_call_says_so_and_is_over(make, monkeypatch):
     pool, start = make(), threading.Thread.start
 
@@ -657,9 +784,7 @@ def test_a_call_that_begins_while_its_pool_is_terminated_fails(make, monkeypatch
         if not result:
             monkeypatch.setattr(Controller, "fail_jobs", fail_jobs)
             threading.Timer(0, lambda: result.append(pool.map_async(after, [60]))).start()
-            self.lock.release()
             wait_until(lambda: result)
-            self.lock.acquire()
 
     monkeypatch.setattr(Controller, "fail_jobs", fail_and_begin)
     with monkeypatch.context() as patch:
@@ -674,6 +799,16 @@ def test_a_pool_that_is_dropped_warns_and_closes(cluster, no_leftovers):
     with pytest.warns(ResourceWarning, match="unclosed running multiprocessing pool"):
         del pool
         gc.collect()
+
+
+@pytest.mark.filterwarnings("error", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_pool_that_is_dropped_closes_also_where_its_warning_is_an_error(cluster, no_leftovers):
+    pool = Pool(**where(cluster))
+    thread = pool._dispatcher._thread
+    del pool
+    gc.collect()
+    thread.join(SECONDS)
+    assert not thread.is_alive()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -439,21 +439,49 @@ def test_a_closed_channel_pushes_nothing(pair):
     assert ours.wants_write
 
 
-@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()])
-def test_a_push_that_fails_ends_its_connection_so_that_nothing_is_missing_in_between(pair, monkeypatch, error):
-    """What is no error of the connection's belongs to who pushes, but Ctrl-C alone is told to it."""
-    ours, theirs = pair
-
-    def fail(signed):
+def fail_in(monkeypatch, channel, where, error):
+    def fail(*_):
         raise error
 
+    if where == "the tag":
+        monkeypatch.setattr(channel._tagger, "tag", fail)
+    else:
+        monkeypatch.setattr(os, "write", fail)
+
+
+@pytest.mark.parametrize("where", ["the tag", "the write"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), TimeoutError("by SIGALRM"), Exception("mine"), OSError("mine")])
+def test_a_push_in_the_main_thread_raises_the_error_of_a_signal_handler(pair, monkeypatch, where, error):
+    """The connection ends, so that nothing is missing in between."""
+    ours, theirs = pair
     ours.send(Kind.END, Batch(1), wake=False)
     with monkeypatch.context() as patch:
-        patch.setattr(ours._tagger, "tag", fail)
-        with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else contextlib.nullcontext():
+        fail_in(patch, ours, where, error)
+        with pytest.raises(type(error)):
             ours.push()
     ours.send(Kind.END, Batch(2))
     assert read_all(theirs) == ([], "end of file")
+
+
+def test_a_push_that_fails_in_a_thread_ends_its_connection_alone(pair, monkeypatch):
+    """What is no error of the connection's belongs to who pushes, and only the main thread has signals."""
+    ours, theirs = pair
+    raised = []
+
+    def push():
+        try:
+            ours.push()
+        except BaseException as e:
+            raised.append(e)
+
+    ours.send(Kind.END, Batch(1), wake=False)
+    with monkeypatch.context() as patch:
+        fail_in(patch, ours, "the tag", MemoryError())
+        thread = threading.Thread(target=push)
+        thread.start()
+        thread.join()
+    ours.send(Kind.END, Batch(2))
+    assert read_all(theirs) == ([], "end of file") and not raised
 
 
 # The log.
