@@ -111,8 +111,7 @@ class Executor(BasePool, concurrent.futures.Executor):
         try:
             self._controller.look()
         except NoNodesError as error:
-            with self._controller.lock:
-                self._controller.fail_jobs(error)
+            self._controller.fail_jobs(error)
             self._controller.push()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
