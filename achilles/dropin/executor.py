@@ -107,10 +107,14 @@ class Executor(BasePool, concurrent.futures.Executor):
         return self._processes
 
     def _look(self) -> None:
-        """The dispatcher looks for nodes. If there was none for `wait_for_nodes`, all calls end with NoNodesError."""
+        """The dispatcher looks for nodes. If there was none for `wait_for_nodes`, all calls end with NoNodesError.
+
+        Perhaps nobody looks at their futures: so stderr says it, too.
+        """
         try:
             self._controller.look()
         except NoNodesError as error:
+            tell(f"Calls of an Executor are not done: {error}")
             self._controller.fail_jobs(error)
             self._controller.push()
 

@@ -586,12 +586,13 @@ def test_at_the_end_of_the_interpreter_nothing_more_is_taken(cluster):
     assert (done.stdout, done.stderr) == (b"cannot schedule new futures after shutdown\n", b"")
 
 
-def test_futures_that_wait_for_nodes_in_vain_end_and_so_do_the_next_ones():
+def test_futures_that_wait_for_nodes_in_vain_end_and_so_do_the_next_ones(capsys):
     with serving() as server, Executor(wait_for_nodes=0.2, **address(server.address[1])) as executor:
         for _ in range(2):
             futures = [executor.submit(square, n) for n in range(3)]
             done, _ = concurrent.futures.wait(futures, SECONDS)
             assert [type(future.exception(0)) for future in done] == [NoNodesError] * 3
+            assert capsys.readouterr().err.count("Calls of an Executor are not done: no node joined") == 1
 
 
 LATE = """
@@ -609,16 +610,18 @@ if __name__ == "__main__":
         for n in range(2):
             kept[-2].submit(abs, n).add_done_callback(late)
         kept[-1].submit(abs, 5)
+    time.sleep(float(sys.argv[9]))
 """
 
 
-def test_at_the_end_of_the_interpreter_callbacks_run_and_one_executor_keeps_no_other(cluster, tmp_path):
+@pytest.mark.parametrize("seconds", [0, 1])  # the lonely ones end before the interpreter does, or later
+def test_at_the_end_of_the_interpreter_callbacks_run_and_one_executor_keeps_no_other(cluster, tmp_path, seconds):
     script = tmp_path / "script.py"
     script.write_text(LATE)
     with Cluster(tmp_path) as lonely:
         process = subprocess.run(
             [*PYTHON, str(script), cluster.host, str(cluster.port), cluster.username,
-             cluster.settings.secret.reveal(), *map(str, lonely.address.values())],
+             cluster.settings.secret.reveal(), *map(str, lonely.address.values()), str(seconds)],
             env=environment(), capture_output=True, text=True, timeout=SECONDS)
     assert sorted(process.stdout.split()) == ["0", "0", "0", "1", "1", "1"], process.stderr
     assert process.stderr.count("Calls of an Executor are not done: no node joined the server") == 3
