@@ -199,7 +199,7 @@ class Channel:
                 if threading.current_thread() is threading.main_thread():  # Ctrl-C, or a signal handler's
                     raise
             level = logging.DEBUG if isinstance(e, OSError) else logging.ERROR
-            log.log(level, "%s: writing ended", self.name, exc_info=True)
+            log.log(level, "%s: writing ended: %s", self.name, e, exc_info=level == logging.ERROR)
             self._go_on(SHUT)  # reading ends, too, but first the reader gets the reason: an ERROR, a BYE
 
     def _write(
