@@ -451,9 +451,9 @@ def fail_in(monkeypatch, channel, where, error):
 
 @pytest.mark.parametrize("where", ["the tag", "the write"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), TimeoutError("by SIGALRM"), Exception("mine"), OSError("mine")])
-def test_a_push_in_the_main_thread_raises_the_error_of_a_signal_handler(pair, monkeypatch, where, error):
+def test_a_push_in_the_main_thread_raises_the_error_of_a_signal_handler(ends, monkeypatch, where, error):
     """The connection ends, so that nothing is missing in between."""
-    ours, theirs = pair
+    ours, theirs = ends
     ours.send(Kind.END, Batch(1), wake=False)
     with monkeypatch.context() as patch:
         fail_in(patch, ours, where, error)
@@ -463,9 +463,9 @@ def test_a_push_in_the_main_thread_raises_the_error_of_a_signal_handler(pair, mo
     assert read_all(theirs) == ([], "end of file")
 
 
-def test_a_push_that_fails_in_a_thread_ends_its_connection_alone(pair, monkeypatch):
+def test_a_push_that_fails_in_a_thread_ends_its_connection_alone(ends, monkeypatch):
     """What is no error of the connection's belongs to who pushes, and only the main thread has signals."""
-    ours, theirs = pair
+    ours, theirs = ends
     raised = []
 
     def push():
