@@ -6,15 +6,18 @@ import contextlib
 import ctypes  # noqa: F401  now: some builds keep the file of libffi open, which would be left behind by a test
 import gc
 import io
+import itertools
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ports
@@ -85,6 +88,26 @@ def in_a_child(function: Callable[[], object]) -> str:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         return pipe.read()
+
+
+@contextlib.contextmanager
+def before_each_step(inside: Callable[[FrameType], bool], do: Callable[[int], object]) -> Iterator[None]:
+    """In this thread, do this before each instruction of the frames that are `inside`, with its count."""
+    count, before = itertools.count(), sys.gettrace()
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if not inside(frame):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            do(next(count))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def pytest_configure() -> None:

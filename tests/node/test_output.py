@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import itertools
 import logging
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conftest import before_each_step, wait_until
 
 from achilles.node import output as module
 from achilles.node.board import CHUNK, OFFSET
@@ -349,25 +348,17 @@ def test_threads_lose_no_line(captured: Worker, monkeypatch: pytest.MonkeyPatch)
 @contextlib.contextmanager
 def meanwhile(function: Callable[..., Any], step: int, do: Callable[[], object]) -> Iterator[None]:
     """Before so many instructions of a function, another thread does this. It may have to wait for the function."""
-    count, before, others = itertools.count(), sys.gettrace(), list[threading.Thread]()
+    other = threading.Thread(target=do)
 
-    def trace(frame: Any, event: str, _: object) -> Any:
-        if frame.f_code is not function.__code__:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode" and next(count) == step:
-            others.append(threading.Thread(target=do))
-            others[0].start()
-            others[0].join(0.02)
-        return trace
+    def begin(count: int) -> None:
+        if count == step:
+            other.start()
+            other.join(0.02)
 
-    sys.settrace(trace)
-    try:
+    with before_each_step(lambda frame: frame.f_code is function.__code__, begin):
         yield
-    finally:
-        sys.settrace(before)
-        for other in others:
-            other.join(20)
+    if other.ident is not None:
+        other.join(20)
 
 
 def test_a_function_ends_while_a_thread_of_it_prints(worker: Worker) -> None:

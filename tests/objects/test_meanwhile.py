@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import enum
 import functools
 import gc
@@ -14,33 +13,23 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from conftest import before_each_step
 
 from achilles.objects import canonical, letters, names, sources
 
 
-@contextlib.contextmanager
-def meanwhile(functions: str, do: Callable[[int], object], module: str = "achilles") -> Iterator[None]:
+def meanwhile(functions: str, do: Callable[[int], object], module: str = "achilles") -> Any:
     """Do this before each instruction of these functions, and of their comprehensions, with its count."""
-    count, before = itertools.count(), sys.gettrace()
-
-    def trace(frame: types.FrameType, event: str, _: object) -> Any:
+    def inside(frame: types.FrameType) -> bool:
         code, outer = frame.f_code, frame.f_back
-        inside = code.co_name.startswith("<") and outer is not None and outer.f_code.co_name in functions.split()
-        if (inside or code.co_name in functions.split()) and module in code.co_filename:
-            frame.f_trace_opcodes = True
-            if event == "opcode":
-                do(next(count))
-        return trace
+        by = outer.f_code.co_name if code.co_name.startswith("<") and outer is not None else code.co_name
+        return by in functions.split() and module in code.co_filename
 
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+    return before_each_step(inside, do)
 
 
 class Thing:
